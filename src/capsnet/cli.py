@@ -1,0 +1,398 @@
+"""The command line: parse, call a library function, print. Results go to stdout, progress and errors to stderr.
+
+Exit codes: 0 success, 1 a training that diverged, 2 wrong input (one line), 130 Ctrl-C, 143 SIGTERM. Nothing heavy is
+imported before it is needed, so that --help is instant.
+"""
+
+import argparse
+import contextlib
+import difflib
+import io
+import json
+import os
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
+
+import tyro
+from tyro.conf import OmitArgPrefixes, Positional
+
+from capsnet import __version__, config
+from capsnet.config import Config
+from capsnet.errors import InputError
+
+if TYPE_CHECKING:
+    from capsnet.evaluation import Evaluation
+
+__all__ = ["main"]
+
+HELP = f"""capsnet {__version__}: capsule networks, "Dynamic Routing Between Capsules" (Sabour, Frosst, Hinton 2017)
+
+usage: capsnet VERB [OPTIONS]     (capsnet VERB --help tells more)
+
+  train       train a network on a data set or on your own images, and test it
+  evaluate    error, interval, per-class table and confusion matrix of a trained network
+  list        what there is: models, data, presets
+
+examples:
+  capsnet train
+  capsnet train --data mnist --epochs 50 --out runs/mnist
+"""
+
+TRAIN_HELP = """usage: capsnet train [OPTIONS]
+
+Train a network, test it once at the end, and keep everything in one run directory.
+
+  --data NAME|FOLDER         data set (capsnet list data) or a folder of images, a sub-folder a class   [strokes]
+  --data-dir DIR             where downloaded files are; else CAPSNET_DATA, the cache, then mirrors
+  --image-size N             resize images to N x N pixels; --channels 1|3 makes them grey or colour
+  --validation N             training images held out; 0 trains on all   [the set's own, else a tenth, at most 5,000]
+  --shift N                  move training images by up to N pixels   [2]; also --flip --rotation --scale --shear
+  --model NAME               capsnet or baseline   [capsnet]
+  --preset NAME              paper or authors: the recipe all other options start from   [paper]
+  --routing-iterations N     r   [3]
+  --no-reconstruction        train without the decoder; --reconstruction-weight, --mask label|prediction
+  --epochs N                 [3]; --batch-size N over all devices together [128]; --lr X [0.001]; --seed N [0]
+  --device auto|cpu|cuda     --devices N processes   [1]; --precision auto|32|bf16 of the convolutions   [auto]
+  --out DIR                  run directory   [runs/DATA-MODEL-seedN]; --overwrite replaces the run in it
+  --config FILE              start from a config.yaml; options given beside it win
+  --resume DIR               go on with a run that was stopped or killed, or with more --epochs
+  --dry-run                  print configuration, layers, parameters and memory, and train nothing
+  --tensorboard              write TensorBoard files too; --json prints the result as JSON
+  --help-all                 every option: sizes of all layers, margins, learning-rate decay, checkpoints ...
+
+examples:
+  capsnet train --data mnist --epochs 20 --out runs/mnist
+  capsnet train --data path/to/images --image-size 32 --shift 3 --flip
+"""
+
+
+@dataclass(frozen=True)
+class _Train:
+    run: OmitArgPrefixes[Config]
+    config: str | None = None
+    """Start from this config.yaml; options given beside it win."""
+    resume: str | None = None
+    """Go on with the run in this directory."""
+    dry_run: bool = False
+    """Print configuration, layers, parameters and memory, and train nothing."""
+    json: bool = False
+    """Print the result as JSON."""
+
+
+@dataclass(frozen=True)
+class _Evaluate:
+    """Error with its 95 % interval, per-class table, confusion matrix and losses of a trained network.
+
+    Examples:
+      capsnet evaluate runs/mnist
+      capsnet evaluate runs/mnist --split train --json
+    """
+
+    run: Positional[str]
+    """Run directory, or a folder with config.json and model.safetensors."""
+    data: str | None = None
+    """Another data set or folder with images of the same shape and as many classes; default: the run's own."""
+    data_dir: str | None = None
+    """Where downloaded files are."""
+    split: Literal["test", "validation", "train"] = "test"
+    """Which part of the data set."""
+    batch_size: int = 500
+    """Images at a time; only memory and speed depend on it."""
+    precision: Literal["auto", "32", "bf16"] = "auto"
+    """Of convolutions and decoder."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """auto: a GPU if there is one."""
+    json: bool = False
+    """Print everything as JSON."""
+
+
+@dataclass(frozen=True)
+class _List:
+    """Show what there is.
+
+    Examples:
+      capsnet list data
+      capsnet list models --json
+    """
+
+    what: Positional[Literal["models", "data", "presets"]]
+    """Of what."""
+    data_dir: str | None = None
+    """Look for data files here first."""
+    json: bool = False
+    """Print as JSON."""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command; `arguments` are those of the process if not given. Returns the exit code."""
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    verbs: dict[str, Callable[[list[str]], int]] = {"train": _train, "evaluate": _evaluate, "list": _list}
+    if not arguments or arguments[0] in ("-h", "--help"):
+        print(HELP, end="")
+        return 0 if arguments else 2
+    if arguments[0] == "--version":
+        print(f"capsnet {__version__}")
+        return 0
+    verb = arguments[0]
+    try:
+        if verb not in verbs:
+            near = difflib.get_close_matches(verb, verbs, n=1)
+            hint = f" (did you mean {near[0]}?)" if near else ""
+            raise InputError(f"verb must be one of {', '.join(verbs)}; got {verb!r}{hint}")
+        return verbs[verb](arguments[1:])
+    except InputError as error:
+        _say(f"capsnet {verb}: error: {error}" if verb in verbs else f"capsnet: error: {error}")
+        return 2
+    except KeyboardInterrupt:
+        _say(f"capsnet {verb}: interrupted")
+        return 130
+    except BrokenPipeError:  # `capsnet list data | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+
+
+def _train(arguments: list[str]) -> int:
+    if {"-h", "--help"} & set(arguments):
+        print(TRAIN_HELP, end="")
+        return 0
+    base, resumed = _start(arguments)
+    arguments = ["--help" if argument == "--help-all" else argument for argument in arguments]
+    command = _parse(_Train, arguments, prog="capsnet train", default=_Train(base))
+    options = command.run
+    if command.dry_run:
+        from capsnet.summary import dry_run
+
+        print(dry_run(options))
+        return 0
+
+    from capsnet import train
+
+    try:
+        if resumed:
+            changed = {
+                field.name: getattr(options, field.name)
+                for field in fields(Config)
+                if getattr(options, field.name) != getattr(base, field.name)
+            }
+            result = train.resume(resumed, **changed)
+        else:
+            result = train.fit(options)
+    except train.Interrupted as stop:
+        _say(f"capsnet train: {stop}")
+        return 128 + stop.signal_number
+    except train.Diverged as error:
+        _say(f"capsnet train: error: {error}")
+        return 1
+    if int(os.environ.get("RANK", os.environ.get("LOCAL_RANK", "0"))) > 0:
+        return 0
+    if command.json:
+        files = {"directory": str(result.directory), "figure": str(result.figure) if result.figure else None}
+        print(json.dumps({**result.test.to_dict(), **files}, indent=2))
+        return 0
+    print(f"test {result.test.summary()}")
+    print(f"run directory: {result.directory}")
+    if result.figure:
+        print(f"reconstructions: {result.figure}")
+    return 0
+
+
+def _start(arguments: list[str]) -> tuple[Config, str | None]:
+    """The configuration that the other options change, and the run directory to go on with, if any."""
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
+    for option in ("--preset", "--config", "--resume"):
+        parser.add_argument(option, default=None)
+    try:
+        known, _ = parser.parse_known_args(arguments)
+    except argparse.ArgumentError as error:
+        raise InputError(str(error)) from None
+    given = [f"--{name}" for name, value in vars(known).items() if value is not None]
+    if len(given) > 1:
+        raise InputError(f"only one of --preset, --config and --resume can be the start; got {' and '.join(given)}")
+    if known.resume is not None:
+        from pathlib import Path
+
+        path = Path(known.resume) / "config.yaml"
+        if not path.exists():
+            raise InputError(f"--resume must be a run directory with a config.yaml; got {known.resume}")
+        return config.read(path), known.resume
+    if known.config is not None:
+        return config.read(known.config), None
+    return config.preset(known.preset or "paper"), None
+
+
+def _evaluate(arguments: list[str]) -> int:
+    command = _parse(_Evaluate, arguments, prog="capsnet evaluate")
+    if command.batch_size < 1:
+        raise InputError(f"batch_size must be at least 1; got {command.batch_size}")
+    from dataclasses import replace
+
+    from capsnet import runs, train
+    from capsnet.evaluation import evaluate
+
+    network = runs.load(command.run)
+    run = runs.Run(command.run)
+    trained = run.config() if run.config_path.exists() else Config()
+    if command.data is None and not run.config_path.exists():
+        raise InputError(f"--data must be given for {command.run}, which does not say what it was trained on")
+    channels, height, width = network.image_shape
+    options = replace(
+        trained,
+        data=command.data or trained.data,
+        data_dir=command.data_dir or trained.data_dir,
+        image_size=height if height == width else None,
+        channels=channels if command.data else trained.channels,
+        validation=trained.validation if command.data is None else None,
+        device=command.device,
+        precision=command.precision,
+        devices=1,
+    )
+    dataset = train.prepare_data(options)
+    if len(dataset.classes) != len(network.classes):
+        raise InputError(
+            f"data set {dataset.name} must have the {len(network.classes)} classes of the network; "
+            f"it has {len(dataset.classes)}"
+        )
+    split = getattr(dataset, command.split)
+    if split is None:
+        raise InputError(f"data set {dataset.name} must have a validation split; the run trained on all images")
+    device = train.resolve_device(options)
+    precision = train.resolve_precision(options, device)
+    result = evaluate(network.to(device), split, config=trained, batch_size=command.batch_size, precision=precision)
+    if command.json:
+        where = {"run": command.run, "data": dataset.name, "split": command.split, "precision": precision}
+        print(json.dumps({**where, **result.to_dict()}, indent=2))
+    else:
+        print(f"{dataset.name} {command.split} {result.summary()}")
+        print(_losses(result))
+        _print_tables(result)
+    return 0
+
+
+def _losses(result: "Evaluation") -> str:
+    return (
+        f"loss {result.loss:.5f}: classification {result.classification_loss:.5f}, "
+        f"reconstruction {result.reconstruction_loss:.2f} (summed squared error an image, unweighted)"
+    )
+
+
+def _print_tables(result: "Evaluation") -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    console = Console(width=None if sys.stdout.isatty() else 200, highlight=False)
+    table = Table(title="per class", title_justify="left")
+    for heading in ("class", "images", "wrong", "error %", "others taken for it"):
+        table.add_column(heading, justify="left" if heading == "class" else "right")
+    for row in result.per_class():
+        error = "-" if row["error_percent"] is None else f"{row['error_percent']:.2f}"
+        table.add_row(row["class"], f"{row['images']:,}", str(row["wrong"]), error, str(row["taken_for_it"]))
+    console.print(table)
+    if len(result.classes) > 30:
+        print(f"confusion matrix: {len(result.classes)} classes are too many to print; see --json")
+        return
+    matrix = Table(title="confusion matrix: true class in rows, predicted in columns", title_justify="left")
+    for heading in ("", *result.classes):
+        matrix.add_column(heading, justify="right")
+    for name, counts in zip(result.classes, result.confusion, strict=True):
+        matrix.add_row(name, *(str(count) if count else "." for count in counts))
+    console.print(matrix)
+
+
+def _list(arguments: list[str]) -> int:
+    command = _parse(_List, arguments, prog="capsnet list")
+    rows = {"models": _models, "data": lambda: _data(command.data_dir), "presets": _presets}[command.what]()
+    if command.json:
+        print(json.dumps(rows, indent=2))
+        return 0
+    for row in rows:
+        name, *rest = row.items()
+        print(name[1])
+        for key, value in rest:
+            print(f"  {key}: {value}")
+    return 0
+
+
+def _models() -> list[dict[str, Any]]:
+    import torch
+
+    from capsnet import models
+
+    rows: list[dict[str, Any]] = []
+    for name in models.available():
+        with torch.device("meta"):
+            count = models.create(name).parameter_count()
+        summary = (models.BUILDERS[name].__doc__ or "").splitlines()[0]
+        rows.append({"name": name, "what": summary, "parameters on MNIST": f"{count:,}"})
+    return rows
+
+
+def _data(data_dir: str | None) -> list[dict[str, Any]]:
+    from capsnet import data
+
+    rows: list[dict[str, Any]] = []
+    for name in data.available():
+        about = data.describe(name, data_dir=data_dir)
+        channels, height, width = about.image_shape
+        if name == "strokes":
+            here = "yes (drawn when needed)"
+        elif about.missing:
+            here = "no (missing: " + ", ".join(about.missing) + ")"
+        else:
+            here = "yes: " + ", ".join(sorted({str(path.parent) for path in about.where}))
+        rows.append(
+            {
+                "name": name,
+                "images": f"{about.train:,} train, {about.test:,} test; {channels} x {height} x {width}",
+                "classes": f"{len(about.classes)}: {', '.join(about.classes)}",
+                "licence": about.licence,
+                "source": about.source,
+                "on this machine": here,
+            }
+        )
+    return rows
+
+
+def _presets() -> list[dict[str, Any]]:
+    about = {
+        "paper": "the text of Sabour, Frosst, Hinton 2017; all defaults",
+        "authors": "the first author's published code, https://github.com/Sarasra/models",
+    }
+    return [
+        {"name": name, "what": about[name], **{f"--{key.replace('_', '-')}": v for key, v in changes.items()}}
+        for name, changes in config.PRESETS.items()
+    ]
+
+
+T = TypeVar("T")
+
+
+def _parse(kind: type[T], arguments: list[str], *, prog: str, default: T | None = None) -> T:
+    """Parse with tyro; a fault is raised as an InputError of one line in place of its box."""
+    faults = io.StringIO()
+    extra = {} if default is None else {"default": default}
+    try:
+        with contextlib.redirect_stderr(faults):
+            return tyro.cli(kind, args=arguments, prog=prog, **extra)
+    except SystemExit as stop:
+        if not stop.code:
+            raise
+        raise InputError(_one_line(faults.getvalue(), kind, arguments)) from None
+
+
+def _one_line(box: str, kind: type, arguments: list[str]) -> str:
+    lines = [line.strip("│╭╮╰╯─ ") for line in box.splitlines()[1:]]
+    told = " ".join(lines[: lines.index("")] if "" in lines else lines)
+    names = [field.name for part in (kind, Config) for field in fields(part)]
+    options = [f"--{name.replace('_', '-')}" for name in names]
+    if told.startswith("Unrecognized"):
+        for argument in arguments:
+            near = difflib.get_close_matches(argument.split("=")[0], options, n=1)
+            if argument.startswith("--") and argument.split("=")[0] not in options and near:
+                return f"{told} (did you mean {near[0]}?)"
+    return told
+
+
+def _say(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)

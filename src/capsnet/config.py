@@ -1,0 +1,307 @@
+"""The configuration of a run: one frozen dataclass, its presets, its file. Imports no torch, so that --help is instant."""
+
+import difflib
+from dataclasses import asdict, dataclass, fields, replace
+from pathlib import Path
+from typing import Any, Literal, get_args, get_origin
+
+from capsnet.errors import InputError
+
+__all__ = ["PRESETS", "Config", "from_dict", "preset", "preset_differences", "read", "write"]
+
+
+@dataclass(frozen=True)
+class Config:
+    """Every choice of a run; saved as `config.yaml` beside its results.
+
+    The defaults are preset `paper`: the text of Sabour, Frosst, Hinton 2017. Where the text is silent the field says
+    where its default is from.
+    """
+
+    preset: Literal["paper", "authors"] = "paper"
+    """Recipe the other options start from: the paper's text, or its first author's published code."""
+
+    # data
+    data: str = "strokes"
+    """Data set (see `capsnet list data`), or a folder of your own images with a sub-folder for each class."""
+    data_dir: str | None = None
+    """Where to look for downloaded files first; then CAPSNET_DATA, then the cache."""
+    image_size: int | None = None
+    """Resize images to this many pixels square."""
+    channels: int | None = None
+    """Turn images to 1 (grey) or 3 (colour) channels."""
+    validation: int | None = None
+    """Training images held out for validation; 0 trains on all. Default: the data set's own validation split, else a
+    tenth of the training images, at most 5,000."""
+    shift: int = 2
+    """Move training images by up to this many pixels in each direction (Section 5 of the paper: 2)."""
+    flip: bool = False
+    """Mirror half of the training images left to right."""
+    rotation: float = 0.0
+    """Turn training images by up to this many degrees."""
+    scale: float = 0.0
+    """Enlarge or shrink training images by up to this share: 0.1 is 0.9 to 1.1."""
+    shear: float = 0.0
+    """Shear training images by up to this much."""
+
+    # network
+    model: str = "capsnet"
+    """Network (see `capsnet list models`)."""
+    routing_iterations: int = 3
+    """r; 1 means uniform couplings."""
+    routing_bias: bool = False
+    """Biases inside routing."""
+    leaky: bool = False
+    """A "none of the above" slot for every primary capsule."""
+    detach_routing: bool = False
+    """No gradient through the couplings."""
+    kernel: Literal["auto", "plain", "sliced"] = "auto"
+    """How votes and routing are computed; the results are the same. auto: sliced on a CPU, plain on a GPU."""
+    conv_channels: int = 256
+    """Channels of the first convolution."""
+    conv_kernel: int = 9
+    """Side of its kernel, in pixels."""
+    conv_stride: int = 1
+    """Its step, in pixels."""
+    capsule_types: int = 32
+    """Kinds of primary capsules."""
+    primary_dim: int = 8
+    """Length of a primary capsule's vector."""
+    primary_kernel: int = 9
+    """Side of the primary capsules' kernel, in pixels."""
+    primary_stride: int = 2
+    """Their step, in pixels."""
+    primary_scale: float = 1.0
+    """Factor on the primary capsules' convolution before its bias; 0 means 1 / capsule_types."""
+    padding: Literal["valid", "same"] = "valid"
+    """Of the convolutions."""
+    class_dim: int = 16
+    """Length of a class capsule's vector."""
+    decoder_sizes: tuple[int, ...] = (512, 1024)
+    """Widths of the decoder's hidden layers."""
+    conv_init_std: float = 0.0
+    """Start convolutions truncated normal with this deviation and biases at 0.1; 0 starts them as PyTorch does."""
+    dropout: float = 0.5
+    """Of the baseline network."""
+
+    # loss
+    reconstruction: bool = True
+    """Train a decoder and add its loss."""
+    reconstruction_weight: float = 0.0005
+    """Weight of the SUM of squared pixel errors of an image (Section 4.1); 0.0005 is 0.392 on their mean on MNIST."""
+    mask: Literal["label", "prediction"] = "label"
+    """Capsule the decoder sees in training; evaluation always takes the prediction."""
+    margin_scale: float = 1.0
+    """Factor on the margin loss of eq. 4, which is summed over the classes."""
+    m_pos: float = 0.9
+    """m+ of eq. 4."""
+    m_neg: float = 0.1
+    """m- of eq. 4."""
+    down_weight: float = 0.5
+    """lambda of eq. 4."""
+
+    # optimisation
+    epochs: int = 3
+    """Passes over the training images."""
+    batch_size: int = 128
+    """Images of one step over all devices together (first author's code: 128)."""
+    lr: float = 0.001
+    """Learning rate of Adam at the start (TensorFlow's default, Section 4)."""
+    lr_decay: float = 0.9
+    """Factor on the learning rate every `lr_decay_steps` steps, smoothly (Section 4: "exponentially decaying", no number;
+    0.9 an epoch is the habit of re-implementations)."""
+    lr_decay_steps: int = 0
+    """Steps for one factor; 0 means one epoch."""
+    lr_floor: float = 1e-6
+    """The learning rate never falls below this (first author's code)."""
+    seed: int = 0
+    """Of weights, order, augmentation and splits."""
+
+    # machine
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """auto: a GPU if there is one."""
+    devices: int = 1
+    """Processes, one a device; `batch_size` stays the total."""
+    precision: Literal["auto", "32", "bf16"] = "auto"
+    """Of convolutions and decoder; routing and losses are always float32. auto: bf16 where the hardware has it."""
+    threads: int | None = None
+    """CPU threads of each process; default: PyTorch's."""
+
+    # output
+    out: str | None = None
+    """Run directory; default: runs/DATA-MODEL-seedN."""
+    overwrite: bool = False
+    """Replace a run that is already in `out`."""
+    log_every: int = 20
+    """Steps between updates of the progress line."""
+    checkpoint_steps: int = 0
+    """Save a checkpoint every so many steps too; 0: at the end of each epoch only."""
+    tensorboard: bool = False
+    """Write TensorBoard curves and reconstructions too."""
+
+    def __post_init__(self) -> None:
+        faults = [
+            f"{name} must be {rule}; got {getattr(self, name)!r}"
+            for name, (holds, rule) in _RULES.items()
+            if getattr(self, name) is not None and not holds(getattr(self, name))
+        ]
+        for field in fields(self):
+            choices = get_args(field.type) if get_origin(field.type) is Literal else ()
+            if choices and getattr(self, field.name) not in choices:
+                faults.append(f"{field.name} must be one of {', '.join(choices)}; got {getattr(self, field.name)!r}")
+        if faults:
+            raise InputError("; and ".join(faults))
+
+
+_AT_LEAST_0 = (lambda x: x >= 0, "at least 0")
+_AT_LEAST_1 = (lambda x: x >= 1, "at least 1")
+_POSITIVE = (lambda x: 0 < x < float("inf"), "above 0")
+_FRACTION = (lambda x: 0 <= x < 1, "in [0, 1)")
+_RULES: dict[str, tuple[Any, str]] = {
+    **dict.fromkeys(
+        (
+            "image_size", "routing_iterations", "conv_channels", "conv_kernel", "conv_stride", "capsule_types",
+            "primary_dim", "primary_kernel", "primary_stride", "class_dim", "batch_size", "devices", "threads",
+            "log_every",
+        ),
+        _AT_LEAST_1,
+    ),
+    **dict.fromkeys(
+        (
+            "validation", "shift", "rotation", "shear", "reconstruction_weight", "lr_decay_steps", "lr_floor",
+            "checkpoint_steps", "seed", "epochs", "primary_scale", "conv_init_std",
+        ),
+        _AT_LEAST_0,
+    ),
+    **dict.fromkeys(("lr", "margin_scale"), _POSITIVE),
+    **dict.fromkeys(("scale", "dropout"), _FRACTION),
+    "lr_decay": (lambda x: 0 < x <= 1, "in (0, 1]"),
+    "channels": (lambda x: x in (1, 3), "1 or 3"),
+    "m_pos": (lambda x: 0 < x <= 1, "in (0, 1]"),
+    "m_neg": _FRACTION,
+    "down_weight": _AT_LEAST_0,
+    "decoder_sizes": (lambda x: all(size >= 1 for size in x), "widths of at least 1"),
+}  # fmt: skip
+
+PRESETS: dict[str, dict[str, Any]] = {
+    "paper": {},
+    "authors": {
+        "margin_scale": 0.05,  # the code takes 0.5 x the margin loss and its mean over the 10 classes
+        "reconstruction_weight": 0.0005,  # so this is 0.01 relative to eq. 4
+        "primary_scale": 0.0,  # primary pre-activations divided by the number of capsule types
+        "routing_bias": True,
+        "conv_init_std": 0.1,
+        "lr_decay": 0.96,
+        "lr_decay_steps": 2000,
+    },
+}
+"""Fields in which each recipe differs from the defaults; every one can be switched alone.
+
+`authors` is https://github.com/Sarasra/models/tree/master/research/capsules. Its margin loss is averaged over classes,
+ten in all its MNIST experiments; with another number of classes give `margin_scale` as 0.5 divided by that number.
+"""
+
+
+def preset(name: str) -> Config:
+    """The configuration that preset `name` stands for.
+
+    Raises:
+        InputError: an unknown name.
+    """
+    if name not in PRESETS:
+        raise InputError(f"preset must be one of {', '.join(PRESETS)}; got {name!r}{_nearest(name, PRESETS)}")
+    return Config(**{"preset": name, **PRESETS[name]})
+
+
+def preset_differences(config: Config) -> dict[str, Any]:
+    """The fields in which `config` is not its preset."""
+    base = asdict(preset(config.preset))
+    return {name: value for name, value in asdict(config).items() if value != base[name]}
+
+
+def from_dict(values: dict[str, Any], *, source: str) -> Config:
+    """A configuration from the preset that `values` name and the other fields they give.
+
+    Args:
+        values: fields by name.
+        source: the file they are from, for errors.
+
+    Raises:
+        InputError: an unknown field, or a value of the wrong type or out of range; all of them are named.
+    """
+    base = preset(str(values.get("preset", "paper")))
+    known = {field.name: field.type for field in fields(Config)}
+    faults = [f"{name} is no option{_nearest(name, known)}" for name in values if name not in known]
+    clean: dict[str, Any] = {}
+    for name, value in values.items():
+        if name not in known:
+            continue
+        value = tuple(value) if isinstance(value, list) else value
+        if isinstance(value, int) and not isinstance(value, bool) and known[name] is float:
+            value = float(value)
+        if not _fits(value, known[name]):
+            faults.append(f"{name} must be {_describe(known[name])}; got {value!r}")
+        clean[name] = value
+    if faults:
+        raise InputError(f"{source}: {'; and '.join(faults)}")
+    try:
+        return replace(base, **clean)
+    except InputError as error:
+        raise InputError(f"{source}: {error}") from None
+
+
+def read(path: str | Path) -> Config:
+    """Read a configuration from a YAML file; fields that it lacks are those of its preset.
+
+    Raises:
+        InputError: no such file, not YAML, or see `from_dict`.
+    """
+    import yaml
+
+    path = Path(path)
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "not UTF-8 text"
+        raise InputError(f"config file {path} must be a readable YAML file; got: {reason}") from None
+    except yaml.YAMLError as error:
+        raise InputError(f"config file {path} must be YAML; got: {' '.join(str(error).split())}") from None
+    if not isinstance(values, dict):
+        raise InputError(f"config file {path} must hold option: value lines; got {type(values).__name__}")
+    return from_dict({str(name): value for name, value in values.items()}, source=f"config file {path}")
+
+
+def write(config: Config, path: Path) -> None:
+    """Write every field of `config` to a YAML file."""
+    import yaml
+
+    values = {name: list(x) if isinstance(x, tuple) else x for name, x in asdict(config).items()}
+    path.write_text(yaml.safe_dump(values, sort_keys=False), encoding="utf-8")
+
+
+def _nearest(name: str, names: Any) -> str:
+    near = difflib.get_close_matches(name, list(names), n=1)
+    return f" (did you mean {near[0]}?)" if near else ""
+
+
+def _fits(value: Any, kind: Any) -> bool:
+    if get_origin(kind) is Literal:
+        return value in get_args(kind)
+    if get_origin(kind) is tuple:
+        return isinstance(value, tuple) and all(_fits(item, int) for item in value)
+    if get_args(kind):  # X | None
+        return any(value is None if part is type(None) else _fits(value, part) for part in get_args(kind))
+    if isinstance(value, bool):
+        return kind is bool
+    return isinstance(value, kind)
+
+
+def _describe(kind: Any) -> str:
+    if get_origin(kind) is Literal:
+        return "one of " + ", ".join(get_args(kind))
+    if get_origin(kind) is tuple:
+        return "a list of whole numbers"
+    if get_args(kind):
+        return " or ".join("nothing" if part is type(None) else _describe(part) for part in get_args(kind))
+    names = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
+    return names[kind]

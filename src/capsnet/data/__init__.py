@@ -1,0 +1,335 @@
+"""Data sets by name, `load("mnist")`, `load("strokes")`, `load("my/images")`, and the registry of the names.
+
+A published set is read from this machine or downloaded, see `fetch.py`; strokes are drawn on the spot; a
+directory is read as one's own images, see `folder.py`.
+"""
+
+import difflib
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+from torch.nn import functional as F
+
+from capsnet.data import cifar, fetch, idx
+from capsnet.data.dataset import Dataset, Split
+from capsnet.data.fetch import Source
+from capsnet.errors import InputError
+
+__all__ = ["Dataset", "Description", "Split", "available", "describe", "load", "load_split"]
+
+
+@dataclass(frozen=True)
+class Description:
+    """What is known of a data set without reading it.
+
+    Attributes:
+        name: for `--data`.
+        image_shape: channels, height and width.
+        classes: names, in the order of the labels.
+        train: number of training images.
+        test: number of test images.
+        licence: of the data.
+        source: who made it and what to cite.
+        where: its files on this machine, unverified; empty where there are none, or where none are needed.
+        missing: names of files that are not on this machine; empty where none are.
+    """
+
+    name: str
+    image_shape: tuple[int, int, int]
+    classes: tuple[str, ...]
+    train: int
+    test: int
+    licence: str
+    source: str
+    where: tuple[Path, ...] = ()
+    missing: tuple[str, ...] = ()
+
+
+_DESCRIPTIONS = (
+    Description(
+        name="strokes",
+        image_shape=(1, 28, 28),
+        classes=tuple("0123456789"),
+        train=10_000,
+        test=2_000,
+        licence="that of capsnet",
+        source="drawn by capsnet itself, with the true pose of every digit; needs no download",
+    ),
+    Description(
+        name="mnist",
+        image_shape=(1, 28, 28),
+        classes=tuple("0123456789"),
+        train=60_000,
+        test=10_000,
+        licence="not stated by its authors, usually given as CC BY-SA 3.0",
+        source="LeCun, Cortes, Burges; cite LeCun et al., Gradient-based learning applied to document "
+        "recognition, Proc. IEEE 86(11), 1998",
+    ),
+    Description(
+        name="fashion-mnist",
+        image_shape=(1, 28, 28),
+        classes=(
+            "T-shirt/top",
+            "Trouser",
+            "Pullover",
+            "Dress",
+            "Coat",
+            "Sandal",
+            "Shirt",
+            "Sneaker",
+            "Bag",
+            "Ankle boot",
+        ),
+        train=60_000,
+        test=10_000,
+        licence="MIT",
+        source="Zalando Research; cite Xiao, Rasul, Vollgraf, Fashion-MNIST, 2017, arXiv 1708.07747",
+    ),
+    Description(
+        name="kmnist",
+        image_shape=(1, 28, 28),
+        classes=("o", "ki", "su", "tsu", "na", "ha", "ma", "ya", "re", "wo"),
+        train=60_000,
+        test=10_000,
+        licence="CC BY-SA 4.0",
+        source='"KMNIST Dataset" (created by CODH), adapted from "Kuzushiji Dataset" (created by NIJL and '
+        "others), doi:10.20676/00000341; cite Clanuwat et al., 2018, arXiv 1812.01718",
+    ),
+    Description(
+        name="cifar10",
+        image_shape=(3, 32, 32),
+        classes=("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"),
+        train=50_000,
+        test=10_000,
+        licence="not stated by its authors",
+        source="cite Krizhevsky, Learning Multiple Layers of Features from Tiny Images, 2009",
+    ),
+)
+
+_SPLITS = ("train", "test")
+_IDX_FILES = {
+    "train": ("train-images-idx3-ubyte", "train-labels-idx1-ubyte"),
+    "test": ("t10k-images-idx3-ubyte", "t10k-labels-idx1-ubyte"),
+}
+_SOURCES = (
+    Source(
+        name="mnist",
+        files={
+            "train-images-idx3-ubyte": "ba891046e6505d7aadcbbe25680a0738ad16aec93bde7f9b65e87a2fc25776db",
+            "train-labels-idx1-ubyte": "65a50cbbf4e906d70832878ad85ccda5333a97f0f4c3dd2ef09a8a9eef7101c5",
+            "t10k-images-idx3-ubyte": "0fa7898d509279e482958e8ce81c8e77db3f2f8254e26661ceb7762c4d494ce7",
+            "t10k-labels-idx1-ubyte": "ff7bcfd416de33731a308c3f266cc351222c34898ecbeaf847f06e48f7ec33f2",
+        },
+        mirrors=(
+            "https://ossci-datasets.s3.amazonaws.com/mnist/",
+            "https://storage.googleapis.com/cvdf-datasets/mnist/",
+        ),
+    ),
+    Source(
+        name="fashion-mnist",
+        files={
+            "train-images-idx3-ubyte": "c59f468a2f672dc815687fe0f83887768d799fd8a3f3276145d20f83aa44d888",
+            "train-labels-idx1-ubyte": "bad3541b69d912435c50bb6ba87bec294ff4f6a2e1246121d8633921760443d9",
+            "t10k-images-idx3-ubyte": "5b4141f0afbad91edebe8549f8fcffe087ea10ca49f1dbef5c9a5cd8815ce37b",
+            "t10k-labels-idx1-ubyte": "0402a96d92fd2663957122ceb108a494c5af83dab82d92729df917d7dec38c34",
+        },
+        mirrors=(
+            "http://fashion-mnist.s3-website.eu-central-1.amazonaws.com/",
+            "https://github.com/zalandoresearch/fashion-mnist/raw/master/data/fashion/",
+        ),
+    ),
+    Source(
+        name="kmnist",
+        # No checksum of the unpacked training files is known to us. The packed files as published are held to
+        # the SHA-256 that torchvision-ruby records (ankane/torchvision-ruby,
+        # lib/torchvision/datasets/kmnist.rb); never checked by us against the files. An unpacked training
+        # file is checked by its counts only, in _idx_split.
+        files={
+            "train-images-idx3-ubyte": None,
+            "train-labels-idx1-ubyte": None,
+            "t10k-images-idx3-ubyte": "76fbd229ce87db80dd281af5e6670de4ad0e42fb30a7bd643972994c47c1f42e",
+            "t10k-labels-idx1-ubyte": "a11dc742be8e781a40a92f53d6a4957e7b7d36df2faa097659131ebfd8fd60c6",
+        },
+        packed={
+            "train-images-idx3-ubyte": "51467d22d8cc72929e2a028a0428f2086b092bb31cfb79c69cc0a90ce135fde4",
+            "train-labels-idx1-ubyte": "e38f9ebcd0f3ebcdec7fc8eabdcdaef93bb0df8ea12bee65224341c8183d8e17",
+        },
+        mirrors=("http://codh.rois.ac.jp/kmnist/dataset/kmnist/",),
+    ),
+    Source(name="cifar10", files=cifar.SHA256, mirrors=("https://www.cs.toronto.edu/~kriz/",)),
+)
+
+
+def available() -> tuple[str, ...]:
+    """The names that `load` knows, besides directories."""
+    return tuple(one.name for one in _DESCRIPTIONS)
+
+
+def describe(name: str, *, data_dir: str | os.PathLike[str] | None = None) -> Description:
+    """What is known of a registered data set, and which of its files are on this machine; reads none of them.
+
+    Raises:
+        InputError: an unknown name, or a `data_dir` that is not a directory.
+    """
+    _check_name(name)
+    description = next(one for one in _DESCRIPTIONS if one.name == name)
+    source = next((one for one in _SOURCES if one.name == name), None)
+    if source is None:
+        return description
+    places = fetch.places(source, data_dir)
+    if name == "cifar10":
+        folder = cifar.find_folder(places)
+        archives = [folder] if folder else fetch.locate(places, cifar.ARCHIVES)
+        return replace(description, where=tuple(archives[:1]), missing=() if archives else cifar.ARCHIVES[:1])
+    found = {file: fetch.locate(places, (f"{file}.gz", file)) for file in source.files}
+    return replace(
+        description,
+        where=tuple(paths[0] for paths in found.values() if paths),
+        missing=tuple(f"{file}.gz" for file, paths in found.items() if not paths),
+    )
+
+
+def load(
+    name: str | os.PathLike[str],
+    *,
+    data_dir: str | os.PathLike[str] | None = None,
+    image_size: int | None = None,
+    channels: int | None = None,
+    seed: int = 0,
+) -> Dataset:
+    """A data set by its registered name, or one's own images from a directory.
+
+    Args:
+        name: one of `available()`, or else the path of a directory with a sub-directory per class (`./mnist`
+            for one that is called as a registered set).
+        data_dir: directory to look for the files first, before CAPSNET_DATA and the cache.
+        image_size: height and width in pixels: strokes are drawn at it, one's own images resized by Lanczos,
+            others by antialiased bicubic interpolation; None keeps what the set has.
+        channels: 1 for grey (luma of ITU-R BT.601), 3 for colour (grey repeated); None keeps what the set
+            has.
+        seed: of the strokes, and of the split of a directory without train/ and test/; others come split.
+
+    Raises:
+        InputError: an unknown name, a wrong argument, or files that are missing or not what they must be.
+
+    Example:
+        >>> load("mnist").image_shape  # (1, 28, 28)
+    """
+    _check_shape(image_size, channels)
+    if name not in ("", *available()) and Path(name).expanduser().is_dir():
+        from capsnet.data.folder import folder
+
+        return folder(name, image_size=image_size, channels=channels, seed=seed)
+    _check_name(name)
+    if name == "strokes":
+        from capsnet.data.strokes import strokes
+
+        drawn = strokes(seed=seed) if image_size is None else strokes(image_size=image_size, seed=seed)
+        own = None if drawn.validation is None else _fit(drawn.validation, None, channels)
+        train, test = (_fit(split, None, channels) for split in (drawn.train, drawn.test))
+        return Dataset("strokes", drawn.classes, train, test, own)
+    train, test = (_fit(split, image_size, channels) for split in _read(str(name), _SPLITS, data_dir))
+    return Dataset(str(name), describe(str(name)).classes, train, test)
+
+
+def load_split(
+    name: str,
+    split: str,
+    *,
+    data_dir: str | os.PathLike[str] | None = None,
+    image_size: int | None = None,
+    channels: int | None = None,
+) -> Split:
+    """One split of a published data set; the files of the other need not be there.
+
+    Args:
+        name: one of `available()` but "strokes".
+        split: "train" or "test".
+        data_dir: as in `load`.
+        image_size: as in `load`.
+        channels: as in `load`.
+
+    Raises:
+        InputError: as `load`.
+    """
+    _check_shape(image_size, channels)
+    _check_name(name)
+    if split not in _SPLITS or name == "strokes":
+        raise InputError(f"split must be train or test of a published data set; got {split} of {name}")
+    (wanted,) = _read(name, (split,), data_dir)
+    return _fit(wanted, image_size, channels)
+
+
+def _read(name: str, splits: Sequence[str], data_dir: str | os.PathLike[str] | None) -> list[Split]:
+    source = next(one for one in _SOURCES if one.name == name)
+    if name == "cifar10":
+        folder = _cifar_folder(source, data_dir)
+        return [cifar.read(folder, split) for split in splits]
+    found = fetch.contents(source, [file for split in splits for file in _IDX_FILES[split]], data_dir)
+    return [_idx_split(name, split, found) for split in splits]
+
+
+def _idx_split(name: str, split: str, found: dict[str, tuple[Path, bytes]]) -> Split:
+    (images_path, images), (labels_path, labels) = (found[file] for file in _IDX_FILES[split])
+    read = Split(idx.parse_images(images, images_path), idx.parse_labels(labels, labels_path))
+    if name == "kmnist":  # the only one with files of unknown checksum; its classes are all of one size
+        description = describe(name)
+        shape = (getattr(description, split), *description.image_shape)
+        if read.images.shape != shape:
+            raise InputError(f"{images_path} must hold images of {shape}; got {tuple(read.images.shape)}")
+        counts, each = read.labels.bincount(), shape[0] // len(description.classes)
+        if counts.tolist() != [each] * len(description.classes):
+            raise InputError(f"{labels_path} must hold {each} labels of each class; got {counts.tolist()}")
+    return read
+
+
+def _cifar_folder(source: Source, data_dir: str | os.PathLike[str] | None) -> Path:
+    """Where CIFAR-10 is unpacked, after unpacking or downloading it if need be."""
+    places = fetch.places(source, data_dir)
+    into = fetch.cache_dir() / source.name
+    folder = cifar.find_folder(places)
+    if folder is not None:
+        return folder
+    archive = cifar.find_archive(places)
+    if archive is not None:
+        return cifar.unpack(archive, into)
+    name = cifar.ARCHIVES[0]
+    return fetch.download(source, name, lambda path: cifar.unpack(path, into), wanted=[name], looked=places)
+
+
+def _fit(split: Split, image_size: int | None, channels: int | None) -> Split:
+    """The split with images of another size or number of channels; a thousand at a time are float."""
+    count, has, height, width = split.images.shape
+    size = (height, width) if image_size is None else (image_size, image_size)
+    channels = has if channels is None else channels
+    if (channels, *size) == (has, height, width):
+        return split
+    luma = torch.tensor([0.299, 0.587, 0.114])  # ITU-R BT.601
+    images = torch.empty(count, channels, *size, dtype=torch.uint8)
+    for start in range(0, count, 1000):
+        values = split.images[start : start + 1000].float()
+        if channels < has:
+            values = torch.einsum("nchw,c->nhw", values, luma)[:, None]
+        if size != (height, width):
+            values = F.interpolate(values, size=size, mode="bicubic", antialias=True)
+        images[start : start + 1000] = values.round().clamp(0, 255)  # grey is repeated over the channels
+    return Split(images, split.labels, split.factors)
+
+
+def _check_shape(image_size: int | None, channels: int | None) -> None:
+    if image_size is not None and image_size < 1:
+        raise InputError(f"image_size must be at least 1 pixel; got {image_size}")
+    if channels not in (None, 1, 3):
+        raise InputError(f"channels must be 1 (grey) or 3 (colour); got {channels}")
+
+
+def _check_name(name: str | os.PathLike[str]) -> None:
+    if name not in available():
+        near = difflib.get_close_matches(Path(name).name.lower(), available(), 1)
+        meant = f" (did you mean {near[0]}?)" if near else ""
+        raise InputError(
+            f"data must be one of {', '.join(available())}, or the path of a directory of images; got {name}{meant}"
+        )

@@ -1,0 +1,183 @@
+"""CIFAR-10 in its binary version: the six batch files, and the archive they come in.
+
+The python version is a pickle, which can run code when it is opened, and is refused. A record is 1 byte of
+label and 3072 bytes of pixels: 1024 red, 1024 green, 1024 blue, each row by row. Source:
+https://www.cs.toronto.edu/~kriz/cifar.html; Krizhevsky, "Learning Multiple Layers of Features from Tiny
+Images", 2009.
+"""
+
+import hashlib
+import lzma
+import os
+import tarfile
+import tempfile
+import zlib
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from jaxtyping import Int64, UInt8
+from torch import Tensor
+
+from capsnet.data.dataset import Split
+from capsnet.errors import InputError
+
+__all__ = ["ARCHIVES", "FOLDER", "SHA256", "find_archive", "find_folder", "parse", "read", "unpack"]
+
+FOLDER = "cifar-10-batches-bin"
+ARCHIVES = ("cifar-10-binary.tar.gz", "cifar-10-binary.tar.xz")
+# Of the files in the official archive; their MD5s are those published in build scripts (the README of
+# shared/data).
+SHA256 = {
+    "data_batch_1.bin": "cee916563c9f80d84e3cc88e17fdc0941787f1244f00a67874d45b261883ada5",
+    "data_batch_2.bin": "a591ca11fa1708a91ee40f54b3da4784ccd871ecf2137de63f51ada8b3fa57ed",
+    "data_batch_3.bin": "bbe8596564c0f86427f876058170b84dac6670ddf06d79402899d93ceea26f67",
+    "data_batch_4.bin": "014e562d6e23c72197cc727519169a60359f5eccd8945ad5a09d710285ff4e48",
+    "data_batch_5.bin": "755304fc0b379caeae8c14f0dac912fbc7d6cd469eb67a1029a08a39453a9add",
+    "test_batch.bin": "8e2eb146ae340b09e24670f29cabc6326dba54da8789dab6768acf480273f65b",
+}
+_OTHER_MEMBERS = ("batches.meta.txt", "readme.html")
+_PYTHON_VERSION = ("cifar-10-batches-py", "cifar-10-python.tar.gz", "data_batch_1")
+_CLASSES = 10
+_RECORD_BYTES = 1 + 3 * 32 * 32
+_BATCH_BYTES = 10_000 * _RECORD_BYTES
+
+
+def find_folder(places: Sequence[Path]) -> Path | None:
+    """The first folder in or at `places` with batch files of the binary version, None if there is none."""
+    candidates = (folder for place in places for folder in (place / FOLDER, place))
+    return next((folder for folder in candidates if any((folder / name).is_file() for name in SHA256)), None)
+
+
+def find_archive(places: Sequence[Path]) -> Path | None:
+    """The first archive of the binary version in `places`, None if there is none.
+
+    Raises:
+        InputError: there is none, but a folder or an archive of the python version.
+    """
+    for wanted in (ARCHIVES, _PYTHON_VERSION):
+        path = next((place / name for place in places for name in wanted if (place / name).exists()), None)
+        if path is not None and wanted is _PYTHON_VERSION:
+            raise InputError(
+                f"CIFAR-10 must be the binary version, {ARCHIVES[0]} or {FOLDER}/; got the python version, {path}"
+            )
+        if path is not None:
+            return path
+    return None
+
+
+def read(folder: Path, split: str) -> Split:
+    """One split of CIFAR-10 from an unpacked `cifar-10-batches-bin` folder.
+
+    Args:
+        folder: with the batch files.
+        split: `"train"`, 50,000 images of 3 x 32 x 32, or `"test"`, 10,000.
+
+    Raises:
+        InputError: a file is missing, of a wrong size or checksum, or has a label above 9.
+    """
+    names = [name for name in SHA256 if (name == "test_batch.bin") == (split == "test")]
+    batches = []
+    for name in names:
+        path = folder / name
+        try:
+            content = path.read_bytes()
+        except OSError as error:
+            raise InputError(f"{path} must be a readable file; got: {error.strerror}") from error
+        batches.append(parse(content, path))
+        _check(content, name, path)
+    images, labels = zip(*batches, strict=True)
+    return Split(torch.cat(images), torch.cat(labels))
+
+
+def parse(
+    content: bytes, path: str | os.PathLike[str]
+) -> tuple[UInt8[Tensor, "images 3 32 32"], Int64[Tensor, " images"]]:
+    """Images (intensities 0..255) and labels (0..9) of one batch file; `path` only names it in errors.
+
+    Raises:
+        InputError: `content` is not a whole number of records, or has a label above 9.
+    """
+    if len(content) == 0 or len(content) % _RECORD_BYTES:
+        raise InputError(
+            f"{path} must be whole records of {_RECORD_BYTES} bytes (1 label, 3072 pixels); "
+            f"got {len(content)} bytes, {len(content) % _RECORD_BYTES} of them left over"
+        )
+    records = np.frombuffer(content, np.uint8).reshape(-1, _RECORD_BYTES)
+    highest = int(records[:, 0].max())
+    if highest >= _CLASSES:
+        raise InputError(f"{path} must have labels 0 to {_CLASSES - 1}; got {highest}")
+    images = torch.from_numpy(records[:, 1:].copy()).view(-1, 3, 32, 32)
+    return images, torch.from_numpy(records[:, 0].astype(np.int64))
+
+
+def unpack(archive: Path, into: Path) -> Path:
+    """Unpack the batch files of an archive, packed by gzip or xz, to `into / FOLDER`, whole or not at all.
+
+    Only files of the expected names are written, below a temporary folder that is renamed when all of them
+    have the right checksum.
+
+    Returns:
+        The folder; where another process was faster, the one it made.
+
+    Raises:
+        InputError: the archive is damaged, is the python version, lacks a file, holds one that does not
+            belong; or it cannot be read, or `into` not be written.
+    """
+    try:
+        into.mkdir(parents=True, exist_ok=True)
+        return _unpack(archive, into)
+    except OSError as error:
+        raise InputError(f"{archive} must be readable, and {into} writable to unpack it to; got: {error}") from error
+
+
+def _unpack(archive: Path, into: Path) -> Path:
+    target = into / FOLDER
+    with tempfile.TemporaryDirectory(prefix=".unpack-", dir=into) as temporary:
+        folder = Path(temporary) / FOLDER
+        folder.mkdir()
+        try:
+            with tarfile.open(archive, "r|*") as tar:
+                for member in tar:
+                    _unpack_member(archive, tar, member, folder)
+        except (tarfile.TarError, lzma.LZMAError, zlib.error, EOFError) as error:
+            raise InputError(
+                f"{archive} must be a whole tar archive packed by gzip or xz; got a damaged one ({error})"
+            ) from error
+        missing = [name for name in SHA256 if not (folder / name).exists()]
+        if missing:
+            raise InputError(f"{archive} must hold {', '.join(SHA256)}; got none of the name {missing[0]}")
+        try:
+            folder.rename(target)
+        except OSError:
+            if not target.is_dir():
+                raise
+    return target
+
+
+def _unpack_member(archive: Path, tar: tarfile.TarFile, member: tarfile.TarInfo, folder: Path) -> None:
+    name = member.name.removeprefix("./")
+    top, _, file = name.partition("/")
+    if top == _PYTHON_VERSION[0]:
+        raise InputError(f"{archive} must be the binary version of CIFAR-10; got the python version, with {name}")
+    if member.isdir() and name in (".", "", FOLDER):
+        return
+    if top != FOLDER or file not in (*SHA256, *_OTHER_MEMBERS) or not member.isreg():
+        raise InputError(f"{archive} must hold regular files of CIFAR-10 in {FOLDER}/ only; got {member.name}")
+    if file not in SHA256:
+        return
+    path = f"{archive}: {name}"
+    if member.size > _BATCH_BYTES:
+        raise InputError(f"{path} must have {_BATCH_BYTES} bytes; got {member.size}")
+    data = tar.extractfile(member)
+    assert data is not None  # a regular file
+    content = data.read()
+    _check(content, file, path)
+    (folder / file).write_bytes(content)
+
+
+def _check(content: bytes, name: str, path: str | os.PathLike[str]) -> None:
+    actual = hashlib.sha256(content).hexdigest()
+    if actual != SHA256[name]:
+        raise InputError(f"{path} must have the SHA-256 {SHA256[name]}; got {actual}")

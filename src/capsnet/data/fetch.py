@@ -1,0 +1,244 @@
+"""Finding the files of a published data set on this machine, and downloading those that are not here.
+
+Looked in, in this order: the `data_dir` argument, the directory named by the environment variable
+CAPSNET_DATA, and the cache (CAPSNET_CACHE, or the system's cache directory for capsnet); in each of them the
+set's own folder, then the directory itself. CAPSNET_OFFLINE=1 forbids downloads. What is downloaded enters
+the cache only when its checksum is right.
+"""
+
+import hashlib
+import logging
+import os
+import tempfile
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import TracebackType
+from typing import TypeVar
+
+from capsnet.data.idx import unpacked
+from capsnet.errors import InputError
+
+__all__ = ["Source", "cache_dir", "contents", "download", "locate", "places"]
+
+T = TypeVar("T")
+
+_ATTEMPTS = 2
+_WAIT_S = 1.0
+_TIMEOUT_S = 20.0
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where a data set comes from, and what its files must be.
+
+    Attributes:
+        name: of the data set; also of its folder, which may be called `<name>-test` where it has the test
+            split only.
+        files: name of each file, unpacked, to the SHA-256 of its unpacked content; None where that is not
+            known.
+        mirrors: addresses that end in a slash, tried in turn.
+        packed: SHA-256 of the published `.gz`, for a file whose unpacked checksum is not known.
+    """
+
+    name: str
+    files: Mapping[str, str | None]
+    mirrors: tuple[str, ...]
+    packed: Mapping[str, str] = field(default_factory=dict)
+
+
+def cache_dir() -> Path:
+    """The directory downloads are kept in: CAPSNET_CACHE, or the system's cache directory for capsnet."""
+    chosen = os.environ.get("CAPSNET_CACHE")
+    if chosen:
+        return Path(chosen).expanduser()
+    import pooch
+
+    return Path(pooch.os_cache("capsnet"))
+
+
+def places(source: Source, data_dir: str | os.PathLike[str] | None) -> list[Path]:
+    """Every directory to look in for the files of a set, in order, whether it exists or not.
+
+    Raises:
+        InputError: `data_dir` is given and is not a directory.
+    """
+    if data_dir is not None and not Path(data_dir).expanduser().is_dir():
+        raise InputError(f"data_dir must be an existing directory; got {data_dir}")
+    given = [data_dir, os.environ.get("CAPSNET_DATA") or None]
+    roots = [Path(root).expanduser() for root in given if root is not None]
+    return [
+        folder for root in [*roots, cache_dir()] for folder in (root / source.name, root / f"{source.name}-test", root)
+    ]
+
+
+def locate(folders: Iterable[Path], names: Iterable[str]) -> list[Path]:
+    """Every existing file of one of the `names` in one of the `folders`, in the order of the folders."""
+    wanted = list(names)
+    return [folder / name for folder in folders for name in wanted if (folder / name).is_file()]
+
+
+def contents(
+    source: Source, files: Sequence[str], data_dir: str | os.PathLike[str] | None
+) -> dict[str, tuple[Path, bytes]]:
+    """The path and the verified, unpacked content of each of the `files`, downloaded where need be.
+
+    Raises:
+        InputError: a file here has a wrong checksum and no sound copy is here, or a file is neither here nor
+            to be had from any mirror.
+    """
+    looked = places(source, data_dir)
+    found: dict[str, tuple[Path, bytes]] = {}
+    for file in files:
+        fault: InputError | None = None
+        for path in locate(looked, (f"{file}.gz", file)):
+            try:
+                found[file] = path, _verified(source, file, path)
+                break
+            except InputError as error:
+                # The files of another set may lie here under the same names: a sound copy may still follow.
+                fault = fault or error
+        if file not in found and fault is not None:
+            raise fault
+    missing = [file for file in files if file not in found]
+    for file in missing:
+
+        def keep(path: Path, file: str = file) -> tuple[Path, bytes]:
+            content = _verified(source, file, path)
+            kept = cache_dir() / source.name / path.name
+            path.replace(kept)
+            return kept, content
+
+        found[file] = download(source, f"{file}.gz", keep, wanted=[f"{m}.gz" for m in missing], looked=looked)
+    return found
+
+
+def download(
+    source: Source, name: str, accept: Callable[[Path], T], *, wanted: Sequence[str], looked: Sequence[Path]
+) -> T:
+    """Download a file from the first mirror whose copy is accepted.
+
+    Args:
+        source: the data set with its mirrors.
+        name: of the file at the mirrors.
+        accept: is given the downloaded file, in a temporary folder inside the cache; verifies it, moves it to
+            where it shall stay, and returns what this function returns. Its InputError means: a bad copy, try
+            the next.
+        wanted: all files that are missing, for the message.
+        looked: the directories that were searched, for the message.
+
+    Raises:
+        InputError: downloads are switched off, no mirror has a sound copy, or the cache cannot be written.
+    """
+    if os.environ.get("CAPSNET_OFFLINE", "0") not in ("", "0"):
+        raise _unavailable(source, wanted, looked, ["downloads are off (CAPSNET_OFFLINE)"])
+    folder = cache_dir() / source.name
+    failures = []
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        temporary = tempfile.TemporaryDirectory(prefix=".download-", dir=folder)
+    except OSError as error:
+        raise InputError(
+            f"cache directory {folder} must be writable, or another named with CAPSNET_CACHE; got: {error.strerror}"
+        ) from error
+    with temporary as directory:
+        for mirror in source.mirrors:
+            try:
+                return accept(_retrieve(mirror + name, Path(directory) / name))
+            except (OSError, InputError) as error:
+                failures.append(f"{mirror}: {_reason(error)}")
+    raise _unavailable(source, wanted, looked, failures)
+
+
+def _retrieve(url: str, path: Path) -> Path:
+    """Download `url` to `path`, over what is there; a failure that may pass is tried again."""
+    import pooch
+
+    pooch.get_logger().setLevel(logging.WARNING)  # its log says what the bar and our errors say
+    for attempt in range(1, _ATTEMPTS + 1):
+        path.unlink(missing_ok=True)
+        try:
+            with _Bar(path.name) as bar:
+                downloader = pooch.HTTPDownloader(progressbar=bar, timeout=_TIMEOUT_S)
+                pooch.retrieve(url, None, fname=path.name, path=path.parent, downloader=downloader)
+            return path
+        except OSError as error:
+            if attempt == _ATTEMPTS or _status(error) in range(400, 500):
+                raise
+            time.sleep(_WAIT_S)
+    raise AssertionError("the last attempt returns or raises")
+
+
+def _verified(source: Source, file: str, path: Path) -> bytes:
+    """The unpacked content of `path`, which must be the `file` of the data set."""
+    content = unpacked(path)
+    expected, actual = source.files[file], hashlib.sha256(content).hexdigest()
+    of = f"unpacked, as {file} of {source.name}"
+    if expected is None and path.suffix == ".gz":
+        expected, actual = source.packed[file], hashlib.sha256(path.read_bytes()).hexdigest()
+        of = f"as the published {file}.gz of {source.name}"
+    if expected is not None and actual != expected:
+        raise InputError(f"{path} must have the SHA-256 {expected} {of}; got {actual}: delete or move it")
+    return content
+
+
+def _unavailable(source: Source, wanted: Sequence[str], looked: Sequence[Path], failures: Sequence[str]) -> InputError:
+    return InputError(
+        f"data set {source.name} must be on this machine or downloadable; missing: {', '.join(wanted)}; "
+        f"looked in: {', '.join(map(str, looked))}; {'; '.join(failures)}; put the files into a directory "
+        "and name it with --data-dir or CAPSNET_DATA, or use --data strokes, which needs no download"
+    )
+
+
+def _status(error: Exception) -> int | None:
+    """The HTTP status, where a server answered with an error."""
+    return getattr(getattr(error, "response", None), "status_code", None)
+
+
+def _reason(error: Exception) -> str:
+    status = _status(error)
+    if status is not None:
+        return f"HTTP status {status}"
+    if isinstance(error, InputError):
+        return str(error)
+    return getattr(error, "strerror", None) or type(error).__name__
+
+
+class _Bar:
+    """A progress bar on stderr with the interface pooch asks for; silent where stderr is no terminal."""
+
+    def __init__(self, label: str) -> None:
+        from rich.console import Console
+        from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
+
+        console = Console(stderr=True)
+        self._progress = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(),
+            DownloadColumn(),
+            TransferSpeedColumn(),
+            console=console,
+            transient=True,
+            disable=not console.is_terminal,
+        )
+        self._task = self._progress.add_task(label, total=None)
+        self.total = 0  # bytes, set by pooch; 0 where the server does not say
+
+    def __enter__(self) -> "_Bar":
+        self._progress.start()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
+        self._progress.stop()
+
+    def update(self, count: int) -> None:
+        """Add `count` bytes."""
+        self._progress.update(self._task, advance=count, total=self.total or None)
+
+    def reset(self) -> None:
+        """Start again at 0 bytes: pooch does so before the last update, which brings the whole size."""
+        self._progress.reset(self._task)
+
+    def close(self) -> None:
+        """Nothing to do: the bar ends with its context, on success and on failure."""

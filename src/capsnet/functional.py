@@ -1,0 +1,129 @@
+"""The paper's functions: squash (eq. 1), lengths, masking, margin loss (eq. 4), reconstruction loss (Section 4.1).
+
+Sabour, Frosst, Hinton, "Dynamic Routing Between Capsules", NIPS 2017, https://arxiv.org/abs/1710.09829. Pure functions
+of tensors: no parameters, no device, no randomness; leading axes are free. Routing lives in `routing.py`.
+"""
+
+from contextlib import AbstractContextManager, nullcontext
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from capsnet.errors import InputError
+
+__all__ = ["full_precision", "lengths", "margin_loss", "mask", "reconstruction_loss", "squash"]
+
+
+def full_precision(device: torch.device) -> AbstractContextManager[object]:
+    """A context in which autocast leaves the types alone, for what must be computed in float32."""
+    if torch.amp.is_autocast_available(device.type):
+        return torch.autocast(device.type, enabled=False)
+    return nullcontext()
+
+
+def squash(s: Float[Tensor, "*batch dim"]) -> Float[Tensor, "*batch dim"]:
+    """Shrink vectors to a length below 1 and keep their direction: `v = (|s|^2 / (1 + |s|^2)) * s / |s|` (eq. 1).
+
+    Written as `s * n / (1 + n^2)` with `n = |s|`, the same function without the division by the length: no epsilon,
+    and a finite gradient at zero. Half precision is computed in float32 and cast back, as `n^2` overflows float16.
+
+    Args:
+        s: total inputs of capsules.
+
+    Returns:
+        Vectors of length in [0, 1); in float32 lengths above about 3,000 round to 1.
+
+    Example:
+        >>> squash(torch.tensor([3.0, 4.0]))  # length 5 becomes 25 / 26
+        tensor([0.5769, 0.7692])
+    """
+    x = s.float() if s.dtype in (torch.float16, torch.bfloat16) else s
+    n = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
+    return (x * (n / (1 + n * n))).to(s.dtype)
+
+
+def lengths(pose: Float[Tensor, "*batch capsules dim"]) -> Float[Tensor, "*batch capsules"]:
+    """Length of each capsule's vector: the probability that its entity is present (Section 2).
+
+    Args:
+        pose: output vectors of capsules.
+
+    Returns:
+        Lengths, in [0, 1) where `pose` is squashed; the gradient at a zero vector is zero.
+    """
+    return torch.linalg.vector_norm(pose, dim=-1)
+
+
+def mask(
+    pose: Float[Tensor, "*batch capsules dim"], index: Int[Tensor, "*batch"]
+) -> Float[Tensor, "*batch capsules dim"]:
+    """Keep the vector of one capsule and set all others to zero, as the decoder's input (Section 4.1).
+
+    Args:
+        pose: output vectors of the class capsules.
+        index: the capsule to keep, in `[0, capsules)`: the true class, or the longest capsule.
+
+    Returns:
+        `pose` with one non-zero row an example.
+    """
+    kept = torch.arange(pose.shape[-2], device=pose.device) == index[..., None]
+    return pose * kept[..., None]
+
+
+def margin_loss(
+    lengths: Float[Tensor, "*batch classes"],
+    presence: Float[Tensor, "*batch classes"],
+    *,
+    m_pos: float = 0.9,
+    m_neg: float = 0.1,
+    down_weight: float = 0.5,
+) -> Float[Tensor, "*batch"]:
+    """Separate margin loss of every class, summed over the classes (eq. 4).
+
+    `L_k = T_k max(0, m+ - |v_k|)^2 + lambda (1 - T_k) max(0, |v_k| - m-)^2`.
+
+    Args:
+        lengths: `|v_k|`, in [0, 1).
+        presence: `T_k`, 1 where the class is in the image and 0 elsewhere; several may be present.
+        m_pos: m+, the length above which a present class costs nothing (eq. 4: 0.9).
+        m_neg: m-, the length below which an absent class costs nothing (eq. 4: 0.1).
+        down_weight: lambda, the weight of absent classes, "which stops the initial learning from shrinking the
+            lengths of the activity vectors of all the digit capsules" (Section 3: 0.5).
+
+    Returns:
+        The loss of each example, at least 0.
+
+    Example:
+        >>> margin_loss(torch.tensor([0.5, 0.3]), torch.tensor([1.0, 0.0]))  # 0.4^2 + 0.5 * 0.2^2
+        tensor(0.1800)
+    """
+    present = presence * (m_pos - lengths).clamp(min=0).square()
+    absent = down_weight * (1 - presence) * (lengths - m_neg).clamp(min=0).square()
+    return (present + absent).sum(-1)
+
+
+def reconstruction_loss(
+    reconstruction: Float[Tensor, "*batch channels height width"],
+    images: Float[Tensor, "*batch channels height width"],
+) -> Float[Tensor, "*batch"]:
+    """Sum of squared differences over the pixels of each image, not their mean (Section 4.1).
+
+    The paper scales it "down by 0.0005 so that it does not dominate the margin loss"; the weight is the caller's, as
+    is the mean over the batch. A weight of 0.0005 on this sum is 0.392 on the mean over 784 pixels.
+
+    Args:
+        reconstruction: the decoder's output, in [0, 1].
+        images: what it should show, in [0, 1].
+
+    Returns:
+        The loss of each image, in [0, channels * height * width].
+
+    Raises:
+        InputError: the two shapes differ.
+    """
+    if reconstruction.shape != images.shape:
+        raise InputError(
+            f"reconstruction must have the images' shape {tuple(images.shape)}; got {tuple(reconstruction.shape)}"
+        )
+    return (reconstruction - images).square().flatten(-3).sum(-1)

@@ -1,0 +1,258 @@
+"""Layers: modules that hold parameters and call the functions. They repeat no arithmetic of `functional` or `routing`."""
+
+import math
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from capsnet import functional as F
+from capsnet.errors import InputError
+from capsnet.kernels import cpu
+from capsnet.routing import RoutingResult, check_iterations, dynamic_routing
+
+__all__ = ["KERNELS", "ClassCapsules", "Decoder", "PrimaryCapsules", "convolution", "resolve_kernel", "votes"]
+
+KERNELS = ("auto", "plain", "sliced")
+
+
+def votes(
+    u: Float[Tensor, "*batch in in_dim"], weight: Float[Tensor, "in in_dim out dim"]
+) -> Float[Tensor, "*batch in out dim"]:
+    """Prediction vectors `u_hat_{j|i} = W_ij u_i` (eq. 2).
+
+    Args:
+        u: poses of the input capsules.
+        weight: `W_ij`; with these axes the votes are one matrix product for each input capsule.
+
+    Returns:
+        The vote of every input capsule for every output capsule.
+    """
+    return torch.einsum("...ip,ipjd->...ijd", u, weight)
+
+
+def resolve_kernel(kernel: str, device: torch.device) -> str:
+    """The routing kernel that `kernel` means on `device`: `auto` is `sliced` on a CPU and `plain` elsewhere.
+
+    Raises:
+        InputError: an unknown kernel, or `sliced` on another device.
+    """
+    if kernel not in KERNELS:
+        raise InputError(f"kernel must be one of {', '.join(KERNELS)}; got {kernel!r}")
+    if kernel == "auto":
+        return "sliced" if device.type == "cpu" else "plain"
+    if kernel == "sliced" and device.type not in ("cpu", "meta"):
+        raise InputError(f"kernel sliced must run on a CPU; got a tensor on {device}")
+    return kernel
+
+
+def convolution(
+    in_channels: int,
+    out_channels: int,
+    kernel: int,
+    stride: int,
+    *,
+    in_size: tuple[int, int],
+    padding: str,
+    name: str,
+    bias: bool = True,
+) -> tuple[nn.Module, tuple[int, int]]:
+    """A square convolution for images of `in_size`, and the size of what it returns.
+
+    Args:
+        in_channels: channels of the input.
+        out_channels: channels of the output.
+        kernel: side of the kernel in pixels.
+        stride: step in pixels.
+        in_size: height and width of the input in pixels.
+        padding: `valid` for none; `same` for `ceil(in_size / stride)`, with zeros as evenly as can be, the odd one at
+            the right and bottom (TensorFlow's rule, which the papers' code relies on).
+        name: the layer's name in errors.
+        bias: add a bias to each output channel.
+
+    Raises:
+        InputError: the input is smaller than the kernel, or an unknown padding.
+    """
+    if padding not in ("valid", "same"):
+        raise InputError(f"padding must be valid or same; got {padding!r}")
+    convolve = nn.Conv2d(in_channels, out_channels, kernel, stride, bias=bias)
+    if padding == "same":
+        height, width = (math.ceil(size / stride) for size in in_size)
+        pads = [
+            max((out - 1) * stride + kernel - size, 0) for out, size in zip((width, height), in_size[::-1], strict=True)
+        ]
+        left, top = (pad // 2 for pad in pads)
+        pad = nn.ZeroPad2d((left, pads[0] - left, top, pads[1] - top))
+        return nn.Sequential(pad, convolve), (height, width)
+    if min(in_size) < kernel:
+        raise InputError(
+            f"{name}: its {kernel}x{kernel} kernel needs an input of at least {kernel}x{kernel}; "
+            f"got {in_size[0]}x{in_size[1]} (use larger images, a smaller kernel, or padding same)"
+        )
+    height, width = ((size - kernel) // stride + 1 for size in in_size)
+    return convolve, (height, width)
+
+
+class PrimaryCapsules(nn.Module):
+    """The first capsules: a convolution whose channels are grouped into vectors and squashed (Section 4).
+
+    Capsule `i = (y * width + x) * types + type` sees the convolution's channels `type * dim ... type * dim + dim - 1`
+    at position (y, x). The squash is of `scale * convolution + bias`.
+
+    Args:
+        in_channels: channels of the input.
+        types: kinds of capsules, each a `dim`-channel convolution (paper: 32).
+        dim: length of a capsule's vector (paper: 8).
+        kernel: side of the convolution's kernel (paper: 9).
+        stride: its step (paper: 2).
+        in_size: height and width of the input.
+        padding: `valid` (paper) or `same`.
+        scale: factor on the convolution before the bias. 1 in the paper; 1 / `types` in the first author's code, where
+            these capsules too are made by one routing iteration with uniform couplings.
+
+    Parameters:
+        conv weight `[types * dim, in_channels, kernel, kernel]`, as torch.nn.Conv2d starts it; bias `[types * dim]`, the
+        same, uniform in +-1 / sqrt(fan in).
+
+    Raises:
+        InputError: the input is smaller than the kernel.
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        *,
+        types: int = 32,
+        dim: int = 8,
+        kernel: int = 9,
+        stride: int = 2,
+        in_size: tuple[int, int],
+        padding: str = "valid",
+        scale: float = 1.0,
+    ) -> None:
+        super().__init__()
+        self.types, self.dim, self.scale = types, dim, scale
+        self.conv, self.out_size = convolution(
+            in_channels,
+            types * dim,
+            kernel,
+            stride,
+            in_size=in_size,
+            padding=padding,
+            name="primary capsules",
+            bias=False,
+        )
+        bound = 1 / math.sqrt(in_channels * kernel * kernel)
+        self.bias = nn.Parameter(torch.empty(types * dim).uniform_(-bound, bound))
+
+    @property
+    def capsules(self) -> int:
+        """Number of capsules: types times grid positions."""
+        return self.types * self.out_size[0] * self.out_size[1]
+
+    def forward(self, x: Float[Tensor, "batch channels height width"]) -> Float[Tensor, "batch in dim"]:
+        """Poses of the primary capsules, each of length in [0, 1), in float32."""
+        grid = self.conv(x).permute(0, 2, 3, 1)  # [batch, rows, columns, types * dim]
+        s = grid.float() if grid.dtype in (torch.float16, torch.bfloat16) else grid
+        s = s * self.scale + self.bias if self.scale != 1 else s + self.bias
+        return F.squash(s.reshape(len(x), self.capsules, self.dim))
+
+
+class ClassCapsules(nn.Module):
+    """One capsule a class, routed by agreement from the capsules below; "DigitCaps" in the paper (Section 4).
+
+    Args:
+        in_capsules: number of capsules below.
+        in_dim: length of their vectors.
+        out_capsules: number of classes.
+        out_dim: length of the class capsules' vectors (paper: 16).
+        iterations: routing iterations r (paper: 3).
+        bias: add a learned bias to the weighted sum of votes. Not in the paper's equations; in the first author's
+            code, where it starts at 0.1.
+        leaky: a "none of the above" slot in the softmax, see `routing.dynamic_routing`.
+        detach_routing: no gradient through the couplings, see there.
+        kernel: `plain` (votes of the whole batch in memory), `sliced` (a few images at a time, CPU) or `auto`.
+
+    Parameters:
+        weight `W [in_capsules, in_dim, out_capsules, out_dim]`, normal with standard deviation 0.1 (first author's code;
+        the paper gives none); bias `[out_capsules, out_dim]`, 0.1, if asked for.
+
+    Raises:
+        InputError: fewer than 1 iteration, an unknown kernel.
+    """
+
+    def __init__(
+        self,
+        in_capsules: int,
+        in_dim: int,
+        out_capsules: int,
+        out_dim: int = 16,
+        *,
+        iterations: int = 3,
+        bias: bool = False,
+        leaky: bool = False,
+        detach_routing: bool = False,
+        kernel: str = "auto",
+    ) -> None:
+        super().__init__()
+        check_iterations(iterations)
+        resolve_kernel(kernel, torch.device("cpu"))
+        self.iterations, self.leaky, self.detach_routing, self.kernel = (
+            iterations,
+            leaky,
+            detach_routing,
+            kernel,
+        )
+        self.weight = nn.Parameter(torch.empty(in_capsules, in_dim, out_capsules, out_dim).normal_(std=0.1))
+        self.bias = nn.Parameter(torch.full((out_capsules, out_dim), 0.1)) if bias else None
+
+    def forward(self, u: Float[Tensor, "*batch in in_dim"]) -> RoutingResult:
+        """Route the poses `u`; computed in float32 or better whatever the precision around it."""
+        with F.full_precision(u.device):
+            u = u.float() if u.dtype in (torch.float16, torch.bfloat16) else u
+            options = {
+                "iterations": self.iterations,
+                "bias": self.bias,
+                "leaky": self.leaky,
+                "detach_routing": self.detach_routing,
+            }
+            if resolve_kernel(self.kernel, u.device) == "sliced":
+                return cpu.votes_and_routing(u, self.weight, **options)
+            return dynamic_routing(votes(u, self.weight), **options)
+
+    def extra_repr(self) -> str:
+        """Sizes and routing options, for `print(model)`."""
+        ins, in_dim, outs, out_dim = self.weight.shape
+        return f"{ins} x {in_dim}-D -> {outs} x {out_dim}-D, iterations={self.iterations}, kernel={self.kernel}"
+
+
+class Decoder(nn.Module):
+    """Image from the vectors of the class capsules, all but one masked (Figure 2): ReLU layers, then a sigmoid.
+
+    Args:
+        classes: number of class capsules.
+        dim: length of their vectors.
+        image_shape: channels, height, width of the image to draw.
+        sizes: widths of the hidden layers (paper: 512 and 1024).
+
+    Parameters:
+        fully connected weights and biases as torch.nn.Linear starts them.
+    """
+
+    def __init__(
+        self, classes: int, dim: int, image_shape: tuple[int, int, int], sizes: tuple[int, ...] = (512, 1024)
+    ) -> None:
+        super().__init__()
+        self.image_shape = image_shape
+        widths = [classes * dim, *sizes]
+        layers: list[nn.Module] = []
+        for fan_in, fan_out in zip(widths[:-1], widths[1:], strict=True):
+            layers += [nn.Linear(fan_in, fan_out), nn.ReLU()]
+        self.layers = nn.Sequential(*layers, nn.Linear(widths[-1], math.prod(image_shape)), nn.Sigmoid())
+
+    def forward(
+        self, pose: Float[Tensor, "batch classes dim"], index: Int[Tensor, "batch"]
+    ) -> Float[Tensor, "batch channels height width"]:
+        """Draw what capsule `index` (`[batch]`) of each example describes, intensities in [0, 1], in float32."""
+        image: Tensor = self.layers(F.mask(pose, index).flatten(1))
+        return (image.float() if image.dtype != torch.float64 else image).unflatten(1, self.image_shape)

@@ -1,0 +1,334 @@
+"""Networks of the papers, composed from layers: one small builder each, and the registry that finds them by name."""
+
+import difflib
+import fnmatch
+import inspect
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from capsnet.errors import InputError
+from capsnet.layers import ClassCapsules, Decoder, PrimaryCapsules, convolution
+
+__all__ = [
+    "CapsNet",
+    "ConvNet",
+    "Network",
+    "Output",
+    "available",
+    "baseline",
+    "builder_options",
+    "capsnet",
+    "create",
+]
+
+
+class Output(NamedTuple):
+    """What a network says of a batch.
+
+    Attributes:
+        scores: `[batch, classes]`; the largest is the prediction. Lengths in [0, 1) for a capsule network, logits for
+            a convolutional one.
+        reconstruction: `[batch, channels, height, width]` in [0, 1], or None without a decoder.
+        pose: class capsules' vectors `[batch, classes, dim]`, or None without capsules.
+        couplings: of the last routing iteration `[batch, in, classes]`, or None without capsules.
+    """
+
+    scores: Tensor
+    reconstruction: Tensor | None = None
+    pose: Tensor | None = None
+    couplings: Tensor | None = None
+
+
+class Network(nn.Module):
+    """What all networks share: images in, an Output out, and a record of how they were built.
+
+    Attributes:
+        config: name, image shape, classes and options; `create(**config)` builds the same network again.
+        classes: names of the classes, in the order of the scores.
+    """
+
+    config: dict[str, Any]
+    classes: tuple[str, ...]
+    image_shape: tuple[int, int, int]
+
+    def forward(self, images: Tensor, labels: Tensor | None = None) -> Output:
+        """See the networks."""
+        raise NotImplementedError
+
+    def check_images(self, images: Tensor) -> None:
+        """Raise InputError unless `images` are `[batch, *image_shape]`."""
+        if images.ndim != 4 or tuple(images.shape[1:]) != self.image_shape:
+            raise InputError(
+                f"images must be [batch, channels, height, width] = [batch, {', '.join(map(str, self.image_shape))}]; "
+                f"got {list(images.shape)}"
+            )
+
+    def parameter_count(self) -> int:
+        """Number of trained parameters."""
+        return sum(parameter.numel() for parameter in self.parameters())
+
+
+class CapsNet(Network):
+    """Convolution and ReLU, primary capsules, class capsules, and a decoder if there is one (Figures 1 and 2)."""
+
+    def __init__(
+        self,
+        conv: nn.Module,
+        primary: PrimaryCapsules,
+        class_capsules: ClassCapsules,
+        decoder: Decoder | None,
+        image_shape: tuple[int, int, int],
+    ) -> None:
+        super().__init__()
+        self.image_shape = image_shape
+        self.conv, self.primary, self.class_capsules, self.decoder = conv, primary, class_capsules, decoder
+
+    def forward(
+        self, images: Float[Tensor, "batch channels height width"], labels: Int[Tensor, "batch"] | None = None
+    ) -> Output:
+        """Recognise `images` and draw them again.
+
+        Args:
+            images: intensities in [0, 1].
+            labels: the capsules to reconstruct from, as in training; None takes the longest one.
+
+        Raises:
+            InputError: images of another shape than the network was built for.
+        """
+        self.check_images(images)
+        u = self.primary(torch.relu(self.conv(images)))
+        routed = self.class_capsules(u)
+        if self.decoder is None:
+            return Output(routed.activation, None, routed.pose, routed.couplings)
+        index = routed.activation.argmax(-1) if labels is None else labels
+        return Output(routed.activation, self.decoder(routed.pose, index), routed.pose, routed.couplings)
+
+
+class ConvNet(Network):
+    """A plain stack of layers whose output is a logit a class."""
+
+    def __init__(self, layers: nn.Sequential, image_shape: tuple[int, int, int]) -> None:
+        super().__init__()
+        self.layers, self.image_shape = layers, image_shape
+
+    def forward(
+        self, images: Float[Tensor, "batch channels height width"], labels: Int[Tensor, "batch"] | None = None
+    ) -> Output:
+        """Logits of `images` (intensities in [0, 1]); `labels` are not needed.
+
+        Raises:
+            InputError: images of another shape than the network was built for.
+        """
+        self.check_images(images)
+        logits: Tensor = self.layers(images)
+        return Output(logits.float() if logits.dtype != torch.float64 else logits)
+
+
+def capsnet(
+    image_shape: tuple[int, int, int] = (1, 28, 28),
+    num_classes: int = 10,
+    *,
+    conv_channels: int = 256,
+    conv_kernel: int = 9,
+    conv_stride: int = 1,
+    capsule_types: int = 32,
+    primary_dim: int = 8,
+    primary_kernel: int = 9,
+    primary_stride: int = 2,
+    primary_scale: float = 1.0,
+    padding: str = "valid",
+    class_dim: int = 16,
+    routing_iterations: int = 3,
+    routing_bias: bool = False,
+    leaky: bool = False,
+    detach_routing: bool = False,
+    kernel: str = "auto",
+    reconstruction: bool = True,
+    decoder_sizes: tuple[int, ...] = (512, 1024),
+    conv_init_std: float = 0.0,
+) -> CapsNet:
+    """CapsNet of Sabour, Frosst, Hinton 2017 (Section 4; https://arxiv.org/abs/1710.09829).
+
+    6,804,224 parameters for MNIST, 8,215,568 with the decoder. Options are those of the layers, and:
+
+    Args:
+        image_shape: channels, height and width.
+        num_classes: number of class capsules.
+        conv_channels: of the first convolution.
+        conv_kernel: side of its kernel.
+        conv_stride: its step.
+        capsule_types: kinds of primary capsules.
+        primary_dim: length of a primary capsule's vector.
+        primary_kernel: side of the primary capsules' kernel.
+        primary_stride: their step.
+        primary_scale: factor on their convolution; 0 means 1 / `capsule_types`.
+        padding: of both convolutions, `valid` or `same`.
+        class_dim: length of a class capsule's vector.
+        routing_iterations: r.
+        routing_bias: biases inside routing.
+        leaky: a "none of the above" slot.
+        detach_routing: no gradient through the couplings.
+        kernel: how votes and routing are computed.
+        reconstruction: with the decoder.
+        decoder_sizes: widths of its hidden layers.
+        conv_init_std: 0 starts the convolutions as PyTorch does; otherwise weights start truncated normal with this
+            standard deviation and biases at 0.1 (the first author's code, with 0.1).
+
+    Raises:
+        InputError: an image too small for the kernels, a size below 1, or an option out of its range.
+    """
+    sizes = {
+        "channels": image_shape[0],
+        "num_classes": num_classes,
+        "conv_channels": conv_channels,
+        "conv_kernel": conv_kernel,
+        "conv_stride": conv_stride,
+        "capsule_types": capsule_types,
+        "primary_dim": primary_dim,
+        "primary_kernel": primary_kernel,
+        "primary_stride": primary_stride,
+        "class_dim": class_dim,
+        "decoder_sizes": min(decoder_sizes, default=1),
+    }
+    for name, size in sizes.items():
+        if size < 1:
+            raise InputError(f"{name} must be at least 1; got {size}")
+    conv, size = convolution(
+        image_shape[0],
+        conv_channels,
+        conv_kernel,
+        conv_stride,
+        in_size=image_shape[1:],
+        padding=padding,
+        name="first convolution",
+    )
+    primary = PrimaryCapsules(
+        conv_channels,
+        types=capsule_types,
+        dim=primary_dim,
+        kernel=primary_kernel,
+        stride=primary_stride,
+        in_size=size,
+        padding=padding,
+        scale=primary_scale or 1 / capsule_types,
+    )
+    class_capsules = ClassCapsules(
+        primary.capsules,
+        primary_dim,
+        num_classes,
+        class_dim,
+        iterations=routing_iterations,
+        bias=routing_bias,
+        leaky=leaky,
+        detach_routing=detach_routing,
+        kernel=kernel,
+    )
+    decoder = Decoder(num_classes, class_dim, image_shape, decoder_sizes) if reconstruction else None
+    network = CapsNet(conv, primary, class_capsules, decoder, image_shape)
+    if conv_init_std:
+        _truncated_normal([conv, primary], conv_init_std)
+    return network
+
+
+def baseline(
+    image_shape: tuple[int, int, int] = (1, 28, 28), num_classes: int = 10, *, dropout: float = 0.5
+) -> ConvNet:
+    """The paper's convolutional baseline (Section 5): three 5x5 convolutions and two fully connected layers.
+
+    256, 256 and 128 channels with stride 1, then 328 and 192 units, then dropout and one logit a class. The paper says
+    neither padding nor dropout rate; its 35.4 M parameters on MNIST are those of padding `same` (35,445,522), and 0.5 is
+    the customary rate. There is no pooling, so the first fully connected layer grows with the image's area.
+
+    Raises:
+        InputError: a dropout rate outside [0, 1).
+    """
+    if not 0 <= dropout < 1:
+        raise InputError(f"dropout must be in [0, 1); got {dropout}")
+    channels, height, width = image_shape
+    layers: list[nn.Module] = []
+    for fan_in, fan_out in ((channels, 256), (256, 256), (256, 128)):
+        layers += [nn.Conv2d(fan_in, fan_out, 5, padding="same"), nn.ReLU()]
+    layers += [nn.Flatten(), nn.Linear(128 * height * width, 328), nn.ReLU(), nn.Linear(328, 192), nn.ReLU()]
+    return ConvNet(nn.Sequential(*layers, nn.Dropout(dropout), nn.Linear(192, num_classes)), image_shape)
+
+
+BUILDERS: dict[str, Callable[..., Network]] = {"capsnet": capsnet, "baseline": baseline}
+
+
+def available(pattern: str = "*") -> list[str]:
+    """Names of the networks that match a shell pattern, sorted: `available("caps*")`."""
+    return sorted(fnmatch.filter(BUILDERS, pattern))
+
+
+def builder_options(name: str) -> dict[str, Any]:
+    """Options of the network `name` with their defaults, without image shape and classes.
+
+    Raises:
+        InputError: an unknown name.
+    """
+    if name not in BUILDERS:
+        near = difflib.get_close_matches(name, BUILDERS, n=1)
+        hint = f" (did you mean {near[0]}?)" if near else ""
+        raise InputError(f"model must be one of {', '.join(available())}; got {name!r}{hint}")
+    parameters = inspect.signature(BUILDERS[name]).parameters.values()
+    return {p.name: p.default for p in parameters if p.kind is p.KEYWORD_ONLY}
+
+
+def create(
+    name: str,
+    *,
+    image_shape: tuple[int, int, int] = (1, 28, 28),
+    num_classes: int = 10,
+    classes: tuple[str, ...] | None = None,
+    **options: Any,
+) -> Network:
+    """Build the network `name` with new weights.
+
+    Args:
+        name: one of `available()`.
+        image_shape: channels, height and width of the images.
+        num_classes: number of classes.
+        classes: their names; "0", "1", ... if not given.
+        options: of the builder, see `capsnet` and `baseline`.
+
+    Returns:
+        A network in training mode, on the current default device.
+
+    Raises:
+        InputError: an unknown name or option, or an option out of its range.
+
+    Example:
+        >>> create("capsnet", image_shape=(3, 32, 32))(torch.rand(2, 3, 32, 32)).scores.shape
+        torch.Size([2, 10])
+    """
+    known = builder_options(name)
+    unknown = [option for option in options if option not in known]
+    if unknown:
+        raise InputError(f"options of model {name} must be among {', '.join(known)}; got {', '.join(unknown)}")
+    if num_classes < 1 or (classes is not None and len(classes) != num_classes):
+        raise InputError(f"num_classes must be at least 1 and the number of names in classes; got {num_classes}")
+    shape = (image_shape[0], image_shape[1], image_shape[2])
+    network = BUILDERS[name](shape, num_classes, **options)
+    network.classes = classes if classes is not None else tuple(str(k) for k in range(num_classes))
+    network.config = {
+        "name": name,
+        "image_shape": shape,
+        "num_classes": num_classes,
+        "classes": network.classes,
+        **known,
+        **options,
+    }
+    return network
+
+
+def _truncated_normal(layers: list[nn.Module], std: float) -> None:
+    for layer in layers:
+        for name, parameter in layer.named_parameters():
+            if name.endswith("bias"):
+                nn.init.constant_(parameter, 0.1)
+            else:
+                nn.init.trunc_normal_(parameter, std=std, a=-2 * std, b=2 * std)

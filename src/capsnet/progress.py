@@ -1,0 +1,91 @@
+"""What a training says while it runs, on stderr: a live bar on a terminal, plain lines elsewhere."""
+
+import sys
+import time
+from typing import Any, Self
+
+__all__ = ["Progress"]
+
+PLAIN_INTERVAL = 30.0  # seconds between lines where there is no terminal
+
+
+class Progress:
+    """Progress of one training.
+
+    Args:
+        epochs: of the whole run.
+        steps: of each epoch.
+        quiet: say nothing, as every process but the first does.
+    """
+
+    def __init__(self, *, epochs: int, steps: int, quiet: bool) -> None:
+        self.epochs, self.steps, self.quiet = epochs, steps, quiet
+        self.live = sys.stderr.isatty() and not quiet
+        self.last = time.monotonic()
+
+    def __enter__(self) -> Self:
+        if self.live:
+            from rich import progress
+            from rich.console import Console
+
+            self.bar = progress.Progress(
+                progress.TextColumn("epoch {task.fields[epoch]}"),
+                progress.BarColumn(),
+                progress.TextColumn("{task.completed}/{task.total} steps, ETA"),
+                progress.TimeRemainingColumn(),
+                progress.TextColumn("{task.fields[text]}"),
+                console=Console(stderr=True),
+                transient=True,
+            )
+            self.bar.start()
+            self.task = self.bar.add_task("", total=self.epochs * self.steps, epoch="1", text="")
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        if self.live:
+            self.bar.stop()
+
+    def update(self, epoch: int, step: int, mean: list[float], images_per_second: float) -> None:
+        """Tell of a running epoch.
+
+        Args:
+            epoch: finished epochs.
+            step: finished steps of the running one.
+            mean: of this epoch so far: loss, classification loss, reconstruction loss, share of wrong images.
+            images_per_second: of this epoch so far.
+        """
+        if self.quiet:
+            return
+        loss, classification, reconstruction, wrong = mean
+        text = (
+            f"loss {loss:.4f} (classification {classification:.4f}, reconstruction {reconstruction:.1f}), "
+            f"error {100 * wrong:.2f} %, {images_per_second:,.0f} images/s"
+        )
+        if self.live:
+            done = epoch * self.steps + step
+            self.bar.update(self.task, completed=done, epoch=f"{epoch + 1}/{self.epochs}", text=text)
+        elif time.monotonic() - self.last > PLAIN_INTERVAL and step < self.steps:
+            self.last = time.monotonic()
+            print(
+                f"epoch {epoch + 1}/{self.epochs} step {step}/{self.steps}: {text}",
+                file=sys.stderr,
+                flush=True,
+            )
+
+    def epoch(self, row: dict[str, Any]) -> None:
+        """Tell of a finished epoch; `row` is its row of `metrics.csv`."""
+        if self.quiet:
+            return
+        held_out = (
+            f", validation error {row['validation_error_percent']:.2f} %" if "validation_error_percent" in row else ""
+        )
+        line = (
+            f"epoch {row['epoch']}/{self.epochs}: loss {row['train_loss']:.4f}, "
+            f"train error {row['train_error_percent']:.2f} %{held_out}, "
+            f"{row['images_per_second']:,.0f} images/s, {row['seconds']:.0f} s"
+        )
+        if self.live:
+            self.bar.console.print(line, highlight=False)
+        else:
+            print(line, file=sys.stderr, flush=True)
+        self.last = time.monotonic()

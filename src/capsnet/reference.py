@@ -1,0 +1,99 @@
+"""The paper's equations in NumPy, float64 and plain loops: slow, obvious, the judge of every other version.
+
+Written from Sabour, Frosst, Hinton 2017 (https://arxiv.org/abs/1710.09829) with no eye on the torch code, which it does
+not import. One example at a time: there is no batch axis anywhere.
+"""
+
+import numpy as np
+from numpy.typing import NDArray
+
+__all__ = ["conv2d", "dynamic_routing", "margin_loss", "reconstruction_loss", "squash", "votes"]
+
+Array = NDArray[np.float64]
+
+
+def squash(s: Array) -> Array:
+    """Eq. 1 for one vector `s [dim]`: `(|s|^2 / (1 + |s|^2)) (s / |s|)`; zero stays zero."""
+    squared = float(sum(x * x for x in s))
+    if squared == 0:
+        return np.zeros_like(s)
+    return squared / (1 + squared) * s / np.sqrt(squared)
+
+
+def votes(u: Array, weight: Array) -> Array:
+    """Eq. 2: `u_hat_{j|i} = W_ij u_i`, for `u [in, in_dim]` and `weight [in, in_dim, out, dim]`: `[in, out, dim]`."""
+    ins, in_dim, outs, dim = weight.shape
+    u_hat = np.zeros((ins, outs, dim))
+    for i in range(ins):
+        for j in range(outs):
+            for d in range(dim):
+                u_hat[i, j, d] = sum(u[i, p] * weight[i, p, j, d] for p in range(in_dim))
+    return u_hat
+
+
+def dynamic_routing(
+    u_hat: Array, iterations: int, bias: Array | None = None, leaky: bool = False
+) -> tuple[Array, Array]:
+    """Procedure 1 for the votes `u_hat [in, out, dim]` of one example.
+
+    Args:
+        u_hat: votes.
+        iterations: r, at least 1.
+        bias: `[out, dim]`, added to the weighted sum.
+        leaky: one more output of logit zero in the softmax, which receives nothing.
+
+    Returns:
+        `v [out, dim]` and the couplings of the last iteration `c [in, out]`.
+    """
+    ins, outs, dim = u_hat.shape
+    b = np.zeros((ins, outs))
+    c = np.zeros((ins, outs))
+    v = np.zeros((outs, dim))
+    for iteration in range(iterations):
+        for i in range(ins):
+            exponentials = [np.exp(b[i, j]) for j in range(outs)]
+            total = sum(exponentials) + (1.0 if leaky else 0.0)
+            for j in range(outs):
+                c[i, j] = exponentials[j] / total
+        for j in range(outs):
+            s = np.zeros(dim) if bias is None else bias[j].copy()
+            for i in range(ins):
+                s += c[i, j] * u_hat[i, j]
+            v[j] = squash(s)
+        if iteration < iterations - 1:
+            for i in range(ins):
+                for j in range(outs):
+                    b[i, j] += float(np.dot(u_hat[i, j], v[j]))
+    return v, c
+
+
+def margin_loss(
+    lengths: Array, present: set[int], m_pos: float = 0.9, m_neg: float = 0.1, down_weight: float = 0.5
+) -> float:
+    """Eq. 4 summed over the classes, for `lengths [classes]` and the set of classes that are in the image."""
+    loss = 0.0
+    for k, length in enumerate(lengths):
+        if k in present:
+            loss += max(0.0, m_pos - float(length)) ** 2
+        else:
+            loss += down_weight * max(0.0, float(length) - m_neg) ** 2
+    return loss
+
+
+def reconstruction_loss(reconstruction: Array, image: Array) -> float:
+    """Sum of squared pixel differences of one image (Section 4.1), without its weight of 0.0005."""
+    return float(sum((r - x) ** 2 for r, x in zip(reconstruction.flat, image.flat, strict=True)))
+
+
+def conv2d(image: Array, weight: Array, bias: Array, stride: int = 1) -> Array:
+    """Convolution without padding of `image [in, height, width]` by `weight [out, in, k, k]`, plus `bias [out]`."""
+    outs, _, k, _ = weight.shape
+    _, height, width = image.shape
+    rows, columns = (height - k) // stride + 1, (width - k) // stride + 1
+    result = np.zeros((outs, rows, columns))
+    for o in range(outs):
+        for y in range(rows):
+            for x in range(columns):
+                patch = image[:, y * stride : y * stride + k, x * stride : x * stride + k]
+                result[o, y, x] = float((patch * weight[o]).sum()) + bias[o]
+    return result

@@ -1,0 +1,107 @@
+"""Routing algorithms: votes in, a RoutingResult out. No parameters; one function for each algorithm.
+
+Letters follow the paper: `u_hat` votes, `b` logits, `c` couplings, `s` weighted sums, `v` squashed outputs. The plain
+versions here are judged by `reference.py` and are themselves the judge of the fused ones in `kernels/`.
+"""
+
+from typing import NamedTuple
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from capsnet import functional as F
+from capsnet.errors import InputError
+
+__all__ = ["RoutingResult", "check_iterations", "couplings_of", "dynamic_routing"]
+
+
+class RoutingResult(NamedTuple):
+    """What every routing algorithm returns.
+
+    Attributes:
+        pose: `v`, the output capsules' vectors, `[*batch, out, dim]`.
+        activation: presence of each output capsule, `[*batch, out]`, in [0, 1].
+        couplings: `c` of the last iteration, `[*batch, in, out]`; each input capsule's row sums to 1 over the output
+            capsules (to less than 1 with a leaky slot).
+    """
+
+    pose: Tensor
+    activation: Tensor
+    couplings: Tensor
+
+
+def dynamic_routing(
+    votes: Float[Tensor, "*batch in out dim"],
+    *,
+    iterations: int = 3,
+    bias: Float[Tensor, "out dim"] | None = None,
+    leaky: bool = False,
+    detach_routing: bool = False,
+) -> RoutingResult:
+    """Routing by agreement (Procedure 1): send each input capsule's vote to where the other votes agree with it.
+
+    `iterations` weighted sums and `iterations - 1` updates of the logits, which start at zero for every example and
+    are never shared over a batch. Computed in float32 whatever the precision around it.
+
+    Args:
+        votes: `u_hat_{j|i} = W_ij u_i` (eq. 2).
+        iterations: r; 1 means uniform couplings and no update.
+        bias: added to the weighted sum before the squash. Not in the paper's equations; in the first author's
+            published code (https://github.com/Sarasra/models), where it starts at 0.1.
+        leaky: give every input capsule one more place to send its vote, "none of the above", with a logit held at
+            zero (Section 5 of the paper for CIFAR-10; the form is that of the first author's code).
+        detach_routing: no gradient through the couplings, only through the last weighted sum. The result is the
+            same and the gradient is not; several public implementations do this to save memory.
+
+    Returns:
+        Pose (lengths in [0, 1)), activation (those lengths) and the last couplings.
+
+    Raises:
+        InputError: votes with fewer than 3 axes, or fewer than 1 iteration.
+
+    Example:
+        >>> dynamic_routing(torch.randn(2, 1152, 10, 16)).pose.shape
+        torch.Size([2, 10, 16])
+    """
+    check_iterations(iterations)
+    if votes.ndim < 3:
+        raise InputError(f"votes must be [..., in, out, dim] with at least 3 axes; got shape {tuple(votes.shape)}")
+    with F.full_precision(votes.device):
+        u_hat = votes.float() if votes.dtype in (torch.float16, torch.bfloat16) else votes
+        beta = 0 if bias is None else bias
+        b = u_hat.new_zeros(u_hat.shape[:-1])
+        with torch.set_grad_enabled(torch.is_grad_enabled() and not detach_routing):
+            for _ in range(iterations - 1):
+                v = F.squash(_weighted_sum(couplings_of(b, leaky=leaky), u_hat) + beta)
+                b = b + torch.einsum("...ijd,...jd->...ij", u_hat, v)
+        c = couplings_of(b, leaky=leaky)
+        v = F.squash(_weighted_sum(c, u_hat) + beta)
+        return RoutingResult(v, F.lengths(v), c)
+
+
+def couplings_of(logits: Float[Tensor, "..."], *, leaky: bool = False, dim: int = -1) -> Float[Tensor, "..."]:
+    """Coupling coefficients: the softmax of the logits over the output capsules (eq. 3).
+
+    Args:
+        logits: `b`, with the output capsules on axis `dim`.
+        leaky: share the softmax with one more slot, of logit zero, that is then dropped.
+        dim: the axis of the output capsules.
+
+    Returns:
+        `c` of the logits' shape, at least 0, summing to 1 over `dim` (to less than 1 if `leaky`).
+    """
+    if not leaky:
+        return logits.softmax(dim)
+    none_of_the_above = torch.zeros_like(logits.narrow(dim, 0, 1))
+    return torch.cat([none_of_the_above, logits], dim).softmax(dim).narrow(dim, 1, logits.shape[dim])
+
+
+def check_iterations(iterations: int) -> None:
+    """Raise InputError unless there is at least one routing iteration."""
+    if iterations < 1:
+        raise InputError(f"routing iterations must be at least 1; got {iterations}")
+
+
+def _weighted_sum(c: Tensor, u_hat: Tensor) -> Tensor:
+    return torch.einsum("...ij,...ijd->...jd", c, u_hat)

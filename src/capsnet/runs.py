@@ -1,0 +1,291 @@
+"""The run directory and the weights: what is written, how it is read again, and what is refused.
+
+Nothing here unpickles what came from outside: weights are safetensors, and checkpoints are read with
+`torch.load(weights_only=True)`, which builds tensors and plain containers only.
+"""
+
+import csv
+import json
+import os
+import platform
+import subprocess
+import sys
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from capsnet import config as config_file
+from capsnet.config import Config
+from capsnet.errors import InputError
+from capsnet.models import Network, create
+
+__all__ = ["Run", "environment", "from_pretrained", "load", "save_pretrained"]
+
+CHECKPOINT_VERSION = 1
+
+
+class Run:
+    """Paths of one run directory, and its files.
+
+    Attributes:
+        directory: where everything of the run is.
+    """
+
+    def __init__(self, directory: str | Path) -> None:
+        self.directory = Path(directory)
+        self.config_path = self.directory / "config.yaml"
+        self.checkpoint_path = self.directory / "last.ckpt"
+        self.metrics_path = self.directory / "metrics.csv"
+        self.result_path = self.directory / "result.json"
+        self.figures = self.directory / "figures"
+
+    def exists(self) -> bool:
+        """Whether a run was begun here."""
+        return self.config_path.exists() or self.checkpoint_path.exists()
+
+    def begin(self, config: Config, *, overwrite: bool) -> None:
+        """Make the directory and write the configuration.
+
+        Raises:
+            InputError: there is a run already (and not `overwrite`), other files, or the directory cannot be made.
+        """
+        self.check_free(overwrite=overwrite)
+        try:
+            self.directory.mkdir(parents=True, exist_ok=True)
+            for path in (self.checkpoint_path, self.metrics_path, self.result_path):
+                path.unlink(missing_ok=True)
+            write_atomically(self.config_path, lambda path: config_file.write(config, path))
+        except OSError as error:
+            raise InputError(f"out directory {self.directory} must be writable; got: {error.strerror}") from None
+
+    def check_free(self, *, overwrite: bool) -> None:
+        """Raise InputError unless a new run may begin here; nothing is changed."""
+        if self.directory.exists() and not self.directory.is_dir():
+            raise InputError(f"out must be a directory; got the file {self.directory}")
+        if self.exists() and not overwrite:
+            raise InputError(
+                f"out directory {self.directory} must be free; it holds a run "
+                f"(go on with --resume {self.directory}, replace it with --overwrite, or give another --out)"
+            )
+        if self.directory.exists() and not self.exists() and any(self.directory.iterdir()):
+            raise InputError(f"out directory {self.directory} must be empty or new; it holds other files")
+
+    def config(self) -> Config:
+        """The configuration of the run.
+
+        Raises:
+            InputError: there is no run here.
+        """
+        if not self.config_path.exists():
+            raise InputError(f"run directory {self.directory} must hold a config.yaml; there is none")
+        return config_file.read(self.config_path)
+
+    def save_checkpoint(self, state: Mapping[str, Any]) -> None:
+        """Replace the checkpoint by `state`, whole or not at all.
+
+        Raises:
+            InputError: the disk is full or the directory not writable; the old checkpoint is untouched.
+        """
+        write_atomically(self.checkpoint_path, lambda path: torch.save({"version": CHECKPOINT_VERSION, **state}, path))
+
+    def load_checkpoint(self) -> dict[str, Any]:
+        """The last checkpoint, on the CPU.
+
+        Raises:
+            InputError: there is none, or it is damaged or of another version.
+        """
+        path = self.checkpoint_path
+        if not path.exists():
+            raise InputError(f"run directory {self.directory} must hold a last.ckpt to go on from; there is none")
+        try:
+            state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
+            version = state["version"]
+        except Exception as error:  # a damaged file raises anything from KeyError to UnpicklingError
+            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+            raise InputError(f"checkpoint {path} must be a whole capsnet checkpoint; got: {reason}") from None
+        if version != CHECKPOINT_VERSION:
+            raise InputError(f"checkpoint {path} must be of version {CHECKPOINT_VERSION}; got {version}")
+        return state
+
+    def write_metrics(self, rows: list[dict[str, Any]]) -> None:
+        """Write `metrics.csv`, one row an epoch."""
+
+        def write(path: Path) -> None:
+            with path.open("w", newline="", encoding="utf-8") as file:
+                writer = csv.DictWriter(file, list(rows[0]))
+                writer.writeheader()
+                writer.writerows(rows)
+
+        if rows:
+            write_atomically(self.metrics_path, write)
+
+    def write_result(self, result: Mapping[str, Any]) -> None:
+        """Write `result.json`."""
+        text = json.dumps(result, indent=2) + "\n"
+        write_atomically(self.result_path, lambda path: path.write_text(text, encoding="utf-8"))
+
+
+def write_atomically(path: Path, write: Callable[[Path], Any]) -> None:
+    """Let `write` make a file beside `path`, flush it to the disk, and put it in place in one step.
+
+    Raises:
+        InputError: it could not be written; what was at `path` is untouched and nothing half-made is left.
+    """
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    try:
+        write(temporary)
+        with temporary.open("rb") as file:
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    except (OSError, RuntimeError) as error:  # torch.save raises RuntimeError when the disk is full
+        temporary.unlink(missing_ok=True)
+        reason = error.strerror if isinstance(error, OSError) else str(error).splitlines()[0]
+        raise InputError(f"file {path} must be writable; got: {reason}; what it held before is kept") from None
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+
+
+def save_pretrained(network: Network, directory: str | Path) -> None:
+    """Write `model.safetensors` and `config.json`: all that `load` and `from_pretrained` need.
+
+    Args:
+        network: a network made by `create`.
+        directory: made if it is not there; only these two files are replaced.
+
+    Raises:
+        InputError: the files cannot be written.
+    """
+    from safetensors.torch import save_file
+
+    directory = Path(directory)
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"directory {directory} must be writable; got: {error.strerror}") from None
+    weights = {name: tensor.detach().cpu().contiguous() for name, tensor in network.state_dict().items()}
+    write_atomically(directory / "model.safetensors", lambda path: save_file(weights, path, metadata={"format": "pt"}))
+    text = json.dumps(network.config, indent=2) + "\n"
+    write_atomically(directory / "config.json", lambda path: path.write_text(text, encoding="utf-8"))
+
+
+def load(path: str | Path) -> Network:
+    """Load a trained network from a run directory, or from any folder written by `save_pretrained`.
+
+    Args:
+        path: a folder with `config.json` and `model.safetensors`.
+
+    Returns:
+        The network on the CPU, in evaluation mode.
+
+    Raises:
+        InputError: a file is missing or damaged, or the weights do not fit: the first wrong key and both shapes are
+            named.
+    """
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    folder = Path(path)
+    for name in ("config.json", "model.safetensors"):
+        if not (folder / name).is_file():
+            unfinished = " (the run is not finished; see --resume)" if Run(folder).exists() else ""
+            raise InputError(f"model folder {folder} must hold {name}; there is none{unfinished}")
+    try:
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        name, image_shape, classes = config.pop("name"), config.pop("image_shape"), config.pop("classes")
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise InputError(
+            f"file {folder / 'config.json'} must be the JSON that capsnet writes; got: {error!r}"
+        ) from None
+    try:
+        weights = load_file(folder / "model.safetensors")
+    except (SafetensorError, OSError) as error:
+        raise InputError(f"file {folder / 'model.safetensors'} must be safetensors; got: {error}") from None
+    options = {key: tuple(value) if isinstance(value, list) else value for key, value in config.items()}
+    with torch.device("meta"):  # no time is spent on first weights
+        network = create(name, image_shape=tuple(image_shape), classes=tuple(classes), **options)
+    check_fit(network, weights, source=str(folder / "model.safetensors"))
+    network.load_state_dict(weights, assign=True)
+    return network.eval()
+
+
+def from_pretrained(name: str | Path, *, revision: str | None = None) -> Network:
+    """Load a network from a folder, or from the Hugging Face Hub by its repository's name (`owner/name`).
+
+    Only `config.json` and `model.safetensors` are fetched; nothing is unpickled and no code is run.
+
+    Raises:
+        InputError: neither a folder nor a repository that can be reached, or see `load`.
+    """
+    if Path(name).is_dir():
+        return load(name)
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    try:
+        folder = snapshot_download(str(name), revision=revision, allow_patterns=["config.json", "model.safetensors"])
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise InputError(
+            f"model must be a folder or a repository of the Hugging Face Hub; got {str(name)!r}: {reason}"
+        ) from None
+    return load(folder)
+
+
+def check_fit(network: Network, weights: Mapping[str, Tensor], *, source: str) -> None:
+    """Raise InputError, naming the first wrong key and both shapes, unless `weights` fit `network` exactly."""
+    wanted = network.state_dict()
+    for key, tensor in wanted.items():
+        if key not in weights:
+            raise InputError(f"{source}: weights must hold {key} of shape {list(tensor.shape)}; it is missing")
+        if weights[key].shape != tensor.shape:
+            raise InputError(
+                f"{source}: weight {key} must be of shape {list(tensor.shape)}; got {list(weights[key].shape)}"
+            )
+    for key, tensor in weights.items():
+        if key not in wanted:
+            raise InputError(
+                f"{source}: weights must fit model {network.config['name']}, which has no {key}; "
+                f"got one of shape {list(tensor.shape)}"
+            )
+
+
+def environment(device: torch.device) -> dict[str, Any]:
+    """Versions, source commit and hardware, for `result.json`."""
+    from importlib.metadata import version
+
+    return {
+        "capsnet": version("capsnet"),
+        "commit": _commit(),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else _cpu_name(),
+        "threads": torch.get_num_threads(),
+        "platform": f"{platform.system()} {platform.machine()}",
+    }
+
+
+def _commit() -> str | None:
+    """Commit of the checkout this package runs from, `+` when files differ from it; None when installed."""
+
+    def git(*arguments: str) -> str:
+        command = ["git", "-C", str(Path(__file__).parent), *arguments]
+        return subprocess.run(command, capture_output=True, text=True, timeout=10, check=True).stdout.strip()
+
+    try:
+        if not git("ls-files", Path(__file__).name):
+            return None
+        return git("rev-parse", "--short=12", "HEAD") + ("+" if git("status", "--porcelain", ".") else "")
+    except (OSError, subprocess.SubprocessError):
+        return None
+
+
+def _cpu_name() -> str:
+    if sys.platform == "linux":
+        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
+            if line.startswith("model name"):
+                return line.split(":", 1)[1].strip()
+    return platform.processor() or platform.machine()

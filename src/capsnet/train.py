@@ -1,0 +1,500 @@
+"""Training: `fit(config)` is one visible loop on Lightning Fabric.
+
+Every random number of step t is a function of the seed and t alone (order of the epoch, augmentation, dropout), and a
+step's images are those of the global batch whatever the number of processes: a run that was killed and resumed ends with
+the same weights, bit for bit on a CPU, and two processes train what one would.
+"""
+
+import gc
+import math
+import os
+import signal
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning_fabric import Fabric
+from torch import Tensor
+
+from capsnet import models, plots, runs
+from capsnet.config import Config, preset
+from capsnet.data import Dataset, load
+from capsnet.data.augment import Augmentation, augment
+from capsnet.errors import InputError
+from capsnet.evaluation import Evaluation, from_sums, measure, to_float
+from capsnet.models import Network
+from capsnet.objective import Objective
+from capsnet.progress import Progress
+
+__all__ = ["Diverged", "Interrupted", "Result", "build", "fit", "learning_rate", "prepare_data", "resume"]
+
+EVALUATION_BATCH = 500
+RESUMABLE = ("epochs", "devices", "log_every", "checkpoint_steps", "tensorboard", "threads", "data_dir")
+"""Options that may change when a run goes on; all others would make it another run."""
+
+
+class Interrupted(Exception):
+    """Ctrl-C or SIGTERM: the run was saved and can go on."""
+
+    def __init__(self, directory: Path, signal_number: int, where: str) -> None:
+        super().__init__(f"stopped {where}; go on with: capsnet train --resume {directory}")
+        self.signal_number = signal_number
+
+
+class Diverged(Exception):
+    """The loss became NaN or infinite; the last good checkpoint is kept."""
+
+
+@dataclass(frozen=True)
+class Result:
+    """What a finished run measured.
+
+    Attributes:
+        directory: the run directory.
+        test: on the test split, read once, after the last epoch.
+        validation: on the validation split after the last epoch, or None.
+        epochs: passes over the training images.
+        seconds: of training, over all sessions of the run, validation included.
+        figure: inputs beside their reconstructions, or None without a decoder.
+        network: the trained network, on the CPU and in evaluation mode.
+    """
+
+    directory: Path
+    test: Evaluation
+    validation: Evaluation | None
+    epochs: int
+    seconds: float
+    figure: Path | None
+    network: Network
+
+
+@dataclass
+class _State:
+    """Where a run stands: all of it goes into the checkpoint."""
+
+    epoch: int = 0  # finished epochs
+    step: int = 0  # finished steps of the running epoch
+    seconds: float = 0.0
+    epoch_seconds: float = 0.0
+
+
+def fit(config: Config) -> Result:
+    """Train as `config` says, in a new run directory, and evaluate on the test split once, at the end.
+
+    Raises:
+        InputError: the configuration, data or directory do not fit; nothing was written.
+        Interrupted: Ctrl-C or SIGTERM; a checkpoint was written.
+        Diverged: the loss is not finite; the last good checkpoint is kept.
+    """
+    return _launch(config, resumed=None)
+
+
+def resume(directory: str | Path, **changes: Any) -> Result:
+    """Go on with the run in `directory` from its last checkpoint.
+
+    Args:
+        directory: of the run.
+        changes: options to change, of those that leave it the same run: more `epochs`, `devices`, `log_every`,
+            `checkpoint_steps`, `tensorboard`, `threads`, `data_dir`.
+
+    Raises:
+        InputError: no run or checkpoint there, or another option is to change; otherwise as `fit`.
+    """
+    run = runs.Run(directory)
+    saved = run.config()
+    for name, value in changes.items():
+        if name not in RESUMABLE and value != getattr(saved, name):
+            raise InputError(
+                f"{name} of a resumed run must stay {getattr(saved, name)!r}; got {value!r} "
+                f"(only {', '.join(RESUMABLE)} may change)"
+            )
+    config = replace(saved, **{name: value for name, value in changes.items() if name in RESUMABLE})
+    return _launch(replace(config, out=str(run.directory)), resumed=run)
+
+
+def prepare_data(config: Config) -> Dataset:
+    """The data set of `config`, with its validation split.
+
+    Raises:
+        InputError: see `data.load` and `Dataset.with_validation`.
+    """
+    dataset = load(
+        config.data,
+        data_dir=config.data_dir,
+        image_size=config.image_size,
+        channels=config.channels,
+        seed=config.seed,
+    )
+    if config.validation is not None:
+        return dataset.with_validation(config.validation, seed=config.seed)
+    if dataset.validation is not None:
+        return dataset
+    return dataset.with_validation(min(5000, len(dataset.train) // 10), seed=config.seed)
+
+
+def build(config: Config, dataset: Dataset) -> Network:
+    """The untrained network of `config` for the images and classes of `dataset`; weights follow the seed.
+
+    Raises:
+        InputError: see `models.create`, or an option was given that this network does not have.
+    """
+    options = models.builder_options(config.model)
+    base = preset(config.preset)
+    for other in models.available():
+        for name in models.builder_options(other):
+            value = getattr(config, name)
+            if name not in options and value not in (getattr(base, name), getattr(Config(), name)):
+                raise InputError(f"option {name} is of model {other} and must not be given for {config.model}")
+    torch.manual_seed(config.seed)
+    return models.create(
+        config.model,
+        image_shape=dataset.image_shape,
+        num_classes=len(dataset.classes),
+        classes=dataset.classes,
+        **{name: getattr(config, name) for name in options},
+    )
+
+
+def learning_rate(config: Config, step: int, steps_per_epoch: int) -> float:
+    """Learning rate of step `step` (from 0): `max(floor, lr * decay ** (step / decay_steps))`."""
+    decay_steps = config.lr_decay_steps or steps_per_epoch
+    return max(config.lr_floor, config.lr * config.lr_decay ** (step / decay_steps))
+
+
+def resolve_precision(config: Config, device: torch.device) -> str:
+    """`32` or `bf16`: what `precision` means on `device`. Auto is bf16 where the hardware multiplies it natively."""
+    if config.precision != "auto":
+        return config.precision
+    if device.type == "cuda":
+        return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "32"
+    native = torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported()
+    return "bf16" if native else "32"
+
+
+def resolve_device(config: Config) -> torch.device:
+    """The kind of device that `config` means on this machine.
+
+    Raises:
+        InputError: `cuda` where there is none, or more devices than there are.
+    """
+    gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if config.device == "cuda" and not gpus:
+        raise InputError("device cuda must have a CUDA GPU and a CUDA build of PyTorch; found none")
+    device = torch.device("cuda" if gpus and config.device != "cpu" else "cpu")
+    if device.type == "cuda" and config.devices > gpus:
+        raise InputError(f"devices must be at most the {gpus} GPUs of this machine; got {config.devices}")
+    return device
+
+
+def _launch(config: Config, resumed: runs.Run | None) -> Result:
+    """Check everything that can be checked, start the processes, train, and leave no process group behind."""
+    run = resumed or runs.Run(config.out or _free_directory(config))
+    device = resolve_device(config)
+    dataset = prepare_data(config)
+    if config.threads:
+        torch.set_num_threads(config.threads)
+    network = build(config, dataset)
+    first_process = int(os.environ.get("LOCAL_RANK", "0")) == 0
+    if resumed is None and first_process:
+        run.check_free(overwrite=config.overwrite)
+    if resumed is not None and first_process and not run.exists():
+        raise InputError(f"run directory {run.directory} must hold a run to go on with; there is none")
+
+    world = int(os.environ.get("WORLD_SIZE", "1")) if "TORCHELASTIC_RUN_ID" in os.environ else config.devices
+    devices = int(os.environ["LOCAL_WORLD_SIZE"]) if "TORCHELASTIC_RUN_ID" in os.environ else config.devices
+    fabric = Fabric(
+        accelerator=device.type,
+        devices=devices,
+        num_nodes=max(1, world // devices),
+        strategy="ddp" if world > 1 else "auto",
+        precision="bf16-mixed" if resolve_precision(config, device) == "bf16" else "32-true",
+    )
+    fabric.launch()
+    try:
+        run = runs.Run(fabric.broadcast(str(run.directory)))
+        if resumed is None and fabric.is_global_zero:
+            run.begin(config, overwrite=config.overwrite)
+        with _signals() as received:
+            return _train(fabric, config, dataset, network, run, received, resumed=resumed is not None)
+    finally:
+        _shutdown(fabric)
+
+
+def _train(
+    fabric: Fabric,
+    config: Config,
+    dataset: Dataset,
+    network: Network,
+    run: runs.Run,
+    received: list[int],
+    *,
+    resumed: bool,
+) -> Result:
+    network.to(fabric.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+    optimizer = torch.optim.Adam(network.parameters(), lr=config.lr, fused=True)
+    objective, optimizer = fabric.setup(Objective(network, config), optimizer)
+    augmentation = Augmentation(
+        shift=config.shift,
+        flip=config.flip,
+        rotation=config.rotation,
+        scale=config.scale,
+        shear=config.shear,
+    )
+    images, labels = dataset.train.images.to(fabric.device), dataset.train.labels.to(fabric.device)
+    steps = math.ceil(len(images) / config.batch_size)
+
+    state, rows, sums = _State(), list[dict[str, Any]](), torch.zeros(4, dtype=torch.float64)
+    if resumed:
+        checkpoint = run.load_checkpoint()
+        runs.check_fit(network, checkpoint["network"], source=str(run.checkpoint_path))
+        network.load_state_dict(checkpoint["network"])
+        optimizer.load_state_dict(checkpoint["optimizer"])
+        state, rows = _State(**checkpoint["state"]), checkpoint["rows"]
+        if fabric.is_global_zero:
+            sums = checkpoint["sums"]
+    sums = sums.to(fabric.device)
+    pending: list[Tensor] = []  # losses not yet known to be finite
+    board = _Board(run) if config.tensorboard and fabric.is_global_zero else None
+    validation: Evaluation | None = None
+    progress = Progress(epochs=config.epochs, steps=steps, quiet=not fabric.is_global_zero)
+
+    def save() -> None:
+        everywhere = fabric.all_reduce(sums.clone(), reduce_op="sum")
+        if fabric.is_global_zero:
+            run.save_checkpoint(
+                {
+                    "network": network.state_dict(),
+                    "optimizer": optimizer.state_dict(),
+                    "state": vars(state),
+                    "rows": rows,
+                    "sums": everywhere.cpu(),
+                }
+            )
+        fabric.barrier()
+
+    def check() -> None:
+        """Agree over all processes on whether to stop: a loss that is not finite, or a signal."""
+        bad = [k for k, loss in enumerate(pending) if not math.isfinite(loss.item())]
+        first_bad = state.step - len(pending) + bad[0] + 1 if bad else steps + 1
+        flags = torch.tensor([-first_bad, max(received, default=0)], device=fabric.device)
+        first_bad, stop = (-int(flags[0]), int(flags[1]))
+        if fabric.world_size > 1:
+            flags = fabric.all_reduce(flags, reduce_op="max")
+            first_bad, stop = -int(flags[0]), int(flags[1])
+        where = f"in epoch {state.epoch + 1} after step {state.step} of {steps}"
+        if first_bad <= steps:
+            kept = "the last good checkpoint is kept" if run.checkpoint_path.exists() else "there is no checkpoint yet"
+            raise Diverged(
+                f"loss became NaN or infinite in epoch {state.epoch + 1} at step {first_bad} of {steps}; {kept} in "
+                f"{run.directory} (try a smaller --lr, now {config.lr:g})"
+            )
+        pending.clear()
+        if stop:
+            save()
+            raise Interrupted(run.directory, stop, where)
+
+    with progress:
+        while state.epoch < config.epochs:
+            order = torch.randperm(len(images), generator=_generator(config.seed, state.epoch, -1))
+            clock = time.perf_counter() - state.epoch_seconds
+            objective.train()
+            while state.step < steps:
+                batch = order[state.step * config.batch_size : (state.step + 1) * config.batch_size]
+                mine = torch.arange(fabric.global_rank, len(batch), fabric.world_size)
+                share = len(mine) * fabric.world_size / len(batch)  # DDP takes the mean over the processes
+                if len(mine) == 0:  # this process has no image of a small last batch: any image, with no weight
+                    mine = torch.zeros(1, dtype=torch.int64)
+                drawn = augmentation.draw(len(batch), generator=_generator(config.seed, state.epoch, state.step))
+                index = batch[mine].to(fabric.device)
+                inputs = augment(to_float(images[index]), drawn[mine])
+                targets = labels[index]
+                rate = learning_rate(config, state.epoch * steps + state.step, steps)
+                for group in optimizer.param_groups:
+                    group["lr"] = rate
+                torch.manual_seed(_mixed(config.seed, state.epoch, state.step, fabric.global_rank))
+
+                optimizer.zero_grad()
+                losses = objective(inputs, targets)
+                fabric.backward(losses.total.mean() * share)
+                optimizer.step()
+
+                with torch.no_grad():
+                    wrong = losses.output.scores.argmax(-1) != targets
+                    of_batch = torch.stack(
+                        [
+                            losses.total.sum(),
+                            losses.classification.sum(),
+                            losses.reconstruction.sum(),
+                            wrong.sum(),
+                        ]
+                    )
+                    sums += of_batch.double() * (share > 0)
+                    pending.append(of_batch[0])
+                state.step += 1
+                if state.step % config.log_every == 0 or state.step == steps:
+                    state.epoch_seconds = time.perf_counter() - clock
+                    check()
+                    done = min(state.step * config.batch_size, len(images))
+                    mean = (sums * fabric.world_size / done).tolist()
+                    progress.update(state.epoch, state.step, mean, done / state.epoch_seconds)
+                elif received and fabric.world_size == 1:
+                    state.epoch_seconds = time.perf_counter() - clock
+                    check()
+                if config.checkpoint_steps and state.step % config.checkpoint_steps == 0 and state.step < steps:
+                    state.epoch_seconds = time.perf_counter() - clock
+                    check()
+                    save()
+
+            total = fabric.all_reduce(sums.clone(), reduce_op="sum")
+            row = _row(state.epoch + 1, rate, total, len(images), state.epoch_seconds)
+            if dataset.validation is not None:
+                validation = _evaluate(fabric, objective, dataset, "validation")
+                row |= _prefixed("validation", validation)
+            seconds = time.perf_counter() - clock
+            rows.append({**row, "seconds": round(seconds, 3)})
+            state = _State(epoch=state.epoch + 1, seconds=state.seconds + seconds)
+            sums.zero_()
+            save()
+            if fabric.is_global_zero:
+                run.write_metrics(rows)
+                progress.epoch(rows[-1])
+                if board:
+                    board.write(rows[-1], network, dataset)
+
+    test = _evaluate(fabric, objective, dataset, "test")
+    if dataset.validation is not None and validation is None:  # resumed after the last epoch
+        validation = _evaluate(fabric, objective, dataset, "validation")
+    network = network.to("cpu", memory_format=torch.contiguous_format).eval()  # type: ignore[call-overload]
+    figure = None
+    if fabric.is_global_zero:
+        runs.save_pretrained(network, run.directory)
+        if config.model == "capsnet" and config.reconstruction:
+            figure = plots.reconstructions(network, dataset.test, run.figures / "reconstructions.png")
+        run.write_result(
+            {
+                "test": test.to_dict(),
+                "validation": validation.to_dict() if validation else None,
+                "selection": "none: weights after the last epoch; test images read once, at the end",
+                "data": dataset.name,
+                "train_images": len(dataset.train),
+                "model": config.model,
+                "preset": config.preset,
+                "parameters": network.parameter_count(),
+                "seed": config.seed,
+                "epochs": state.epoch,
+                "seconds": round(state.seconds, 1),
+                "processes": fabric.world_size,
+                "precision": "bf16" if "bf16" in str(fabric._precision.precision) else "32",
+                **runs.environment(fabric.device),
+            }
+        )
+    return Result(run.directory, test, validation, state.epoch, state.seconds, figure, network)
+
+
+def _evaluate(fabric: Fabric, objective: Any, dataset: Dataset, split: str) -> Evaluation:
+    sums = measure(
+        objective,
+        getattr(dataset, split),
+        classes=len(dataset.classes),
+        device=fabric.device,
+        batch_size=EVALUATION_BATCH,
+        rank=fabric.global_rank,
+        world_size=fabric.world_size,
+    )
+    confusion, losses = (fabric.all_reduce(x, reduce_op="sum") for x in sums)
+    return from_sums(confusion, losses, classes=dataset.classes)
+
+
+def _row(epoch: int, rate: float, sums: Tensor, count: int, seconds: float) -> dict[str, Any]:
+    loss, classification, reconstruction, wrong = sums.tolist()
+    return {
+        "epoch": epoch,
+        "learning_rate": rate,
+        "train_loss": loss / count,
+        "train_classification_loss": classification / count,
+        "train_reconstruction_loss": reconstruction / count,
+        "train_error_percent": 100 * wrong / count,
+        "images_per_second": round(count / seconds, 1),
+    }
+
+
+def _prefixed(prefix: str, evaluation: Evaluation) -> dict[str, Any]:
+    names = ("loss", "classification_loss", "reconstruction_loss", "error_percent")
+    return {f"{prefix}_{name}": getattr(evaluation, name) for name in names}
+
+
+def _mixed(*numbers: int) -> int:
+    """One 63-bit seed from several whole numbers, different for every different list of them."""
+    import hashlib
+
+    digest = hashlib.blake2b(repr(numbers).encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "big") >> 1
+
+
+def _generator(*numbers: int) -> torch.Generator:
+    return torch.Generator().manual_seed(_mixed(*numbers))
+
+
+def _free_directory(config: Config) -> Path:
+    name = config.data if not Path(config.data).is_dir() else Path(config.data).resolve().name
+    stem = Path("runs") / f"{name}-{config.model}-seed{config.seed}"
+    candidates: Iterator[Path] = (stem.with_name(f"{stem.name}-{k}") for k in range(2, 10_000))
+    return stem if not stem.exists() or config.overwrite else next(p for p in candidates if not p.exists())
+
+
+@contextmanager
+def _signals() -> Iterator[list[int]]:
+    """Collect SIGINT and SIGTERM instead of dying of them; a second Ctrl-C acts at once."""
+    received: list[int] = []
+
+    def handle(number: int, frame: Any) -> None:
+        if number in received:
+            signal.signal(number, signal.default_int_handler)
+        received.append(number)
+        if len(received) == 1 and int(os.environ.get("LOCAL_RANK", "0")) == 0:
+            print("stopping after this step ...", file=sys.stderr, flush=True)
+
+    try:
+        before = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
+    except ValueError:  # not in the main thread: a caller's thread keeps its own ways
+        before = {}
+    try:
+        yield received
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _shutdown(fabric: Fabric) -> None:
+    """End the process group: gloo aborts at exit while a wrapped module or a group is alive."""
+    gc.collect()
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        if sys.exc_info()[0] is None:
+            fabric.barrier()
+        torch.distributed.destroy_process_group()
+
+
+class _Board:
+    """TensorBoard curves and reconstructions."""
+
+    def __init__(self, run: runs.Run) -> None:
+        from torch.utils.tensorboard import SummaryWriter
+
+        self.writer = SummaryWriter(str(run.directory / "tensorboard"))
+
+    def write(self, row: dict[str, Any], network: Network, dataset: Dataset) -> None:
+        for name, value in row.items():
+            if name != "epoch":
+                self.writer.add_scalar(name, value, row["epoch"])
+        examples = to_float((dataset.validation or dataset.train).images[:8])
+        with torch.inference_mode():
+            output = network(examples.to(next(network.parameters()).device))
+        if output.reconstruction is not None:
+            sheet = torch.cat([examples, output.reconstruction.cpu()])
+            self.writer.add_images("inputs above, reconstructions below", sheet, row["epoch"])
+        self.writer.flush()

@@ -1,0 +1,223 @@
+import contextlib
+import gzip
+import hashlib
+import threading
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import pytest
+
+from capsnet.data import fetch
+from capsnet.errors import InputError
+
+GOOD = {"images": b"good images" * 1000, "labels": b"good labels"}
+SHA256 = {name: hashlib.sha256(content).hexdigest() for name, content in GOOD.items()}
+DEAD = "http://127.0.0.1:9/"  # the discard port, where nothing listens
+
+
+@pytest.fixture(autouse=True)
+def own_machine(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    for name in ("CAPSNET_DATA", "CAPSNET_OFFLINE", "HTTP_PROXY", "http_proxy", "ALL_PROXY", "all_proxy"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("CAPSNET_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(fetch, "_WAIT_S", 0.0)
+
+
+@contextlib.contextmanager
+def serve(files: dict[str, bytes], *, cut: bool = False) -> Iterator[tuple[str, list[str]]]:
+    """A server of `files`, which breaks off half-way if `cut`; its address, and the requests it got."""
+    requests: list[str] = []
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            requests.append(self.path)
+            content = files.get(self.path[1:])
+            if content is None:
+                self.send_error(404)
+                return
+            self.send_response(200)
+            self.send_header("Content-Length", str(len(content)))
+            self.end_headers()
+            self.wfile.write(content[: len(content) // 2] if cut else content)
+
+        def log_message(self, *_: object) -> None:
+            pass
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
+        thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
+        thread.start()
+        try:
+            yield f"http://127.0.0.1:{server.server_port}/", requests
+        finally:
+            server.shutdown()
+            thread.join()
+
+
+def source(*mirrors: str) -> fetch.Source:
+    return fetch.Source("toy", SHA256, mirrors)
+
+
+def packed(name: str) -> bytes:
+    return gzip.compress(GOOD[name])
+
+
+def files_below(path: Path) -> list[str]:
+    return sorted(str(one.relative_to(path)) for one in path.rglob("*")) if path.exists() else []
+
+
+ALL = {f"{name}.gz": packed(name) for name in GOOD}
+
+
+def test_download_then_cache(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    with serve(ALL) as (url, requests):
+        found = fetch.contents(source(url), list(GOOD), None)
+        assert {name: content for name, (_, content) in found.items()} == GOOD
+        assert found["images"][0] == tmp_path / "cache" / "toy" / "images.gz"
+        assert fetch.contents(source(url), list(GOOD), None) == found
+    assert requests == ["/images.gz", "/labels.gz"]
+    assert files_below(tmp_path / "cache") == ["toy", "toy/images.gz", "toy/labels.gz"]
+    assert capfd.readouterr() == ("", "")  # no terminal, no bar
+
+
+def test_only_what_is_missing_is_downloaded(tmp_path: Path) -> None:
+    (tmp_path / "labels").write_bytes(GOOD["labels"])
+    with serve(ALL) as (url, requests):
+        found = fetch.contents(source(url), list(GOOD), tmp_path)
+    assert requests == ["/images.gz"]
+    assert found["labels"][0] == tmp_path / "labels"
+
+
+@pytest.mark.parametrize(
+    "bad",
+    [
+        {"images.gz": gzip.compress(b"other")},
+        {"images.gz": packed("images")[:-3]},
+        {"images.gz": b"<html>"},
+        {},
+    ],
+    ids=["other content", "cut short", "a page of a captive portal", "not there"],
+)
+def test_a_bad_mirror_is_followed_by_the_next(tmp_path: Path, bad: dict[str, bytes]) -> None:
+    with serve(bad) as (first, tried), serve(ALL) as (second, _):
+        found = fetch.contents(source(first, second), ["images"], None)
+    assert found["images"][1] == GOOD["images"]
+    assert tried == ["/images.gz"]  # neither a wrong file nor a 404 is asked for again
+    assert files_below(tmp_path / "cache") == ["toy", "toy/images.gz"]
+
+
+def test_a_connection_that_breaks_leaves_nothing(tmp_path: Path) -> None:
+    with (
+        serve(ALL, cut=True) as (url, requests),
+        pytest.raises(InputError, match=f"{url}: ChunkedEncodingError"),
+    ):
+        fetch.contents(source(url), ["images"], None)
+    assert requests == ["/images.gz"] * 2
+    assert files_below(tmp_path / "cache") == ["toy"]
+
+
+def test_ctrl_c_half_way_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(fetch._Bar, "update", interrupt)
+    with serve(ALL) as (url, _), pytest.raises(KeyboardInterrupt):
+        fetch.contents(source(url), ["images"], None)
+    assert files_below(tmp_path / "cache") == ["toy"]
+
+
+def test_when_all_mirrors_fail_one_message_tells_everything(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CAPSNET_DATA", str(tmp_path / "env"))
+    (tmp_path / "arg").mkdir()
+    other = {"images.gz": gzip.compress(b"other")}
+    with serve({}) as (empty, _), serve(other) as (wrong, _), pytest.raises(InputError) as caught:
+        fetch.contents(source(DEAD, empty, wrong), list(GOOD), tmp_path / "arg")
+    message = str(caught.value)
+    assert "\n" not in message
+    for part in (
+        "data set toy must be on this machine or downloadable; missing: images.gz, labels.gz; looked in: ",
+        f"{tmp_path}/arg/toy, {tmp_path}/arg/toy-test, {tmp_path}/arg, {tmp_path}/env/toy",
+        f"{tmp_path}/cache/toy, ",
+        f"{DEAD}: ConnectionError; ",
+        f"{empty}: HTTP status 404; ",
+        f"{wrong}: ",
+        f"must have the SHA-256 {SHA256['images']} unpacked, as images of toy; got d9298a10d1b0",
+        "--data-dir or CAPSNET_DATA, or use --data strokes, which needs no download",
+    ):
+        assert part in message
+
+
+def test_offline_does_not_try(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CAPSNET_OFFLINE", "1")
+    with serve(ALL) as (url, requests):
+        with pytest.raises(InputError, match=r"missing: labels.gz; .*downloads are off \(CAPSNET_OFFLINE\)"):
+            fetch.contents(source(url), ["labels"], None)
+        assert requests == []
+        monkeypatch.setenv("CAPSNET_OFFLINE", "0")
+        assert fetch.contents(source(url), ["labels"], None)["labels"][1] == GOOD["labels"]
+
+
+def test_a_cache_that_cannot_be_written_is_named(tmp_path: Path) -> None:
+    (tmp_path / "cache").write_bytes(b"a file")
+    with pytest.raises(InputError, match=r"cache directory .*cache/toy must be writable, or another named with CAPS"):
+        fetch.contents(source(DEAD), ["labels"], None)
+
+
+@pytest.mark.parametrize("name", ["labels.gz", "labels"])
+def test_a_corrupt_file_here_is_named_and_not_replaced_silently(tmp_path: Path, name: str) -> None:
+    path = tmp_path / name
+    path.write_bytes(b"corrupt")
+    wrong = hashlib.sha256(b"corrupt").hexdigest()
+    with (
+        serve(ALL) as (url, requests),
+        pytest.raises(InputError, match=f"{name} must have the SHA-256 {SHA256['labels']} .*; got {wrong}"),
+    ):
+        fetch.contents(source(url), ["labels"], tmp_path)
+    assert requests == []
+
+
+def test_places_in_order(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CAPSNET_DATA", str(tmp_path / "env"))
+    sound = {}
+    for root in ("cache", "env", "arg"):
+        for folder in (root, f"{root}/toy"):
+            (tmp_path / folder).mkdir()
+            sound[folder] = tmp_path / folder / "labels"
+            sound[folder].write_bytes(GOOD["labels"])
+            assert fetch.contents(source(), ["labels"], tmp_path / "arg" if root == "arg" else None) == {
+                "labels": (sound[folder], GOOD["labels"])
+            }
+    sound["arg/toy"].write_bytes(b"of another set")  # passed over for the next sound copy
+    assert fetch.contents(source(), ["labels"], tmp_path / "arg")["labels"][0] == sound["arg"]
+
+
+def test_data_dir_must_exist(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"data_dir must be an existing directory; got .*nowhere"):
+        fetch.places(source(), tmp_path / "nowhere")
+
+
+def test_the_system_cache_is_the_default(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("CAPSNET_CACHE")
+    assert fetch.cache_dir().name == "capsnet"
+
+
+def test_a_published_packed_file_of_unknown_content(tmp_path: Path) -> None:
+    published = packed("labels")
+    toy = fetch.Source("toy", {"labels": None}, (), {"labels": hashlib.sha256(published).hexdigest()})
+    (tmp_path / "labels").write_bytes(b"cannot be verified here")
+    assert fetch.contents(toy, ["labels"], tmp_path)["labels"][1] == b"cannot be verified here"
+    (tmp_path / "labels").unlink()
+    (tmp_path / "labels.gz").write_bytes(published)
+    assert fetch.contents(toy, ["labels"], tmp_path)["labels"][1] == GOOD["labels"]
+    (tmp_path / "labels.gz").write_bytes(gzip.compress(b"other"))
+    with pytest.raises(InputError, match=r"must have the SHA-256 \w+ as the published labels.gz of toy; got"):
+        fetch.contents(toy, ["labels"], tmp_path)
+
+
+def test_the_bar_draws_on_a_terminal(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    with serve(ALL) as (url, _):
+        fetch.contents(source(url), ["images"], None)
+    out, err = capfd.readouterr()
+    assert out == ""
+    assert "images.gz" in err

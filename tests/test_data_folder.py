@@ -1,0 +1,378 @@
+import io
+import struct
+import warnings
+import zlib
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from capsnet.data import folder as module
+from capsnet.data.folder import folder
+from capsnet.errors import InputError
+
+RED, BLUE = (200, 10, 30), (10, 20, 190)
+
+
+def save(path: Path, image: Image.Image | None = None, **options: Any) -> Path:
+    """An image at `path`, by default grey, 4 wide and 3 high."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    (image or Image.new("L", (4, 3), 77)).save(path, **options)
+    return path
+
+
+@pytest.fixture
+def pets(tmp_path: Path) -> Path:
+    """Two classes of two grey images each."""
+    for name in ("cat/a.png", "cat/b.png", "dog/a.png", "dog/b.png"):
+        save(tmp_path / name)
+    return tmp_path
+
+
+def first(
+    tmp_path: Path, image: Image.Image, name: str = "x.png", *, image_size: int | None = None, **options: Any
+) -> torch.Tensor:
+    """`image`, saved and read again: `uint8 [C, H, W]`."""
+    with Image.open(save(tmp_path / "train" / "a" / name, image, **options)) as saved:
+        size = saved.size
+    for other in ("train/b", "test/a", "test/b"):
+        save(tmp_path / other / "y.png", Image.new("L", size, 5))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        return folder(tmp_path, image_size=image_size or size[0]).train.images[0]
+
+
+def test_train_test_and_validation(tmp_path: Path) -> None:
+    for level, (split, count) in enumerate({"train": 3, "test": 2, "val": 1}.items()):
+        for name in ("class10", "class2"):
+            for index in range(count):
+                shade = 100 * level + 10 * (name == "class2") + index
+                save(tmp_path / split / name / f"{index}.png", Image.new("L", (4, 3), shade))
+    data = folder(tmp_path)
+    assert data.name == str(tmp_path)
+    assert data.classes == ("class2", "class10")
+    assert data.image_shape == (1, 3, 4)
+    assert data.validation is not None
+    assert data.train.images[:, 0, 0, 0].tolist() == [10, 11, 12, 0, 1, 2]
+    assert data.train.labels.tolist() == [0, 0, 0, 1, 1, 1]
+    assert data.test.images[:, 0, 2, 3].tolist() == [110, 111, 100, 101]
+    assert data.test.labels.tolist() == [0, 0, 1, 1]
+    assert data.validation.images[:, 0, 0, 0].tolist() == [210, 200]
+
+
+def test_one_level_is_split_by_seed_within_each_class(tmp_path: Path) -> None:
+    for index in range(12):
+        save(tmp_path / "many" / f"{index}.png", Image.new("L", (4, 3), index))
+    for index in range(2):
+        save(tmp_path / "few" / f"{index}.png", Image.new("L", (4, 3), 100 + index))
+    data, again, other = (folder(tmp_path, seed=seed) for seed in (3, 3, 4))
+    assert data.classes == ("few", "many")
+    assert data.train.labels.bincount().tolist() == [1, 10]
+    assert data.test.labels.bincount().tolist() == [1, 2]
+    shades = torch.cat([data.train.images, data.test.images])[:, 0, 0, 0]
+    assert sorted(shades.tolist()) == [*range(12), 100, 101]
+    assert torch.equal(data.test.images, again.test.images)
+    assert not torch.equal(data.test.images, other.test.images)
+    assert folder(tmp_path, test_fraction=0.99).train.labels.bincount().tolist() == [1, 1]
+
+
+def test_a_class_may_be_called_train(tmp_path: Path) -> None:
+    for name in ("train", "tram"):
+        save(tmp_path / name / "1.png")
+        save(tmp_path / name / "2.png")
+    assert folder(tmp_path).classes == ("train", "tram")
+
+
+def test_clutter_is_passed_over(pets: Path) -> None:
+    for name in (
+        "cat/.DS_Store",
+        "cat/Thumbs.db",
+        "dog/desktop.ini",
+        "dog/._a.png",
+        "README.md",
+        ".git/a.png",
+    ):
+        (pets / name).parent.mkdir(exist_ok=True)
+        (pets / name).write_bytes(b"clutter")
+    (pets / "__MACOSX").mkdir()
+    assert len(folder(pets).train) == 2
+
+
+def test_grey_stays_grey_and_one_coloured_image_makes_colour(pets: Path) -> None:
+    save(pets / "cat" / "c.JPG", Image.new("RGB", (4, 3), (9, 9, 9)))
+    assert folder(pets).image_shape == (1, 3, 4)
+    assert folder(pets, channels=3).image_shape == (3, 3, 4)
+    save(pets / "dog" / "c.bmp", Image.new("RGB", (4, 3), RED))
+    data = folder(pets)
+    assert data.image_shape == (3, 3, 4)
+    colours = torch.cat([data.train.images, data.test.images])[:, :, 0, 0]
+    assert {tuple(colour) for colour in colours.tolist()} == {RED, (9, 9, 9), (77, 77, 77)}
+    luma = torch.cat([(grey := folder(pets, channels=1)).train.images, grey.test.images])[:, 0, 0, 0]
+    assert grey.image_shape == (1, 3, 4)
+    assert sorted(set(luma.tolist())) == [9, round(0.299 * 200 + 0.587 * 10 + 0.114 * 30), 77]
+
+
+def test_resizing_is_plain_and_antialiased(tmp_path: Path) -> None:
+    stripes = Image.fromarray(np.tile(np.array([0, 255], np.uint8), (100, 100)))  # [100, 200], one pixel wide
+    image = first(tmp_path, stripes, image_size=10)
+    assert image.shape == (1, 10, 10)
+    assert (image.int() - 127).abs().max() <= 3
+
+
+def test_large_jpeg_is_read_at_a_fraction_to_the_same_end(tmp_path: Path) -> None:
+    ramp = Image.fromarray(np.tile(np.arange(256, dtype=np.uint8).repeat(4), (512, 1)))  # [512, 1024]
+    image = first(tmp_path, ramp, "x.jpg", image_size=16)[0].float()
+    assert (image - (torch.arange(16) * 16 + 7.5)).abs().max() < 3
+
+
+def test_exif_turns_the_image(tmp_path: Path) -> None:
+    image = Image.new("L", (6, 6))
+    image.paste(255, (0, 0, 6, 3))  # the upper half
+    exif = Image.Exif()
+    exif[0x0112] = 6  # the camera was turned: show it turned clockwise by 90 degrees
+    turned = first(tmp_path, image, exif=exif)
+    assert turned[0, :, 3:].min() == 255
+    assert turned[0, :, :3].max() == 0
+
+
+def palette() -> Image.Image:
+    image = Image.new("P", (4, 4), 1)
+    image.putpalette([0, 0, 0, *RED])
+    return image
+
+
+def grey16(*shades: int) -> Image.Image:
+    return Image.fromarray(np.array([shades] * len(shades), np.uint16))
+
+
+@pytest.mark.parametrize(
+    ("image", "name", "options", "expected"),
+    [
+        (palette(), "x.png", {}, RED),
+        (palette(), "x.gif", {}, RED),
+        (palette(), "x.png", {"transparency": 1}, (255,)),
+        (palette(), "x.png", {"transparency": b"\xff\x00"}, (255,)),
+        (Image.new("RGBA", (4, 4), (0, 0, 0, 0)), "x.png", {}, (255,)),
+        (Image.new("RGBA", (4, 4), (*BLUE, 255)), "x.webp", {"lossless": True}, BLUE),
+        (Image.new("LA", (4, 4), (0, 51)), "x.png", {}, (204,)),
+        (Image.new("RGB", (4, 4), RED), "x.png", {"transparency": RED}, (255,)),
+        (Image.new("1", (4, 4), 1), "x.png", {}, (255,)),
+        (Image.new("1", (4, 4), 1), "x.pbm", {}, (255,)),
+        (Image.new("CMYK", (4, 4), (255, 255, 0, 0)), "x.tif", {}, (0, 0, 255)),
+        (Image.new("L", (4, 4), 8), "x.pgm", {}, (8,)),
+        (Image.new("L", (4, 4), 8), "wrongly-named.jpg", {"format": "PNG"}, (8,)),
+    ],
+)
+def test_modes(
+    tmp_path: Path, image: Image.Image, name: str, options: dict[str, Any], expected: tuple[int, ...]
+) -> None:
+    read = first(tmp_path, image, name, **options)
+    assert read.shape == (len(expected), 4, 4)
+    assert (read == torch.tensor(expected).view(-1, 1, 1)).all()
+
+
+@pytest.mark.parametrize("name", ["x.png", "x.tif", "x.pgm"])
+def test_16_bits_are_scaled_not_clipped(tmp_path: Path, name: str) -> None:
+    image = first(tmp_path, grey16(0, 128, 129, 257, 32768, 65535), name)
+    assert image[0, 0].tolist() == [0, 0, 1, 1, 128, 255]
+
+
+def test_cmyk_jpeg(tmp_path: Path) -> None:
+    read = first(tmp_path, Image.new("CMYK", (8, 8), (255, 255, 0, 0)), "x.jpg")
+    assert (read.float() - torch.tensor([0.0, 0.0, 255.0]).view(3, 1, 1)).abs().max() < 4
+
+
+def test_a_jpeg_with_a_preview_is_a_still_image(tmp_path: Path) -> None:
+    save(
+        tmp_path / "x.mpo",
+        Image.new("RGB", (8, 8), (0, 0, 0)),
+        save_all=True,
+        append_images=[Image.new("L", (4, 4))],
+    )
+    with Image.open(tmp_path / "x.mpo") as saved:
+        assert saved.format == "MPO"
+    for name in ("a/1.jpg", "a/2.jpg", "b/1.jpg", "b/2.jpg"):
+        (tmp_path / "set" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "set" / name).write_bytes((tmp_path / "x.mpo").read_bytes())
+    assert folder(tmp_path / "set").image_shape == (1, 8, 8)
+
+
+def encoded(kind: str, **options: Any) -> bytes:
+    stream = io.BytesIO()
+    pixels = np.random.default_rng(0).integers(0, 255, (40, 40, 3), np.uint8)
+    Image.fromarray(pixels).save(stream, kind, **options)
+    return stream.getvalue()
+
+
+def huge_png() -> bytes:
+    """A PNG whose header claims 20,000 x 20,000 pixels."""
+    head = b"IHDR" + struct.pack(">IIBBBBB", 20_000, 20_000, 8, 0, 0, 0, 0)
+    return (
+        b"\x89PNG\r\n\x1a\n" + struct.pack(">I", 13) + head + struct.pack(">I", zlib.crc32(head)) + encoded("PNG")[33:]
+    )
+
+
+def float_tiff() -> bytes:
+    stream = io.BytesIO()
+    Image.new("F", (4, 4), 0.5).save(stream, "TIFF")
+    return stream.getvalue()
+
+
+MORE: dict[str, Any] = {"save_all": True, "append_images": [Image.new("RGB", (40, 40), RED)]}
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("x.png", b"", "must be a readable image; got: an empty file"),
+        ("x.png", b"not an image", "must be a readable image; got: cannot identify image file"),
+        ("x.png", encoded("PNG")[:-2000], "must be a readable image; got: "),
+        ("x.jpg", encoded("JPEG")[:-500], "must be a readable image; got: image file is truncated"),
+        ("x.gif", encoded("GIF", **MORE), "must be a still image of one page; got 2 frames"),
+        ("x.png", encoded("PNG", **MORE), "must be a still image of one page; got 2 frames"),
+        ("x.webp", encoded("WEBP", **MORE), "must be a still image of one page; got 2 frames"),
+        ("x.tiff", encoded("TIFF", **MORE), "must be a still image of one page; got 2 frames"),
+        ("x.tiff", float_tiff(), "must be a readable image; got: floating-point pixels"),
+        ("x.png", huge_png(), "400000000 pixels|must have at most 100000000 pixels; got 20000x20000"),
+        (
+            "x.png",
+            b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 4 4\n",
+            "must be a readable image; got: cannot identify",
+        ),
+    ],
+)
+def test_a_bad_file_is_named(pets: Path, name: str, content: bytes, message: str) -> None:
+    (pets / "dog" / name).write_bytes(content)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        with pytest.raises(InputError, match=f"dog.{name} .*({message})"):
+            folder(pets, image_size=8)
+
+
+def test_many_pixels_are_refused_before_they_are_decoded(pets: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "_MAX_PIXELS", 11)
+    with pytest.raises(InputError, match=r"cat.[ab].png must have at most 11 pixels; got 4x3"):
+        folder(pets)
+
+
+def test_warnings_of_pillow_do_not_leak(pets: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 11)  # above it Pillow warns, above twice as many it refuses
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert len(folder(pets).train) == 2
+
+
+def test_an_unreadable_directory_is_named(pets: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(_: Path) -> None:
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(Path, "iterdir", refuse)
+    with pytest.raises(InputError, match="must be a readable directory; got: Permission denied"):
+        folder(pets)
+
+
+def test_a_broken_link_is_named(pets: Path) -> None:
+    (pets / "dog" / "c.png").symlink_to(pets / "nowhere")
+    with pytest.raises(InputError, match=r"dog.c.png must be a readable image; got: .*No such file"):
+        folder(pets)
+
+
+def test_sizes_that_differ_ask_for_image_size(pets: Path) -> None:
+    save(pets / "dog" / "c.png", Image.new("L", (5, 3)))
+    with pytest.raises(InputError, match=r"pass --image-size .*got 4x3 in .*cat.*png and 5x3 in .*dog.c.png"):
+        folder(pets)
+    assert folder(pets, image_size=6).image_shape == (1, 6, 6)
+
+
+def test_a_set_that_does_not_fit_asks_for_image_size(pets: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "_MAX_BYTES", 47)
+    with pytest.raises(InputError, match=r"must fit into 0 GiB \(or pass --image-size .*got 4 of 4x3"):
+        folder(pets)
+
+
+def make(root: Path, *names: str) -> None:
+    for name in names:
+        if name.endswith("/"):
+            (root / name).mkdir(parents=True, exist_ok=True)
+        elif name.endswith(".png"):
+            save(root / name)
+        else:
+            (root / name).parent.mkdir(parents=True, exist_ok=True)
+            (root / name).write_bytes(b"text")
+
+
+@pytest.mark.parametrize(
+    ("names", "message"),
+    [
+        ([], "must hold a folder for each of at least 2 classes; got 0"),
+        (["a/1.png", "a/2.png"], "must hold a folder for each of at least 2 classes; got 1"),
+        (
+            ["1.png", "2.png"],
+            r"1.png must be in the folder of its class; got an image beside the class folders",
+        ),
+        (["a/1.png", "a/2.png", "b/"], "class folder .*b must hold at least one image; got none"),
+        (["a/1.png", "a/2.png", "b/1.png"], "class b must have at least 2 images, .*; got 1"),
+        (
+            ["a/1.png", "a/2.png", "b/1.png", "b/notes.txt"],
+            r"class folder .*b must hold images only .*; got notes.txt",
+        ),
+        (["a/1.png", "a/2.png", "b/1.png", "b/more/2.png"], "b must hold images only; got the folder more/"),
+        (
+            ["train/a/1.png", "train/b/1.png"],
+            "must hold both train/ and test/, or the classes only; got train/ alone",
+        ),
+        (["test/a/1.png", "test/b/1.png"], "must hold both train/ and test/, .*; got test/ alone"),
+        (
+            ["train/a/1.png", "train/b/1.png", "test/a/1.png"],
+            "test must hold a folder for each of at least 2",
+        ),
+        (
+            ["train/a/1.png", "train/b/1.png", "test/a/1.png", "test/c/1.png"],
+            "must have the same classes in (train and test; test lacks b|test and train; train lacks c)",
+        ),
+        (
+            ["train/a/1.png", "train/b/1.png", "train/c/1.png", "test/a/1.png", "test/b/1.png"],
+            "must have the same classes in train and test; test lacks c",
+        ),
+        (
+            ["train/a/1.png", "train/b/1.png", "test/a/1.png", "test/b/1.png", "test/c/1.png"],
+            "must have the same classes in test and train; train lacks c",
+        ),
+        (
+            ["train/a/1.png", "train/b/1.png", "test/a/1.png", "test/b/1.png", "val/a/1.png", "val/c/1.png"],
+            "must have the same classes in (train and validation|validation and train)",
+        ),
+        (
+            ["train/a/1.png", "train/b/1.png", "test/a/1.png", "test/b/"],
+            "test.b must hold at least one image",
+        ),
+        (["train/a/1.png", "train/b/1.png", "test/a/1.png", "test/b/1.png", "more/"], "got more/ as well"),
+        (["train/a/1.png", "test/a/1.png", "val/a/1.png", "validation/a/1.png"], "got val/ as well"),
+        (["train/1.png", "test/1.png"], r"1.png must be in the folder of its class"),
+    ],
+)
+def test_a_wrong_layout_is_told(tmp_path: Path, names: list[str], message: str) -> None:
+    make(tmp_path, *names)
+    with pytest.raises(InputError, match=message):
+        folder(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"image_size": 0}, "image_size must be at least 1 pixel; got 0"),
+        ({"channels": 2}, r"channels must be 1 \(grey\) or 3 \(colour\); got 2"),
+        ({"test_fraction": 1.0}, r"test_fraction must be in \(0, 1\); got 1.0"),
+    ],
+)
+def test_wrong_arguments(pets: Path, arguments: dict[str, Any], message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        folder(pets, **arguments)
+
+
+def test_the_path_must_exist(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"path of an image folder must be an existing directory; got .*nowhere"):
+        folder(tmp_path / "nowhere")
