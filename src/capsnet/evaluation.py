@@ -1,4 +1,4 @@
-"""How good a network is on a split: error with its interval, losses, confusion matrix. Every example is counted once."""
+"""How good a network is on a split: error with its interval, losses, confusion matrix; each example counted once."""
 
 import math
 from dataclasses import dataclass
@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from capsnet.config import Config
 from capsnet.data import Split
+from capsnet.data.dataset import to_float
 from capsnet.models import Network
 from capsnet.objective import Objective
 
@@ -108,11 +109,6 @@ def wilson_interval(wrong: int, total: int, z: float = 1.959964) -> tuple[float,
     centre = (p + z * z / (2 * total)) / (1 + z * z / total)
     half = z / (1 + z * z / total) * math.sqrt(p * (1 - p) / total + z * z / (4 * total * total))
     return max(0.0, centre - half), min(1.0, centre + half)
-
-
-def to_float(images: Tensor) -> Tensor:
-    """`uint8` intensities 0..255 as `float32` in [0, 1]."""
-    return images.float().div_(255)
 
 
 def evaluate(

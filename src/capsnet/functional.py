@@ -39,7 +39,7 @@ def squash(s: Float[Tensor, "*batch dim"]) -> Float[Tensor, "*batch dim"]:
         tensor([0.5769, 0.7692])
     """
     x = s.float() if s.dtype in (torch.float16, torch.bfloat16) else s
-    n = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
+    n: Tensor = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
     return (x * (n / (1 + n * n))).to(s.dtype)
 
 
@@ -52,7 +52,8 @@ def lengths(pose: Float[Tensor, "*batch capsules dim"]) -> Float[Tensor, "*batch
     Returns:
         Lengths, in [0, 1) where `pose` is squashed; the gradient at a zero vector is zero.
     """
-    return torch.linalg.vector_norm(pose, dim=-1)
+    length: Tensor = torch.linalg.vector_norm(pose, dim=-1)
+    return length
 
 
 def mask(

@@ -1,6 +1,8 @@
-"""Layers: modules that hold parameters and call the functions. They repeat no arithmetic of `functional` or `routing`."""
+"""Layers: modules that hold parameters and call the functions, whose arithmetic they do not repeat."""
 
 import math
+from functools import partial
+from itertools import pairwise
 
 import torch
 from jaxtyping import Float, Int
@@ -9,11 +11,23 @@ from torch import Tensor, nn
 from capsnet import functional as F
 from capsnet.errors import InputError
 from capsnet.kernels import cpu
+from capsnet.kernels.stem import saving
 from capsnet.routing import RoutingResult, check_iterations, dynamic_routing
 
-__all__ = ["KERNELS", "ClassCapsules", "Decoder", "PrimaryCapsules", "convolution", "resolve_kernel", "votes"]
+__all__ = [
+    "KERNELS",
+    "STEMS",
+    "ClassCapsules",
+    "Decoder",
+    "PrimaryCapsules",
+    "convolution",
+    "resolve_kernel",
+    "resolve_stem",
+    "votes",
+]
 
 KERNELS = ("auto", "plain", "sliced")
+STEMS = ("auto", "direct", "minimal")
 
 
 def votes(
@@ -93,6 +107,50 @@ def convolution(
     return convolve, (height, width)
 
 
+def resolve_stem(
+    stem: str, first: nn.Module, primary: nn.Module, in_size: tuple[int, int], device: torch.device
+) -> str:
+    """How both convolutions are computed on `device` now, `direct` or `minimal` (see `kernels.stem`).
+
+    `auto` is `minimal` on a CPU in float32 or float64, without padding, where it saves half of the products or more.
+
+    Args:
+        stem: `auto`, `direct` or `minimal`.
+        first: the first convolution.
+        primary: the primary capsules' convolution.
+        in_size: height and width of the primary capsules' input.
+        device: of the images.
+
+    Raises:
+        InputError: an unknown name, or `minimal` where it cannot run: the condition that fails is named.
+    """
+    if stem not in STEMS:
+        raise InputError(f"stem must be one of {', '.join(STEMS)}; got {stem!r}")
+    if stem == "direct":
+        return stem
+    if device.type not in ("cpu", "meta"):
+        obstacle = f"a tensor on {device}, and it must run on a CPU"
+    elif device.type == "cpu" and torch.is_autocast_enabled("cpu"):
+        obstacle = "bf16 convolutions, and it must run in precision 32"
+    elif not isinstance(first, nn.Conv2d) or not isinstance(primary, nn.Conv2d):
+        obstacle = "padding same, and it needs padding valid"
+    elif saving(in_size, primary.kernel_size[0], primary.stride[0]) < 2 and stem == "auto":
+        obstacle = "kernels too small to save anything"
+    else:
+        return "minimal"
+    if stem == "minimal":
+        raise InputError(f"stem minimal got {obstacle}; use stem direct")
+    return "direct"
+
+
+def _in_kernel_order(convolve: nn.Module) -> None:
+    """Lay the weight's memory out as [kernel, kernel, in, out], which `kernels.stem` transforms without a copy."""
+    for module in convolve.modules():
+        if isinstance(module, nn.Conv2d):
+            weight = module.weight.detach().permute(2, 3, 1, 0).contiguous().permute(3, 2, 0, 1)
+            module.weight = nn.Parameter(weight)
+
+
 class PrimaryCapsules(nn.Module):
     """The first capsules: a convolution whose channels are grouped into vectors and squashed (Section 4).
 
@@ -111,8 +169,8 @@ class PrimaryCapsules(nn.Module):
             these capsules too are made by one routing iteration with uniform couplings.
 
     Parameters:
-        conv weight `[types * dim, in_channels, kernel, kernel]`, as torch.nn.Conv2d starts it; bias `[types * dim]`, the
-        same, uniform in +-1 / sqrt(fan in).
+        conv weight `[types * dim, in_channels, kernel, kernel]`, as torch.nn.Conv2d starts it; bias `[types * dim]`,
+        the same, uniform in +-1 / sqrt(fan in).
 
     Raises:
         InputError: the input is smaller than the kernel.
@@ -142,6 +200,7 @@ class PrimaryCapsules(nn.Module):
             name="primary capsules",
             bias=False,
         )
+        _in_kernel_order(self.conv)
         bound = 1 / math.sqrt(in_channels * kernel * kernel)
         self.bias = nn.Parameter(torch.empty(types * dim).uniform_(-bound, bound))
 
@@ -152,10 +211,13 @@ class PrimaryCapsules(nn.Module):
 
     def forward(self, x: Float[Tensor, "batch channels height width"]) -> Float[Tensor, "batch in dim"]:
         """Poses of the primary capsules, each of length in [0, 1), in float32."""
-        grid = self.conv(x).permute(0, 2, 3, 1)  # [batch, rows, columns, types * dim]
+        return self.capsules_of(self.conv(x).permute(0, 2, 3, 1))
+
+    def capsules_of(self, grid: Float[Tensor, "batch rows columns channels"]) -> Float[Tensor, "batch in dim"]:
+        """The same from the convolution's output, channels last."""
         s = grid.float() if grid.dtype in (torch.float16, torch.bfloat16) else grid
         s = s * self.scale + self.bias if self.scale != 1 else s + self.bias
-        return F.squash(s.reshape(len(x), self.capsules, self.dim))
+        return F.squash(s.reshape(len(grid), self.capsules, self.dim))
 
 
 class ClassCapsules(nn.Module):
@@ -174,8 +236,8 @@ class ClassCapsules(nn.Module):
         kernel: `plain` (votes of the whole batch in memory), `sliced` (a few images at a time, CPU) or `auto`.
 
     Parameters:
-        weight `W [in_capsules, in_dim, out_capsules, out_dim]`, normal with standard deviation 0.1 (first author's code;
-        the paper gives none); bias `[out_capsules, out_dim]`, 0.1, if asked for.
+        weight `W [in_capsules, in_dim, out_capsules, out_dim]`, normal with standard deviation 0.1 (first author's
+        code; the paper gives none); bias `[out_capsules, out_dim]`, 0.1, if asked for.
 
     Raises:
         InputError: fewer than 1 iteration, an unknown kernel.
@@ -210,15 +272,15 @@ class ClassCapsules(nn.Module):
         """Route the poses `u`; computed in float32 or better whatever the precision around it."""
         with F.full_precision(u.device):
             u = u.float() if u.dtype in (torch.float16, torch.bfloat16) else u
-            options = {
-                "iterations": self.iterations,
-                "bias": self.bias,
-                "leaky": self.leaky,
-                "detach_routing": self.detach_routing,
-            }
-            if resolve_kernel(self.kernel, u.device) == "sliced":
-                return cpu.votes_and_routing(u, self.weight, **options)
-            return dynamic_routing(votes(u, self.weight), **options)
+            sliced = resolve_kernel(self.kernel, u.device) == "sliced"
+            route = (
+                partial(cpu.votes_and_routing, u, self.weight)
+                if sliced
+                else partial(dynamic_routing, votes(u, self.weight))
+            )
+            return route(
+                iterations=self.iterations, bias=self.bias, leaky=self.leaky, detach_routing=self.detach_routing
+            )
 
     def extra_repr(self) -> str:
         """Sizes and routing options, for `print(model)`."""
@@ -246,7 +308,7 @@ class Decoder(nn.Module):
         self.image_shape = image_shape
         widths = [classes * dim, *sizes]
         layers: list[nn.Module] = []
-        for fan_in, fan_out in zip(widths[:-1], widths[1:], strict=True):
+        for fan_in, fan_out in pairwise(widths):
             layers += [nn.Linear(fan_in, fan_out), nn.ReLU()]
         self.layers = nn.Sequential(*layers, nn.Linear(widths[-1], math.prod(image_shape)), nn.Sigmoid())
 
@@ -255,4 +317,4 @@ class Decoder(nn.Module):
     ) -> Float[Tensor, "batch channels height width"]:
         """Draw what capsule `index` (`[batch]`) of each example describes, intensities in [0, 1], in float32."""
         image: Tensor = self.layers(F.mask(pose, index).flatten(1))
-        return (image.float() if image.dtype != torch.float64 else image).unflatten(1, self.image_shape)
+        return (image.float() if image.dtype != torch.float64 else image).reshape(-1, *self.image_shape)

@@ -11,7 +11,8 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from capsnet.errors import InputError
-from capsnet.layers import ClassCapsules, Decoder, PrimaryCapsules, convolution
+from capsnet.kernels.stem import minimal_stem
+from capsnet.layers import ClassCapsules, Decoder, PrimaryCapsules, convolution, resolve_stem
 
 __all__ = [
     "CapsNet",
@@ -82,10 +83,17 @@ class CapsNet(Network):
         class_capsules: ClassCapsules,
         decoder: Decoder | None,
         image_shape: tuple[int, int, int],
+        *,
+        stem: str,
+        conv_size: tuple[int, int],
     ) -> None:
         super().__init__()
-        self.image_shape = image_shape
+        self.image_shape, self.stem, self.conv_size = image_shape, stem, conv_size
         self.conv, self.primary, self.class_capsules, self.decoder = conv, primary, class_capsules, decoder
+
+    def resolved_stem(self, device: torch.device) -> str:
+        """How the two convolutions are computed on `device` now: `direct` or `minimal`."""
+        return resolve_stem(self.stem, self.conv, self.primary.conv, self.conv_size, device)
 
     def forward(
         self, images: Float[Tensor, "batch channels height width"], labels: Int[Tensor, "batch"] | None = None
@@ -100,7 +108,12 @@ class CapsNet(Network):
             InputError: images of another shape than the network was built for.
         """
         self.check_images(images)
-        u = self.primary(torch.relu(self.conv(images)))
+        conv, primary = self.conv, self.primary
+        if self.resolved_stem(images.device) == "minimal" and isinstance(conv, nn.Conv2d) and isinstance(primary.conv, nn.Conv2d):
+            strides = {"stride1": conv.stride[0], "stride2": primary.conv.stride[0]}
+            u = primary.capsules_of(minimal_stem(images, conv.weight, conv.bias, primary.conv.weight, **strides))
+        else:
+            u = primary(torch.relu(conv(images)))
         routed = self.class_capsules(u)
         if self.decoder is None:
             return Output(routed.activation, None, routed.pose, routed.couplings)
@@ -147,6 +160,7 @@ def capsnet(
     leaky: bool = False,
     detach_routing: bool = False,
     kernel: str = "auto",
+    stem: str = "auto",
     reconstruction: bool = True,
     decoder_sizes: tuple[int, ...] = (512, 1024),
     conv_init_std: float = 0.0,
@@ -173,6 +187,7 @@ def capsnet(
         leaky: a "none of the above" slot.
         detach_routing: no gradient through the couplings.
         kernel: how votes and routing are computed.
+        stem: how the two convolutions are computed.
         reconstruction: with the decoder.
         decoder_sizes: widths of its hidden layers.
         conv_init_std: 0 starts the convolutions as PyTorch does; otherwise weights start truncated normal with this
@@ -197,7 +212,7 @@ def capsnet(
     for name, size in sizes.items():
         if size < 1:
             raise InputError(f"{name} must be at least 1; got {size}")
-    conv, size = convolution(
+    conv, grid = convolution(
         image_shape[0],
         conv_channels,
         conv_kernel,
@@ -212,7 +227,7 @@ def capsnet(
         dim=primary_dim,
         kernel=primary_kernel,
         stride=primary_stride,
-        in_size=size,
+        in_size=grid,
         padding=padding,
         scale=primary_scale or 1 / capsule_types,
     )
@@ -228,7 +243,8 @@ def capsnet(
         kernel=kernel,
     )
     decoder = Decoder(num_classes, class_dim, image_shape, decoder_sizes) if reconstruction else None
-    network = CapsNet(conv, primary, class_capsules, decoder, image_shape)
+    network = CapsNet(conv, primary, class_capsules, decoder, image_shape, stem=stem, conv_size=grid)
+    resolve_stem(stem, conv, primary.conv, grid, torch.device("cpu"))
     if conv_init_std:
         _truncated_normal([conv, primary], conv_init_std)
     return network
@@ -240,8 +256,8 @@ def baseline(
     """The paper's convolutional baseline (Section 5): three 5x5 convolutions and two fully connected layers.
 
     256, 256 and 128 channels with stride 1, then 328 and 192 units, then dropout and one logit a class. The paper says
-    neither padding nor dropout rate; its 35.4 M parameters on MNIST are those of padding `same` (35,445,522), and 0.5 is
-    the customary rate. There is no pooling, so the first fully connected layer grows with the image's area.
+    neither padding nor dropout rate; its 35.4 M parameters on MNIST are those of padding `same` (35,445,522), and 0.5
+    is the customary rate. There is no pooling, so the first fully connected layer grows with the image's area.
 
     Raises:
         InputError: a dropout rate outside [0, 1).
@@ -308,7 +324,9 @@ def create(
     known = builder_options(name)
     unknown = [option for option in options if option not in known]
     if unknown:
-        raise InputError(f"options of model {name} must be among {', '.join(known)}; got {', '.join(unknown)}")
+        near = difflib.get_close_matches(unknown[0], known, n=1)
+        hint = f" (did you mean {near[0]}?)" if near else ""
+        raise InputError(f"options of model {name} must be among {', '.join(known)}; got {', '.join(unknown)}{hint}")
     if num_classes < 1 or (classes is not None and len(classes) != num_classes):
         raise InputError(f"num_classes must be at least 1 and the number of names in classes; got {num_classes}")
     shape = (image_shape[0], image_shape[1], image_shape[2])

@@ -35,7 +35,8 @@ class Losses(NamedTuple):
 class Objective(nn.Module):
     """`margin_scale * margin loss + reconstruction_weight * sum of squared errors`, or cross-entropy.
 
-    In training the decoder sees the capsule of the label (`mask="label"`, Section 4.1); in evaluation always the longest.
+    In training the decoder sees the capsule of the label (`mask="label"`, Section 4.1); in evaluation always the
+    longest.
     """
 
     def __init__(self, network: Network, config: Config) -> None:

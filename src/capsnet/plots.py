@@ -5,8 +5,8 @@ from pathlib import Path
 import torch
 
 from capsnet.data import Split
+from capsnet.data.dataset import to_float
 from capsnet.errors import InputError
-from capsnet.evaluation import to_float
 from capsnet.models import Network
 
 __all__ = ["reconstructions"]

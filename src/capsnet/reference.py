@@ -17,7 +17,7 @@ def squash(s: Array) -> Array:
     squared = float(sum(x * x for x in s))
     if squared == 0:
         return np.zeros_like(s)
-    return squared / (1 + squared) * s / np.sqrt(squared)
+    return np.asarray(squared / (1 + squared) * s / np.sqrt(squared))
 
 
 def votes(u: Array, weight: Array) -> Array:

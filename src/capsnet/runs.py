@@ -204,7 +204,7 @@ def load(path: str | Path) -> Network:
         weights = load_file(folder / "model.safetensors")
     except (SafetensorError, OSError) as error:
         raise InputError(f"file {folder / 'model.safetensors'} must be safetensors; got: {error}") from None
-    options = {key: tuple(value) if isinstance(value, list) else value for key, value in config.items()}
+    options: dict[str, Any] = {key: tuple(value) if isinstance(value, list) else value for key, value in config.items()}
     with torch.device("meta"):  # no time is spent on first weights
         network = create(name, image_shape=tuple(image_shape), classes=tuple(classes), **options)
     check_fit(network, weights, source=str(folder / "model.safetensors"))

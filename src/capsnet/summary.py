@@ -39,7 +39,7 @@ def dry_run(config: Config) -> str:
             f"data: {len(dataset.train):,} training, {validation:,} validation, {len(dataset.test):,} test images of "
             f"{' x '.join(map(str, dataset.image_shape))}; {len(dataset.classes)} classes",
             f"steps: {config.epochs * steps:,} ({config.epochs} epochs of {steps:,})",
-            f"device: {config.devices} x {device.type}, precision {train.resolve_precision(config, device)}"
+            f"device: {config.devices} x {device.type}, precision {train.resolve_precision(config, device, network)}"
             + (f", kernel {', '.join(kernels)}" if kernels else ""),
             f"memory: about {mebibytes:,.0f} MiB a process for weights, gradients, Adam and activations in float32, "
             f"and {dataset.train.images.numel() / 2**20:,.0f} MiB of images",
@@ -62,10 +62,9 @@ def layer_table(network: Network) -> str:
 
     copy = _on_meta(network, torch.device("cpu"))
     for name, layer in copy.named_modules():
-        inside_capsules = name.startswith("primary.")
-        if name and (isinstance(layer, ClassCapsules) or name == "primary" or not list(layer.children())):
-            if not inside_capsules:
-                note(name, layer)
+        whole = isinstance(layer, ClassCapsules) or name == "primary" or not list(layer.children())
+        if name and whole and not name.startswith("primary."):
+            note(name, layer)
     with torch.no_grad():
         copy(torch.empty(2, *network.image_shape, device="meta"))
     rows.append(("all", type(network).__name__, "", f"{network.parameter_count():,}"))

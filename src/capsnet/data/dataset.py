@@ -8,7 +8,7 @@ from torch import Tensor
 
 from capsnet.errors import InputError
 
-__all__ = ["Dataset", "Split"]
+__all__ = ["Dataset", "Split", "to_float"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -112,3 +112,8 @@ class Dataset:
         order = torch.randperm(len(self.train), generator=torch.Generator().manual_seed(seed))
         held_out, kept = order[:count].sort().values, order[count:].sort().values
         return Dataset(self.name, self.classes, self.train.take(kept), self.test, self.train.take(held_out))
+
+
+def to_float(images: Tensor) -> Tensor:
+    """`uint8` intensities 0..255 as `float32` in [0, 1]."""
+    return images.float().div_(255)

@@ -1,0 +1,35 @@
+"""Large arrays kept from one training step to the next: fresh memory costs several times the arithmetic done in it."""
+
+import math
+
+import torch
+from torch import Tensor
+
+__all__ = ["BufferPool"]
+
+
+class BufferPool:
+    """At most one free array for each name; whoever takes it owns it until it is given back.
+
+    An array that is never given back (a forward without a backward) is freed like any tensor, and the next `take` makes
+    a new one, so that nothing is ever shared by two owners.
+    """
+
+    def __init__(self) -> None:
+        self._free: dict[str, Tensor] = {}
+
+    def take(self, name: str, shape: tuple[int, ...], like: Tensor) -> Tensor:
+        """An array of undefined content, of `like`'s type and device."""
+        kept = self._free.pop(name, None)
+        count = math.prod(shape)
+        if kept is None or kept.numel() != count or kept.dtype != like.dtype or kept.device != like.device:
+            kept = torch.empty(count, dtype=like.dtype, device=like.device)
+        return kept.view(shape)
+
+    def give(self, name: str, array: Tensor) -> None:
+        """Keep `array` for the next `take`; its owner must not use it any more."""
+        self._free[name] = array.view(-1)
+
+    def clear(self) -> None:
+        """Free everything that is kept."""
+        self._free.clear()
