@@ -1,6 +1,8 @@
 """The configuration of a run: one frozen dataclass, its presets, its file. Imports no torch, for an instant --help."""
 
 import difflib
+from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin
@@ -143,15 +145,12 @@ class Config:
     """Write TensorBoard curves and reconstructions too."""
 
     def __post_init__(self) -> None:
-        faults = [
-            f"{name} must be {rule}; got {getattr(self, name)!r}"
-            for name, (holds, rule) in _RULES.items()
-            if getattr(self, name) is not None and not holds(getattr(self, name))
-        ]
+        values = {field.name: getattr(self, field.name) for field in fields(self)}
+        faults = _out_of_range(values)
         for field in fields(self):
             choices = get_args(field.type) if get_origin(field.type) is Literal else ()
-            if choices and getattr(self, field.name) not in choices:
-                faults.append(f"{field.name} must be one of {', '.join(choices)}; got {getattr(self, field.name)!r}")
+            if choices and values[field.name] not in choices:
+                faults.append(f"{field.name} must be {_describe(field.type)}; got {values[field.name]!r}")
         if faults:
             raise InputError("; and ".join(faults))
 
@@ -239,18 +238,13 @@ def from_dict(values: dict[str, Any], *, source: str) -> Config:
     for name, value in values.items():
         if name not in known:
             continue
-        value = tuple(value) if isinstance(value, list) else value
-        if isinstance(value, int) and not isinstance(value, bool) and known[name] is float:
-            value = float(value)
-        if not _fits(value, known[name]):
-            faults.append(f"{name} must be {_describe(known[name])}; got {value!r}")
-        clean[name] = value
+        clean[name] = _as_written(value, known[name])
+        if not _fits(clean[name], known[name]):
+            faults.append(f"{name} must be {_describe(known[name])}; got {clean.pop(name)!r}")
+    faults += _out_of_range(clean)
     if faults:
         raise InputError(f"{source}: {'; and '.join(faults)}")
-    try:
-        return replace(base, **clean)
-    except InputError as error:
-        raise InputError(f"{source}: {error}") from None
+    return replace(base, **clean)
 
 
 def read(path: str | Path) -> Config:
@@ -285,6 +279,24 @@ def write(config: Config, path: Path) -> None:
 def _nearest(name: str, names: Any) -> str:
     near = difflib.get_close_matches(name, list(names), n=1)
     return f" (did you mean {near[0]}?)" if near else ""
+
+
+def _out_of_range(values: Mapping[str, Any]) -> list[str]:
+    return [
+        f"{name} must be {rule}; got {values[name]!r}"
+        for name, (holds, rule) in _RULES.items()
+        if values.get(name) is not None and not holds(values[name])
+    ]
+
+
+def _as_written(value: Any, kind: Any) -> Any:
+    """What YAML writes otherwise: a tuple as a list, 2.0 as 2, and 1e-3, which it reads as text."""
+    if isinstance(value, list):
+        return tuple(value)
+    if kind is float and isinstance(value, int | str) and not isinstance(value, bool):
+        with suppress(ValueError, OverflowError):
+            return float(value)
+    return value
 
 
 def _fits(value: Any, kind: Any) -> bool:

@@ -112,7 +112,8 @@ def resolve_stem(
 ) -> str:
     """How both convolutions are computed on `device` now, `direct` or `minimal` (see `kernels.stem`).
 
-    `auto` is `minimal` on a CPU in float32 or float64, without padding, where it saves half of the products or more.
+    `auto` is `minimal` on a CPU in float32 or float64, without padding, for images that need no gradient, where it
+    saves half of the products or more.
 
     Args:
         stem: `auto`, `direct` or `minimal`.

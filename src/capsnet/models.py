@@ -108,17 +108,23 @@ class CapsNet(Network):
             InputError: images of another shape than the network was built for.
         """
         self.check_images(images)
-        conv, primary = self.conv, self.primary
-        if self.resolved_stem(images.device) == "minimal" and isinstance(conv, nn.Conv2d) and isinstance(primary.conv, nn.Conv2d):
-            strides = {"stride1": conv.stride[0], "stride2": primary.conv.stride[0]}
-            u = primary.capsules_of(minimal_stem(images, conv.weight, conv.bias, primary.conv.weight, **strides))
-        else:
-            u = primary(torch.relu(conv(images)))
-        routed = self.class_capsules(u)
+        routed = self.class_capsules(self._primary_poses(images))
         if self.decoder is None:
             return Output(routed.activation, None, routed.pose, routed.couplings)
         index = routed.activation.argmax(-1) if labels is None else labels
         return Output(routed.activation, self.decoder(routed.pose, index), routed.pose, routed.couplings)
+
+    def _primary_poses(self, images: Tensor) -> Tensor:
+        first, second = self.conv, self.primary.conv
+        possible = self.stem == "minimal" or not images.requires_grad
+        if not possible or self.resolved_stem(images.device) == "direct":
+            u: Tensor = self.primary(torch.relu(first(images)))
+            return u
+        assert isinstance(first, nn.Conv2d)
+        assert isinstance(second, nn.Conv2d)
+        assert first.bias is not None
+        strides = {"stride1": first.stride[0], "stride2": second.stride[0]}
+        return self.primary.capsules_of(minimal_stem(images, first.weight, first.bias, second.weight, **strides))
 
 
 class ConvNet(Network):

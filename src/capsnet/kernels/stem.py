@@ -167,7 +167,7 @@ class _Plan:
             (self.k1, row),
             (self.k1, column),
         ]
-        windows = padded.as_strided(*zip(*axes, strict=True))
+        windows = padded.as_strided([size for size, _ in axes], [stride for _, stride in axes])
         return windows.reshape(-1, channels * self.k1 * self.k1)
 
     def filters(self, weight2: Tensor, out: Tensor) -> Tensor:

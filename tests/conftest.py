@@ -1,0 +1,41 @@
+from collections.abc import Iterator
+from pathlib import Path
+
+import jaxtyping
+import pytest
+
+import tiny
+
+
+@pytest.fixture
+def unchecked() -> Iterator[None]:
+    """Shape annotations are not checked, so that our own error answers, as it does for users."""
+    before = jaxtyping.config.jaxtyping_disable
+    jaxtyping.config.update("jaxtyping_disable", True)
+    yield
+    jaxtyping.config.update("jaxtyping_disable", before)
+
+
+@pytest.fixture(scope="session")
+def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """90 colour images of 12 x 13 pixels in 3 classes."""
+    return tiny.photos(tmp_path_factory.mktemp("data") / "photos")
+
+
+@pytest.fixture
+def workplace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty current directory, and nothing of this machine's data, cache or processes."""
+    for name in ("CAPSNET_DATA", "LOCAL_RANK", "RANK", "WORLD_SIZE", "TORCHELASTIC_RUN_ID"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("CAPSNET_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setenv("CAPSNET_OFFLINE", "1")
+    place = tmp_path / "work"
+    place.mkdir()
+    monkeypatch.chdir(place)
+    return place
+
+
+@pytest.fixture
+def blank_figure(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No time is spent on drawing."""
+    monkeypatch.setattr("capsnet.plots.reconstructions", lambda network, split, path: path.write_bytes(b""))

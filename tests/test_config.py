@@ -1,0 +1,242 @@
+import subprocess
+import sys
+from dataclasses import FrozenInstanceError, asdict, fields, replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from capsnet.config import PRESETS, Config, from_dict, preset, preset_differences, read, write
+from capsnet.errors import InputError
+from capsnet.models import builder_options
+
+
+def written(text: str, folder: Path) -> Path:
+    path = folder / "config.yaml"
+    path.write_text(text, encoding="utf-8")
+    return path
+
+
+# presets
+
+
+def test_the_defaults_are_the_paper() -> None:
+    assert Config() == preset("paper")
+    config = Config()
+    assert (config.routing_iterations, config.conv_channels, config.capsule_types) == (3, 256, 32)
+    assert (config.primary_dim, config.class_dim, config.decoder_sizes) == (8, 16, (512, 1024))
+    assert (config.m_pos, config.m_neg, config.down_weight, config.reconstruction_weight) == (0.9, 0.1, 0.5, 0.0005)
+    assert (config.margin_scale, config.shift, config.lr, config.batch_size) == (1.0, 2, 0.001, 128)
+    assert not config.routing_bias
+    assert not config.leaky
+    assert not config.detach_routing
+
+
+def test_authors_differ_in_what_design_says() -> None:
+    config = preset("authors")
+    assert config.preset == "authors"
+    assert config.margin_scale == pytest.approx(0.5 / 10)
+    assert config.reconstruction_weight / config.margin_scale == pytest.approx(0.01)
+    assert (config.primary_scale, config.routing_bias, config.conv_init_std) == (0.0, True, 0.1)
+    assert (config.lr, config.lr_decay, config.lr_decay_steps, config.lr_floor) == (1e-3, 0.96, 2000, 1e-6)
+    assert preset_differences(config) == {}
+
+
+@pytest.mark.parametrize("name", PRESETS["authors"])
+def test_every_field_of_authors_can_be_switched_alone(name: str) -> None:
+    value = PRESETS["authors"][name]
+    alone = replace(Config(), **{name: value})
+    without = replace(preset("authors"), **{name: getattr(Config(), name)})
+    assert preset_differences(alone) == from_paper(alone) == ({name: value} if value != getattr(Config(), name) else {})
+    assert from_dict({name: value}, source="here") == alone
+    assert from_dict({"preset": "authors", name: getattr(Config(), name)}, source="here") == without
+    assert from_paper(without) | {name: value} == from_paper(preset("authors")) | {name: value}
+
+
+def from_paper(config: Config) -> dict[str, Any]:
+    return {name: value for name, value in asdict(config).items() if value != asdict(Config())[name]}
+
+
+def test_an_unknown_preset_is_refused_and_the_nearest_named() -> None:
+    with pytest.raises(InputError, match=r"^preset must be one of paper, authors; got 'author' \(did you mean authors"):
+        preset("author")
+    with pytest.raises(InputError, match=r"^preset must be one of paper, authors; got 'xyz'$"):
+        from_dict({"preset": "xyz"}, source="here")
+
+
+def test_model_options_have_the_same_defaults_here_as_in_the_builders() -> None:
+    here = asdict(Config())
+    for model in ("capsnet", "baseline"):
+        options = builder_options(model)
+        assert {name: here[name] for name in options} == options
+
+
+def test_every_field_says_what_it_is() -> None:
+    lines = Path(sys.modules[Config.__module__].__file__ or "").read_text(encoding="utf-8").splitlines()
+    for field in fields(Config):
+        (at,) = (k for k, line in enumerate(lines) if line.startswith(f"    {field.name}: "))
+        assert lines[at + 1].startswith('    """'), field.name
+
+
+def test_a_configuration_cannot_be_changed() -> None:
+    with pytest.raises(FrozenInstanceError):
+        Config().epochs = 4  # type: ignore[misc]
+
+
+# files
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        Config(),
+        preset("authors"),
+        replace(preset("authors"), lr=3e-7, decoder_sizes=(), channels=1, data_dir="/a b/ä", validation=0, leaky=True),
+        Config(decoder_sizes=(7,), m_neg=0.0, lr_floor=0.0, epochs=0, out="true", mask="prediction"),
+    ],
+    ids=["paper", "authors", "changed", "edges"],
+)
+def test_a_file_gives_back_what_was_written(config: Config, tmp_path: Path) -> None:
+    write(config, tmp_path / "config.yaml")
+    again = read(tmp_path / "config.yaml")
+    assert again == config
+    assert [type(value) for value in asdict(again).values()] == [type(value) for value in asdict(config).values()]
+    assert list(yaml.safe_load((tmp_path / "config.yaml").read_text(encoding="utf-8"))) == list(asdict(config))
+
+
+def test_a_short_file_takes_the_rest_from_its_preset(tmp_path: Path) -> None:
+    path = written("preset: authors\nepochs: 7\n", tmp_path)
+    assert read(path) == replace(preset("authors"), epochs=7)
+    assert read(str(path)) == read(path)
+
+
+@pytest.mark.parametrize(("text", "lr"), [("1e-3", 1e-3), ("2", 2.0), ("1.0e-3", 1e-3), (".5", 0.5)])
+def test_numbers_are_read_as_people_write_them(text: str, lr: float, tmp_path: Path) -> None:
+    """YAML takes 1e-3, without a point, for text."""
+    found = read(written(f"lr: {text}\n", tmp_path)).lr
+    assert found == lr
+    assert type(found) is float
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("epochs: [", r"must be YAML; got: while parsing"),
+        ("- epochs", r"must hold option: value lines; got list$"),
+        ("", r"must hold option: value lines; got NoneType$"),
+        ("epoch: 3", r"config.yaml: epoch is no option \(did you mean epochs\?\)$"),
+        ("zzz: 3", r"config.yaml: zzz is no option$"),
+        ("3: 3", r"config.yaml: 3 is no option$"),
+    ],
+)
+def test_a_wrong_file_is_refused(text: str, message: str, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=f"^config file .*{message}"):
+        read(written(text, tmp_path))
+
+
+def test_a_file_that_cannot_be_read_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"must be a readable YAML file; got: No such file or directory$"):
+        read(tmp_path / "none.yaml")
+    (tmp_path / "latin.yaml").write_bytes(b"data: \xe4\xf6")
+    with pytest.raises(InputError, match=r"must be a readable YAML file; got: not UTF-8 text$"):
+        read(tmp_path / "latin.yaml")
+
+
+# faults
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"epochs": "three"}, "epochs must be a whole number; got 'three'"),
+        ({"epochs": 1.5}, "epochs must be a whole number; got 1.5"),
+        ({"epochs": True}, "epochs must be a whole number; got True"),
+        ({"epochs": None}, "epochs must be a whole number; got None"),
+        ({"lr": "fast"}, "lr must be a number; got 'fast'"),
+        ({"lr": True}, "lr must be a number; got True"),
+        ({"lr": 10**400}, "lr must be a number; got 1000"),
+        ({"flip": 1}, "flip must be true or false; got 1"),
+        ({"data": 3}, "data must be text; got 3"),
+        ({"channels": "1"}, "channels must be a whole number or nothing; got '1'"),
+        ({"decoder_sizes": 512}, "decoder_sizes must be a list of whole numbers; got 512"),
+        ({"decoder_sizes": [512, "big"]}, r"decoder_sizes must be a list of whole numbers; got \(512, 'big'\)"),
+        ({"mask": "none"}, "mask must be one of label, prediction; got 'none'"),
+        ({"kernel": []}, r"kernel must be one of auto, plain, sliced; got \(\)"),
+    ],
+)
+def test_a_value_of_the_wrong_type_is_refused(values: dict[str, Any], message: str) -> None:
+    with pytest.raises(InputError, match=f"^here: {message}"):
+        from_dict(values, source="here")
+
+
+@pytest.mark.usefixtures("unchecked")
+@pytest.mark.parametrize(
+    ("name", "value", "rule"),
+    [
+        ("epochs", -1, "at least 0"),
+        ("batch_size", 0, "at least 1"),
+        ("routing_iterations", 0, "at least 1"),
+        ("image_size", 0, "at least 1"),
+        ("lr", 0.0, "above 0"),
+        ("lr", float("inf"), "above 0"),
+        ("lr", float("nan"), "above 0"),
+        ("reconstruction_weight", float("nan"), "at least 0"),
+        ("lr_decay", 1.1, r"in \(0, 1\]"),
+        ("dropout", 1.0, r"in \[0, 1\)"),
+        ("scale", -0.1, r"in \[0, 1\)"),
+        ("m_neg", 1.0, r"in \[0, 1\)"),
+        ("m_pos", 0.0, r"in \(0, 1\]"),
+        ("channels", 2, "1 or 3"),
+        ("decoder_sizes", (8, 0), "widths of at least 1"),
+        ("validation", -1, "at least 0"),
+        ("device", "tpu", "one of auto, cpu, cuda"),
+    ],
+)
+def test_a_value_out_of_range_is_refused(name: str, value: Any, rule: str) -> None:
+    with pytest.raises(InputError, match=f"^{name} must be {rule}; got "):
+        Config(**{name: value})
+    with pytest.raises(InputError, match=f"^here: {name} must be {rule}; got "):
+        from_dict({name: value}, source="here")
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        {"epochs": 0, "m_pos": 1.0, "m_neg": 0.0, "lr_decay": 1.0, "validation": 0, "dropout": 0.0},
+        {"channels": None, "threads": None, "decoder_sizes": (), "seed": 0},
+    ],
+)
+def test_values_at_the_edge_are_accepted(values: dict[str, Any]) -> None:
+    assert from_dict(values, source="here") == Config(**values)
+
+
+@pytest.mark.usefixtures("unchecked")
+def test_all_faults_are_named_at_once() -> None:
+    with pytest.raises(InputError) as caught:
+        from_dict({"epoch": 3, "lr": "fast", "batch_size": 0, "m_neg": 2.0, "mask": "x"}, source="file f")
+    text = str(caught.value)
+    assert text.startswith("file f: ")
+    for fault in (
+        "epoch is no option (did you mean epochs?)",
+        "lr must be a number; got 'fast'",
+        "batch_size must be at least 1; got 0",
+        "m_neg must be in [0, 1); got 2.0",
+        "mask must be one of label, prediction; got 'x'",
+    ):
+        assert text.count(fault) == 1, text
+    assert text.count("; and ") == 4
+    with pytest.raises(InputError, match=r"^batch_size must be .*; and m_neg must be .*; and device must be "):
+        Config(batch_size=0, m_neg=2.0, device="x")  # type: ignore[arg-type]
+
+
+def test_a_configuration_is_made_and_read_without_torch(tmp_path: Path) -> None:
+    write(Config(), tmp_path / "config.yaml")
+    code = (
+        "import sys; from capsnet import config; config.read(sys.argv[1]); "
+        "sys.exit(', '.join({'torch', 'numpy', 'matplotlib'} & set(sys.modules)) or None)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(tmp_path / "config.yaml")], capture_output=True, text=True, check=False
+    )
+    assert (done.returncode, done.stderr) == (0, "")

@@ -1,0 +1,195 @@
+"""The direction of the imports, the table of contents, and what must not be loaded."""
+
+import ast
+import subprocess
+import sys
+from graphlib import TopologicalSorter
+from importlib import import_module
+from pathlib import Path
+
+import pytest
+
+import capsnet
+
+ROOT = Path(capsnet.__file__).parent
+LEVELS: tuple[tuple[str, ...], ...] = (
+    ("errors", "reference"),
+    ("functional",),
+    ("routing", "kernels"),
+    ("layers",),
+    ("analysis", "config", "data", "models", "objective", "plots", "progress", "runs"),
+    ("bench", "demo", "evaluation", "export", "report", "summary", "train"),
+    ("cli",),
+    ("__main__",),
+)
+"""From the bottom up (DESIGN.md); a part is a file or a folder, and imports parts of its own level or below."""
+LEVEL = {part: level for level, parts in enumerate(LEVELS) for part in parts}
+
+
+def modules() -> dict[str, Path]:
+    """Every file of the package by its module's name; the table of contents itself is not among them."""
+    files = {".".join(path.relative_to(ROOT).with_suffix("").parts): path for path in ROOT.rglob("*.py")}
+    return {name.removesuffix(".__init__"): path for name, path in files.items() if name != "__init__"}
+
+
+MODULES = modules()
+
+
+def imported(path: Path, *, top_level_only: bool = False) -> set[str]:
+    """Full names of what a file imports, inside functions too unless told otherwise."""
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    names: set[str] = set()
+    for node in tree.body if top_level_only else ast.walk(tree):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: imports are absolute"
+            names |= {f"{node.module}.{alias.name}" for alias in node.names}
+    return names
+
+
+def ours(path: Path) -> set[str]:
+    """Modules of the package that a file imports: `capsnet.data.Split` is in `data`, `capsnet.data.idx` a module."""
+    found = set()
+    for name in imported(path):
+        parts = name.split(".")
+        if parts[0] != "capsnet":
+            continue
+        inside = ".".join(parts[1:])
+        while inside and inside not in MODULES:
+            inside = inside.rpartition(".")[0]
+        if inside:  # else a name of the table of contents, such as __version__
+            found.add(inside)
+    return found
+
+
+def part(module: str) -> str:
+    return module.partition(".")[0]
+
+
+def outside(path: Path, *, top_level_only: bool = False) -> set[str]:
+    """Packages other than ours and the standard library's that a file imports."""
+    names = {part(name) for name in imported(path, top_level_only=top_level_only)}
+    return names - set(sys.stdlib_module_names) - {"capsnet"}
+
+
+def test_the_reader_of_imports_sees_them() -> None:
+    assert {"functional", "errors"} <= ours(MODULES["routing"])
+    assert "data.idx" in ours(MODULES["data"])
+    assert "matplotlib" in outside(MODULES["plots"])
+    assert "matplotlib" not in outside(MODULES["plots"], top_level_only=True)
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_nothing_imports_upward(module: str) -> None:
+    assert part(module) in LEVEL, f"give {module} its level in DESIGN.md and here"
+    upward = {other for other in ours(MODULES[module]) if LEVEL[part(other)] > LEVEL[part(module)]}
+    assert not upward, f"{module} imports {upward}"
+
+
+def test_nothing_imports_in_a_circle() -> None:
+    TopologicalSorter({name: ours(path) - {name} for name, path in MODULES.items()}).prepare()
+
+
+def test_the_leaves_are_leaves() -> None:
+    assert outside(MODULES["reference"]) == {"numpy"}
+    assert not ours(MODULES["reference"])
+    assert {name for name, path in MODULES.items() if "reference" in ours(path)} <= {"bench"}
+    assert not ours(MODULES["errors"]) | outside(MODULES["errors"])
+    assert ours(MODULES["functional"]) == {"errors"}
+    assert ours(MODULES["config"]) == {"errors"}
+    assert outside(MODULES["config"]) == {"yaml"}
+    assert not any(part(other) == "kernels" for other in ours(MODULES["routing"]))
+    for name, path in MODULES.items():
+        if part(name) == "data":
+            assert {part(other) for other in ours(path)} <= {"data", "errors"}, name
+
+
+@pytest.mark.parametrize(
+    ("package", "homes"),
+    [
+        ("matplotlib", {"plots"}),
+        ("lightning_fabric", {"train"}),
+        ("pooch", {"data.fetch"}),
+        ("tyro", {"cli"}),
+        ("PIL", {"data.folder", "plots", "demo"}),
+    ],
+)
+def test_a_heavy_package_has_one_home(package: str, homes: set[str]) -> None:
+    assert {name for name, path in MODULES.items() if package in outside(path)} <= homes
+
+
+def test_drawing_and_the_hub_are_imported_when_used_only() -> None:
+    for name, path in MODULES.items():
+        eager = outside(path, top_level_only=True) & {"matplotlib", "huggingface_hub", "tensorboard", "PIL", "pooch"}
+        assert not eager, name
+    assert "torch" not in outside(MODULES["cli"], top_level_only=True)
+
+
+def python(code: str) -> str:
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert done.stderr == ""
+    return done.stdout.strip()
+
+
+HEAVY = "{'torch', 'matplotlib', 'lightning_fabric', 'PIL', 'huggingface_hub', 'numpy', 'yaml', 'rich', 'pooch'}"
+
+
+@pytest.mark.parametrize("module", ["capsnet", "capsnet.config", "capsnet.errors"])
+def test_importing_is_cheap_and_silent(module: str) -> None:
+    assert python(f"import sys, {module}; print(sorted({HEAVY} & set(sys.modules)))") == "[]"
+
+
+def test_the_command_line_is_imported_without_torch() -> None:
+    heavy = "{'torch', 'matplotlib', 'lightning_fabric', 'PIL', 'huggingface_hub'}"
+    assert python(f"import sys, capsnet.cli; print(sorted({heavy} & set(sys.modules)))") == "[]"
+
+
+# the table of contents
+
+
+def test_the_table_of_contents_holds_what_exists() -> None:
+    names = [name for group in capsnet._HOMES.values() for name in group]
+    assert sorted(names) == sorted(set(names)) == sorted(capsnet.__all__)
+    for home, group in capsnet._HOMES.items():
+        module = import_module(f"capsnet.{home}")
+        assert set(group) <= set(module.__all__)
+        for name in group:
+            assert getattr(capsnet, name) is getattr(module, name)
+    assert set(capsnet.__all__) <= set(dir(capsnet))
+
+
+def test_type_checkers_see_the_same_table() -> None:
+    tree = ast.parse((ROOT / "__init__.py").read_text(encoding="utf-8"))
+    seen = {
+        (f"{node.module}".removeprefix("capsnet."), alias.name)
+        for node in ast.walk(tree)
+        if isinstance(node, ast.ImportFrom) and f"{node.module}".startswith("capsnet.")
+        for alias in node.names
+    }
+    assert seen == {(home, name) for home, group in capsnet._HOMES.items() for name in group}
+
+
+def test_another_name_is_refused() -> None:
+    with pytest.raises(AttributeError, match=r"^module 'capsnet' has no attribute 'squish'$"):
+        capsnet.squish  # noqa: B018
+
+
+@pytest.mark.parametrize("module", [name for name in MODULES if name != "__main__"])
+def test_public_names_exist_and_say_what_they_are(module: str) -> None:
+    found = import_module(f"capsnet.{module}")
+    assert found.__doc__, f"{module} says what it holds"
+    own = {
+        name
+        for name, thing in vars(found).items()
+        if not name.startswith("_") and callable(thing) and getattr(thing, "__module__", None) == found.__name__
+    }
+    public = getattr(found, "__all__", [])
+    assert public or not own, f"{module} needs __all__"
+    assert len(public) == len(set(public))
+    for name in public:
+        thing = getattr(found, name)
+        if callable(thing):
+            assert (thing.__doc__ or "").strip(), f"{module}.{name}"
+            assert not (thing.__doc__ or "").startswith(f"{name}("), f"{module}.{name}: only what dataclass wrote"

@@ -1,0 +1,194 @@
+"""Minimal filtering against direct convolution in float64: matrices, outputs, gradients, kept buffers, the rule."""
+
+from fractions import Fraction
+from itertools import pairwise
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from capsnet.errors import InputError
+from capsnet.kernels import stem
+from capsnet.kernels.stem import minimal_stem, saving, transforms
+from capsnet.models import CapsNet, create
+
+SHAPES = {  # batch, in channels, height, width, channels, k1, stride1, out, k2, stride2
+    "paper, fewer channels": (3, 1, 28, 28, 7, 9, 1, 5, 9, 2),
+    "several tiles, colour, not square": (2, 3, 40, 33, 5, 5, 1, 3, 9, 2),
+    "even kernel, stride in both": (2, 2, 23, 29, 5, 3, 2, 3, 4, 2),
+    "stride 1": (1, 1, 20, 20, 3, 5, 1, 4, 5, 1),
+    "stride 3": (2, 3, 50, 47, 4, 9, 1, 3, 7, 3),
+    "one output": (5, 1, 17, 17, 3, 9, 1, 2, 9, 2),
+    "1 x 1 kernels": (2, 3, 7, 11, 5, 1, 1, 3, 1, 1),
+    "taps as many as points": (1, 1, 30, 30, 2, 3, 1, 2, 19, 2),
+}
+
+
+def direct(images: Tensor, weights: list[Tensor], stride1: int, stride2: int) -> Tensor:
+    weight1, bias1, weight2 = (weight.double() for weight in weights)
+    hidden = torch.relu(F.conv2d(images.double(), weight1, bias1, stride=stride1))
+    return F.conv2d(hidden, weight2, stride=stride2).permute(0, 2, 3, 1)
+
+
+def arguments(shape: tuple[int, ...], dtype: torch.dtype) -> tuple[list[Tensor], int, int]:
+    batch, in_channels, height, width, channels, k1, stride1, out, k2, stride2 = shape
+    generator = torch.Generator().manual_seed(sum(shape))
+    images = torch.rand(batch, in_channels, height, width, generator=generator, dtype=dtype)
+    weights = [
+        0.1 * torch.randn(size, generator=generator, dtype=dtype)
+        for size in ((channels, in_channels, k1, k1), (channels,), (out, channels, k2, k2))
+    ]
+    return [images, *(weight.requires_grad_() for weight in weights)], stride1, stride2
+
+
+def minimal(images: Tensor, weights: list[Tensor], stride1: int, stride2: int) -> Tensor:
+    return minimal_stem(images, *weights, stride1=stride1, stride2=stride2)
+
+
+def results(function: Any, shape: tuple[int, ...], dtype: torch.dtype) -> list[Tensor]:
+    (images, *weights), stride1, stride2 = arguments(shape, dtype)
+    grid: Tensor = function(images, weights, stride1, stride2)
+    slopes = torch.arange(grid.numel(), dtype=grid.dtype).view(grid.shape).cos()
+    return [grid, *torch.autograd.grad((grid * slopes).sum(), weights)]
+
+
+@pytest.mark.parametrize(
+    ("dtype", "tolerance"), [(torch.float64, 1e-12), (torch.float32, 2e-4)], ids=["float64", "float32"]
+)
+@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES.keys())
+def test_output_and_every_gradient_equal_direct_convolution(
+    shape: tuple[int, ...], dtype: torch.dtype, tolerance: float
+) -> None:
+    for ours, theirs in zip(results(minimal, shape, dtype), results(direct, shape, dtype), strict=True):
+        assert ours.shape == theirs.shape
+        assert ours.dtype == dtype
+        error = torch.linalg.vector_norm(ours.double() - theirs) / torch.linalg.vector_norm(theirs)
+        assert error < tolerance
+
+
+@pytest.mark.parametrize(("outputs", "taps"), [(1, 1), (2, 3), (6, 5), (3, 5), (4, 2), (9, 2), (1, 10)])
+def test_transforms_filter_exactly(outputs: int, taps: int) -> None:
+    a, g, b = transforms(outputs, taps)
+    n = outputs + taps - 1
+    signal = [Fraction(k * k - 7 * k + 3, 5) for k in range(n)]
+    kernel = [Fraction(2 * k - 3, 7) for k in range(taps)]
+    products = [
+        sum(x * y for x, y in zip(g[p], kernel, strict=True)) * sum(x * y for x, y in zip(b[p], signal, strict=True))
+        for p in range(n)
+    ]
+    filtered = [sum(x * y for x, y in zip(row, products, strict=True)) for row in a]
+    assert filtered == [sum(kernel[u] * signal[o + u] for u in range(taps)) for o in range(outputs)]
+
+
+def test_more_points_than_there_are_is_an_error() -> None:
+    with pytest.raises(InputError, match="at most 10; got 11"):
+        transforms(6, 6)
+
+
+def test_saving_at_the_papers_size_is_81_times_36_over_4_times_100() -> None:
+    assert saving((20, 20), 9, 2) == pytest.approx(36 * 81 / 400)
+
+
+def test_two_forwards_before_their_backwards_do_not_share_buffers() -> None:
+    shape = SHAPES["paper, fewer channels"]
+    (images, *weights), s1, s2 = arguments(shape, torch.float64)
+    first = minimal_stem(images, *weights, stride1=s1, stride2=s2)
+    second = minimal_stem(1 - images, *weights, stride1=s1, stride2=s2)
+    together = torch.autograd.grad(first.square().sum() + second.square().sum(), weights)
+    apart = [torch.autograd.grad(direct(x, weights, s1, s2).square().sum(), weights) for x in (images, 1 - images)]
+    for ours, one, other in zip(together, *apart, strict=True):
+        torch.testing.assert_close(ours, one + other, rtol=1e-10, atol=1e-10)
+
+
+def test_buffers_are_reused_from_step_to_step_and_replaced_when_the_shape_changes() -> None:
+    stem._pool.clear()
+    addresses, sizes = [], []
+    for name in ("paper, fewer channels", "paper, fewer channels", "stride 3"):
+        results(minimal, SHAPES[name], torch.float32)
+        addresses.append(stem._pool._free["v"].data_ptr())
+        sizes.append(stem._pool._free["v"].numel())
+    assert addresses[0] == addresses[1]
+    assert sizes[0] != sizes[2]
+    assert len(stem._pool._free) == 6
+
+
+def test_garbage_in_the_buffers_does_not_reach_the_results() -> None:
+    shape = SHAPES["several tiles, colour, not square"]
+    clean = results(minimal, shape, torch.float32)
+    for array in stem._pool._free.values():
+        array.fill_(float("nan"))
+    for ours, again in zip(clean, results(minimal, shape, torch.float32), strict=True):
+        assert torch.equal(ours, again)
+
+
+def test_a_second_backward_is_refused() -> None:
+    (images, *weights), s1, s2 = arguments(SHAPES["stride 1"], torch.float32)
+    loss = minimal_stem(images, *weights, stride1=s1, stride2=s2).square().sum()
+    torch.autograd.grad(loss, weights, retain_graph=True)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        torch.autograd.grad(loss, weights)
+
+
+def test_images_that_need_a_gradient_are_refused() -> None:
+    (images, *weights), s1, s2 = arguments(SHAPES["stride 1"], torch.float32)
+    with pytest.raises(InputError, match="images of the minimal stem must not need a gradient"):
+        minimal_stem(images.requires_grad_(), *weights, stride1=s1, stride2=s2)
+
+
+def tiny(**options: Any) -> CapsNet:
+    network = create(
+        "capsnet", image_shape=(1, 28, 28), num_classes=3, conv_channels=5, capsule_types=2, primary_dim=3, **options
+    )
+    assert isinstance(network, CapsNet)
+    return network
+
+
+def test_the_network_gives_the_same_with_either_stem() -> None:
+    images = torch.rand(4, 1, 28, 28)
+    network = tiny(stem="direct").double()
+    outputs, gradients = [], []
+    for choice in ("direct", "minimal"):
+        network.stem = choice
+        network.zero_grad()
+        output = network(images.double(), torch.tensor([0, 1, 2, 0]))
+        assert output.reconstruction is not None
+        (output.scores.sum() + output.reconstruction.square().sum()).backward()
+        outputs.append(output.scores)
+        gradients.append([parameter.grad.clone() for parameter in network.parameters() if parameter.grad is not None])
+    torch.testing.assert_close(*outputs, rtol=1e-10, atol=1e-12)
+    for one, other in pairwise(gradients):
+        for a, b in zip(one, other, strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-12)
+
+
+def test_the_rule_of_auto() -> None:
+    cpu = torch.device("cpu")
+    assert tiny().resolved_stem(cpu) == "minimal"
+    assert tiny().resolved_stem(torch.device("cuda")) == "direct"
+    assert tiny(padding="same").resolved_stem(cpu) == "direct"
+    assert tiny(primary_kernel=2, primary_stride=2).resolved_stem(cpu) == "direct"
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert tiny().resolved_stem(cpu) == "direct"
+
+
+def test_minimal_where_it_cannot_run_names_the_condition() -> None:
+    with pytest.raises(InputError, match="padding same, and it needs padding valid"):
+        tiny(stem="minimal", padding="same")
+    with pytest.raises(InputError, match="must run on a CPU"):
+        tiny(stem="minimal").resolved_stem(torch.device("cuda"))
+    with (
+        torch.autocast("cpu", dtype=torch.bfloat16),
+        pytest.raises(InputError, match="must run in precision 32"),
+    ):
+        tiny(stem="minimal")(torch.rand(1, 1, 28, 28))
+    with pytest.raises(InputError, match="stem must be one of auto, direct, minimal; got 'fast'"):
+        tiny(stem="fast")
+
+
+def test_auto_gives_images_their_gradient() -> None:
+    images = torch.rand(2, 1, 28, 28, requires_grad=True)
+    tiny()(images).scores.sum().backward()
+    assert images.grad is not None
+    assert images.grad.abs().sum() > 0
