@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from capsnet import functional as F
 from capsnet import reference
 from capsnet.errors import InputError
-from capsnet.layers import KERNELS, ClassCapsules, Decoder, PrimaryCapsules, convolution, resolve_kernel
+from capsnet.layers import KERNELS, ClassCapsules, Convolution, Decoder, PrimaryCapsules, resolve_kernel
 
 CPU, CUDA, META = (torch.device(name) for name in ("cpu", "cuda", "meta"))
 
@@ -26,6 +26,11 @@ def random(*shape: int, seed: int = 0) -> Tensor:
 
 def numbers(module: nn.Module) -> dict[str, NDArray[np.float64]]:
     return {name: parameter.detach().numpy() for name, parameter in module.named_parameters()}
+
+
+def in_torch_order(weight: NDArray[np.float64]) -> NDArray[np.float64]:
+    """`[kernel, kernel, in, out]` as `[out, in, kernel, kernel]`."""
+    return weight.transpose(3, 2, 0, 1)
 
 
 # convolution
@@ -47,12 +52,12 @@ def test_same_padding_is_that_of_tensorflow(
 ) -> None:
     height = 11  # padded by the same rule, not by the same amount
     total = max((math.ceil(height / stride) - 1) * stride + kernel - height, 0)
-    layer, grid = convolution(2, 3, kernel, stride, in_size=(height, size), padding="same", name="layer")
-    layer = layer.double()
+    layer = Convolution(2, 3, kernel, stride, in_size=(height, size), padding="same", name="layer").double()
+    grid = layer.out_size
     assert grid == (math.ceil(height / stride), out)
     image = random(2, height, size).numpy()
     padded = np.pad(image, ((0, 0), (total // 2, total - total // 2), (before, after)))
-    weight, bias = numbers(layer).values()
+    weight, bias = in_torch_order(numbers(layer)["weight"]), numbers(layer)["bias"]
     golden = reference.conv2d(padded, weight, bias, stride)
     with torch.no_grad():
         found = layer(torch.from_numpy(image)[None])[0]
@@ -62,10 +67,10 @@ def test_same_padding_is_that_of_tensorflow(
 
 @pytest.mark.parametrize("stride", [1, 2, 3])
 def test_valid_convolution_equals_the_reference(stride: int) -> None:
-    layer, grid = convolution(2, 3, 4, stride, in_size=(7, 11), padding="valid", name="layer")
-    layer = layer.double()
+    layer = Convolution(2, 3, 4, stride, in_size=(7, 11), padding="valid", name="layer").double()
+    grid = layer.out_size
     image = random(2, 7, 11)
-    weight, bias = numbers(layer).values()
+    weight, bias = in_torch_order(numbers(layer)["weight"]), numbers(layer)["bias"]
     with torch.no_grad():
         found = layer(image[None])[0]
     assert tuple(found.shape) == (3, *grid) == (3, (7 - 4) // stride + 1, (11 - 4) // stride + 1)
@@ -76,14 +81,14 @@ def test_valid_convolution_equals_the_reference(stride: int) -> None:
 def test_a_small_image_is_told_the_layer_the_need_and_what_came(size: tuple[int, int]) -> None:
     message = rf"^some layer: its 9x9 kernel needs an input of at least 9x9; got {size[0]}x{size[1]} \(use larger"
     with pytest.raises(InputError, match=message):
-        convolution(1, 2, 9, 1, in_size=size, padding="valid", name="some layer")
-    convolution(1, 2, 9, 1, in_size=size, padding="same", name="some layer")
-    convolution(1, 2, 8, 1, in_size=size, padding="valid", name="some layer")
+        Convolution(1, 2, 9, 1, in_size=size, padding="valid", name="some layer")
+    Convolution(1, 2, 9, 1, in_size=size, padding="same", name="some layer")
+    Convolution(1, 2, 8, 1, in_size=size, padding="valid", name="some layer")
 
 
 def test_an_unknown_padding_is_refused() -> None:
     with pytest.raises(InputError, match=r"^padding must be valid or same; got 'full'$"):
-        convolution(1, 2, 9, 1, in_size=(20, 20), padding="full", name="layer")
+        Convolution(1, 2, 9, 1, in_size=(20, 20), padding="full", name="layer")
 
 
 # primary capsules
@@ -98,9 +103,9 @@ def test_primary_capsules_are_in_the_documented_order(scale: float, padding: str
         2, types=types, dim=dim, kernel=3, stride=2, in_size=(7, 10), padding=padding, scale=scale
     ).double()
     image = random(2, 7, 10).numpy()
-    rows, columns = layer.out_size
+    rows, columns = layer.conv.out_size
     padded = np.pad(image, ((0, 0), (1, 1), (0, 1))) if padding == "same" else image
-    (weight,) = (x for name, x in numbers(layer).items() if name.endswith("weight"))
+    weight = in_torch_order(numbers(layer)["conv.weight"])
     bias = numbers(layer)["bias"]
     grid = reference.conv2d(padded, weight, np.zeros(types * dim), 2)
     assert grid.shape[1:] == (rows, columns) == ((3, 4) if padding == "valid" else (4, 5))

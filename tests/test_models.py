@@ -90,9 +90,8 @@ def forward_by_reference(
 ) -> tuple[Array, Array, Array, Array]:
     """Lengths, image, poses and couplings of one image by the NumPy functions alone."""
     weights = {name: parameter.detach().numpy() for name, parameter in network.named_parameters()}
-    first, first_bias, *_ = (w for name, w in weights.items() if name.startswith("conv."))
-    (second,) = (w for name, w in weights.items() if name.startswith("primary.") and name.endswith("weight"))
-    second_bias = weights["primary.bias"]
+    first, first_bias = weights["conv.weight"].transpose(3, 2, 0, 1), weights["conv.bias"]
+    second, second_bias = weights["primary.conv.weight"].transpose(3, 2, 0, 1), weights["primary.bias"]
     if padding == "same":  # 11 x 8 -> 11 x 8 -> 6 x 4
         image = np.pad(image, ((0, 0), (1, 1), (1, 1)))
     hidden = np.maximum(reference.conv2d(image, first, first_bias), 0)

@@ -10,9 +10,11 @@ import difflib
 import io
 import json
 import os
+import re
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 import tyro
@@ -93,15 +95,15 @@ class _Evaluate:
     run: Positional[str]
     """Run directory, or a folder with config.json and model.safetensors."""
     data: str | None = None
-    """Another data set or folder with images of the same shape and as many classes; default: the run's own."""
+    """Another data set or folder with as many classes, read as the run's own was; images must be of the same shape."""
     data_dir: str | None = None
     """Where downloaded files are."""
     split: Literal["test", "validation", "train"] = "test"
     """Which part of the data set."""
     batch_size: int = 500
     """Images at a time; only memory and speed depend on it."""
-    precision: Literal["auto", "32", "bf16"] = "auto"
-    """Of convolutions and decoder."""
+    precision: Literal["auto", "32", "bf16"] | None = None
+    """Of convolutions and decoder; default: that of the run."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """auto: a GPU if there is one."""
     json: bool = False
@@ -144,7 +146,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             raise InputError(f"verb must be one of {', '.join(verbs)}; got {verb!r}{hint}")
         return verbs[verb](arguments[1:])
     except InputError as error:
-        _say(f"capsnet {verb}: error: {error}" if verb in verbs else f"capsnet: error: {error}")
+        _say(f"capsnet {verb}: error: {_as_options(str(error))}" if verb in verbs else f"capsnet: error: {error}")
         return 2
     except KeyboardInterrupt:
         _say(f"capsnet {verb}: interrupted")
@@ -186,7 +188,7 @@ def _train(arguments: list[str]) -> int:
     except train.Diverged as error:
         _say(f"capsnet train: error: {error}")
         return 1
-    if int(os.environ.get("RANK", os.environ.get("LOCAL_RANK", "0"))) > 0:
+    if not train.first_process():
         return 0
     if command.json:
         files = {"directory": str(result.directory), "figure": str(result.figure) if result.figure else None}
@@ -212,8 +214,6 @@ def _start(arguments: list[str]) -> tuple[Config, str | None]:
     if len(given) > 1:
         raise InputError(f"only one of --preset, --config and --resume can be the start; got {' and '.join(given)}")
     if known.resume is not None:
-        from pathlib import Path
-
         path = Path(known.resume) / "config.yaml"
         if not path.exists():
             raise InputError(f"--resume must be a run directory with a config.yaml; got {known.resume}")
@@ -227,26 +227,25 @@ def _evaluate(arguments: list[str]) -> int:
     command = _parse(_Evaluate, arguments, prog="capsnet evaluate")
     if command.batch_size < 1:
         raise InputError(f"batch_size must be at least 1; got {command.batch_size}")
-    from dataclasses import replace
-
     from capsnet import runs, train
     from capsnet.evaluation import evaluate
 
     network = runs.load(command.run)
     run = runs.Run(command.run)
-    trained = run.config() if run.config_path.exists() else Config()
-    if command.data is None and not run.config_path.exists():
+    if run.config_path.exists():
+        trained = run.config()
+    elif command.data is None:
         raise InputError(f"--data must be given for {command.run}, which does not say what it was trained on")
-    channels, height, width = network.image_shape
+    else:
+        channels, height, width = network.image_shape
+        trained = Config(image_size=height if height == width else None, channels=channels)
     options = replace(
         trained,
         data=command.data or trained.data,
         data_dir=command.data_dir or trained.data_dir,
-        image_size=height if height == width else None,
-        channels=channels if command.data else trained.channels,
         validation=trained.validation if command.data is None else None,
         device=command.device,
-        precision=command.precision,
+        precision=command.precision or trained.precision,
         devices=1,
     )
     dataset = train.prepare_data(options)
@@ -283,17 +282,19 @@ def _print_tables(result: "Evaluation") -> None:
     from rich.table import Table
 
     console = Console(width=None if sys.stdout.isatty() else 200, highlight=False)
-    table = Table(title="per class", title_justify="left")
+    table = Table()
     for heading in ("class", "images", "wrong", "error %", "others taken for it"):
         table.add_column(heading, justify="left" if heading == "class" else "right")
     for row in result.per_class():
         error = "-" if row["error_percent"] is None else f"{row['error_percent']:.2f}"
         table.add_row(row["class"], f"{row['images']:,}", str(row["wrong"]), error, str(row["taken_for_it"]))
+    print("per class:")
     console.print(table)
     if len(result.classes) > 30:
         print(f"confusion matrix: {len(result.classes)} classes are too many to print; see --json")
         return
-    matrix = Table(title="confusion matrix: true class in rows, predicted in columns", title_justify="left")
+    print("confusion matrix, true class in rows and predicted class in columns:")
+    matrix = Table()
     for heading in ("", *result.classes):
         matrix.add_column(heading, justify="right")
     for name, counts in zip(result.classes, result.confusion, strict=True):
@@ -372,27 +373,46 @@ T = TypeVar("T")
 def _parse(kind: type[T], arguments: list[str], *, prog: str, default: T | None = None) -> T:
     """Parse with tyro; a fault is raised as an InputError of one line in place of its box."""
     faults = io.StringIO()
-    extra = {} if default is None else {"default": default}
     try:
         with contextlib.redirect_stderr(faults):
-            return tyro.cli(kind, args=arguments, prog=prog, **extra)
+            return tyro.cli(
+                kind, args=arguments, prog=prog, default=tyro.MISSING_NONPROP if default is None else default
+            )
     except SystemExit as stop:
         if not stop.code:
             raise
-        raise InputError(_one_line(faults.getvalue(), kind, arguments)) from None
+        raise InputError(_one_line(faults.getvalue(), kind, prog)) from None
 
 
-def _one_line(box: str, kind: type, arguments: list[str]) -> str:
-    lines = [line.strip("│╭╮╰╯─ ") for line in box.splitlines()[1:]]
-    told = " ".join(lines[: lines.index("")] if "" in lines else lines)
-    names = [field.name for part in (kind, Config) for field in fields(part)]
-    options = [f"--{name.replace('_', '-')}" for name in names]
-    if told.startswith("Unrecognized"):
-        for argument in arguments:
-            near = difflib.get_close_matches(argument.split("=")[0], options, n=1)
-            if argument.startswith("--") and argument.split("=")[0] not in options and near:
-                return f"{told} (did you mean {near[0]}?)"
-    return told
+def _one_line(box: str, kind: type, prog: str) -> str:
+    """What tyro says in a box of several lines, in our own grammar; what is not known here is passed on as it is."""
+    lines = [line.strip("│ ") for line in box.splitlines()[1:]]
+    parts = "\n".join("" if re.fullmatch("[-─╰╯]+", line) else line for line in lines).strip().split("\n\n")
+    told = " ".join(parts[0].splitlines())
+    if found := re.fullmatch(r"Unrecognized options: (.*)", told):
+        options = [f"--{field.name.replace('_', '-')}" for part in (kind, Config) for field in fields(part)]
+        given = found[1].replace(",", "")
+        near = difflib.get_close_matches(given.split()[0].split("=")[0], options, n=1, cutoff=0.7)
+        hint = f" (did you mean {near[0]}?)" if near else ""
+        return f"{given} must be among the options of {prog}{hint}"
+    if told.startswith("Missing from"):
+        return f"{fields(kind)[0].name.upper()} must be given; got none"
+    if found := re.fullmatch(r"Missing value for argument '(\S+)'.*", told):
+        return f"{found[1]} must be followed by a value; got none"
+    if found := re.fullmatch(r"invalid choice (.*) for argument '(\S+)'\. Expected one of \((.*)\)\.", told):
+        return f"{found[2]} must be one of {found[3].replace(chr(39), '')}; got {found[1]}"
+    if found := re.fullmatch(r"Error parsing (--\S+): (?:invalid literal for int|could not convert).*: (.*)", told):
+        return f"{found[1]} must be a {'whole ' if 'literal for int' in told else ''}number; got {found[2]}"
+    if found := re.fullmatch(r"Error parsing (--\S+): Could not find valid parse for arguments: \[(.*)\]", told):
+        return f"{found[1]} must be whole numbers; got {found[2]}"
+    return told.removeprefix("Error parsing run: ")
+
+
+def _as_options(text: str) -> str:
+    """Fields of the configuration as they are typed: `batch_size must ...` is told as `--batch-size must ...`."""
+    names = "|".join(field.name for field in fields(Config))
+    pattern = rf"(^|; and )({names})(?= must | of (?!model))"
+    return re.sub(pattern, lambda found: f"{found[1]}--{found[2].replace('_', '-')}", text)
 
 
 def _say(text: str) -> None:

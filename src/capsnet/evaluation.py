@@ -131,7 +131,7 @@ def evaluate(
     Raises:
         InputError: images of another shape.
     """
-    objective = Objective(network, config or Config())
+    objective = Objective(network, config or Config()).train(network.training)
     device = next(network.parameters()).device
     network.check_images(split.images[:1])
     with torch.autocast(device.type, dtype=torch.bfloat16, enabled=precision == "bf16"):

@@ -18,9 +18,9 @@ __all__ = [
     "KERNELS",
     "STEMS",
     "ClassCapsules",
+    "Convolution",
     "Decoder",
     "PrimaryCapsules",
-    "convolution",
     "resolve_kernel",
     "resolve_stem",
     "votes",
@@ -60,18 +60,8 @@ def resolve_kernel(kernel: str, device: torch.device) -> str:
     return kernel
 
 
-def convolution(
-    in_channels: int,
-    out_channels: int,
-    kernel: int,
-    stride: int,
-    *,
-    in_size: tuple[int, int],
-    padding: str,
-    name: str,
-    bias: bool = True,
-) -> tuple[nn.Module, tuple[int, int]]:
-    """A square convolution for images of `in_size`, and the size of what it returns.
+class Convolution(nn.Module):
+    """A square convolution for images of one size.
 
     Args:
         in_channels: channels of the input.
@@ -79,37 +69,75 @@ def convolution(
         kernel: side of the kernel in pixels.
         stride: step in pixels.
         in_size: height and width of the input in pixels.
-        padding: `valid` for none; `same` for `ceil(in_size / stride)`, with zeros as evenly as can be, the odd one at
-            the right and bottom (TensorFlow's rule, which the papers' code relies on).
+        padding: `valid` for none; `same` for an output of `ceil(in_size / stride)`, with zeros as evenly as can be, the
+            odd one at the right and bottom (TensorFlow's rule, which the papers' code relies on).
         name: the layer's name in errors.
         bias: add a bias to each output channel.
+
+    Attributes:
+        in_size: height and width of the input.
+        out_size: height and width of the output.
+        pads: zeros at the left, right, top and bottom.
+
+    Parameters:
+        weight `[kernel, kernel, in_channels, out_channels]`: in this order `kernels.stem` and the optimiser use it
+        without a copy; bias `[out_channels]`, if asked for. Both start uniform in +-1 / sqrt(fan in), as PyTorch does.
 
     Raises:
         InputError: the input is smaller than the kernel, or an unknown padding.
     """
-    if padding not in ("valid", "same"):
-        raise InputError(f"padding must be valid or same; got {padding!r}")
-    convolve = nn.Conv2d(in_channels, out_channels, kernel, stride, bias=bias)
-    if padding == "same":
-        height, width = (math.ceil(size / stride) for size in in_size)
-        pads = [
-            max((out - 1) * stride + kernel - size, 0) for out, size in zip((width, height), in_size[::-1], strict=True)
-        ]
-        left, top = (pad // 2 for pad in pads)
-        pad = nn.ZeroPad2d((left, pads[0] - left, top, pads[1] - top))
-        return nn.Sequential(pad, convolve), (height, width)
-    if min(in_size) < kernel:
-        raise InputError(
-            f"{name}: its {kernel}x{kernel} kernel needs an input of at least {kernel}x{kernel}; "
-            f"got {in_size[0]}x{in_size[1]} (use larger images, a smaller kernel, or padding same)"
-        )
-    height, width = ((size - kernel) // stride + 1 for size in in_size)
-    return convolve, (height, width)
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel: int,
+        stride: int,
+        *,
+        in_size: tuple[int, int],
+        padding: str,
+        name: str,
+        bias: bool = True,
+    ) -> None:
+        super().__init__()
+        if padding not in ("valid", "same"):
+            raise InputError(f"padding must be valid or same; got {padding!r}")
+        if padding == "valid" and min(in_size) < kernel:
+            raise InputError(
+                f"{name}: its {kernel}x{kernel} kernel needs an input of at least {kernel}x{kernel}; "
+                f"got {in_size[0]}x{in_size[1]} (use larger images, a smaller kernel, or padding same)"
+            )
+        if padding == "valid":
+            height, width = ((size - kernel) // stride + 1 for size in in_size)
+            rows = columns = 0
+        else:
+            height, width = (math.ceil(size / stride) for size in in_size)
+            rows, columns = (
+                max((out - 1) * stride + kernel - size, 0) for out, size in zip((height, width), in_size, strict=True)
+            )
+        self.kernel, self.stride, self.in_size, self.out_size = kernel, stride, in_size, (height, width)
+        self.pads = (columns // 2, columns - columns // 2, rows // 2, rows - rows // 2)
+        bound = 1 / math.sqrt(in_channels * kernel * kernel)
+        self.weight = nn.Parameter(torch.empty(kernel, kernel, in_channels, out_channels).uniform_(-bound, bound))
+        self.bias = nn.Parameter(torch.empty(out_channels).uniform_(-bound, bound)) if bias else None
+
+    def forward(self, x: Float[Tensor, "batch channels height width"]) -> Float[Tensor, "batch out rows columns"]:
+        """The convolution of `x`; in memory the channels of the result come last."""
+        padded = nn.functional.pad(x, self.pads).contiguous(memory_format=torch.channels_last)
+        weight = self.filters().contiguous(memory_format=torch.channels_last)
+        return nn.functional.conv2d(padded, weight, self.bias, self.stride)
+
+    def filters(self) -> Float[Tensor, "out channels kernel kernel"]:
+        """The weight with its axes in PyTorch's order."""
+        return self.weight.permute(3, 2, 0, 1)
+
+    def extra_repr(self) -> str:
+        """Sizes, for `print(model)`."""
+        _, _, ins, outs = self.weight.shape
+        return f"{ins} -> {outs}, kernel={self.kernel}, stride={self.stride}, pads={self.pads}"
 
 
-def resolve_stem(
-    stem: str, first: nn.Module, primary: nn.Module, in_size: tuple[int, int], device: torch.device
-) -> str:
+def resolve_stem(stem: str, first: Convolution, second: Convolution, device: torch.device) -> str:
     """How both convolutions are computed on `device` now, `direct` or `minimal` (see `kernels.stem`).
 
     `auto` is `minimal` on a CPU in float32 or float64, without padding, for images that need no gradient, where it
@@ -118,8 +146,7 @@ def resolve_stem(
     Args:
         stem: `auto`, `direct` or `minimal`.
         first: the first convolution.
-        primary: the primary capsules' convolution.
-        in_size: height and width of the primary capsules' input.
+        second: the primary capsules' convolution.
         device: of the images.
 
     Raises:
@@ -133,23 +160,15 @@ def resolve_stem(
         obstacle = f"a tensor on {device}, and it must run on a CPU"
     elif device.type == "cpu" and torch.is_autocast_enabled("cpu"):
         obstacle = "bf16 convolutions, and it must run in precision 32"
-    elif not isinstance(first, nn.Conv2d) or not isinstance(primary, nn.Conv2d):
+    elif any(first.pads) or any(second.pads):
         obstacle = "padding same, and it needs padding valid"
-    elif saving(in_size, primary.kernel_size[0], primary.stride[0]) < 2 and stem == "auto":
+    elif saving(second.in_size, second.kernel, second.stride) < 2 and stem == "auto":
         obstacle = "kernels too small to save anything"
     else:
         return "minimal"
     if stem == "minimal":
         raise InputError(f"stem minimal got {obstacle}; use stem direct")
     return "direct"
-
-
-def _in_kernel_order(convolve: nn.Module) -> None:
-    """Lay the weight's memory out as [kernel, kernel, in, out], which `kernels.stem` transforms without a copy."""
-    for module in convolve.modules():
-        if isinstance(module, nn.Conv2d):
-            weight = module.weight.detach().permute(2, 3, 1, 0).contiguous().permute(3, 2, 0, 1)
-            module.weight = nn.Parameter(weight)
 
 
 class PrimaryCapsules(nn.Module):
@@ -170,8 +189,7 @@ class PrimaryCapsules(nn.Module):
             these capsules too are made by one routing iteration with uniform couplings.
 
     Parameters:
-        conv weight `[types * dim, in_channels, kernel, kernel]`, as torch.nn.Conv2d starts it; bias `[types * dim]`,
-        the same, uniform in +-1 / sqrt(fan in).
+        conv weight `[kernel, kernel, in_channels, types * dim]`; bias `[types * dim]`. Both start as in `Convolution`.
 
     Raises:
         InputError: the input is smaller than the kernel.
@@ -191,7 +209,7 @@ class PrimaryCapsules(nn.Module):
     ) -> None:
         super().__init__()
         self.types, self.dim, self.scale = types, dim, scale
-        self.conv, self.out_size = convolution(
+        self.conv = Convolution(
             in_channels,
             types * dim,
             kernel,
@@ -201,14 +219,13 @@ class PrimaryCapsules(nn.Module):
             name="primary capsules",
             bias=False,
         )
-        _in_kernel_order(self.conv)
         bound = 1 / math.sqrt(in_channels * kernel * kernel)
         self.bias = nn.Parameter(torch.empty(types * dim).uniform_(-bound, bound))
 
     @property
     def capsules(self) -> int:
         """Number of capsules: types times grid positions."""
-        return self.types * self.out_size[0] * self.out_size[1]
+        return self.types * math.prod(self.conv.out_size)
 
     def forward(self, x: Float[Tensor, "batch channels height width"]) -> Float[Tensor, "batch in dim"]:
         """Poses of the primary capsules, each of length in [0, 1), in float32."""

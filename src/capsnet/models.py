@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from capsnet.errors import InputError
 from capsnet.kernels.stem import minimal_stem
-from capsnet.layers import ClassCapsules, Decoder, PrimaryCapsules, convolution, resolve_stem
+from capsnet.layers import ClassCapsules, Convolution, Decoder, PrimaryCapsules, resolve_stem
 
 __all__ = [
     "CapsNet",
@@ -78,22 +78,21 @@ class CapsNet(Network):
 
     def __init__(
         self,
-        conv: nn.Module,
+        conv: Convolution,
         primary: PrimaryCapsules,
         class_capsules: ClassCapsules,
         decoder: Decoder | None,
         image_shape: tuple[int, int, int],
         *,
         stem: str,
-        conv_size: tuple[int, int],
     ) -> None:
         super().__init__()
-        self.image_shape, self.stem, self.conv_size = image_shape, stem, conv_size
+        self.image_shape, self.stem = image_shape, stem
         self.conv, self.primary, self.class_capsules, self.decoder = conv, primary, class_capsules, decoder
 
     def resolved_stem(self, device: torch.device) -> str:
         """How the two convolutions are computed on `device` now: `direct` or `minimal`."""
-        return resolve_stem(self.stem, self.conv, self.primary.conv, self.conv_size, device)
+        return resolve_stem(self.stem, self.conv, self.primary.conv, device)
 
     def forward(
         self, images: Float[Tensor, "batch channels height width"], labels: Int[Tensor, "batch"] | None = None
@@ -120,11 +119,9 @@ class CapsNet(Network):
         if not possible or self.resolved_stem(images.device) == "direct":
             u: Tensor = self.primary(torch.relu(first(images)))
             return u
-        assert isinstance(first, nn.Conv2d)
-        assert isinstance(second, nn.Conv2d)
         assert first.bias is not None
-        strides = {"stride1": first.stride[0], "stride2": second.stride[0]}
-        return self.primary.capsules_of(minimal_stem(images, first.weight, first.bias, second.weight, **strides))
+        strides = {"stride1": first.stride, "stride2": second.stride}
+        return self.primary.capsules_of(minimal_stem(images, first.filters(), first.bias, second.filters(), **strides))
 
 
 class ConvNet(Network):
@@ -132,7 +129,8 @@ class ConvNet(Network):
 
     def __init__(self, layers: nn.Sequential, image_shape: tuple[int, int, int]) -> None:
         super().__init__()
-        self.layers, self.image_shape = layers, image_shape
+        self.image_shape = image_shape
+        self.layers = layers.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 
     def forward(
         self, images: Float[Tensor, "batch channels height width"], labels: Int[Tensor, "batch"] | None = None
@@ -218,7 +216,7 @@ def capsnet(
     for name, size in sizes.items():
         if size < 1:
             raise InputError(f"{name} must be at least 1; got {size}")
-    conv, grid = convolution(
+    conv = Convolution(
         image_shape[0],
         conv_channels,
         conv_kernel,
@@ -233,7 +231,7 @@ def capsnet(
         dim=primary_dim,
         kernel=primary_kernel,
         stride=primary_stride,
-        in_size=grid,
+        in_size=conv.out_size,
         padding=padding,
         scale=primary_scale or 1 / capsule_types,
     )
@@ -249,8 +247,8 @@ def capsnet(
         kernel=kernel,
     )
     decoder = Decoder(num_classes, class_dim, image_shape, decoder_sizes) if reconstruction else None
-    network = CapsNet(conv, primary, class_capsules, decoder, image_shape, stem=stem, conv_size=grid)
-    resolve_stem(stem, conv, primary.conv, grid, torch.device("cpu"))
+    network = CapsNet(conv, primary, class_capsules, decoder, image_shape, stem=stem)
+    resolve_stem(stem, conv, primary.conv, torch.device("cpu"))
     if conv_init_std:
         _truncated_normal([conv, primary], conv_init_std)
     return network

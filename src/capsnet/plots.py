@@ -1,5 +1,6 @@
 """Figures. The only file that imports matplotlib, and only when it draws."""
 
+import warnings
 from pathlib import Path
 
 import torch
@@ -18,7 +19,7 @@ def reconstructions(network: Network, split: Split, path: Path, *, count: int = 
     Args:
         network: with a decoder, on the CPU.
         split: images and labels.
-        path: of the PNG file; its folder is made.
+        path: of the PNG file; its folder is made. PNG is written whatever the name ends with.
         count: number of images, at most.
 
     Returns:
@@ -49,11 +50,15 @@ def reconstructions(network: Network, split: Split, path: Path, *, count: int = 
         for axis, pixels in zip(axes[row : row + 2, column], (image, drawn), strict=True):
             axis.imshow(pixels.permute(1, 2, 0).squeeze(-1).numpy(), cmap="gray", vmin=0, vmax=1)
         right = truth == answer
-        axes[row, column].set_title(
-            truth if right else f"{truth}, not {answer}", fontsize=9, weight="normal" if right else "bold"
-        )
+        title = _short(truth) if right else f"{_short(truth)},\nnot {_short(answer)}"
+        axes[row, column].set_title(title, fontsize=9, weight="normal" if right else "bold", parse_math=False)
     figure.suptitle("Test images (title: true class; bold: predicted wrongly) above their reconstructions", fontsize=10)
     path.parent.mkdir(parents=True, exist_ok=True)
-    with mpl.rc_context({"savefig.dpi": 110}):
-        figure.savefig(path)
+    with mpl.rc_context({"savefig.dpi": 110}), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Glyph .* missing from font")  # class names may be in any script
+        figure.savefig(path, format="png")
     return path
+
+
+def _short(name: str) -> str:
+    return name if len(name) <= 14 else f"{name[:13]}\N{HORIZONTAL ELLIPSIS}"

@@ -2,7 +2,7 @@
 
 import sys
 import time
-from typing import Any, Self
+from typing import Any
 
 __all__ = ["Progress"]
 
@@ -23,7 +23,7 @@ class Progress:
         self.live = sys.stderr.isatty() and not quiet
         self.last = time.monotonic()
 
-    def __enter__(self) -> Self:
+    def __enter__(self) -> "Progress":
         if self.live:
             from rich import progress
             from rich.console import Console

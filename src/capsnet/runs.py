@@ -4,17 +4,21 @@ Nothing here unpickles what came from outside: weights are safetensors, and chec
 `torch.load(weights_only=True)`, which builds tensors and plain containers only.
 """
 
+import contextlib
 import csv
+import io
 import json
 import os
 import platform
 import subprocess
 import sys
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor
 
 from capsnet import config as config_file
@@ -25,6 +29,17 @@ from capsnet.models import Network, create
 __all__ = ["Run", "environment", "from_pretrained", "load", "save_pretrained"]
 
 CHECKPOINT_VERSION = 1
+CHECKPOINT_KEYS = ("version", "config", "train_images", "network", "optimizer", "state", "rows", "sums")
+WRITTEN = (
+    "last.ckpt",
+    "metrics.csv",
+    "result.json",
+    "model.safetensors",
+    "config.json",
+    "figures/reconstructions.png",
+    "tensorboard/events.out.tfevents.*",
+)
+"""What a run writes beside its config.yaml; `--overwrite` removes these and nothing else."""
 
 
 class Run:
@@ -47,22 +62,27 @@ class Run:
         return self.config_path.exists() or self.checkpoint_path.exists()
 
     def begin(self, config: Config, *, overwrite: bool) -> None:
-        """Make the directory and write the configuration.
+        """Make the directory and write the configuration, without the place: the file also repeats the run elsewhere.
 
         Raises:
             InputError: there is a run already (and not `overwrite`), other files, or the directory cannot be made.
         """
-        self.check_free(overwrite=overwrite)
-        try:
-            self.directory.mkdir(parents=True, exist_ok=True)
-            for path in (self.checkpoint_path, self.metrics_path, self.result_path):
-                path.unlink(missing_ok=True)
-            write_atomically(self.config_path, lambda path: config_file.write(config, path))
-        except OSError as error:
-            raise InputError(f"out directory {self.directory} must be writable; got: {error.strerror}") from None
+        self._check_free(overwrite=overwrite)
+        self._remove(*WRITTEN)
+        self.go_on(config)
 
-    def check_free(self, *, overwrite: bool) -> None:
-        """Raise InputError unless a new run may begin here; nothing is changed."""
+    def go_on(self, config: Config) -> None:
+        """Write the configuration of a run that begins or goes on, and remove what a kill left half-written.
+
+        Raises:
+            InputError: the directory is not writable.
+        """
+        self._remove(".*.partial", "figures/.*.partial")
+        anywhere = replace(config, out=None, overwrite=False)
+        write_atomically(self.config_path, lambda path: config_file.write(anywhere, path))
+
+    def _check_free(self, *, overwrite: bool) -> None:
+        """Raise InputError unless a new run may begin here."""
         if self.directory.exists() and not self.directory.is_dir():
             raise InputError(f"out must be a directory; got the file {self.directory}")
         if self.exists() and not overwrite:
@@ -70,8 +90,18 @@ class Run:
                 f"out directory {self.directory} must be free; it holds a run "
                 f"(go on with --resume {self.directory}, replace it with --overwrite, or give another --out)"
             )
-        if self.directory.exists() and not self.exists() and any(self.directory.iterdir()):
+        if self.exists():
+            self.config()  # a config.yaml of something else is not ours to replace
+        elif self.directory.exists() and any(self.directory.iterdir()):
             raise InputError(f"out directory {self.directory} must be empty or new; it holds other files")
+
+    def _remove(self, *patterns: str) -> None:
+        try:
+            for pattern in patterns:
+                for path in self.directory.glob(pattern):
+                    path.unlink()
+        except OSError as error:
+            raise InputError(f"out directory {self.directory} must be writable; got: {error.strerror}") from None
 
     def config(self) -> Config:
         """The configuration of the run.
@@ -89,7 +119,9 @@ class Run:
         Raises:
             InputError: the disk is full or the directory not writable; the old checkpoint is untouched.
         """
-        write_atomically(self.checkpoint_path, lambda path: torch.save({"version": CHECKPOINT_VERSION, **state}, path))
+        content = io.BytesIO()  # first in memory: writing to a full disk then fails with the system's own words
+        torch.save({"version": CHECKPOINT_VERSION, **state}, content)
+        write_atomically(self.checkpoint_path, lambda path: path.write_bytes(content.getbuffer()))
 
     def load_checkpoint(self) -> dict[str, Any]:
         """The last checkpoint, on the CPU.
@@ -101,14 +133,16 @@ class Run:
         if not path.exists():
             raise InputError(f"run directory {self.directory} must hold a last.ckpt to go on from; there is none")
         try:
-            state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
-            version = state["version"]
-        except Exception as error:  # a damaged file raises anything from KeyError to UnpicklingError
-            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-            raise InputError(f"checkpoint {path} must be a whole capsnet checkpoint; got: {reason}") from None
-        if version != CHECKPOINT_VERSION:
-            raise InputError(f"checkpoint {path} must be of version {CHECKPOINT_VERSION}; got {version}")
-        return state
+            state: Any = torch.load(path, map_location="cpu", weights_only=True)
+        except Exception as error:  # a damaged file raises anything from EOFError to UnpicklingError
+            reason = "it is damaged" if "weights_only" not in str(error) else "it holds more than tensors and numbers"
+            raise InputError(f"checkpoint {path} must be one that capsnet wrote; {reason}") from None
+        lacking = [key for key in CHECKPOINT_KEYS if not isinstance(state, dict) or key not in state]
+        if lacking:
+            raise InputError(f"checkpoint {path} must be one that capsnet wrote; it lacks {', '.join(lacking)}")
+        if state["version"] != CHECKPOINT_VERSION:
+            raise InputError(f"checkpoint {path} must be of version {CHECKPOINT_VERSION}; got {state['version']}")
+        return cast(dict[str, Any], state)
 
     def write_metrics(self, rows: list[dict[str, Any]]) -> None:
         """Write `metrics.csv`, one row an epoch."""
@@ -136,14 +170,17 @@ def write_atomically(path: Path, write: Callable[[Path], Any]) -> None:
     """
     temporary = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
         write(temporary)
         with temporary.open("rb") as file:
             os.fsync(file.fileno())
         temporary.replace(path)
-    except (OSError, RuntimeError) as error:  # torch.save raises RuntimeError when the disk is full
-        temporary.unlink(missing_ok=True)
-        reason = error.strerror if isinstance(error, OSError) else str(error).splitlines()[0]
-        raise InputError(f"file {path} must be writable; got: {reason}; what it held before is kept") from None
+    except OSError as error:
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
+        reason = error.strerror or str(error)
+        kept = "; what it held before is kept" if path.is_file() else ""
+        raise InputError(f"file {path} must be writable; got: {reason}{kept}") from None
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
@@ -159,15 +196,12 @@ def save_pretrained(network: Network, directory: str | Path) -> None:
     Raises:
         InputError: the files cannot be written.
     """
-    from safetensors.torch import save_file
+    from safetensors.torch import save
 
     directory = Path(directory)
-    try:
-        directory.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise InputError(f"directory {directory} must be writable; got: {error.strerror}") from None
     weights = {name: tensor.detach().cpu().contiguous() for name, tensor in network.state_dict().items()}
-    write_atomically(directory / "model.safetensors", lambda path: save_file(weights, path, metadata={"format": "pt"}))
+    content = save(weights, metadata={"format": "pt"})
+    write_atomically(directory / "model.safetensors", lambda path: path.write_bytes(content))
     text = json.dumps(network.config, indent=2) + "\n"
     write_atomically(directory / "config.json", lambda path: path.write_text(text, encoding="utf-8"))
 
@@ -185,7 +219,6 @@ def load(path: str | Path) -> Network:
         InputError: a file is missing or damaged, or the weights do not fit: the first wrong key and both shapes are
             named.
     """
-    from safetensors import SafetensorError
     from safetensors.torch import load_file
 
     folder = Path(path)
@@ -194,19 +227,19 @@ def load(path: str | Path) -> Network:
             unfinished = " (the run is not finished; see --resume)" if Run(folder).exists() else ""
             raise InputError(f"model folder {folder} must hold {name}; there is none{unfinished}")
     try:
-        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-        name, image_shape, classes = config.pop("name"), config.pop("image_shape"), config.pop("classes")
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise InputError(
-            f"file {folder / 'config.json'} must be the JSON that capsnet writes; got: {error!r}"
-        ) from None
-    try:
         weights = load_file(folder / "model.safetensors")
     except (SafetensorError, OSError) as error:
         raise InputError(f"file {folder / 'model.safetensors'} must be safetensors; got: {error}") from None
-    options: dict[str, Any] = {key: tuple(value) if isinstance(value, list) else value for key, value in config.items()}
-    with torch.device("meta"):  # no time is spent on first weights
-        network = create(name, image_shape=tuple(image_shape), classes=tuple(classes), **options)
+    try:
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        options: dict[str, Any] = {k: tuple(x) if isinstance(x, list) else x for k, x in config.items()}
+        with torch.device("meta"):  # no time is spent on first weights
+            network = create(**options)
+    except InputError as error:
+        raise InputError(f"file {folder / 'config.json'}: {error}") from None
+    except (OSError, ValueError, TypeError, AttributeError, RuntimeError) as error:
+        reason = str(error).splitlines()[0]
+        raise InputError(f"file {folder / 'config.json'} must be the JSON that capsnet writes; got: {reason}") from None
     check_fit(network, weights, source=str(folder / "model.safetensors"))
     network.load_state_dict(weights, assign=True)
     return network.eval()

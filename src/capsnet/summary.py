@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from capsnet import train
 from capsnet.config import Config
 from capsnet.layers import ClassCapsules, resolve_kernel
-from capsnet.models import Network, create
+from capsnet.models import CapsNet, Network, create
 from capsnet.objective import Objective
 
 __all__ = ["activation_bytes", "dry_run", "layer_table"]
@@ -27,7 +27,7 @@ def dry_run(config: Config) -> str:
     per_process = -(-config.batch_size // config.devices)
     steps = math.ceil(len(dataset.train) / config.batch_size)
     parameters = network.parameter_count()
-    kernels = {resolve_kernel(m.kernel, device) for m in network.modules() if isinstance(m, ClassCapsules)}
+    kernels = _kernels(network, config, device)
     mebibytes = (16 * parameters + activation_bytes(network, config, per_process, device)) / 2**20
     validation = 0 if dataset.validation is None else len(dataset.validation)
     return "\n".join(
@@ -40,7 +40,7 @@ def dry_run(config: Config) -> str:
             f"{' x '.join(map(str, dataset.image_shape))}; {len(dataset.classes)} classes",
             f"steps: {config.epochs * steps:,} ({config.epochs} epochs of {steps:,})",
             f"device: {config.devices} x {device.type}, precision {train.resolve_precision(config, device, network)}"
-            + (f", kernel {', '.join(kernels)}" if kernels else ""),
+            + "".join(f", {name} {value}" for name, value in kernels.items()),
             f"memory: about {mebibytes:,.0f} MiB a process for weights, gradients, Adam and activations in float32, "
             f"and {dataset.train.images.numel() / 2**20:,.0f} MiB of images",
         ]
@@ -60,7 +60,7 @@ def layer_table(network: Network) -> str:
 
         layer.register_forward_hook(hook)
 
-    copy = _on_meta(network, torch.device("cpu"))
+    copy = _on_meta(network, kernel="plain", stem="direct")  # in which every layer's own forward is called
     for name, layer in copy.named_modules():
         whole = isinstance(layer, ClassCapsules) or name == "primary" or not list(layer.children())
         if name and whole and not name.startswith("primary."):
@@ -85,7 +85,7 @@ def activation_bytes(network: Network, config: Config, batch_size: int, device: 
         storages[storage._cdata] = (storage, storage.nbytes())
         return tensor
 
-    objective = Objective(_on_meta(network, device), config)
+    objective = Objective(_on_meta(network, **_kernels(network, config, device)), config)
     weights = {parameter.untyped_storage()._cdata for parameter in objective.parameters()}
     images = torch.empty(batch_size, *network.image_shape, device="meta")
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
@@ -94,10 +94,19 @@ def activation_bytes(network: Network, config: Config, batch_size: int, device: 
     return sum(size for key, (_, size) in storages.items() if key not in weights)
 
 
-def _on_meta(network: Network, device: torch.device) -> Network:
-    """The same network without memory, with the kernel that it would use on `device`."""
-    options = dict(network.config)
-    if "kernel" in options:
-        options["kernel"] = resolve_kernel(options["kernel"], device)
+def _kernels(network: Network, config: Config, device: torch.device) -> dict[str, str]:
+    """How a capsule network is computed on `device`, by option; nothing for another network."""
+    if not isinstance(network, CapsNet):
+        return {}
+    in_float32 = train.resolve_precision(config, device, network) == "32"
+    return {
+        "kernel": resolve_kernel(network.class_capsules.kernel, device),
+        "stem": network.resolved_stem(device) if in_float32 else "direct",
+    }
+
+
+def _on_meta(network: Network, **options: str) -> Network:
+    """The same network without memory, but for the given options where it has them."""
+    changed = {name: value for name, value in options.items() if name in network.config}
     with torch.device("meta"):
-        return create(**options)
+        return create(**{**network.config, **changed})

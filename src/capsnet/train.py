@@ -1,21 +1,25 @@
 """Training: `fit(config)` is one visible loop on Lightning Fabric.
 
 Every random number of step t is a function of the seed and t alone (order of the epoch, augmentation, dropout), and a
-step's images are those of the global batch whatever the number of processes: a run that was killed and resumed ends with
-the same weights, bit for bit on a CPU, and two processes train what one would.
+step's images are those of the global batch whatever the number of processes: a run that was killed and resumed ends
+with the same weights, bit for bit on a CPU, and two processes train what one would (but for dropout, which each
+process draws for itself).
 """
 
 import gc
+import hashlib
+import importlib.util
+import logging
 import math
 import os
 import signal
 import sys
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from lightning_fabric import Fabric
@@ -23,7 +27,7 @@ from torch import Tensor
 
 from capsnet import models, plots, runs
 from capsnet.config import Config, preset
-from capsnet.data import Dataset, load
+from capsnet.data import Dataset, Split, load
 from capsnet.data.augment import Augmentation, augment
 from capsnet.errors import InputError
 from capsnet.evaluation import Evaluation, from_sums, measure, to_float
@@ -31,11 +35,24 @@ from capsnet.models import CapsNet, Network
 from capsnet.objective import Objective
 from capsnet.progress import Progress
 
-__all__ = ["Diverged", "Interrupted", "Result", "build", "fit", "learning_rate", "prepare_data", "resume"]
+__all__ = [
+    "Diverged",
+    "Interrupted",
+    "Result",
+    "build",
+    "first_process",
+    "fit",
+    "learning_rate",
+    "prepare_data",
+    "resume",
+]
 
 EVALUATION_BATCH = 500
 RESUMABLE = ("epochs", "devices", "log_every", "checkpoint_steps", "tensorboard", "threads", "data_dir")
 """Options that may change when a run goes on; all others would make it another run."""
+
+for _talker in ("lightning_fabric.utilities.rank_zero", "lightning_fabric.utilities.distributed"):
+    logging.getLogger(_talker).setLevel(logging.WARNING)  # they announce the precision and every process
 
 
 class Interrupted(Exception):
@@ -107,14 +124,15 @@ def resume(directory: str | Path, **changes: Any) -> Result:
     """
     run = runs.Run(directory)
     saved = run.config()
-    for name, value in changes.items():
-        if name not in RESUMABLE and value != getattr(saved, name):
-            raise InputError(
-                f"{name} of a resumed run must stay {getattr(saved, name)!r}; got {value!r} "
-                f"(only {', '.join(RESUMABLE)} may change)"
-            )
+    faults = [
+        f"{name} of a resumed run must stay {getattr(saved, name, None)!r}; got {value!r}"
+        for name, value in changes.items()
+        if name not in RESUMABLE and value != getattr(saved, name, None)
+    ]
+    if faults:
+        raise InputError(f"{'; and '.join(faults)} (only {', '.join(RESUMABLE)} may change)")
     config = replace(saved, **{name: value for name, value in changes.items() if name in RESUMABLE})
-    return _launch(replace(config, out=str(run.directory)), resumed=run)
+    return _launch(config, resumed=run)
 
 
 def prepare_data(config: Config) -> Dataset:
@@ -163,14 +181,14 @@ def build(config: Config, dataset: Dataset) -> Network:
 def learning_rate(config: Config, step: int, steps_per_epoch: int) -> float:
     """Learning rate of step `step` (from 0): `max(floor, lr * decay ** (step / decay_steps))`."""
     decay_steps = config.lr_decay_steps or steps_per_epoch
-    return max(config.lr_floor, config.lr * config.lr_decay ** (step / decay_steps))
+    return max(config.lr_floor, config.lr * math.pow(config.lr_decay, step / decay_steps))
 
 
 def resolve_precision(config: Config, device: torch.device, network: Network) -> str:
     """What `precision` means on `device`: `32` or `bf16`.
 
-    `auto` is `bf16` where the hardware multiplies it natively, but `32` where the network's convolutions take the minimal
-    stem on a CPU, which is faster still.
+    `auto` is `bf16` where the hardware multiplies it natively, but `32` where the network's convolutions take the
+    minimal stem on a CPU, which is faster still.
     """
     if config.precision != "auto":
         return config.precision
@@ -186,49 +204,90 @@ def resolve_device(config: Config) -> torch.device:
     """The kind of device that `config` means on this machine.
 
     Raises:
-        InputError: `cuda` where there is none, or more devices than there are.
+        InputError: `cuda` where there is none, or more devices than there are (processes than cores, on a CPU).
     """
     gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if config.device == "cuda" and not gpus:
         raise InputError("device cuda must have a CUDA GPU and a CUDA build of PyTorch; found none")
     device = torch.device("cuda" if gpus and config.device != "cpu" else "cpu")
-    if device.type == "cuda" and config.devices > gpus:
-        raise InputError(f"devices must be at most the {gpus} GPUs of this machine; got {config.devices}")
+    cores = max(2, os.cpu_count() or 1)  # two processes can be tried anywhere
+    most, what = (gpus, "GPUs") if device.type == "cuda" else (cores, "CPU cores")
+    if config.devices > most:
+        raise InputError(f"devices must be at most the {most} {what} of this machine; got {config.devices}")
     return device
+
+
+def first_process() -> bool:
+    """Whether this process is the one that writes and speaks: the only one, or the first of its machine."""
+    return int(os.environ.get("LOCAL_RANK", "0")) == 0
 
 
 def _launch(config: Config, resumed: runs.Run | None) -> Result:
     """Check everything that can be checked, start the processes, train, and leave no process group behind."""
     run = resumed or runs.Run(config.out or _free_directory(config))
     device = resolve_device(config)
+    if config.tensorboard and importlib.util.find_spec("tensorboard") is None:
+        raise InputError(
+            "tensorboard must be installed for --tensorboard; it is not (pip install 'capsnet[tensorboard]')"
+        )
     dataset = prepare_data(config)
     if config.threads:
         torch.set_num_threads(config.threads)
     network = build(config, dataset)
-    first_process = int(os.environ.get("LOCAL_RANK", "0")) == 0
-    if resumed is None and first_process:
-        run.check_free(overwrite=config.overwrite)
-    if resumed is not None and first_process and not run.exists():
-        raise InputError(f"run directory {run.directory} must hold a run to go on with; there is none")
+    checkpoint = _checkpoint(run, config, network, dataset) if resumed else None
+    by_torchrun = "TORCHELASTIC_RUN_ID" in os.environ
+    if int(os.environ.get("RANK", "0")) == 0 and first_process():
+        run.go_on(config) if resumed else run.begin(config, overwrite=config.overwrite)
 
-    world = int(os.environ.get("WORLD_SIZE", "1")) if "TORCHELASTIC_RUN_ID" in os.environ else config.devices
-    devices = int(os.environ["LOCAL_WORLD_SIZE"]) if "TORCHELASTIC_RUN_ID" in os.environ else config.devices
+    world = int(os.environ["WORLD_SIZE"]) if by_torchrun else config.devices
+    devices = int(os.environ["LOCAL_WORLD_SIZE"]) if by_torchrun else config.devices
+    precision = resolve_precision(config, device, network)
     fabric = Fabric(
         accelerator=device.type,
         devices=devices,
         num_nodes=max(1, world // devices),
         strategy="ddp" if world > 1 else "auto",
-        precision="bf16-mixed" if resolve_precision(config, device, network) == "bf16" else "32-true",
+        precision="bf16-mixed" if precision == "bf16" else "32-true",
     )
     fabric.launch()
     try:
         run = runs.Run(fabric.broadcast(str(run.directory)))
-        if resumed is None and fabric.is_global_zero:
-            run.begin(config, overwrite=config.overwrite)
         with _signals() as received:
-            return _train(fabric, config, dataset, network, run, received, resumed=resumed is not None)
+            return _train(fabric, config, dataset, network, run, received, checkpoint, precision)
+    except (Interrupted, Diverged, InputError):
+        if fabric.is_global_zero:
+            raise
+        raise SystemExit(0) from None  # all processes stop for the same reason, and the first one tells it
     finally:
         _shutdown(fabric)
+
+
+def _checkpoint(run: runs.Run, config: Config, network: Network, dataset: Dataset) -> dict[str, Any] | None:
+    """The checkpoint to go on from; None where a run was stopped before its first one.
+
+    Raises:
+        InputError: it is damaged, or of another run, or of other data.
+    """
+    if not run.checkpoint_path.exists() and not run.result_path.exists():
+        return None
+    checkpoint, path = run.load_checkpoint(), run.checkpoint_path
+    ours, theirs = asdict(config), checkpoint["config"]
+    for name in ours.keys() & theirs.keys() - {*RESUMABLE, "out", "overwrite"}:
+        if ours[name] != theirs[name]:
+            raise InputError(
+                f"checkpoint {path} must be of the run that config.yaml beside it tells; "
+                f"its {name} is {theirs[name]!r}, not {ours[name]!r}"
+            )
+    if checkpoint["train_images"] != len(dataset.train):
+        raise InputError(
+            f"data {config.data} must be the {checkpoint['train_images']:,} training images that the run began with; "
+            f"got {len(dataset.train):,}"
+        )
+    runs.check_fit(network, checkpoint["network"], source=str(path))
+    begun = checkpoint["state"]["epoch"] + (checkpoint["state"]["step"] > 0)
+    if config.epochs < begun:
+        raise InputError(f"epochs must be at least the {begun} that the run has begun; got {config.epochs}")
+    return checkpoint
 
 
 def _train(
@@ -238,15 +297,13 @@ def _train(
     network: Network,
     run: runs.Run,
     received: list[int],
-    *,
-    resumed: bool,
+    checkpoint: dict[str, Any] | None,
+    precision: str,
 ) -> Result:
     environment = runs.environment(fabric.device)  # of the code that runs, not of what is on disk at the end
     network.to(fabric.device)
-    if not (isinstance(network, CapsNet) and network.resolved_stem(fabric.device) == "minimal"):
-        network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-    optimizer = torch.optim.Adam(network.parameters(), lr=config.lr, fused=True)
-    objective, optimizer = fabric.setup(Objective(network, config), optimizer)
+    plain = Objective(network, config)
+    objective, optimizer = fabric.setup(plain, torch.optim.Adam(network.parameters(), lr=config.lr, fused=True))
     augmentation = Augmentation(
         shift=config.shift,
         flip=config.flip,
@@ -258,56 +315,92 @@ def _train(
     steps = math.ceil(len(images) / config.batch_size)
 
     state, rows, sums = _State(), list[dict[str, Any]](), torch.zeros(4, dtype=torch.float64)
-    if resumed:
-        checkpoint = run.load_checkpoint()
-        runs.check_fit(network, checkpoint["network"], source=str(run.checkpoint_path))
+    if checkpoint:
         network.load_state_dict(checkpoint["network"])
         optimizer.load_state_dict(checkpoint["optimizer"])
         state, rows = _State(**checkpoint["state"]), checkpoint["rows"]
-        if fabric.is_global_zero:
-            sums = checkpoint["sums"]
+        sums = checkpoint["sums"] / fabric.world_size  # of this epoch so far; each process bears its share
     sums = sums.to(fabric.device)
     pending: list[Tensor] = []  # losses not yet known to be finite
-    board = _Board(run) if config.tensorboard and fabric.is_global_zero else None
     validation: Evaluation | None = None
     progress = Progress(epochs=config.epochs, steps=steps, quiet=not fabric.is_global_zero)
 
-    def save() -> None:
-        everywhere = fabric.all_reduce(sums.clone(), reduce_op="sum")
+    def reduced(tensor: Tensor, reduce_op: str = "sum") -> Tensor:
+        return cast(Tensor, fabric.all_reduce(tensor.clone(), reduce_op=reduce_op))
+
+    def by_first(write: Callable[[], object]) -> None:
+        """Let the first process write; where it cannot, all raise the InputError."""
+        fault = ""
         if fabric.is_global_zero:
-            run.save_checkpoint(
-                {
-                    "network": network.state_dict(),
-                    "optimizer": optimizer.state_dict(),
-                    "state": vars(state),
-                    "rows": rows,
-                    "sums": everywhere.cpu(),
-                }
-            )
-        fabric.barrier()
+            try:
+                write()
+            except InputError as error:
+                fault = str(error)
+        fault = fabric.broadcast(fault)
+        if fault:
+            raise InputError(fault)
+
+    def diverged(what: str) -> Diverged:
+        kept = "the last good checkpoint is kept" if run.checkpoint_path.exists() else "there is no checkpoint yet"
+        return Diverged(f"{what}; {kept} in {run.directory} (try a smaller --lr, now {config.lr:g})")
+
+    def save() -> None:
+        total = reduced(sums)
+        if not all(parameter.isfinite().all() for parameter in network.parameters()):
+            raise diverged(f"weights became NaN or infinite in epoch {state.epoch + 1} at step {state.step} of {steps}")
+        content = {
+            "config": asdict(config),
+            "train_images": len(images),
+            "network": network.state_dict(),
+            "optimizer": optimizer.state_dict(),
+            "state": vars(state),
+            "rows": rows,
+            "sums": total.cpu(),
+        }
+        by_first(lambda: run.save_checkpoint(content))
 
     def check() -> None:
         """Agree over all processes on whether to stop: a loss that is not finite, or a signal."""
-        bad = [k for k, loss in enumerate(pending) if not math.isfinite(loss.item())]
-        first_bad = state.step - len(pending) + bad[0] + 1 if bad else steps + 1
-        flags = torch.tensor([-first_bad, max(received, default=0)], device=fabric.device)
-        first_bad, stop = (-int(flags[0]), int(flags[1]))
-        if fabric.world_size > 1:
-            flags = fabric.all_reduce(flags, reduce_op="max")
-            first_bad, stop = -int(flags[0]), int(flags[1])
-        where = f"in epoch {state.epoch + 1} after step {state.step} of {steps}"
+        finite = torch.stack(pending).isfinite().tolist() if pending else []
+        first_bad = state.step - len(finite) + finite.index(False) + 1 if False in finite else steps + 1
+        flags = reduced(torch.tensor([-first_bad, max(received, default=0)], device=fabric.device), "max")
+        first_bad, stop = -int(flags[0]), int(flags[1])
         if first_bad <= steps:
-            kept = "the last good checkpoint is kept" if run.checkpoint_path.exists() else "there is no checkpoint yet"
-            raise Diverged(
-                f"loss became NaN or infinite in epoch {state.epoch + 1} at step {first_bad} of {steps}; {kept} in "
-                f"{run.directory} (try a smaller --lr, now {config.lr:g})"
-            )
+            raise diverged(f"loss became NaN or infinite in epoch {state.epoch + 1} at step {first_bad} of {steps}")
         pending.clear()
         if stop:
             save()
-            raise Interrupted(run.directory, stop, where)
+            where = f"in epoch {state.epoch + 1} after step {state.step} of {steps}"
+            raise Interrupted(run.directory, stop, where if state.epoch < config.epochs else "after the last epoch")
 
-    with progress:
+    def evaluate(name: str) -> Evaluation:
+        split: Split = getattr(dataset, name)
+        parts = EVALUATION_BATCH * fabric.world_size
+        confusion, losses = torch.tensor(0), torch.tensor(0.0)
+        for start in range(0, len(split), parts):
+            check()
+            with fabric.autocast():
+                one = measure(
+                    plain,
+                    Split(split.images[start : start + parts], split.labels[start : start + parts]),
+                    classes=len(dataset.classes),
+                    device=fabric.device,
+                    batch_size=EVALUATION_BATCH,
+                    rank=fabric.global_rank,
+                    world_size=fabric.world_size,
+                )
+            confusion, losses = confusion.to(fabric.device) + one[0], losses.to(fabric.device) + one[1]
+        result = from_sums(reduced(confusion), reduced(losses), classes=dataset.classes)
+        if not math.isfinite(result.loss):
+            raise diverged(f"{name} loss became NaN or infinite after epoch {state.epoch + (state.step > 0)}")
+        return result
+
+    with ExitStack() as stack:
+        stack.enter_context(progress)
+        board = None
+        if config.tensorboard and fabric.is_global_zero:
+            board = stack.enter_context(_board(run, first_epoch=state.epoch + 1))
+        by_first(lambda: run.write_metrics(rows))
         while state.epoch < config.epochs:
             order = torch.randperm(len(images), generator=_generator(config.seed, state.epoch, -1))
             clock = time.perf_counter() - state.epoch_seconds
@@ -345,78 +438,64 @@ def _train(
                     sums += of_batch.double() * (share > 0)
                     pending.append(of_batch[0])
                 state.step += 1
-                if state.step % config.log_every == 0 or state.step == steps:
-                    state.epoch_seconds = time.perf_counter() - clock
+                state.epoch_seconds = time.perf_counter() - clock
+                told = state.step % config.log_every == 0 or state.step == steps
+                saved = bool(config.checkpoint_steps) and state.step % config.checkpoint_steps == 0
+                if told or saved or (received and fabric.world_size == 1):
                     check()
+                if told:
                     done = min(state.step * config.batch_size, len(images))
                     mean = (sums * fabric.world_size / done).tolist()
                     progress.update(state.epoch, state.step, mean, done / state.epoch_seconds)
-                elif received and fabric.world_size == 1:
-                    state.epoch_seconds = time.perf_counter() - clock
-                    check()
-                if config.checkpoint_steps and state.step % config.checkpoint_steps == 0 and state.step < steps:
-                    state.epoch_seconds = time.perf_counter() - clock
-                    check()
+                if saved and state.step < steps:
                     save()
 
-            total = fabric.all_reduce(sums.clone(), reduce_op="sum")
-            row = _row(state.epoch + 1, rate, total, len(images), state.epoch_seconds)
+            rate = learning_rate(config, (state.epoch + 1) * steps - 1, steps)
+            row = _row(state.epoch + 1, rate, reduced(sums), len(images), state.epoch_seconds)
             if dataset.validation is not None:
-                validation = _evaluate(fabric, objective, dataset, "validation")
+                validation = evaluate("validation")
                 row |= _prefixed("validation", validation)
             seconds = time.perf_counter() - clock
             rows.append({**row, "seconds": round(seconds, 3)})
+            if board:
+                board(rows[-1], network, dataset)
             state = _State(epoch=state.epoch + 1, seconds=state.seconds + seconds)
             sums.zero_()
             save()
+            by_first(lambda: run.write_metrics(rows))
             if fabric.is_global_zero:
-                run.write_metrics(rows)
                 progress.epoch(rows[-1])
-                if board:
-                    board.write(rows[-1], network, dataset)
 
-    test = _evaluate(fabric, objective, dataset, "test")
-    if dataset.validation is not None and validation is None:  # resumed after the last epoch
-        validation = _evaluate(fabric, objective, dataset, "validation")
+        test = evaluate("test")
+        if dataset.validation is not None and validation is None:  # resumed after the last epoch
+            validation = evaluate("validation")
     network = network.to("cpu", memory_format=torch.contiguous_format).eval()  # type: ignore[call-overload]
-    figure = None
-    if fabric.is_global_zero:
+    figure = run.figures / "reconstructions.png" if getattr(network, "decoder", None) is not None else None
+    result = {
+        "test": test.to_dict(),
+        "validation": validation.to_dict() if validation else None,
+        "selection": "none: weights after the last epoch; test images read once, at the end",
+        "data": dataset.name,
+        "train_images": len(dataset.train),
+        "model": config.model,
+        "preset": config.preset,
+        "parameters": network.parameter_count(),
+        "seed": config.seed,
+        "epochs": state.epoch,
+        "seconds": round(state.seconds, 1),
+        "processes": fabric.world_size,
+        "precision": precision,
+        **environment,
+    }
+
+    def finish() -> None:
         runs.save_pretrained(network, run.directory)
-        if config.model == "capsnet" and config.reconstruction:
-            figure = plots.reconstructions(network, dataset.test, run.figures / "reconstructions.png")
-        run.write_result(
-            {
-                "test": test.to_dict(),
-                "validation": validation.to_dict() if validation else None,
-                "selection": "none: weights after the last epoch; test images read once, at the end",
-                "data": dataset.name,
-                "train_images": len(dataset.train),
-                "model": config.model,
-                "preset": config.preset,
-                "parameters": network.parameter_count(),
-                "seed": config.seed,
-                "epochs": state.epoch,
-                "seconds": round(state.seconds, 1),
-                "processes": fabric.world_size,
-                "precision": "bf16" if "bf16" in str(fabric._precision.precision) else "32",
-                **environment,
-            }
-        )
+        if figure:
+            runs.write_atomically(figure, lambda path: plots.reconstructions(network, dataset.test, path))
+        run.write_result(result)
+
+    by_first(finish)
     return Result(run.directory, test, validation, state.epoch, state.seconds, figure, network)
-
-
-def _evaluate(fabric: Fabric, objective: Any, dataset: Dataset, split: str) -> Evaluation:
-    sums = measure(
-        objective,
-        getattr(dataset, split),
-        classes=len(dataset.classes),
-        device=fabric.device,
-        batch_size=EVALUATION_BATCH,
-        rank=fabric.global_rank,
-        world_size=fabric.world_size,
-    )
-    confusion, losses = (fabric.all_reduce(x, reduce_op="sum") for x in sums)
-    return from_sums(confusion, losses, classes=dataset.classes)
 
 
 def _row(epoch: int, rate: float, sums: Tensor, count: int, seconds: float) -> dict[str, Any]:
@@ -439,8 +518,6 @@ def _prefixed(prefix: str, evaluation: Evaluation) -> dict[str, Any]:
 
 def _mixed(*numbers: int) -> int:
     """One 63-bit seed from several whole numbers, different for every different list of them."""
-    import hashlib
-
     digest = hashlib.blake2b(repr(numbers).encode(), digest_size=8).digest()
     return int.from_bytes(digest, "big") >> 1
 
@@ -463,10 +540,10 @@ def _signals() -> Iterator[list[int]]:
 
     def handle(number: int, frame: Any) -> None:
         if number in received:
-            signal.signal(number, signal.default_int_handler)
+            raise KeyboardInterrupt if number == signal.SIGINT else SystemExit(128 + number)
         received.append(number)
-        if len(received) == 1 and int(os.environ.get("LOCAL_RANK", "0")) == 0:
-            print("stopping after this step ...", file=sys.stderr, flush=True)
+        if len(received) == 1 and first_process():
+            os.write(2, b"stopping after this step (once more to stop at once) ...\n")  # print is not reentrant
 
     try:
         before = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
@@ -488,22 +565,26 @@ def _shutdown(fabric: Fabric) -> None:
         torch.distributed.destroy_process_group()
 
 
-class _Board:
-    """TensorBoard curves and reconstructions."""
+@contextmanager
+def _board(run: runs.Run, *, first_epoch: int) -> Iterator[Callable[[dict[str, Any], Network, Dataset], None]]:
+    """What writes TensorBoard curves and reconstructions; those of a killed run from `first_epoch` on are forgotten."""
+    from torch.utils.tensorboard import SummaryWriter
 
-    def __init__(self, run: runs.Run) -> None:
-        from torch.utils.tensorboard import SummaryWriter
+    writer = SummaryWriter(str(run.directory / "tensorboard"), purge_step=first_epoch)
 
-        self.writer = SummaryWriter(str(run.directory / "tensorboard"))
-
-    def write(self, row: dict[str, Any], network: Network, dataset: Dataset) -> None:
+    def write(row: dict[str, Any], network: Network, dataset: Dataset) -> None:
         for name, value in row.items():
             if name != "epoch":
-                self.writer.add_scalar(name, value, row["epoch"])
+                writer.add_scalar(name, value, row["epoch"])
         examples = to_float((dataset.validation or dataset.train).images[:8])
         with torch.inference_mode():
             output = network(examples.to(next(network.parameters()).device))
         if output.reconstruction is not None:
-            sheet = torch.cat([examples, output.reconstruction.cpu()])
-            self.writer.add_images("inputs above, reconstructions below", sheet, row["epoch"])
-        self.writer.flush()
+            sheet = torch.cat([examples, output.reconstruction.float().cpu()])
+            writer.add_images("inputs above, reconstructions below", sheet, row["epoch"])
+        writer.flush()
+
+    try:
+        yield write
+    finally:
+        writer.close()

@@ -210,13 +210,18 @@ class _Plan:
 
 
 @lru_cache(maxsize=8)
-def _plan(in_size: tuple[int, int], k1: int, s1: int, k2: int, s2: int, dtype: torch.dtype) -> _Plan:
+def _plan(
+    in_size: tuple[int, int], k1: int, s1: int, k2: int, s2: int, dtype: torch.dtype, device: torch.device
+) -> _Plan:
     sizes = [(size - k1) // s1 + 1 for size in in_size]
     y, x = (_Axis.of(size, k2, s2) for size in sizes)
 
     def both(rows: list[list[Fraction]], columns: list[list[Fraction]]) -> Tensor:
-        first, second = (torch.tensor([[float(e) for e in r] for r in m], dtype=torch.float64) for m in (rows, columns))
-        return torch.kron(first, second).to(dtype)
+        first, second = (
+            torch.tensor([[float(x) for x in row] for row in matrix], dtype=torch.float64, device="cpu")
+            for matrix in (rows, columns)
+        )
+        return torch.kron(first, second).to(device, dtype)
 
     a, g, b = (both(*pair) for pair in zip(transforms(y.tile, y.taps), transforms(x.tile, x.taps), strict=True))
     return _Plan(y, x, k1, s1, k2, s2, a, g, b)
@@ -228,7 +233,7 @@ class _Stem(torch.autograd.Function):
         ctx: Any, images: Tensor, weight1: Tensor, bias1: Tensor, weight2: Tensor, stride1: int, stride2: int
     ) -> Tensor:
         in_size = (images.shape[2], images.shape[3])
-        plan = _plan(in_size, weight1.shape[-1], stride1, weight2.shape[-1], stride2, images.dtype)
+        plan = _plan(in_size, weight1.shape[-1], stride1, weight2.shape[-1], stride2, images.dtype, images.device)
         out, channels = weight2.shape[:2]
         points, width = len(plan.b), stride2 * stride2 * channels
         rows = plan.y.tiles * plan.x.tiles * len(images)

@@ -1,0 +1,514 @@
+import importlib
+import json
+import math
+import os
+import signal
+import threading
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import capsnet
+from capsnet import plots, runs, train
+from capsnet.config import Config, preset
+from capsnet.data import load
+from capsnet.data.augment import augment
+from capsnet.errors import InputError
+from capsnet.evaluation import measure
+from capsnet.train import Diverged, Interrupted, fit, resume
+from tiny import files, metrics, same_weights, tiny, weights
+
+pytestmark = pytest.mark.usefixtures("workplace", "blank_figure")
+
+REAL = Path(os.environ.get("CAPSNET_DATA") or Path(__file__).parents[2] / "shared" / "data").resolve()
+WRITTEN = {
+    "config.yaml",
+    "metrics.csv",
+    "result.json",
+    "last.ckpt",
+    "model.safetensors",
+    "config.json",
+    "figures/reconstructions.png",
+}
+
+
+def at_step(monkeypatch: pytest.MonkeyPatch, number: int, what: Any) -> None:
+    """Call `what` in the middle of the training step `number`, counted from 1."""
+    count = [0]
+
+    def augmented(*arguments: Any) -> Any:
+        count[0] += 1
+        if count[0] == number:
+            what()
+        return augment(*arguments)
+
+    monkeypatch.setattr(train, "augment", augmented)
+
+
+def send(number: int) -> None:
+    os.kill(os.getpid(), number)
+
+
+def checkpoint(run: str) -> dict[str, Any]:
+    return runs.Run(run).load_checkpoint()
+
+
+def test_a_run_writes_these_files_and_no_others(photos: Path, workplace: Path) -> None:
+    result = fit(tiny(photos, out="run"))
+    assert files(workplace) == {f"run/{name}" for name in WRITTEN}
+    rows = metrics("run")
+    assert [row["epoch"] for row in rows] == ["1", "2"]
+    assert {"train_loss", "train_error_percent", "validation_loss", "learning_rate"} <= rows[0].keys()
+    told = json.loads(Path("run/result.json").read_text(encoding="utf-8"))
+    assert told["test"] == result.test.to_dict()
+    assert told["test"]["total"] == 15
+    assert told["train_images"] == 68  # 75 less a tenth
+    assert told["validation"]["total"] == 7
+    assert (told["epochs"], told["processes"], told["precision"], told["seed"]) == (2, 1, "32", 0)
+    assert told["torch"] == torch.__version__
+    assert (result.directory, result.epochs) == (Path("run"), 2)
+    assert not result.network.training
+    assert all(parameter.isfinite().all() for parameter in result.network.parameters())
+
+
+def test_it_learns(photos: Path) -> None:
+    assert fit(tiny(photos, epochs=15, lr=0.01)).test.error_percent < 20  # chance is 67
+
+
+def test_same_seed_same_run_and_other_seed_other_run(photos: Path) -> None:
+    for name, seed in (("one", 3), ("again", 3), ("other", 4)):
+        fit(tiny(photos, out=name, seed=seed))
+    assert same_weights("one", "again")
+    assert metrics("one") == metrics("again")
+    assert not same_weights("one", "other")
+    assert metrics("one") != metrics("other")
+
+
+def test_without_an_own_place_a_run_gets_the_next_free_one(photos: Path) -> None:
+    first, second = fit(tiny(photos, epochs=1)), fit(tiny(photos, epochs=1))
+    assert first.directory == Path("runs/photos-capsnet-seed0")
+    assert second.directory == Path("runs/photos-capsnet-seed0-2")
+
+
+def test_a_caller_in_a_thread_can_train(photos: Path) -> None:
+    results: list[train.Result] = []
+    thread = threading.Thread(target=lambda: results.append(fit(tiny(photos, epochs=1))))
+    thread.start()
+    thread.join()
+    assert results[0].epochs == 1
+
+
+class Killed(BaseException):
+    """Stands for a SIGKILL: nothing of ours catches it."""
+
+
+def test_killed_before_or_after_any_write_and_resumed_ends_the_same(
+    photos: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = tiny(photos, epochs=1, checkpoint_steps=2)
+    writes: list[str] = []
+    real = Path.replace
+    moment = [0, 0]  # the write to die at, counted from 1, and whether after it
+
+    def die_at(self: Path, target: Any) -> Path:
+        writes.append(Path(target).name)
+        if (len(writes), 0) == tuple(moment):
+            raise Killed
+        done = real(self, target)
+        if (len(writes), 1) == tuple(moment):
+            raise Killed
+        return done
+
+    monkeypatch.setattr(Path, "replace", die_at)
+    fit(replace(config, out="whole"))
+    number = len(writes)
+    assert writes.count("last.ckpt") == 3  # after steps 2 and 4 of 5, and at the end
+    for k in range(number):
+        for after in (0, 1):
+            run = f"killed-{k}-{after}"
+            writes.clear()
+            moment[:] = [k + 1, after]
+            with pytest.raises(Killed):
+                fit(replace(config, out=run))
+            moment[:] = [0, 0]
+            if (k, after) == (0, 0):
+                continue  # nothing was begun
+            resume(run)
+            assert same_weights("whole", run), writes[k]
+            assert metrics("whole") == metrics(run), writes[k]
+            assert files(run) == WRITTEN
+
+
+@pytest.mark.parametrize("step", [1, 3, 5, 6, 10])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_saves_and_the_resumed_run_ends_the_same(
+    photos: Path, monkeypatch: pytest.MonkeyPatch, step: int, number: int
+) -> None:
+    fit(tiny(photos, out="whole"))
+    before = signal.getsignal(number)
+    with monkeypatch.context() as patch:
+        at_step(patch, step, lambda: send(number))
+        with pytest.raises(Interrupted, match=r"go on with: capsnet train --resume run") as stop:
+            fit(tiny(photos, out="run"))
+    assert stop.value.signal_number == number
+    assert f"in epoch {1 if step < 6 else 2} after step {(step - 1) % 5 + 1} of 5" in str(stop.value)
+    assert signal.getsignal(number) is before
+    assert checkpoint("run")["state"]["step"] == (step - 1) % 5 + 1
+    resume("run")
+    assert same_weights("whole", "run")
+    assert metrics("whole") == metrics("run")
+
+
+def test_a_signal_during_the_evaluations_stops_there(photos: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(train, "EVALUATION_BATCH", 4)
+    fit(tiny(photos, out="whole"))
+    for call, where in ((1, "in epoch 1 after step 5 of 5"), (5, "after the last epoch")):
+        run, count = f"run-{call}", [0]
+
+        def measured(*arguments: Any, call: int = call, count: list[int] = count, **options: Any) -> Any:
+            count[0] += 1
+            if count[0] == call:
+                send(signal.SIGTERM)
+            return measure(*arguments, **options)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(train, "measure", measured)
+            with pytest.raises(Interrupted, match=where):
+                fit(tiny(photos, out=run))
+        resume(run)
+        assert same_weights("whole", run)
+        assert metrics("whole") == metrics(run)
+
+
+def test_the_second_signal_acts_at_once(
+    photos: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    def twice(number: int) -> None:
+        send(number)
+        send(number)
+
+    with monkeypatch.context() as patch:
+        at_step(patch, 2, lambda: twice(signal.SIGINT))
+        with pytest.raises(KeyboardInterrupt):
+            fit(tiny(photos, out="run"))
+    assert files("run") == {"config.yaml"}
+    assert "once more to stop at once" in capfd.readouterr().err
+    at_step(monkeypatch, 2, lambda: twice(signal.SIGTERM))
+    with pytest.raises(SystemExit) as stop:
+        fit(tiny(photos, out="other"))
+    assert stop.value.code == 143
+
+
+def test_a_loss_that_is_not_finite_stops_and_keeps_the_last_good_checkpoint(
+    photos: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    count = [0]
+
+    def augmented(*arguments: Any) -> Any:
+        count[0] += 1
+        return augment(*arguments) * (math.nan if count[0] == 8 else 1)
+
+    monkeypatch.setattr(train, "augment", augmented)
+    with pytest.raises(Diverged, match=r"in epoch 2 at step 3 of 5; the last good checkpoint is kept in run .*--lr"):
+        fit(tiny(photos, out="run"))
+    kept = checkpoint("run")
+    assert (kept["state"]["epoch"], kept["state"]["step"]) == (1, 0)
+    assert all(tensor.isfinite().all() for tensor in kept["network"].values())
+    assert "result.json" not in files("run")
+    assert "model.safetensors" not in files("run")
+
+
+def test_weights_that_are_not_finite_are_never_saved(photos: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    real = torch.optim.Adam.step
+
+    def step(self: Any, *arguments: Any, **options: Any) -> Any:
+        done = real(self, *arguments, **options)
+        count[0] += 1
+        if count[0] == 4:  # after a finite loss, and before the checkpoint of step 4
+            self.param_groups[0]["params"][0].data.fill_(math.inf)
+        return done
+
+    count = [0]
+    monkeypatch.setattr(torch.optim.Adam, "step", step)
+    with pytest.raises(Diverged, match=r"weights became NaN or infinite in epoch 1 at step 4 of 5; the last good"):
+        fit(tiny(photos, out="run", checkpoint_steps=2))
+    kept = checkpoint("run")
+    assert kept["state"]["step"] == 2
+    assert all(tensor.isfinite().all() for tensor in kept["network"].values())
+
+
+@pytest.mark.parametrize("changes", [{}, {"checkpoint_steps": 1}, {"batch_size": 100, "epochs": 1, "validation": 0}])
+def test_a_learning_rate_far_too_high_diverges(photos: Path, changes: dict[str, Any]) -> None:
+    with pytest.raises(Diverged, match=r"became NaN or infinite"):
+        fit(tiny(photos, out="run", lr=1e30, **changes))
+    assert "result.json" not in files("run")
+    if "last.ckpt" in files("run"):
+        assert all(tensor.isfinite().all() for tensor in checkpoint("run")["network"].values())
+
+
+@pytest.mark.parametrize(
+    "name", ["last.ckpt", "metrics.csv", "model.safetensors", "reconstructions.png", "result.json"]
+)
+def test_a_full_disk_is_told_and_costs_nothing_that_was_saved(
+    photos: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    fit(tiny(photos, out="whole"))
+    real, count = Path.replace, [0]
+
+    def full(self: Path, target: Any) -> Path:
+        count[0] += Path(target).name == name
+        if Path(target).name == name and count[0] > (1 if name in ("last.ckpt", "metrics.csv") else 0):
+            raise OSError(28, "No space left on device")
+        return real(self, target)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "replace", full)
+        with pytest.raises(InputError, match=rf"file run/.*{name} must be writable; got: No space left on device"):
+            fit(tiny(photos, out="run", checkpoint_steps=3))
+    assert checkpoint("run")["version"] == 1
+    assert not [path for path in files("run") if "partial" in path]
+    resume("run")
+    assert same_weights("whole", "run")
+
+
+def test_more_epochs_go_on_as_one_longer_run(photos: Path) -> None:
+    fit(tiny(photos, out="long", epochs=3))
+    fit(tiny(photos, out="run", epochs=1))
+    assert resume("run", epochs=3).epochs == 3
+    assert same_weights("long", "run")
+    assert metrics("long") == metrics("run")
+    assert runs.Run("run").config().epochs == 3
+    with pytest.raises(InputError, match=r"epochs must be at least the 3 that the run has begun; got 2"):
+        resume("run", epochs=2)
+
+
+def test_resuming_a_finished_run_only_evaluates_again(photos: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    first = fit(tiny(photos, out="run"))
+    before = (weights("run"), metrics("run"))
+    at_step(monkeypatch, 1, lambda: pytest.fail("trained"))
+    again = resume("run")
+    assert again.test == first.test
+    assert again.validation == first.validation
+    assert metrics("run") == before[1]
+    assert all(torch.equal(before[0][name], tensor) for name, tensor in weights("run").items())
+
+
+def test_resume_refuses_what_would_make_another_run(photos: Path) -> None:
+    fit(tiny(photos, out="run", epochs=1))
+    before = {name: Path("run", name).read_bytes() for name in WRITTEN}
+    wrong = r"lr of a resumed run must stay 0.001; got 0.1; and seed of .* stay 0; got 1 \(only epochs, devices,"
+    with pytest.raises(InputError, match=wrong):
+        resume("run", lr=0.1, seed=1, epochs=4)
+    with pytest.raises(InputError, match=r"bogus of a resumed run must stay None; got 3"):
+        resume("run", bogus=3)
+    with pytest.raises(InputError, match=r"run directory nowhere must hold a config.yaml"):
+        resume("nowhere")
+    assert before == {name: Path("run", name).read_bytes() for name in WRITTEN}
+    assert set(train.RESUMABLE) <= set(vars(Config()))
+
+
+def test_resume_refuses_a_checkpoint_of_another_run(photos: Path) -> None:
+    fit(tiny(photos, out="run", epochs=1))
+    fit(tiny(photos, out="other", epochs=1, lr=0.5))
+    Path("other/last.ckpt").replace("run/last.ckpt")
+    with pytest.raises(InputError, match=r"run/last.ckpt must be of the run .* its lr is 0.5, not 0.001"):
+        resume("run")
+    Path("run/last.ckpt").unlink()
+    with pytest.raises(InputError, match=r"must hold a last.ckpt to go on from"):
+        resume("run", epochs=2)
+
+
+def test_resume_refuses_other_data(photos: Path, workplace: Path) -> None:
+    import shutil
+
+    shutil.copytree(photos, "own")
+    fit(tiny(Path("own"), out="run", epochs=1))
+    for extra in range(10):
+        shutil.copy("own/a/1.png", f"own/a/more{extra}.png")
+    with pytest.raises(InputError, match=r"data own must be the 68 training images that the run began with; got \d+"):
+        resume("run", epochs=2)
+
+
+def test_a_directory_in_use_is_refused(photos: Path) -> None:
+    fit(tiny(photos, out="run", epochs=1))
+    before = {name: Path("run", name).read_bytes() for name in WRITTEN}
+    with pytest.raises(InputError, match=r"out directory run must be free; it holds a run .*--overwrite"):
+        fit(tiny(photos, out="run"))
+    assert before == {name: Path("run", name).read_bytes() for name in WRITTEN}
+    Path("mine").mkdir()
+    Path("mine/thesis.tex").write_text("x", encoding="utf-8")
+    for overwrite in (False, True):
+        with pytest.raises(InputError, match=r"out directory mine must be empty or new; it holds other files"):
+            fit(tiny(photos, out="mine", overwrite=overwrite))
+    with pytest.raises(InputError, match=r"out must be a directory; got the file mine/thesis.tex"):
+        fit(tiny(photos, out="mine/thesis.tex"))
+    Path("mine/config.yaml").write_text("jekyll: true\n", encoding="utf-8")
+    with pytest.raises(InputError, match=r"jekyll is no option"):
+        fit(tiny(photos, out="mine", overwrite=True))
+    assert files("mine") == {"thesis.tex", "config.yaml"}
+
+
+def test_overwrite_leaves_nothing_of_the_old_run(photos: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    fit(tiny(photos, out="run", epochs=1))
+    Path("run/notes.txt").write_text("mine", encoding="utf-8")
+    at_step(monkeypatch, 1, lambda: send(signal.SIGTERM))
+    with pytest.raises(Interrupted):
+        fit(tiny(photos, out="run", overwrite=True, seed=1))
+    assert files("run") == {"config.yaml", "last.ckpt", "notes.txt"}
+    assert not runs.Run("run").config().overwrite  # `--config run/config.yaml` must not replace anything
+    assert runs.Run("run").config().out is None
+    resume("run")
+    assert files("run") == {*WRITTEN, "notes.txt"}
+
+
+def test_validation_0_trains_on_everything(photos: Path) -> None:
+    result = fit(tiny(photos, validation=0, epochs=1, out="run"))
+    assert result.validation is None
+    assert json.loads(Path("run/result.json").read_text(encoding="utf-8"))["train_images"] == 75
+    assert "validation_loss" not in metrics("run")[0]
+
+
+def test_the_other_options_train_too(photos: Path) -> None:
+    config = tiny(photos, epochs=1, flip=True, rotation=10, scale=0.1, shear=0.1, mask="prediction", leaky=True)
+    fit(
+        replace(config, channels=1, image_size=16, preset="authors", routing_bias=True, reconstruction=False, out="run")
+    )
+    assert files("run") == WRITTEN - {"figures/reconstructions.png"}
+    fit(replace(config, precision="bf16", detach_routing=True))
+
+
+@pytest.mark.slow
+def test_the_baseline_with_dropout_resumes_too(photos: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = Config(data=str(photos), model="baseline", epochs=2, batch_size=16)
+    fit(replace(config, out="whole"))
+    assert files("whole") == WRITTEN - {"figures/reconstructions.png"}
+    at_step(monkeypatch, 7, lambda: send(signal.SIGTERM))
+    with pytest.raises(Interrupted):
+        fit(replace(config, out="run"))
+    resume("run")
+    assert same_weights("whole", "run")
+
+
+def test_learning_rate() -> None:
+    config = Config(lr=0.5, lr_decay=0.9, lr_floor=0.01)
+    assert train.learning_rate(config, 0, 100) == 0.5
+    assert train.learning_rate(config, 100, 100) == pytest.approx(0.45)
+    assert train.learning_rate(config, 150, 100) == pytest.approx(0.5 * 0.9**1.5)
+    assert train.learning_rate(config, 10**6, 100) == 0.01
+    assert train.learning_rate(replace(config, lr_decay_steps=50), 100, 999) == pytest.approx(0.5 * 0.81)
+
+
+def test_the_learning_rate_reaches_the_optimiser(photos: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[float] = []
+    real = torch.optim.Adam.step
+
+    def step(self: Any, *arguments: Any, **options: Any) -> Any:
+        seen.append(self.param_groups[0]["lr"])
+        return real(self, *arguments, **options)
+
+    monkeypatch.setattr(torch.optim.Adam, "step", step)
+    config = tiny(photos, lr_decay_steps=1, lr_decay=0.5, lr_floor=1e-5)
+    fit(config)
+    assert seen == [train.learning_rate(config, k, 5) for k in range(10)]
+    assert seen[:2] == [0.001, 0.0005]
+
+
+def test_devices_that_are_not_there_are_refused(photos: Path) -> None:
+    most = max(2, os.cpu_count() or 1)
+    with pytest.raises(InputError, match=rf"devices must be at most the {most} CPU cores of this machine; got 999"):
+        train.resolve_device(Config(device="cpu", devices=999))
+    if not torch.cuda.is_available():
+        with pytest.raises(InputError, match=r"device cuda must have a CUDA GPU"):
+            fit(tiny(photos, device="cuda"))
+
+
+def test_an_option_of_another_model_is_refused(photos: Path) -> None:
+    with pytest.raises(InputError, match=r"option conv_channels is of model capsnet and must not be"):
+        fit(tiny(photos, model="baseline"))
+    assert not Path("runs").exists()
+
+
+def test_validation_is_the_sets_own_or_a_tenth(photos: Path) -> None:
+    config = tiny(photos)
+    assert len(train.prepare_data(config).train) == 68
+    split = train.prepare_data(replace(config, validation=20))
+    assert split.validation is not None
+    assert (len(split.train), len(split.validation), len(split.test)) == (55, 20, 15)
+
+
+def test_presets_build_their_networks(photos: Path) -> None:
+    dataset = train.prepare_data(tiny(photos))
+    config = replace(preset("authors"), conv_kernel=5, primary_kernel=5)
+    network = train.build(config, dataset)
+    assert network.config["routing_bias"] is True
+    assert network.classes == ("a", "b", "c")
+
+
+def test_tensorboard_holds_curves_and_reconstructions(photos: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("tensorboard")
+    event_accumulator = importlib.import_module("tensorboard.backend.event_processing.event_accumulator")
+
+    save = runs.Run.save_checkpoint
+
+    def die_at_the_second(self: runs.Run, state: dict[str, Any]) -> None:
+        if self.checkpoint_path.exists():
+            raise Killed  # the second epoch is in the curves and will be there again
+        save(self, state)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(runs.Run, "save_checkpoint", die_at_the_second)
+        with pytest.raises(Killed):
+            fit(tiny(photos, out="run", tensorboard=True))
+    resume("run")
+    events = event_accumulator.EventAccumulator("run/tensorboard")
+    events.Reload()
+    rows = metrics("run")
+    for name in ("train_loss", "validation_error_percent", "learning_rate"):
+        scalars = events.Scalars(name)
+        assert [scalar.step for scalar in scalars] == [1, 2]
+        assert [scalar.value for scalar in scalars] == pytest.approx([float(row[name]) for row in rows])
+    assert len(events.Images("inputs above, reconstructions below")) == 2
+
+
+def test_tensorboard_that_is_not_installed_is_told(photos: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(InputError, match=r"tensorboard must be installed .*pip install 'capsnet\[tensorboard\]'"):
+        fit(tiny(photos, tensorboard=True))
+    assert not Path("runs").exists()
+
+
+def test_the_figure_is_drawn(photos: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    drawn: list[tuple[Any, ...]] = []
+
+    def reconstructions(*arguments: Any) -> None:
+        drawn.append(arguments)
+        arguments[2].touch()
+
+    monkeypatch.setattr(plots, "reconstructions", reconstructions)
+    result = fit(tiny(photos, epochs=1, out="run"))
+    assert result.figure == Path("run/figures/reconstructions.png")
+    assert drawn[0][0] is result.network
+
+
+def test_public_names() -> None:
+    assert all(hasattr(train, name) for name in train.__all__)
+    assert capsnet.fit is fit
+    assert capsnet.resume is resume
+
+
+@pytest.mark.skipif(not (REAL / "mnist").is_dir(), reason=f"no MNIST in {REAL}; set CAPSNET_DATA")
+def test_20_steps_on_real_digits_lower_the_loss(monkeypatch: pytest.MonkeyPatch) -> None:
+    def few(*arguments: Any, **options: Any) -> Any:
+        whole = load(*arguments, **options)
+        index = torch.arange(320)
+        return replace(whole, train=whole.train.take(index), test=whole.test.take(index))
+
+    monkeypatch.setattr(train, "load", few)
+    sizes: dict[str, Any] = {"conv_channels": 32, "capsule_types": 4, "decoder_sizes": (32,)}
+    config = Config(data="mnist", data_dir=str(REAL), epochs=2, batch_size=32, validation=0, out="run", **sizes)
+    fit(config)
+    first, second = (float(row["train_loss"]) for row in metrics("run"))
+    assert second < 0.9 * first

@@ -1,0 +1,69 @@
+"""What the tests of training share: a few coloured images, a network of a few thousand weights, a run in a moment."""
+
+import csv
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+from torch import Tensor
+
+from capsnet.config import Config
+
+SIZES: dict[str, Any] = {
+    "conv_channels": 8,
+    "conv_kernel": 5,
+    "capsule_types": 2,
+    "primary_dim": 4,
+    "primary_kernel": 5,
+    "class_dim": 4,
+    "decoder_sizes": (16,),
+}
+TIMES = ("images_per_second", "seconds")  # columns of metrics.csv that measure the machine
+
+
+def photos(root: Path, *, count: int = 30, size: tuple[int, int] = (12, 13), classes: str = "abc") -> Path:
+    """A folder of PNG files for each class, told apart by colour; `size` is height and width."""
+    draw = np.random.default_rng(0)
+    for k, name in enumerate(classes):
+        (root / name).mkdir(parents=True)
+        for number in range(count):
+            pixels = draw.integers(0, 60, (*size, 3), dtype=np.uint8)
+            pixels[..., k % 3] += 150
+            Image.fromarray(pixels).save(root / name / f"{number}.png")
+    return root
+
+
+def tiny(data: Path, **changes: Any) -> Config:
+    """A run of 2 epochs of 5 steps on `photos`; the last batch is smaller."""
+    fixed = {"data": str(data), "epochs": 2, "batch_size": 16, "precision": "32", **SIZES}
+    return Config(**{**fixed, **changes})
+
+
+def options(config: Config) -> list[str]:
+    """The same as options of `capsnet train`."""
+    sizes = [(name, " ".join(map(str, value)) if isinstance(value, tuple) else value) for name, value in SIZES.items()]
+    others = [(name, getattr(config, name)) for name in ("data", "epochs", "batch_size", "precision")]
+    return [word for name, value in sizes + others for word in (f"--{name.replace('_', '-')}", *str(value).split())]
+
+
+def weights(run: Path | str) -> dict[str, Tensor]:
+    return load_file(Path(run) / "model.safetensors")
+
+
+def same_weights(one: Path | str, other: Path | str) -> bool:
+    """Whether two runs ended with the same weights, bit for bit."""
+    ours, theirs = weights(one), weights(other)
+    return ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)
+
+
+def metrics(run: Path | str) -> list[dict[str, str]]:
+    """Rows of metrics.csv without the columns that measure the machine."""
+    with (Path(run) / "metrics.csv").open(encoding="utf-8", newline="") as file:
+        return [{name: value for name, value in row.items() if name not in TIMES} for row in csv.DictReader(file)]
+
+
+def files(directory: Path | str) -> set[str]:
+    return {str(path.relative_to(directory)) for path in Path(directory).rglob("*") if path.is_file()}
