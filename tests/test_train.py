@@ -12,7 +12,7 @@ import pytest
 import torch
 
 import capsnet
-from capsnet import plots, runs, train
+from capsnet import machine, plots, runs, train
 from capsnet.config import Config, preset
 from capsnet.data import load
 from capsnet.data.augment import augment
@@ -419,7 +419,7 @@ def test_the_learning_rate_reaches_the_optimiser(photos: Path, monkeypatch: pyte
 def test_devices_that_are_not_there_are_refused(photos: Path) -> None:
     most = max(2, os.cpu_count() or 1)
     with pytest.raises(InputError, match=rf"devices must be at most the {most} CPU cores of this machine; got 999"):
-        train.resolve_device(Config(device="cpu", devices=999))
+        machine.resolve_device(Config(device="cpu", devices=999))
     if not torch.cuda.is_available():
         with pytest.raises(InputError, match=r"device cuda must have a CUDA GPU"):
             fit(tiny(photos, device="cuda"))

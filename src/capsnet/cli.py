@@ -170,7 +170,7 @@ def _train(arguments: list[str]) -> int:
         print(dry_run(options))
         return 0
 
-    from capsnet import train
+    from capsnet import machine, train
 
     try:
         if resumed:
@@ -188,7 +188,7 @@ def _train(arguments: list[str]) -> int:
     except train.Diverged as error:
         _say(f"capsnet train: error: {error}")
         return 1
-    if not train.first_process():
+    if not machine.first_process():
         return 0
     if command.json:
         files = {"directory": str(result.directory), "figure": str(result.figure) if result.figure else None}
@@ -227,7 +227,7 @@ def _evaluate(arguments: list[str]) -> int:
     command = _parse(_Evaluate, arguments, prog="capsnet evaluate")
     if command.batch_size < 1:
         raise InputError(f"batch_size must be at least 1; got {command.batch_size}")
-    from capsnet import runs, train
+    from capsnet import machine, runs, train
     from capsnet.evaluation import evaluate
 
     network = runs.load(command.run)
@@ -257,8 +257,8 @@ def _evaluate(arguments: list[str]) -> int:
     split = getattr(dataset, command.split)
     if split is None:
         raise InputError(f"data set {dataset.name} must have a validation split; the run trained on all images")
-    device = train.resolve_device(options)
-    precision = train.resolve_precision(options, device, network)
+    device = machine.resolve_device(options)
+    precision = machine.resolve_precision(options, device, network)
     result = evaluate(network.to(device), split, config=trained, batch_size=command.batch_size, precision=precision)
     if command.json:
         where = {"run": command.run, "data": dataset.name, "split": command.split, "precision": precision}

@@ -6,7 +6,7 @@ from dataclasses import asdict
 import torch
 from torch import Tensor, nn
 
-from capsnet import train
+from capsnet import machine, train
 from capsnet.config import Config
 from capsnet.layers import ClassCapsules, resolve_kernel
 from capsnet.models import CapsNet, Network, create
@@ -21,7 +21,7 @@ def dry_run(config: Config) -> str:
     Raises:
         InputError: as `train.fit` would before it trains.
     """
-    device = train.resolve_device(config)
+    device = machine.resolve_device(config)
     dataset = train.prepare_data(config)
     network = train.build(config, dataset)
     per_process = -(-config.batch_size // config.devices)
@@ -39,7 +39,7 @@ def dry_run(config: Config) -> str:
             f"data: {len(dataset.train):,} training, {validation:,} validation, {len(dataset.test):,} test images of "
             f"{' x '.join(map(str, dataset.image_shape))}; {len(dataset.classes)} classes",
             f"steps: {config.epochs * steps:,} ({config.epochs} epochs of {steps:,})",
-            f"device: {config.devices} x {device.type}, precision {train.resolve_precision(config, device, network)}"
+            f"device: {config.devices} x {device.type}, precision {machine.resolve_precision(config, device, network)}"
             + "".join(f", {name} {value}" for name, value in kernels.items()),
             f"memory: about {mebibytes:,.0f} MiB a process for weights, gradients, Adam and activations in float32, "
             f"and {dataset.train.images.numel() / 2**20:,.0f} MiB of images",
@@ -98,7 +98,7 @@ def _kernels(network: Network, config: Config, device: torch.device) -> dict[str
     """How a capsule network is computed on `device`, by option; nothing for another network."""
     if not isinstance(network, CapsNet):
         return {}
-    in_float32 = train.resolve_precision(config, device, network) == "32"
+    in_float32 = machine.resolve_precision(config, device, network) == "32"
     return {
         "kernel": resolve_kernel(network.class_capsules.kernel, device),
         "stem": network.resolved_stem(device) if in_float32 else "direct",

@@ -6,17 +6,13 @@ with the same weights, bit for bit on a CPU, and two processes train what one wo
 process draws for itself).
 """
 
-import gc
 import hashlib
 import importlib.util
-import logging
 import math
 import os
-import signal
-import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, cast
@@ -26,12 +22,14 @@ from lightning_fabric import Fabric
 from torch import Tensor
 
 from capsnet import models, plots, runs
+from capsnet.board import board
 from capsnet.config import Config, preset
 from capsnet.data import Dataset, Split, load
 from capsnet.data.augment import Augmentation, augment
 from capsnet.errors import InputError
 from capsnet.evaluation import Evaluation, from_sums, measure, to_float
-from capsnet.models import CapsNet, Network
+from capsnet.machine import first_process, make_fabric, resolve_device, resolve_precision, shutdown, signals
+from capsnet.models import Network
 from capsnet.objective import Objective
 from capsnet.progress import Progress
 
@@ -40,7 +38,6 @@ __all__ = [
     "Interrupted",
     "Result",
     "build",
-    "first_process",
     "fit",
     "learning_rate",
     "prepare_data",
@@ -50,9 +47,6 @@ __all__ = [
 EVALUATION_BATCH = 500
 RESUMABLE = ("epochs", "devices", "log_every", "checkpoint_steps", "tensorboard", "threads", "data_dir")
 """Options that may change when a run goes on; all others would make it another run."""
-
-for _talker in ("lightning_fabric.utilities.rank_zero", "lightning_fabric.utilities.distributed"):
-    logging.getLogger(_talker).setLevel(logging.WARNING)  # they announce the precision and every process
 
 
 class Interrupted(Exception):
@@ -184,44 +178,6 @@ def learning_rate(config: Config, step: int, steps_per_epoch: int) -> float:
     return max(config.lr_floor, config.lr * math.pow(config.lr_decay, step / decay_steps))
 
 
-def resolve_precision(config: Config, device: torch.device, network: Network) -> str:
-    """What `precision` means on `device`: `32` or `bf16`.
-
-    `auto` is `bf16` where the hardware multiplies it natively, but `32` where the network's convolutions take the
-    minimal stem on a CPU, which is faster still.
-    """
-    if config.precision != "auto":
-        return config.precision
-    if device.type == "cuda":
-        return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "32"
-    if isinstance(network, CapsNet) and network.resolved_stem(device) == "minimal":
-        return "32"
-    native = torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported()
-    return "bf16" if native else "32"
-
-
-def resolve_device(config: Config) -> torch.device:
-    """The kind of device that `config` means on this machine.
-
-    Raises:
-        InputError: `cuda` where there is none, or more devices than there are (processes than cores, on a CPU).
-    """
-    gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    if config.device == "cuda" and not gpus:
-        raise InputError("device cuda must have a CUDA GPU and a CUDA build of PyTorch; found none")
-    device = torch.device("cuda" if gpus and config.device != "cpu" else "cpu")
-    cores = max(2, os.cpu_count() or 1)  # two processes can be tried anywhere
-    most, what = (gpus, "GPUs") if device.type == "cuda" else (cores, "CPU cores")
-    if config.devices > most:
-        raise InputError(f"devices must be at most the {most} {what} of this machine; got {config.devices}")
-    return device
-
-
-def first_process() -> bool:
-    """Whether this process is the one that writes and speaks: the only one, or the first of its machine."""
-    return int(os.environ.get("LOCAL_RANK", "0")) == 0
-
-
 def _launch(config: Config, resumed: runs.Run | None) -> Result:
     """Check everything that can be checked, start the processes, train, and leave no process group behind."""
     run = resumed or runs.Run(config.out or _free_directory(config))
@@ -235,31 +191,22 @@ def _launch(config: Config, resumed: runs.Run | None) -> Result:
         torch.set_num_threads(config.threads)
     network = build(config, dataset)
     checkpoint = _checkpoint(run, config, network, dataset) if resumed else None
-    by_torchrun = "TORCHELASTIC_RUN_ID" in os.environ
     if int(os.environ.get("RANK", "0")) == 0 and first_process():
         run.go_on(config) if resumed else run.begin(config, overwrite=config.overwrite)
 
-    world = int(os.environ["WORLD_SIZE"]) if by_torchrun else config.devices
-    devices = int(os.environ["LOCAL_WORLD_SIZE"]) if by_torchrun else config.devices
     precision = resolve_precision(config, device, network)
-    fabric = Fabric(
-        accelerator=device.type,
-        devices=devices,
-        num_nodes=max(1, world // devices),
-        strategy="ddp" if world > 1 else "auto",
-        precision="bf16-mixed" if precision == "bf16" else "32-true",
-    )
+    fabric = make_fabric(config, device, precision)
     fabric.launch()
     try:
         run = runs.Run(fabric.broadcast(str(run.directory)))
-        with _signals() as received:
+        with signals() as received:
             return _train(fabric, config, dataset, network, run, received, checkpoint, precision)
     except (Interrupted, Diverged, InputError):
         if fabric.is_global_zero:
             raise
         raise SystemExit(0) from None  # all processes stop for the same reason, and the first one tells it
     finally:
-        _shutdown(fabric)
+        shutdown(fabric)
 
 
 def _checkpoint(run: runs.Run, config: Config, network: Network, dataset: Dataset) -> dict[str, Any] | None:
@@ -397,9 +344,9 @@ def _train(
 
     with ExitStack() as stack:
         stack.enter_context(progress)
-        board = None
+        write_board = None
         if config.tensorboard and fabric.is_global_zero:
-            board = stack.enter_context(_board(run, first_epoch=state.epoch + 1))
+            write_board = stack.enter_context(board(run.directory / "tensorboard", first_epoch=state.epoch + 1))
         by_first(lambda: run.write_metrics(rows))
         while state.epoch < config.epochs:
             order = torch.randperm(len(images), generator=_generator(config.seed, state.epoch, -1))
@@ -457,8 +404,8 @@ def _train(
                 row |= _prefixed("validation", validation)
             seconds = time.perf_counter() - clock
             rows.append({**row, "seconds": round(seconds, 3)})
-            if board:
-                board(rows[-1], network, dataset)
+            if write_board:
+                write_board(rows[-1], network, dataset)
             state = _State(epoch=state.epoch + 1, seconds=state.seconds + seconds)
             sums.zero_()
             save()
@@ -531,60 +478,3 @@ def _free_directory(config: Config) -> Path:
     stem = Path("runs") / f"{name}-{config.model}-seed{config.seed}"
     candidates: Iterator[Path] = (stem.with_name(f"{stem.name}-{k}") for k in range(2, 10_000))
     return stem if not stem.exists() or config.overwrite else next(p for p in candidates if not p.exists())
-
-
-@contextmanager
-def _signals() -> Iterator[list[int]]:
-    """Collect SIGINT and SIGTERM instead of dying of them; a second Ctrl-C acts at once."""
-    received: list[int] = []
-
-    def handle(number: int, frame: Any) -> None:
-        if number in received:
-            raise KeyboardInterrupt if number == signal.SIGINT else SystemExit(128 + number)
-        received.append(number)
-        if len(received) == 1 and first_process():
-            os.write(2, b"stopping after this step (once more to stop at once) ...\n")  # print is not reentrant
-
-    try:
-        before = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
-    except ValueError:  # not in the main thread: a caller's thread keeps its own ways
-        before = {}
-    try:
-        yield received
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-
-
-def _shutdown(fabric: Fabric) -> None:
-    """End the process group: gloo aborts at exit while a wrapped module or a group is alive."""
-    gc.collect()
-    if torch.distributed.is_available() and torch.distributed.is_initialized():
-        if sys.exc_info()[0] is None:
-            fabric.barrier()
-        torch.distributed.destroy_process_group()
-
-
-@contextmanager
-def _board(run: runs.Run, *, first_epoch: int) -> Iterator[Callable[[dict[str, Any], Network, Dataset], None]]:
-    """What writes TensorBoard curves and reconstructions; those of a killed run from `first_epoch` on are forgotten."""
-    from torch.utils.tensorboard import SummaryWriter
-
-    writer = SummaryWriter(str(run.directory / "tensorboard"), purge_step=first_epoch)
-
-    def write(row: dict[str, Any], network: Network, dataset: Dataset) -> None:
-        for name, value in row.items():
-            if name != "epoch":
-                writer.add_scalar(name, value, row["epoch"])
-        examples = to_float((dataset.validation or dataset.train).images[:8])
-        with torch.inference_mode():
-            output = network(examples.to(next(network.parameters()).device))
-        if output.reconstruction is not None:
-            sheet = torch.cat([examples, output.reconstruction.float().cpu()])
-            writer.add_images("inputs above, reconstructions below", sheet, row["epoch"])
-        writer.flush()
-
-    try:
-        yield write
-    finally:
-        writer.close()

@@ -1,0 +1,39 @@
+"""TensorBoard: curves and reconstructions of a run, when asked for."""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from capsnet.data import Dataset
+from capsnet.data.dataset import to_float
+from capsnet.models import Network
+
+__all__ = ["board"]
+
+
+@contextmanager
+def board(directory: Path, *, first_epoch: int) -> Iterator[Callable[[dict[str, Any], Network, Dataset], None]]:
+    """What writes TensorBoard curves and reconstructions; those of a killed run from `first_epoch` on are forgotten."""
+    from torch.utils.tensorboard import SummaryWriter
+
+    writer = SummaryWriter(str(directory), purge_step=first_epoch)
+
+    def write(row: dict[str, Any], network: Network, dataset: Dataset) -> None:
+        for name, value in row.items():
+            if name != "epoch":
+                writer.add_scalar(name, value, row["epoch"])
+        examples = to_float((dataset.validation or dataset.train).images[:8])
+        with torch.inference_mode():
+            output = network(examples.to(next(network.parameters()).device))
+        if output.reconstruction is not None:
+            sheet = torch.cat([examples, output.reconstruction.float().cpu()])
+            writer.add_images("inputs above, reconstructions below", sheet, row["epoch"])
+        writer.flush()
+
+    try:
+        yield write
+    finally:
+        writer.close()

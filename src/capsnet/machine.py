@@ -1,0 +1,106 @@
+"""What a run runs on: device, precision, processes; and the signals that stop it."""
+
+import gc
+import logging
+import os
+import signal
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from lightning_fabric import Fabric
+
+from capsnet.config import Config
+from capsnet.errors import InputError
+from capsnet.models import CapsNet, Network
+
+__all__ = ["first_process", "make_fabric", "resolve_device", "resolve_precision", "shutdown", "signals"]
+
+for _talker in ("lightning_fabric.utilities.rank_zero", "lightning_fabric.utilities.distributed"):
+    logging.getLogger(_talker).setLevel(logging.WARNING)  # they announce the precision and every process
+
+
+def resolve_device(config: Config) -> torch.device:
+    """The kind of device that `config` means on this machine.
+
+    Raises:
+        InputError: `cuda` where there is none, or more devices than there are (processes than cores, on a CPU).
+    """
+    gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if config.device == "cuda" and not gpus:
+        raise InputError("device cuda must have a CUDA GPU and a CUDA build of PyTorch; found none")
+    device = torch.device("cuda" if gpus and config.device != "cpu" else "cpu")
+    cores = max(2, os.cpu_count() or 1)  # two processes can be tried anywhere
+    most, what = (gpus, "GPUs") if device.type == "cuda" else (cores, "CPU cores")
+    if config.devices > most:
+        raise InputError(f"devices must be at most the {most} {what} of this machine; got {config.devices}")
+    return device
+
+
+def first_process() -> bool:
+    """Whether this process is the one that writes and speaks: the only one, or the first of its machine."""
+    return int(os.environ.get("LOCAL_RANK", "0")) == 0
+
+
+def resolve_precision(config: Config, device: torch.device, network: Network) -> str:
+    """What `precision` means on `device`: `32` or `bf16`.
+
+    `auto` is `bf16` where the hardware multiplies it natively, but `32` where the network's convolutions take the
+    minimal stem on a CPU, which is faster still.
+    """
+    if config.precision != "auto":
+        return config.precision
+    if device.type == "cuda":
+        return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "32"
+    if isinstance(network, CapsNet) and network.resolved_stem(device) == "minimal":
+        return "32"
+    native = torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported()
+    return "bf16" if native else "32"
+
+
+def make_fabric(config: Config, device: torch.device, precision: str) -> Fabric:
+    """The engine for `config.devices` processes, or for those that torchrun has started; not yet launched."""
+    by_torchrun = "TORCHELASTIC_RUN_ID" in os.environ
+    world = int(os.environ["WORLD_SIZE"]) if by_torchrun else config.devices
+    devices = int(os.environ["LOCAL_WORLD_SIZE"]) if by_torchrun else config.devices
+    return Fabric(
+        accelerator=device.type,
+        devices=devices,
+        num_nodes=max(1, world // devices),
+        strategy="ddp" if world > 1 else "auto",
+        precision="bf16-mixed" if precision == "bf16" else "32-true",
+    )
+
+
+@contextmanager
+def signals() -> Iterator[list[int]]:
+    """Collect SIGINT and SIGTERM instead of dying of them; a second Ctrl-C acts at once."""
+    received: list[int] = []
+
+    def handle(number: int, frame: Any) -> None:
+        if number in received:
+            raise KeyboardInterrupt if number == signal.SIGINT else SystemExit(128 + number)
+        received.append(number)
+        if len(received) == 1 and first_process():
+            os.write(2, b"stopping after this step (once more to stop at once) ...\n")  # print is not reentrant
+
+    try:
+        before = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
+    except ValueError:  # not in the main thread: a caller's thread keeps its own ways
+        before = {}
+    try:
+        yield received
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def shutdown(fabric: Fabric) -> None:
+    """End the process group: gloo aborts at exit while a wrapped module or a group is alive."""
+    gc.collect()
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        if sys.exc_info()[0] is None:
+            fabric.barrier()
+        torch.distributed.destroy_process_group()
