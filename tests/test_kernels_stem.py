@@ -123,6 +123,14 @@ def test_garbage_in_the_buffers_does_not_reach_the_results() -> None:
         assert torch.equal(ours, again)
 
 
+def test_buffers_of_inference_mode_are_not_trained_with() -> None:
+    network = tiny()
+    with torch.inference_mode():
+        network(torch.rand(3, 1, 28, 28))
+    network(torch.rand(3, 1, 28, 28)).scores.sum().backward()
+    assert network.primary.conv.weight.grad is not None
+
+
 def test_a_second_backward_is_refused() -> None:
     (images, *weights), s1, s2 = arguments(SHAPES["stride 1"], torch.float32)
     loss = minimal_stem(images, *weights, stride1=s1, stride2=s2).square().sum()

@@ -100,7 +100,7 @@ class _Evaluate:
     """Where downloaded files are."""
     split: Literal["test", "validation", "train"] = "test"
     """Which part of the data set."""
-    batch_size: int = 500
+    batch_size: int = 256
     """Images at a time; only memory and speed depend on it."""
     precision: Literal["auto", "32", "bf16"] | None = None
     """Of convolutions and decoder; default: that of the run."""

@@ -116,7 +116,7 @@ def evaluate(
     split: Split,
     *,
     config: Config | None = None,
-    batch_size: int = 500,
+    batch_size: int = 256,
     precision: str = "32",
 ) -> Evaluation:
     """Run `network` over a whole split, on the device where its weights are.

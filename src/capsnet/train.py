@@ -44,7 +44,7 @@ __all__ = [
     "resume",
 ]
 
-EVALUATION_BATCH = 500
+EVALUATION_BATCH = 256
 RESUMABLE = ("epochs", "devices", "log_every", "checkpoint_steps", "tensorboard", "threads", "data_dir")
 """Options that may change when a run goes on; all others would make it another run."""
 

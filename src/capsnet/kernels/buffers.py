@@ -22,7 +22,8 @@ class BufferPool:
         """An array of undefined content, of `like`'s type and device."""
         kept = self._free.pop(name, None)
         count = math.prod(shape)
-        if kept is None or kept.numel() != count or kept.dtype != like.dtype or kept.device != like.device:
+        fits = kept is not None and (kept.numel(), kept.dtype, kept.device) == (count, like.dtype, like.device)
+        if kept is None or not fits or (kept.is_inference() and not torch.is_inference_mode_enabled()):
             kept = torch.empty(count, dtype=like.dtype, device=like.device)
         return kept.view(shape)
 
