@@ -17,7 +17,7 @@ LEVELS: tuple[tuple[str, ...], ...] = (
     ("functional",),
     ("routing", "kernels"),
     ("layers",),
-    ("analysis", "board", "config", "data", "machine", "models", "objective", "plots", "progress", "runs"),
+    ("analysis", "board", "config", "data", "machine", "models", "objective", "plots", "progress", "runs", "session"),
     ("bench", "demo", "evaluation", "export", "report", "summary", "train"),
     ("cli",),
     ("__main__",),
@@ -109,7 +109,7 @@ def test_the_leaves_are_leaves() -> None:
     ("package", "homes"),
     [
         ("matplotlib", {"plots"}),
-        ("lightning_fabric", {"machine", "train"}),
+        ("lightning_fabric", {"machine", "session", "train"}),
         ("pooch", {"data.fetch"}),
         ("tyro", {"cli"}),
         ("PIL", {"data.folder", "plots", "demo"}),

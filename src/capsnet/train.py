@@ -11,7 +11,7 @@ import importlib.util
 import math
 import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -19,7 +19,6 @@ from typing import Any, cast
 
 import torch
 from lightning_fabric import Fabric
-from torch import Tensor
 
 from capsnet import models, plots, runs
 from capsnet.board import board
@@ -32,6 +31,7 @@ from capsnet.machine import first_process, make_fabric, resolve_device, resolve_
 from capsnet.models import Network
 from capsnet.objective import Objective
 from capsnet.progress import Progress
+from capsnet.session import Diverged, Interrupted, Session
 
 __all__ = [
     "Diverged",
@@ -45,20 +45,9 @@ __all__ = [
 ]
 
 EVALUATION_BATCH = 256
+VALIDATION_COLUMNS = ("loss", "classification_loss", "reconstruction_loss", "error_percent")
 RESUMABLE = ("epochs", "devices", "log_every", "checkpoint_steps", "tensorboard", "threads", "data_dir")
 """Options that may change when a run goes on; all others would make it another run."""
-
-
-class Interrupted(Exception):
-    """Ctrl-C or SIGTERM: the run was saved and can go on."""
-
-    def __init__(self, directory: Path, signal_number: int, where: str) -> None:
-        super().__init__(f"stopped {where}; go on with: capsnet train --resume {directory}")
-        self.signal_number = signal_number
-
-
-class Diverged(Exception):
-    """The loss became NaN or infinite; the last good checkpoint is kept."""
 
 
 @dataclass(frozen=True)
@@ -82,16 +71,6 @@ class Result:
     seconds: float
     figure: Path | None
     network: Network
-
-
-@dataclass
-class _State:
-    """Where a run stands: all of it goes into the checkpoint."""
-
-    epoch: int = 0  # finished epochs
-    step: int = 0  # finished steps of the running epoch
-    seconds: float = 0.0
-    epoch_seconds: float = 0.0
 
 
 def fit(config: Config) -> Result:
@@ -259,163 +238,66 @@ def _train(
         shear=config.shear,
     )
     images, labels = dataset.train.images.to(fabric.device), dataset.train.labels.to(fabric.device)
-    steps = math.ceil(len(images) / config.batch_size)
-
-    state, rows, sums = _State(), list[dict[str, Any]](), torch.zeros(4, dtype=torch.float64)
+    session = Session(fabric, config, run, network, optimizer, train_images=len(images), received=received)
     if checkpoint:
-        network.load_state_dict(checkpoint["network"])
-        optimizer.load_state_dict(checkpoint["optimizer"])
-        state, rows = _State(**checkpoint["state"]), checkpoint["rows"]
-        sums = checkpoint["sums"] / fabric.world_size  # of this epoch so far; each process bears its share
-    sums = sums.to(fabric.device)
-    pending: list[Tensor] = []  # losses not yet known to be finite
-    validation: Evaluation | None = None
-    progress = Progress(epochs=config.epochs, steps=steps, quiet=not fabric.is_global_zero)
-
-    def reduced(tensor: Tensor, reduce_op: str = "sum") -> Tensor:
-        return cast(Tensor, fabric.all_reduce(tensor.clone(), reduce_op=reduce_op))
-
-    def by_first(write: Callable[[], object]) -> None:
-        """Let the first process write; where it cannot, all raise the InputError."""
-        fault = ""
-        if fabric.is_global_zero:
-            try:
-                write()
-            except InputError as error:
-                fault = str(error)
-        fault = fabric.broadcast(fault)
-        if fault:
-            raise InputError(fault)
-
-    def diverged(what: str) -> Diverged:
-        kept = "the last good checkpoint is kept" if run.checkpoint_path.exists() else "there is no checkpoint yet"
-        return Diverged(f"{what}; {kept} in {run.directory} (try a smaller --lr, now {config.lr:g})")
-
-    def save() -> None:
-        total = reduced(sums)
-        if not all(parameter.isfinite().all() for parameter in network.parameters()):
-            raise diverged(f"weights became NaN or infinite in epoch {state.epoch + 1} at step {state.step} of {steps}")
-        content = {
-            "config": asdict(config),
-            "train_images": len(images),
-            "network": network.state_dict(),
-            "optimizer": optimizer.state_dict(),
-            "state": vars(state),
-            "rows": rows,
-            "sums": total.cpu(),
-        }
-        by_first(lambda: run.save_checkpoint(content))
-
-    def check() -> None:
-        """Agree over all processes on whether to stop: a loss that is not finite, or a signal."""
-        finite = torch.stack(pending).isfinite().tolist() if pending else []
-        first_bad = state.step - len(finite) + finite.index(False) + 1 if False in finite else steps + 1
-        flags = reduced(torch.tensor([-first_bad, max(received, default=0)], device=fabric.device), "max")
-        first_bad, stop = -int(flags[0]), int(flags[1])
-        if first_bad <= steps:
-            raise diverged(f"loss became NaN or infinite in epoch {state.epoch + 1} at step {first_bad} of {steps}")
-        pending.clear()
-        if stop:
-            save()
-            where = f"in epoch {state.epoch + 1} after step {state.step} of {steps}"
-            raise Interrupted(run.directory, stop, where if state.epoch < config.epochs else "after the last epoch")
-
-    def evaluate(name: str) -> Evaluation:
-        split: Split = getattr(dataset, name)
-        parts = EVALUATION_BATCH * fabric.world_size
-        confusion, losses = torch.tensor(0), torch.tensor(0.0)
-        for start in range(0, len(split), parts):
-            check()
-            with fabric.autocast():
-                one = measure(
-                    plain,
-                    Split(split.images[start : start + parts], split.labels[start : start + parts]),
-                    classes=len(dataset.classes),
-                    device=fabric.device,
-                    batch_size=EVALUATION_BATCH,
-                    rank=fabric.global_rank,
-                    world_size=fabric.world_size,
-                )
-            confusion, losses = confusion.to(fabric.device) + one[0], losses.to(fabric.device) + one[1]
-        result = from_sums(reduced(confusion), reduced(losses), classes=dataset.classes)
-        if not math.isfinite(result.loss):
-            raise diverged(f"{name} loss became NaN or infinite after epoch {state.epoch + (state.step > 0)}")
-        return result
+        session.restore(checkpoint)
+    steps, validation = session.steps, None
 
     with ExitStack() as stack:
-        stack.enter_context(progress)
+        progress = stack.enter_context(Progress(epochs=config.epochs, steps=steps, quiet=not fabric.is_global_zero))
         write_board = None
         if config.tensorboard and fabric.is_global_zero:
-            write_board = stack.enter_context(board(run.directory / "tensorboard", first_epoch=state.epoch + 1))
-        by_first(lambda: run.write_metrics(rows))
-        while state.epoch < config.epochs:
-            order = torch.randperm(len(images), generator=_generator(config.seed, state.epoch, -1))
-            clock = time.perf_counter() - state.epoch_seconds
+            write_board = stack.enter_context(board(run.directory / "tensorboard", first_epoch=session.at.epoch + 1))
+        session.by_first(lambda: run.write_metrics(session.rows))
+        while session.at.epoch < config.epochs:
+            at = session.at
+            order = torch.randperm(len(images), generator=_generator(config.seed, at.epoch, -1))
+            clock = time.perf_counter() - at.epoch_seconds
             objective.train()
-            while state.step < steps:
-                batch = order[state.step * config.batch_size : (state.step + 1) * config.batch_size]
+            while at.step < steps:
+                batch = order[at.step * config.batch_size : (at.step + 1) * config.batch_size]
                 mine = torch.arange(fabric.global_rank, len(batch), fabric.world_size)
                 share = len(mine) * fabric.world_size / len(batch)  # DDP takes the mean over the processes
                 if len(mine) == 0:  # this process has no image of a small last batch: any image, with no weight
                     mine = torch.zeros(1, dtype=torch.int64)
-                drawn = augmentation.draw(len(batch), generator=_generator(config.seed, state.epoch, state.step))
+                drawn = augmentation.draw(len(batch), generator=_generator(config.seed, at.epoch, at.step))
                 index = batch[mine].to(fabric.device)
-                inputs = augment(to_float(images[index]), drawn[mine])
-                targets = labels[index]
-                rate = learning_rate(config, state.epoch * steps + state.step, steps)
+                inputs, targets = augment(to_float(images[index]), drawn[mine]), labels[index]
                 for group in optimizer.param_groups:
-                    group["lr"] = rate
-                torch.manual_seed(_mixed(config.seed, state.epoch, state.step, fabric.global_rank))
+                    group["lr"] = learning_rate(config, at.epoch * steps + at.step, steps)
+                torch.manual_seed(_mixed(config.seed, at.epoch, at.step, fabric.global_rank))  # of dropout
 
                 optimizer.zero_grad()
                 losses = objective(inputs, targets)
                 fabric.backward(losses.total.mean() * share)
                 optimizer.step()
 
-                with torch.no_grad():
-                    wrong = losses.output.scores.argmax(-1) != targets
-                    of_batch = torch.stack(
-                        [
-                            losses.total.sum(),
-                            losses.classification.sum(),
-                            losses.reconstruction.sum(),
-                            wrong.sum(),
-                        ]
-                    )
-                    sums += of_batch.double() * (share > 0)
-                    pending.append(of_batch[0])
-                state.step += 1
-                state.epoch_seconds = time.perf_counter() - clock
-                told = state.step % config.log_every == 0 or state.step == steps
-                saved = bool(config.checkpoint_steps) and state.step % config.checkpoint_steps == 0
+                session.record(losses, targets, counted=share > 0)
+                at.epoch_seconds = time.perf_counter() - clock
+                told = at.step % config.log_every == 0 or at.step == steps
+                saved = bool(config.checkpoint_steps) and at.step % config.checkpoint_steps == 0
                 if told or saved or (received and fabric.world_size == 1):
-                    check()
+                    session.check()
                 if told:
-                    done = min(state.step * config.batch_size, len(images))
-                    mean = (sums * fabric.world_size / done).tolist()
-                    progress.update(state.epoch, state.step, mean, done / state.epoch_seconds)
-                if saved and state.step < steps:
-                    save()
+                    done = min(at.step * config.batch_size, len(images))
+                    progress.update(at.epoch, at.step, session.mean_here(), done / at.epoch_seconds)
+                if saved and at.step < steps:
+                    session.save()
 
-            rate = learning_rate(config, (state.epoch + 1) * steps - 1, steps)
-            row = _row(state.epoch + 1, rate, reduced(sums), len(images), state.epoch_seconds)
+            held_out: dict[str, float] = {}
             if dataset.validation is not None:
-                validation = evaluate("validation")
-                row |= _prefixed("validation", validation)
-            seconds = time.perf_counter() - clock
-            rows.append({**row, "seconds": round(seconds, 3)})
+                validation = _evaluate(session, plain, dataset, "validation")
+                held_out = {f"validation_{name}": getattr(validation, name) for name in VALIDATION_COLUMNS}
+            rate = learning_rate(config, (at.epoch + 1) * steps - 1, steps)
+            row = session.row(rate, time.perf_counter() - clock, held_out)
             if write_board:
-                write_board(rows[-1], network, dataset)
-            state = _State(epoch=state.epoch + 1, seconds=state.seconds + seconds)
-            sums.zero_()
-            save()
-            by_first(lambda: run.write_metrics(rows))
-            if fabric.is_global_zero:
-                progress.epoch(rows[-1])
+                write_board(row, network, dataset)
+            session.finish_epoch(row)
+            progress.epoch(row)
 
-        test = evaluate("test")
+        test = _evaluate(session, plain, dataset, "test")
         if dataset.validation is not None and validation is None:  # resumed after the last epoch
-            validation = evaluate("validation")
+            validation = _evaluate(session, plain, dataset, "validation")
     network = network.to("cpu", memory_format=torch.contiguous_format).eval()  # type: ignore[call-overload]
     figure = run.figures / "reconstructions.png" if getattr(network, "decoder", None) is not None else None
     result = {
@@ -428,8 +310,8 @@ def _train(
         "preset": config.preset,
         "parameters": network.parameter_count(),
         "seed": config.seed,
-        "epochs": state.epoch,
-        "seconds": round(state.seconds, 1),
+        "epochs": session.at.epoch,
+        "seconds": round(session.at.seconds, 1),
         "processes": fabric.world_size,
         "precision": precision,
         **environment,
@@ -441,26 +323,34 @@ def _train(
             runs.write_atomically(figure, lambda path: plots.reconstructions(network, dataset.test, path))
         run.write_result(result)
 
-    by_first(finish)
-    return Result(run.directory, test, validation, state.epoch, state.seconds, figure, network)
+    session.by_first(finish)
+    return Result(run.directory, test, validation, session.at.epoch, session.at.seconds, figure, network)
 
 
-def _row(epoch: int, rate: float, sums: Tensor, count: int, seconds: float) -> dict[str, Any]:
-    loss, classification, reconstruction, wrong = sums.tolist()
-    return {
-        "epoch": epoch,
-        "learning_rate": rate,
-        "train_loss": loss / count,
-        "train_classification_loss": classification / count,
-        "train_reconstruction_loss": reconstruction / count,
-        "train_error_percent": 100 * wrong / count,
-        "images_per_second": round(count / seconds, 1),
-    }
-
-
-def _prefixed(prefix: str, evaluation: Evaluation) -> dict[str, Any]:
-    names = ("loss", "classification_loss", "reconstruction_loss", "error_percent")
-    return {f"{prefix}_{name}": getattr(evaluation, name) for name in names}
+def _evaluate(session: Session, objective: Objective, dataset: Dataset, name: str) -> Evaluation:
+    """Results on the split `name`, every example counted once over all processes; stops where the training would."""
+    fabric, split = session.fabric, cast(Split, getattr(dataset, name))
+    together = EVALUATION_BATCH * fabric.world_size
+    confusion, losses = torch.tensor(0), torch.tensor(0.0)
+    for start in range(0, len(split), together):
+        session.check()
+        part = Split(split.images[start : start + together], split.labels[start : start + together])
+        with fabric.autocast():
+            sums = measure(
+                objective,
+                part,
+                classes=len(dataset.classes),
+                device=fabric.device,
+                batch_size=EVALUATION_BATCH,
+                rank=fabric.global_rank,
+                world_size=fabric.world_size,
+            )
+        confusion, losses = confusion.to(fabric.device) + sums[0], losses.to(fabric.device) + sums[1]
+    result = from_sums(session.reduced(confusion), session.reduced(losses), classes=dataset.classes)
+    if not math.isfinite(result.loss):
+        epoch = session.at.epoch + (session.at.step > 0)
+        raise session.diverged(f"{name} loss became NaN or infinite after epoch {epoch}")
+    return result
 
 
 def _mixed(*numbers: int) -> int:

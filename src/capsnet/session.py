@@ -1,0 +1,206 @@
+"""What surrounds the arithmetic of a training: where it stands, agreement between processes, checkpoints, stopping."""
+
+import math
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from lightning_fabric import Fabric
+from torch import Tensor
+
+from capsnet.config import Config
+from capsnet.errors import InputError
+from capsnet.models import Network
+from capsnet.objective import Losses
+from capsnet.runs import Run
+
+__all__ = ["Diverged", "Interrupted", "Position", "Session"]
+
+
+class Interrupted(Exception):
+    """Ctrl-C or SIGTERM: the run was saved and can go on."""
+
+    def __init__(self, directory: Path, signal_number: int, where: str) -> None:
+        super().__init__(f"stopped {where}; go on with: capsnet train --resume {directory}")
+        self.signal_number = signal_number
+
+
+class Diverged(Exception):
+    """The loss became NaN or infinite; the last good checkpoint is kept."""
+
+
+@dataclass
+class Position:
+    """Where a training stands.
+
+    Attributes:
+        epoch: finished epochs.
+        step: finished steps of the running epoch.
+        seconds: of the finished epochs, validation included.
+        epoch_seconds: of the running epoch's training.
+    """
+
+    epoch: int = 0
+    step: int = 0
+    seconds: float = 0.0
+    epoch_seconds: float = 0.0
+
+
+class Session:
+    """A training under way, seen by one of its processes.
+
+    Args:
+        fabric: launched.
+        config: of the run.
+        run: its directory.
+        network: being trained, not wrapped.
+        optimizer: of its parameters.
+        train_images: number of training images.
+        received: numbers of the signals that came in, see `machine.signals`.
+
+    Attributes:
+        at: where it stands.
+        rows: of `metrics.csv`, one for each finished epoch.
+        steps: of each epoch.
+    """
+
+    def __init__(
+        self,
+        fabric: Fabric,
+        config: Config,
+        run: Run,
+        network: Network,
+        optimizer: torch.optim.Optimizer,
+        *,
+        train_images: int,
+        received: list[int],
+    ) -> None:
+        self.fabric, self.config, self.run, self.network, self.optimizer = fabric, config, run, network, optimizer
+        self.train_images, self.received = train_images, received
+        self.steps = math.ceil(train_images / config.batch_size)
+        self.at, self.rows = Position(), list[dict[str, Any]]()
+        self._sums = torch.zeros(4, dtype=torch.float64, device=fabric.device)  # of this epoch and process
+        self._pending: list[Tensor] = []  # losses not yet known to be finite
+
+    def restore(self, checkpoint: dict[str, Any]) -> None:
+        """Go back to where `checkpoint` was saved."""
+        self.network.load_state_dict(checkpoint["network"])
+        self.optimizer.load_state_dict(checkpoint["optimizer"])
+        self.at, self.rows = Position(**checkpoint["state"]), checkpoint["rows"]
+        self._sums = checkpoint["sums"].to(self.fabric.device) / self.fabric.world_size  # each process bears its share
+
+    @torch.no_grad()
+    def record(self, losses: Losses, targets: Tensor, *, counted: bool) -> None:
+        """Add one step's losses and errors to those of the epoch, unless its images are not `counted`."""
+        wrong = losses.output.scores.argmax(-1) != targets
+        of_batch = torch.stack(
+            [losses.total.sum(), losses.classification.sum(), losses.reconstruction.sum(), wrong.sum()]
+        )
+        self._sums += of_batch.double() * counted
+        self._pending.append(of_batch[0])
+        self.at.step += 1
+
+    def mean_here(self) -> list[float]:
+        """Loss, classification loss, reconstruction loss and share of wrong images of the epoch so far.
+
+        The other processes' images are taken to be like this one's.
+        """
+        done = min(self.at.step * self.config.batch_size, self.train_images)
+        return cast(list[float], (self._sums * self.fabric.world_size / done).tolist())
+
+    def row(self, rate: float, seconds: float, held_out: dict[str, float]) -> dict[str, Any]:
+        """The finished epoch as a row of `metrics.csv`.
+
+        Args:
+            rate: the last step's learning rate.
+            seconds: of the whole epoch.
+            held_out: what validation adds.
+        """
+        loss, classification, reconstruction, wrong = (self.reduced(self._sums) / self.train_images).tolist()
+        return {
+            "epoch": self.at.epoch + 1,
+            "learning_rate": rate,
+            "train_loss": loss,
+            "train_classification_loss": classification,
+            "train_reconstruction_loss": reconstruction,
+            "train_error_percent": 100 * wrong,
+            "images_per_second": round(self.train_images / self.at.epoch_seconds, 1),
+            **held_out,
+            "seconds": round(seconds, 3),
+        }
+
+    def finish_epoch(self, row: dict[str, Any]) -> None:
+        """Keep the epoch's row, stand at the start of the next epoch, and save both."""
+        self.rows.append(row)
+        self.at = Position(epoch=self.at.epoch + 1, seconds=self.at.seconds + row["seconds"])
+        self._sums.zero_()
+        self.save()
+        self.by_first(lambda: self.run.write_metrics(self.rows))
+
+    def reduced(self, tensor: Tensor, reduce_op: str = "sum") -> Tensor:
+        """The sum (or `max`) of a tensor over all processes."""
+        return cast(Tensor, self.fabric.all_reduce(tensor.clone(), reduce_op=reduce_op))
+
+    def by_first(self, write: Callable[[], object]) -> None:
+        """Let the first process write; where it cannot, all raise the InputError."""
+        fault = ""
+        if self.fabric.is_global_zero:
+            try:
+                write()
+            except InputError as error:
+                fault = str(error)
+        fault = self.fabric.broadcast(fault)
+        if fault:
+            raise InputError(fault)
+
+    def save(self) -> None:
+        """Write the checkpoint.
+
+        Raises:
+            InputError: it cannot be written; the one before is kept.
+            Diverged: a weight is not finite; the one before is kept.
+        """
+        total = self.reduced(self._sums)
+        if not all(parameter.isfinite().all() for parameter in self.network.parameters()):
+            raise self.diverged(
+                f"weights became NaN or infinite in epoch {self.at.epoch + 1} at step {self.at.step} of {self.steps}"
+            )
+        content = {
+            "config": asdict(self.config),
+            "train_images": self.train_images,
+            "network": self.network.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "state": vars(self.at),
+            "rows": self.rows,
+            "sums": total.cpu(),
+        }
+        self.by_first(lambda: self.run.save_checkpoint(content))
+
+    def check(self) -> None:
+        """Agree over all processes on whether to stop.
+
+        Raises:
+            Diverged: a loss since the last check is not finite.
+            Interrupted: a signal came in; a checkpoint was written.
+        """
+        finite = torch.stack(self._pending).isfinite().tolist() if self._pending else []
+        first_bad = self.at.step - len(finite) + finite.index(False) + 1 if False in finite else self.steps + 1
+        flags = torch.tensor([-first_bad, max(self.received, default=0)], device=self.fabric.device)
+        first_bad, stop = (int(flag) for flag in self.reduced(flags, "max").abs())
+        if first_bad <= self.steps:
+            raise self.diverged(
+                f"loss became NaN or infinite in epoch {self.at.epoch + 1} at step {first_bad} of {self.steps}"
+            )
+        self._pending.clear()
+        if stop:
+            self.save()
+            where = f"in epoch {self.at.epoch + 1} after step {self.at.step} of {self.steps}"
+            over = self.at.epoch == self.config.epochs
+            raise Interrupted(self.run.directory, stop, "after the last epoch" if over else where)
+
+    def diverged(self, what: str) -> Diverged:
+        """The exception that says what is not finite, what is kept, and what to try."""
+        kept = "the last good checkpoint is kept" if self.run.checkpoint_path.exists() else "there is no checkpoint yet"
+        return Diverged(f"{what}; {kept} in {self.run.directory} (try a smaller --lr, now {self.config.lr:g})")
