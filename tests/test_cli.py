@@ -136,7 +136,7 @@ def test_bad_input_is_one_line(
         ("evaluate RUN --batch-size 0", "--batch-size must be at least 1; got 0"),
         ("evaluate RUN --split tests", "--split must be one of test, validation, train; got 'tests'"),
         ("evaluate RUN --data TALL", "images must be [batch, channels, height, width] = [batch, 3, 12, 13]"),
-        ("evaluate RUN --data FOUR", "must have the 3 classes of the network; it has 4"),
+        ("evaluate RUN --data FOUR", "must have the 3 classes of the network, a, b, c; got 4, a, b, c, d"),
         ("evaluate RUN --data nowhere", "--data must be one of"),
         ("evaluate BARE", "--data must be given for BARE, which does not say what it was trained on"),
         ("list", "WHAT must be given; got none"),
@@ -262,7 +262,7 @@ def test_evaluate_prints_tables(capsys: pytest.CaptureFixture[str], trained: Pat
 
 
 def test_evaluate_on_other_images(capsys: pytest.CaptureFixture[str], trained: Path) -> None:
-    photos(Path("others"), count=12, classes="xyz")
+    photos(Path("others"), count=12)
     code, out, _ = run(capsys, "evaluate", str(trained), "--data", "others", "--json")
     told = json.loads(out)
     assert (code, told["total"], told["run"]) == (0, 6, str(trained))

@@ -9,7 +9,7 @@ import yaml
 
 from capsnet.config import PRESETS, Config, from_dict, preset, preset_differences, read, write
 from capsnet.errors import InputError
-from capsnet.models import builder_options
+from capsnet.models import available, builder_options
 
 
 def written(text: str, folder: Path) -> Path:
@@ -38,7 +38,7 @@ def test_authors_differ_in_what_design_says() -> None:
     assert config.preset == "authors"
     assert config.margin_scale == pytest.approx(0.5 / 10)
     assert config.reconstruction_weight / config.margin_scale == pytest.approx(0.01)
-    assert (config.primary_scale, config.routing_bias, config.conv_init_std) == (0.0, True, 0.1)
+    assert (config.primary_scale, config.routing_bias, config.init) == (0.0, True, "authors")
     assert (config.lr, config.lr_decay, config.lr_decay_steps, config.lr_floor) == (1e-3, 0.96, 2000, 1e-6)
     assert preset_differences(config) == {}
 
@@ -92,7 +92,7 @@ def test_a_configuration_cannot_be_changed() -> None:
     [
         Config(),
         preset("authors"),
-        replace(preset("authors"), lr=3e-7, decoder_sizes=(), channels=1, data_dir="/a b/ä", validation=0, leaky=True),
+        replace(preset("authors"), lr=3e-5, decoder_sizes=(), channels=1, data_dir="/a b/ä", validation=0, leaky=True),
         Config(decoder_sizes=(7,), m_neg=0.0, lr_floor=0.0, epochs=0, out="true", mask="prediction"),
     ],
     ids=["paper", "authors", "changed", "edges"],
@@ -181,7 +181,7 @@ def test_a_value_of_the_wrong_type_is_refused(values: dict[str, Any], message: s
         ("lr", 0.0, "above 0"),
         ("lr", float("inf"), "above 0"),
         ("lr", float("nan"), "above 0"),
-        ("reconstruction_weight", float("nan"), "at least 0"),
+        ("reconstruction_weight", float("nan"), "at least 0 and finite"),
         ("lr_decay", 1.1, r"in \(0, 1\]"),
         ("dropout", 1.0, r"in \[0, 1\)"),
         ("scale", -0.1, r"in \[0, 1\)"),
@@ -240,3 +240,30 @@ def test_a_configuration_is_made_and_read_without_torch(tmp_path: Path) -> None:
         [sys.executable, "-c", code, str(tmp_path / "config.yaml")], capture_output=True, text=True, check=False
     )
     assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_the_name_of_a_preset_alone_is_not_the_preset() -> None:
+    with pytest.raises(InputError, match=r"preset is a name only; start from capsnet.preset\('authors'\)"):
+        Config(preset="authors")
+
+
+def test_a_rate_below_its_floor_is_refused() -> None:
+    with pytest.raises(InputError, match=r"^lr must be at least lr_floor, 1e-06; got 1e-07$"):
+        Config(lr=1e-7)
+
+
+@pytest.mark.parametrize("name", ["shear", "reconstruction_weight", "lr_floor", "down_weight", "primary_scale"])
+def test_infinite_numbers_are_refused(name: str) -> None:
+    with pytest.raises(InputError, match=f"^here: {name} must be at least 0 and finite; got inf$"):
+        from_dict({name: float("inf")}, source="here")
+
+
+def test_a_turn_is_at_most_half_a_circle() -> None:
+    with pytest.raises(InputError, match=r"^rotation must be 0 to 180 degrees; got 200"):
+        Config(rotation=200.0)
+
+
+def test_builders_and_configuration_have_the_same_defaults() -> None:
+    for model in available():
+        for name, value in builder_options(model).items():
+            assert getattr(Config(), name) == value, (model, name)

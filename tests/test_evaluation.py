@@ -112,3 +112,10 @@ def test_images_of_another_shape_are_refused(network: Network) -> None:
     wrong = Split(torch.zeros(2, 3, 13, 12, dtype=torch.uint8), torch.zeros(2, dtype=torch.int64))
     with pytest.raises(InputError, match=r"\[batch, 3, 12, 13\]; got \[1, 3, 13, 12\]"):
         evaluate(network, wrong)
+
+
+def test_an_unknown_precision_is_refused() -> None:
+    network = create("capsnet", image_shape=(3, 12, 13), num_classes=3, **SIZES)
+    split = Split(torch.zeros(2, 3, 12, 13, dtype=torch.uint8), torch.zeros(2, dtype=torch.int64))
+    with pytest.raises(InputError, match=r"^precision must be 32 or bf16; got 'bf17'$"):
+        evaluate(network, split, precision="bf17")

@@ -241,3 +241,11 @@ def test_full_precision_suspends_autocast() -> None:
 def test_full_precision_does_nothing_on_a_device_without_autocast() -> None:
     with F.full_precision(torch.device("meta")):
         assert torch.ones(2, device="meta").dtype == torch.float32
+
+
+@pytest.mark.usefixtures("unchecked")
+def test_one_index_and_one_presence_for_each_example() -> None:
+    with pytest.raises(InputError, match=r"^index must be of shape \(3,\), one an example; got \(1,\)$"):
+        F.mask(torch.zeros(3, 5, 7), torch.tensor([2]))
+    with pytest.raises(InputError, match=r"^presence must have the lengths' shape \(3, 5\); got \(3,\)$"):
+        F.margin_loss(torch.zeros(3, 5), torch.zeros(3))

@@ -193,3 +193,8 @@ def test_public_names_exist_and_say_what_they_are(module: str) -> None:
         if callable(thing):
             assert (thing.__doc__ or "").strip(), f"{module}.{name}"
             assert not (thing.__doc__ or "").startswith(f"{name}("), f"{module}.{name}: only what dataclass wrote"
+
+
+def test_sub_modules_are_there_without_being_imported_by_hand() -> None:
+    code = "import capsnet; capsnet.data.load; capsnet.models.create; capsnet.evaluation.evaluate; print('ok')"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "ok\n"

@@ -2,11 +2,13 @@
 
 from fractions import Fraction
 from itertools import pairwise
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn import functional as F
 
 from capsnet.errors import InputError
@@ -171,28 +173,74 @@ def test_the_network_gives_the_same_with_either_stem() -> None:
             torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-12)
 
 
+def on(device: str, dtype: torch.dtype = torch.float32) -> Any:
+    """What the rule sees of images on `device`, which this machine need not have."""
+    if device == "cpu":
+        return torch.empty(0, dtype=dtype)
+    return SimpleNamespace(device=torch.device(device), dtype=dtype, requires_grad=False)
+
+
 def test_the_rule_of_auto() -> None:
-    cpu = torch.device("cpu")
-    assert tiny().resolved_stem(cpu) == "minimal"
-    assert tiny().resolved_stem(torch.device("cuda")) == "direct"
-    assert tiny(padding="same").resolved_stem(cpu) == "direct"
-    assert tiny(primary_kernel=2, primary_stride=2).resolved_stem(cpu) == "direct"
+    assert tiny().resolved_stem(on("cpu")) == "minimal"
+    assert tiny().resolved_stem(on("cpu", torch.float64)) == "minimal"
+    assert tiny().resolved_stem(on("cpu", torch.bfloat16)) == "direct"
+    assert tiny().resolved_stem(on("cuda")) == "direct"
+    assert tiny(padding="same").resolved_stem(on("cpu")) == "direct"
+    assert tiny(primary_kernel=2, primary_stride=2).resolved_stem(on("cpu")) == "direct"
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        assert tiny().resolved_stem(cpu) == "direct"
+        assert tiny().resolved_stem(on("cpu")) == "direct"
 
 
 def test_minimal_where_it_cannot_run_names_the_condition() -> None:
     with pytest.raises(InputError, match="padding same, and it needs padding valid"):
         tiny(stem="minimal", padding="same")
-    with pytest.raises(InputError, match="must run on a CPU"):
-        tiny(stem="minimal").resolved_stem(torch.device("cuda"))
+    network = tiny(stem="minimal")
+    with pytest.raises(InputError, match="images on cuda, and it must run on a CPU"):
+        network.resolved_stem(on("cuda"))
+    with pytest.raises(InputError, match=r"images of torch.bfloat16, and it must run in float32 or float64"):
+        network.bfloat16()(torch.rand(1, 1, 28, 28, dtype=torch.bfloat16))
+    network = tiny(stem="minimal")
     with (
         torch.autocast("cpu", dtype=torch.bfloat16),
         pytest.raises(InputError, match="must run in precision 32"),
     ):
-        tiny(stem="minimal")(torch.rand(1, 1, 28, 28))
+        network(torch.rand(1, 1, 28, 28))
+    with pytest.raises(InputError, match="images that need a gradient, and it gives them none"):
+        network(torch.rand(1, 1, 28, 28, requires_grad=True))
     with pytest.raises(InputError, match="stem must be one of auto, direct, minimal; got 'fast'"):
         tiny(stem="fast")
+
+
+def test_a_network_of_bfloat16_weights_is_near_one_of_float32() -> None:
+    network, images = tiny(init="authors"), torch.rand(3, 1, 28, 28)
+    scores = network(images).scores
+    rounded = network.bfloat16()(images.bfloat16()).scores
+    assert rounded.dtype == torch.float32
+    torch.testing.assert_close(rounded, scores, rtol=0.05, atol=0.02)
+
+
+def test_tracing_leaves_nothing_behind() -> None:
+    network, images = tiny(), torch.rand(2, 1, 28, 28)
+    before = network(images).scores
+    with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+        assert type(network(mode.from_tensor(images)).scores).__name__ == "FakeTensor"
+    after = network(images).scores
+    assert type(after) is Tensor
+    assert torch.equal(after, before)
+
+
+def test_evaluation_gives_its_buffers_back() -> None:
+    network = tiny()
+    stem._pool.clear()
+    with torch.no_grad():
+        network(torch.rand(2, 1, 28, 28))
+    assert set(stem._pool._free) == {"x", "u", "v", "m", "filters"}
+    stem.free_buffers()
+    assert not stem._pool._free
+
+
+def test_no_images_give_no_results() -> None:
+    assert tiny()(torch.rand(0, 1, 28, 28)).scores.shape == (0, 3)
 
 
 def test_auto_gives_images_their_gradient() -> None:

@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from capsnet import reference
 from capsnet.config import Config, preset
@@ -13,7 +13,7 @@ LABELS = torch.tensor([6, 0, 3])
 
 def network(*, reconstruction: bool = True) -> Network:
     torch.manual_seed(0)
-    return create(
+    built = create(
         "capsnet",
         image_shape=(2, 11, 8),
         num_classes=7,
@@ -24,9 +24,12 @@ def network(*, reconstruction: bool = True) -> Network:
         primary_kernel=3,
         class_dim=6,
         decoder_sizes=(9,),
-        conv_init_std=0.5,
         reconstruction=reconstruction,
     )
+    for name, parameter in built.named_parameters():
+        if name in ("conv.weight", "primary.conv.weight"):  # large enough for capsules of different lengths
+            nn.init.normal_(parameter, std=0.5)
+    return built
 
 
 def images() -> Tensor:

@@ -14,12 +14,12 @@ import torch
 import capsnet
 from capsnet import machine, plots, runs, train
 from capsnet.config import Config, preset
-from capsnet.data import load
+from capsnet.data import Dataset, load
 from capsnet.data.augment import augment
 from capsnet.errors import InputError
 from capsnet.evaluation import measure
 from capsnet.train import Diverged, Interrupted, fit, resume
-from tiny import files, metrics, same_weights, tiny, weights
+from tiny import SIZES, files, metrics, same_weights, tiny, weights
 
 pytestmark = pytest.mark.usefixtures("workplace", "blank_figure")
 
@@ -512,3 +512,63 @@ def test_20_steps_on_real_digits_lower_the_loss(monkeypatch: pytest.MonkeyPatch)
     fit(config)
     first, second = (float(row["train_loss"]) for row in metrics("run"))
     assert second < 0.9 * first
+
+
+def test_images_in_memory_train_too_and_resume(photos: Path) -> None:
+    dataset = load(photos)
+    mine = Dataset("mine", dataset.classes, dataset.train, dataset.test)
+    first = fit(tiny(photos, out="run", epochs=1), mine)
+    assert json.loads((first.directory / "result.json").read_text())["data"] == "mine"
+    resume("run", mine, epochs=2)
+    fit(tiny(photos, out="whole"), mine)
+    assert same_weights("run", "whole")
+    with pytest.raises(InputError, match=r"data must be one of .* got mine"):
+        resume("run")
+
+
+def test_results_of_fewer_epochs_do_not_pass_for_those_of_more(photos: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    fit(tiny(photos, out="run", epochs=1))
+    monkeypatch.setattr(train, "augment", raising(KeyboardInterrupt))
+    with pytest.raises(KeyboardInterrupt):
+        resume("run", epochs=3)
+    assert files("run") == {"config.yaml", "last.ckpt", "metrics.csv"}
+    with pytest.raises(InputError, match="the run is not finished; see --resume"):
+        capsnet.load("run")
+
+
+def test_the_callers_random_numbers_are_left_alone(photos: Path) -> None:
+    torch.manual_seed(7)
+    expected = torch.rand(3)
+    torch.manual_seed(7)
+    fit(tiny(photos, epochs=1))
+    assert torch.equal(torch.rand(3), expected)
+
+
+def test_what_differs_from_the_preset_is_in_the_result(photos: Path) -> None:
+    fit(tiny(photos, out="run", epochs=1, leaky=True))
+    told = json.loads(Path("run/result.json").read_text())["differs_from_preset"]
+    assert told == {"data": str(photos), "epochs": 1, "batch_size": 16, "precision": "32", "leaky": True} | {
+        name: list(value) if isinstance(value, tuple) else value for name, value in SIZES.items()
+    }
+
+
+def test_the_seed_leaves_the_data_alone(photos: Path) -> None:
+    one, other = (train.prepare_data(tiny(photos, seed=seed)) for seed in (0, 1))
+    assert torch.equal(one.test.images, other.test.images)
+    changed = train.prepare_data(tiny(photos, data_seed=1))
+    assert not torch.equal(one.test.images, changed.test.images)
+
+
+def raising(error: type[BaseException]) -> Any:
+    def act(*arguments: object) -> None:
+        raise error
+
+    return act
+
+
+def test_devices_beside_torchrun_are_refused(photos: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in {"TORCHELASTIC_RUN_ID": "x", "WORLD_SIZE": "3", "LOCAL_WORLD_SIZE": "3"}.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(InputError, match="devices must be left out under torchrun, which started 3 here; got 2"):
+        fit(tiny(photos, out="run", devices=2))
+    assert not Path("run").exists()

@@ -70,6 +70,8 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
+    if name in ("data", *_HOMES):  # `capsnet.data.load` without importing capsnet.data by hand
+        return import_module(f"capsnet.{name}")
     for home, names in _HOMES.items():
         if name in names:
             return getattr(import_module(f"capsnet.{home}"), name)

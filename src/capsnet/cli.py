@@ -243,16 +243,17 @@ def _evaluate(arguments: list[str]) -> int:
         trained,
         data=command.data or trained.data,
         data_dir=command.data_dir or trained.data_dir,
-        validation=trained.validation if command.data is None else None,
+        validation=trained.validation if command.data is None or command.split == "validation" else 0,
         device=command.device,
         precision=command.precision or trained.precision,
         devices=1,
     )
     dataset = train.prepare_data(options)
-    if len(dataset.classes) != len(network.classes):
+    unnamed = network.classes == tuple(str(k) for k in range(len(dataset.classes)))
+    if dataset.classes != network.classes and not unnamed:
         raise InputError(
-            f"data set {dataset.name} must have the {len(network.classes)} classes of the network; "
-            f"it has {len(dataset.classes)}"
+            f"data set {dataset.name} must have the {len(network.classes)} classes of the network, "
+            f"{_some(network.classes)}; got {len(dataset.classes)}, {_some(dataset.classes)}"
         )
     split = getattr(dataset, command.split)
     if split is None:
@@ -268,6 +269,10 @@ def _evaluate(arguments: list[str]) -> int:
         print(_losses(result))
         _print_tables(result)
     return 0
+
+
+def _some(names: tuple[str, ...]) -> str:
+    return ", ".join(names[:10]) + (", ..." if len(names) > 10 else "")
 
 
 def _losses(result: "Evaluation") -> str:

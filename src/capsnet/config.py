@@ -35,6 +35,8 @@ class Config:
     validation: int | None = None
     """Training images held out for validation; 0 trains on all. Default: the data set's own validation split, else a
     tenth of the training images, at most 5,000."""
+    data_seed: int = 0
+    """Of what is drawn or split: strokes, validation images, the test images of a folder without test/."""
     shift: int = 2
     """Move training images by up to this many pixels in each direction (Section 5 of the paper: 2)."""
     flip: bool = False
@@ -77,15 +79,16 @@ class Config:
     primary_stride: int = 2
     """Their step, in pixels."""
     primary_scale: float = 1.0
-    """Factor on the primary capsules' convolution before its bias; 0 means 1 / capsule_types."""
+    """Factor on the primary capsules' convolution before its bias; 0 means uniform couplings: 1 / capsule_types, or
+    1 / (capsule_types + 1) with the leaky slot."""
     padding: Literal["valid", "same"] = "valid"
     """Of the convolutions."""
     class_dim: int = 16
     """Length of a class capsule's vector."""
     decoder_sizes: tuple[int, ...] = (512, 1024)
     """Widths of the decoder's hidden layers."""
-    conv_init_std: float = 0.0
-    """Start convolutions truncated normal with this deviation and biases at 0.1; 0 starts them as PyTorch does."""
+    init: Literal["pytorch", "authors"] = "pytorch"
+    """First weights. authors: truncated normal 0.1 (0.05 in the first convolution), biases 0.1."""
     dropout: float = 0.5
     """Of the baseline network."""
 
@@ -120,7 +123,7 @@ class Config:
     lr_floor: float = 1e-6
     """The learning rate never falls below this (first author's code)."""
     seed: int = 0
-    """Of weights, order, augmentation and splits."""
+    """Of weights, order and augmentation."""
 
     # machine
     device: Literal["auto", "cpu", "cuda"] = "auto"
@@ -130,7 +133,7 @@ class Config:
     precision: Literal["auto", "32", "bf16"] = "auto"
     """Of convolutions and decoder; routing and losses are always float32. auto: bf16 where the hardware has it."""
     threads: int | None = None
-    """CPU threads of each process; default: PyTorch's."""
+    """CPU threads of each process; default: PyTorch's, or an equal share of the cores for several processes."""
 
     # output
     out: str | None = None
@@ -151,11 +154,22 @@ class Config:
             choices = get_args(field.type) if get_origin(field.type) is Literal else ()
             if choices and values[field.name] not in choices:
                 faults.append(f"{field.name} must be {_describe(field.type)}; got {values[field.name]!r}")
+        if not faults and self.lr < self.lr_floor:
+            faults.append(f"lr must be at least lr_floor, {self.lr_floor:g}; got {self.lr:g}")
+        if not faults and self.preset != "paper" and not self._follows_preset():
+            faults.append(f"preset is a name only; start from capsnet.preset({self.preset!r}) to get its options")
         if faults:
             raise InputError("; and ".join(faults))
 
+    def _follows_preset(self) -> bool:
+        """Whether any field has the value that the preset gives it."""
+        return any(
+            getattr(self, name) == value != getattr(Config, name) for name, value in PRESETS[self.preset].items()
+        )
+
 
 _AT_LEAST_0 = (lambda x: x >= 0, "at least 0")
+_FINITE = (lambda x: 0 <= x < float("inf"), "at least 0 and finite")
 _AT_LEAST_1 = (lambda x: x >= 1, "at least 1")
 _POSITIVE = (lambda x: 0 < x < float("inf"), "above 0")
 _FRACTION = (lambda x: 0 <= x < 1, "in [0, 1)")
@@ -170,18 +184,18 @@ _RULES: dict[str, tuple[Any, str]] = {
     ),
     **dict.fromkeys(
         (
-            "validation", "shift", "rotation", "shear", "reconstruction_weight", "lr_decay_steps", "lr_floor",
-            "checkpoint_steps", "seed", "epochs", "primary_scale", "conv_init_std",
+            "validation", "shift", "lr_decay_steps", "checkpoint_steps", "seed", "data_seed", "epochs",
         ),
         _AT_LEAST_0,
     ),
+    **dict.fromkeys(("shear", "reconstruction_weight", "lr_floor", "primary_scale", "down_weight"), _FINITE),
     **dict.fromkeys(("lr", "margin_scale"), _POSITIVE),
     **dict.fromkeys(("scale", "dropout"), _FRACTION),
+    "rotation": (lambda x: 0 <= x <= 180, "0 to 180 degrees"),
     "lr_decay": (lambda x: 0 < x <= 1, "in (0, 1]"),
     "channels": (lambda x: x in (1, 3), "1 or 3"),
     "m_pos": (lambda x: 0 < x <= 1, "in (0, 1]"),
     "m_neg": _FRACTION,
-    "down_weight": _AT_LEAST_0,
     "decoder_sizes": (lambda x: all(size >= 1 for size in x), "widths of at least 1"),
 }  # fmt: skip
 
@@ -192,7 +206,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "reconstruction_weight": 0.0005,  # so this is 0.01 relative to eq. 4
         "primary_scale": 0.0,  # primary pre-activations divided by the number of capsule types
         "routing_bias": True,
-        "conv_init_std": 0.1,
+        "init": "authors",
         "lr_decay": 0.96,
         "lr_decay_steps": 2000,
     },

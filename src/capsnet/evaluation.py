@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from capsnet.config import Config
 from capsnet.data import Split
 from capsnet.data.dataset import to_float
+from capsnet.errors import InputError
 from capsnet.models import Network
 from capsnet.objective import Objective
 
@@ -129,11 +130,13 @@ def evaluate(
         precision: `32`, or `bf16` for convolutions and decoder.
 
     Raises:
-        InputError: images of another shape.
+        InputError: images of another shape, or an unknown precision.
     """
+    if precision not in ("32", "bf16"):
+        raise InputError(f"precision must be 32 or bf16; got {precision!r}")
     objective = Objective(network, config or Config()).train(network.training)
     device = next(network.parameters()).device
-    network.check_images(split.images[:1])
+    network.check_images(to_float(split.images[:1]))
     with torch.autocast(device.type, dtype=torch.bfloat16, enabled=precision == "bf16"):
         sums = measure(objective, split, classes=len(network.classes), device=device, batch_size=batch_size)
     return from_sums(*sums, classes=network.classes)

@@ -67,7 +67,12 @@ def mask(
 
     Returns:
         `pose` with one non-zero row an example.
+
+    Raises:
+        InputError: not one index for each example.
     """
+    if index.shape != pose.shape[:-2]:
+        raise InputError(f"index must be of shape {tuple(pose.shape[:-2])}, one an example; got {tuple(index.shape)}")
     kept = torch.arange(pose.shape[-2], device=pose.device) == index[..., None]
     return pose * kept[..., None]
 
@@ -95,10 +100,15 @@ def margin_loss(
     Returns:
         The loss of each example, at least 0.
 
+    Raises:
+        InputError: the two shapes differ (labels become `presence` by `torch.nn.functional.one_hot`).
+
     Example:
         >>> margin_loss(torch.tensor([0.5, 0.3]), torch.tensor([1.0, 0.0]))  # 0.4^2 + 0.5 * 0.2^2
         tensor(0.1800)
     """
+    if presence.shape != lengths.shape:
+        raise InputError(f"presence must have the lengths' shape {tuple(lengths.shape)}; got {tuple(presence.shape)}")
     present = presence * (m_pos - lengths).clamp(min=0).square()
     absent = down_weight * (1 - presence) * (lengths - m_neg).clamp(min=0).square()
     return (present + absent).sum(-1)

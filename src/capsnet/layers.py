@@ -21,6 +21,7 @@ __all__ = [
     "Convolution",
     "Decoder",
     "PrimaryCapsules",
+    "is_ordinary",
     "resolve_kernel",
     "resolve_stem",
     "votes",
@@ -45,8 +46,16 @@ def votes(
     return torch.einsum("...ip,ipjd->...ijd", u, weight)
 
 
-def resolve_kernel(kernel: str, device: torch.device) -> str:
-    """The routing kernel that `kernel` means on `device`: `auto` is `sliced` on a CPU and `plain` elsewhere.
+def is_ordinary(tensor: Tensor) -> bool:
+    """Whether `tensor` holds numbers: not the stand-in of an export or of another tracer, which no kernel can take."""
+    return type(tensor) in (Tensor, nn.Parameter)
+
+
+def resolve_kernel(kernel: str, device: torch.device, *, ordinary: bool = True) -> str:
+    """The routing kernel that `kernel` means on `device`: `plain` or `sliced`.
+
+    `auto` is `sliced` on a CPU and `plain` elsewhere, and `plain` for tensors that are not `ordinary` (see
+    `is_ordinary`).
 
     Raises:
         InputError: an unknown kernel, or `sliced` on another device.
@@ -54,7 +63,7 @@ def resolve_kernel(kernel: str, device: torch.device) -> str:
     if kernel not in KERNELS:
         raise InputError(f"kernel must be one of {', '.join(KERNELS)}; got {kernel!r}")
     if kernel == "auto":
-        return "sliced" if device.type == "cpu" else "plain"
+        return "sliced" if device.type == "cpu" and ordinary else "plain"
     if kernel == "sliced" and device.type not in ("cpu", "meta"):
         raise InputError(f"kernel sliced must run on a CPU; got a tensor on {device}")
     return kernel
@@ -137,17 +146,17 @@ class Convolution(nn.Module):
         return f"{ins} -> {outs}, kernel={self.kernel}, stride={self.stride}, pads={self.pads}"
 
 
-def resolve_stem(stem: str, first: Convolution, second: Convolution, device: torch.device) -> str:
-    """How both convolutions are computed on `device` now, `direct` or `minimal` (see `kernels.stem`).
+def resolve_stem(stem: str, first: Convolution, second: Convolution, images: Tensor) -> str:
+    """How both convolutions of `images` are computed now, `direct` or `minimal` (see `kernels.stem`).
 
-    `auto` is `minimal` on a CPU in float32 or float64, without padding, for images that need no gradient, where it
-    saves half of the products or more.
+    `auto` is `minimal` on a CPU in float32 or float64, without padding, for ordinary images that need no gradient,
+    where it saves half of the products or more.
 
     Args:
         stem: `auto`, `direct` or `minimal`.
         first: the first convolution.
         second: the primary capsules' convolution.
-        device: of the images.
+        images: only their device, type and need of a gradient are looked at.
 
     Raises:
         InputError: an unknown name, or `minimal` where it cannot run: the condition that fails is named.
@@ -156,10 +165,16 @@ def resolve_stem(stem: str, first: Convolution, second: Convolution, device: tor
         raise InputError(f"stem must be one of {', '.join(STEMS)}; got {stem!r}")
     if stem == "direct":
         return stem
-    if device.type not in ("cpu", "meta"):
-        obstacle = f"a tensor on {device}, and it must run on a CPU"
-    elif device.type == "cpu" and torch.is_autocast_enabled("cpu"):
+    if images.device.type not in ("cpu", "meta"):
+        obstacle = f"images on {images.device}, and it must run on a CPU"
+    elif images.dtype not in (torch.float32, torch.float64):
+        obstacle = f"images of {images.dtype}, and it must run in float32 or float64"
+    elif images.device.type == "cpu" and torch.is_autocast_enabled("cpu"):
         obstacle = "bf16 convolutions, and it must run in precision 32"
+    elif not is_ordinary(images):
+        obstacle = f"images of type {type(images).__name__}, and it cannot be traced or exported"
+    elif images.requires_grad:
+        obstacle = "images that need a gradient, and it gives them none"
     elif any(first.pads) or any(second.pads):
         obstacle = "padding same, and it needs padding valid"
     elif saving(second.in_size, second.kernel, second.stride) < 2 and stem == "auto":
@@ -254,8 +269,8 @@ class ClassCapsules(nn.Module):
         kernel: `plain` (votes of the whole batch in memory), `sliced` (a few images at a time, CPU) or `auto`.
 
     Parameters:
-        weight `W [in_capsules, in_dim, out_capsules, out_dim]`, normal with standard deviation 0.1 (first author's
-        code; the paper gives none); bias `[out_capsules, out_dim]`, 0.1, if asked for.
+        weight `W [in_capsules, in_dim, out_capsules, out_dim]`, normal with standard deviation 0.1 (the paper
+        gives none; the first author's code has 0.1, truncated); bias `[out_capsules, out_dim]`, 0.1, if asked for.
 
     Raises:
         InputError: fewer than 1 iteration, an unknown kernel.
@@ -290,14 +305,14 @@ class ClassCapsules(nn.Module):
         """Route the poses `u`; computed in float32 or better whatever the precision around it."""
         with F.full_precision(u.device):
             u = u.float() if u.dtype in (torch.float16, torch.bfloat16) else u
-            sliced = resolve_kernel(self.kernel, u.device) == "sliced"
-            route = (
-                partial(cpu.votes_and_routing, u, self.weight)
-                if sliced
-                else partial(dynamic_routing, votes(u, self.weight))
-            )
+            weight = self.weight.to(u.dtype)
+            sliced = resolve_kernel(self.kernel, u.device, ordinary=is_ordinary(u)) == "sliced"
+            route = partial(cpu.votes_and_routing, u, weight) if sliced else partial(dynamic_routing, votes(u, weight))
             return route(
-                iterations=self.iterations, bias=self.bias, leaky=self.leaky, detach_routing=self.detach_routing
+                iterations=self.iterations,
+                bias=None if self.bias is None else self.bias.to(u.dtype),
+                leaky=self.leaky,
+                detach_routing=self.detach_routing,
             )
 
     def extra_repr(self) -> str:
@@ -334,5 +349,6 @@ class Decoder(nn.Module):
         self, pose: Float[Tensor, "batch classes dim"], index: Int[Tensor, "batch"]
     ) -> Float[Tensor, "batch channels height width"]:
         """Draw what capsule `index` (`[batch]`) of each example describes, intensities in [0, 1], in float32."""
-        image: Tensor = self.layers(F.mask(pose, index).flatten(1))
+        masked = F.mask(pose, index).flatten(1).to(next(self.layers.parameters()).dtype)
+        image: Tensor = self.layers(masked)
         return (image.float() if image.dtype != torch.float64 else image).reshape(-1, *self.image_shape)

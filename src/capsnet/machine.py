@@ -54,7 +54,7 @@ def resolve_precision(config: Config, device: torch.device, network: Network) ->
         return config.precision
     if device.type == "cuda":
         return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "32"
-    if isinstance(network, CapsNet) and network.resolved_stem(device) == "minimal":
+    if isinstance(network, CapsNet) and network.resolved_stem(torch.empty(0, device=device)) == "minimal":
         return "32"
     native = torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported()
     return "bf16" if native else "32"
@@ -65,6 +65,8 @@ def make_fabric(config: Config, device: torch.device, precision: str) -> Fabric:
     by_torchrun = "TORCHELASTIC_RUN_ID" in os.environ
     world = int(os.environ["WORLD_SIZE"]) if by_torchrun else config.devices
     devices = int(os.environ["LOCAL_WORLD_SIZE"]) if by_torchrun else config.devices
+    if config.devices not in (1, devices):
+        raise InputError(f"devices must be left out under torchrun, which started {devices} here; got {config.devices}")
     return Fabric(
         accelerator=device.type,
         devices=devices,

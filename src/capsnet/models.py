@@ -61,7 +61,9 @@ class Network(nn.Module):
         raise NotImplementedError
 
     def check_images(self, images: Tensor) -> None:
-        """Raise InputError unless `images` are `[batch, *image_shape]`."""
+        """Raise InputError unless `images` are floating point `[batch, *image_shape]`."""
+        if not images.is_floating_point():
+            raise InputError(f"images must be floating point in [0, 1] (divide uint8 by 255); got {images.dtype}")
         if images.ndim != 4 or tuple(images.shape[1:]) != self.image_shape:
             raise InputError(
                 f"images must be [batch, channels, height, width] = [batch, {', '.join(map(str, self.image_shape))}]; "
@@ -90,9 +92,9 @@ class CapsNet(Network):
         self.image_shape, self.stem = image_shape, stem
         self.conv, self.primary, self.class_capsules, self.decoder = conv, primary, class_capsules, decoder
 
-    def resolved_stem(self, device: torch.device) -> str:
-        """How the two convolutions are computed on `device` now: `direct` or `minimal`."""
-        return resolve_stem(self.stem, self.conv, self.primary.conv, device)
+    def resolved_stem(self, images: Tensor) -> str:
+        """How the two convolutions of `images` are computed now, see `layers.resolve_stem`."""
+        return resolve_stem(self.stem, self.conv, self.primary.conv, images)
 
     def forward(
         self, images: Float[Tensor, "batch channels height width"], labels: Int[Tensor, "batch"] | None = None
@@ -115,8 +117,7 @@ class CapsNet(Network):
 
     def _primary_poses(self, images: Tensor) -> Tensor:
         first, second = self.conv, self.primary.conv
-        possible = self.stem == "minimal" or not images.requires_grad
-        if not possible or self.resolved_stem(images.device) == "direct":
+        if self.resolved_stem(images) == "direct":
             u: Tensor = self.primary(torch.relu(first(images)))
             return u
         assert first.bias is not None
@@ -167,7 +168,7 @@ def capsnet(
     stem: str = "auto",
     reconstruction: bool = True,
     decoder_sizes: tuple[int, ...] = (512, 1024),
-    conv_init_std: float = 0.0,
+    init: str = "pytorch",
 ) -> CapsNet:
     """CapsNet of Sabour, Frosst, Hinton 2017 (Section 4; https://arxiv.org/abs/1710.09829).
 
@@ -183,7 +184,8 @@ def capsnet(
         primary_dim: length of a primary capsule's vector.
         primary_kernel: side of the primary capsules' kernel.
         primary_stride: their step.
-        primary_scale: factor on their convolution; 0 means 1 / `capsule_types`.
+        primary_scale: factor on their convolution; 0 means uniform couplings over the types, 1 / `capsule_types`
+            (1 / (`capsule_types` + 1) with the leaky slot).
         padding: of both convolutions, `valid` or `same`.
         class_dim: length of a class capsule's vector.
         routing_iterations: r.
@@ -194,8 +196,8 @@ def capsnet(
         stem: how the two convolutions are computed.
         reconstruction: with the decoder.
         decoder_sizes: widths of its hidden layers.
-        conv_init_std: 0 starts the convolutions as PyTorch does; otherwise weights start truncated normal with this
-            standard deviation and biases at 0.1 (the first author's code, with 0.1).
+        init: `pytorch` starts the weights as the layers say; `authors` as the first author's code does: all weights
+            truncated normal with standard deviation 0.1 (0.05 in the first convolution), all biases 0.1.
 
     Raises:
         InputError: an image too small for the kernels, a size below 1, or an option out of its range.
@@ -233,7 +235,7 @@ def capsnet(
         stride=primary_stride,
         in_size=conv.out_size,
         padding=padding,
-        scale=primary_scale or 1 / capsule_types,
+        scale=primary_scale or 1 / (capsule_types + leaky),
     )
     class_capsules = ClassCapsules(
         primary.capsules,
@@ -248,9 +250,11 @@ def capsnet(
     )
     decoder = Decoder(num_classes, class_dim, image_shape, decoder_sizes) if reconstruction else None
     network = CapsNet(conv, primary, class_capsules, decoder, image_shape, stem=stem)
-    resolve_stem(stem, conv, primary.conv, torch.device("cpu"))
-    if conv_init_std:
-        _truncated_normal([conv, primary], conv_init_std)
+    resolve_stem(stem, conv, primary.conv, torch.empty(0, device="cpu"))
+    if init == "authors":
+        _start_as_authors(network)
+    elif init != "pytorch":
+        raise InputError(f"init must be pytorch or authors; got {init!r}")
     return network
 
 
@@ -333,6 +337,8 @@ def create(
         raise InputError(f"options of model {name} must be among {', '.join(known)}; got {', '.join(unknown)}{hint}")
     if num_classes < 1 or (classes is not None and len(classes) != num_classes):
         raise InputError(f"num_classes must be at least 1 and the number of names in classes; got {num_classes}")
+    if len(image_shape) != 3 or min(image_shape) < 1:
+        raise InputError(f"image_shape must be channels, height and width, each at least 1; got {image_shape}")
     shape = (image_shape[0], image_shape[1], image_shape[2])
     network = BUILDERS[name](shape, num_classes, **options)
     network.classes = classes if classes is not None else tuple(str(k) for k in range(num_classes))
@@ -347,10 +353,10 @@ def create(
     return network
 
 
-def _truncated_normal(layers: list[nn.Module], std: float) -> None:
-    for layer in layers:
-        for name, parameter in layer.named_parameters():
-            if name.endswith("bias"):
-                nn.init.constant_(parameter, 0.1)
-            else:
-                nn.init.trunc_normal_(parameter, std=std, a=-2 * std, b=2 * std)
+def _start_as_authors(network: CapsNet) -> None:
+    for name, parameter in network.named_parameters():
+        if name.endswith("bias"):
+            nn.init.constant_(parameter, 0.1)
+        else:
+            std = 0.05 if name == "conv.weight" else 0.1
+            nn.init.trunc_normal_(parameter, std=std, a=-2 * std, b=2 * std)

@@ -74,10 +74,14 @@ class Run:
     def go_on(self, config: Config) -> None:
         """Write the configuration of a run that begins or goes on, and remove what a kill left half-written.
 
+        Results of fewer epochs than the run is now to have are removed: they would pass for its own.
+
         Raises:
             InputError: the directory is not writable.
         """
         self._remove(".*.partial", "figures/.*.partial")
+        if self.config_path.exists() and self.config().epochs != config.epochs:
+            self._remove("result.json", "model.safetensors", "config.json", "figures/reconstructions.png")
         anywhere = replace(config, out=None, overwrite=False)
         write_atomically(self.config_path, lambda path: config_file.write(anywhere, path))
 

@@ -101,7 +101,7 @@ def _kernels(network: Network, config: Config, device: torch.device) -> dict[str
     in_float32 = machine.resolve_precision(config, device, network) == "32"
     return {
         "kernel": resolve_kernel(network.class_capsules.kernel, device),
-        "stem": network.resolved_stem(device) if in_float32 else "direct",
+        "stem": network.resolved_stem(torch.empty(0, device=device)) if in_float32 else "direct",
     }
 
 

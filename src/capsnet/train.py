@@ -22,11 +22,12 @@ from lightning_fabric import Fabric
 
 from capsnet import models, plots, runs
 from capsnet.board import board
-from capsnet.config import Config, preset
+from capsnet.config import PRESETS, Config, preset, preset_differences
 from capsnet.data import Dataset, Split, load
 from capsnet.data.augment import Augmentation, augment
 from capsnet.errors import InputError
 from capsnet.evaluation import Evaluation, from_sums, measure, to_float
+from capsnet.kernels import stem
 from capsnet.machine import first_process, make_fabric, resolve_device, resolve_precision, shutdown, signals
 from capsnet.models import Network
 from capsnet.objective import Objective
@@ -48,6 +49,8 @@ EVALUATION_BATCH = 256
 VALIDATION_COLUMNS = ("loss", "classification_loss", "reconstruction_loss", "error_percent")
 RESUMABLE = ("epochs", "devices", "log_every", "checkpoint_steps", "tensorboard", "threads", "data_dir")
 """Options that may change when a run goes on; all others would make it another run."""
+UNTOLD = ("data_dir", "out", "overwrite", "log_every", "checkpoint_steps", "tensorboard")
+"""Options without influence on what is measured, left out of `differs_from_preset`."""
 
 
 @dataclass(frozen=True)
@@ -73,22 +76,27 @@ class Result:
     network: Network
 
 
-def fit(config: Config) -> Result:
+def fit(config: Config, dataset: Dataset | None = None) -> Result:
     """Train as `config` says, in a new run directory, and evaluate on the test split once, at the end.
+
+    Args:
+        config: every choice of the run.
+        dataset: images of one's own in memory, in place of those that `config.data` names.
 
     Raises:
         InputError: the configuration, data or directory do not fit; nothing was written.
         Interrupted: Ctrl-C or SIGTERM; a checkpoint was written.
         Diverged: the loss is not finite; the last good checkpoint is kept.
     """
-    return _launch(config, resumed=None)
+    return _launch(config, dataset, resumed=None)
 
 
-def resume(directory: str | Path, **changes: Any) -> Result:
+def resume(directory: str | Path, dataset: Dataset | None = None, **changes: Any) -> Result:
     """Go on with the run in `directory` from its last checkpoint.
 
     Args:
         directory: of the run.
+        dataset: the one that `fit` was given, if it was.
         changes: options to change, of those that leave it the same run: more `epochs`, `devices`, `log_every`,
             `checkpoint_steps`, `tensorboard`, `threads`, `data_dir`.
 
@@ -105,27 +113,27 @@ def resume(directory: str | Path, **changes: Any) -> Result:
     if faults:
         raise InputError(f"{'; and '.join(faults)} (only {', '.join(RESUMABLE)} may change)")
     config = replace(saved, **{name: value for name, value in changes.items() if name in RESUMABLE})
-    return _launch(config, resumed=run)
+    return _launch(config, dataset, resumed=run)
 
 
-def prepare_data(config: Config) -> Dataset:
-    """The data set of `config`, with its validation split.
+def prepare_data(config: Config, dataset: Dataset | None = None) -> Dataset:
+    """The data set of `config`, or `dataset` if given, with its validation split.
 
     Raises:
         InputError: see `data.load` and `Dataset.with_validation`.
     """
-    dataset = load(
+    dataset = dataset or load(
         config.data,
         data_dir=config.data_dir,
         image_size=config.image_size,
         channels=config.channels,
-        seed=config.seed,
+        seed=config.data_seed,
     )
     if config.validation is not None:
-        return dataset.with_validation(config.validation, seed=config.seed)
+        return dataset.with_validation(config.validation, seed=config.data_seed)
     if dataset.validation is not None:
         return dataset
-    return dataset.with_validation(min(5000, len(dataset.train) // 10), seed=config.seed)
+    return dataset.with_validation(min(5000, len(dataset.train) // 10), seed=config.data_seed)
 
 
 def build(config: Config, dataset: Dataset) -> Network:
@@ -135,11 +143,11 @@ def build(config: Config, dataset: Dataset) -> Network:
         InputError: see `models.create`, or an option was given that this network does not have.
     """
     options = models.builder_options(config.model)
-    base = preset(config.preset)
+    recipes = [preset(name) for name in PRESETS]
     for other in models.available():
         for name in models.builder_options(other):
             value = getattr(config, name)
-            if name not in options and value not in (getattr(base, name), getattr(Config(), name)):
+            if name not in options and value not in [getattr(recipe, name) for recipe in recipes]:
                 raise InputError(f"option {name} is of model {other} and must not be given for {config.model}")
     torch.manual_seed(config.seed)
     return models.create(
@@ -157,28 +165,31 @@ def learning_rate(config: Config, step: int, steps_per_epoch: int) -> float:
     return max(config.lr_floor, config.lr * math.pow(config.lr_decay, step / decay_steps))
 
 
-def _launch(config: Config, resumed: runs.Run | None) -> Result:
+def _launch(config: Config, dataset: Dataset | None, resumed: runs.Run | None) -> Result:
     """Check everything that can be checked, start the processes, train, and leave no process group behind."""
+    if dataset is not None:
+        config = replace(config, data=dataset.name)
     run = resumed or runs.Run(config.out or _free_directory(config))
     device = resolve_device(config)
     if config.tensorboard and importlib.util.find_spec("tensorboard") is None:
         raise InputError(
             "tensorboard must be installed for --tensorboard; it is not (pip install 'capsnet[tensorboard]')"
         )
-    dataset = prepare_data(config)
-    if config.threads:
-        torch.set_num_threads(config.threads)
-    network = build(config, dataset)
+    dataset = prepare_data(config, dataset)
+    with torch.random.fork_rng(devices=[]):
+        network = build(config, dataset)
+    precision = resolve_precision(config, device, network)
+    fabric = make_fabric(config, device, precision)
     checkpoint = _checkpoint(run, config, network, dataset) if resumed else None
     if int(os.environ.get("RANK", "0")) == 0 and first_process():
         run.go_on(config) if resumed else run.begin(config, overwrite=config.overwrite)
 
-    precision = resolve_precision(config, device, network)
-    fabric = make_fabric(config, device, precision)
     fabric.launch()
+    if config.threads:
+        torch.set_num_threads(config.threads)
     try:
         run = runs.Run(fabric.broadcast(str(run.directory)))
-        with signals() as received:
+        with signals() as received, torch.random.fork_rng(devices=[]):
             return _train(fabric, config, dataset, network, run, received, checkpoint, precision)
     except (Interrupted, Diverged, InputError):
         if fabric.is_global_zero:
@@ -303,11 +314,12 @@ def _train(
     result = {
         "test": test.to_dict(),
         "validation": validation.to_dict() if validation else None,
-        "selection": "none: weights after the last epoch; test images read once, at the end",
+        "selection": "none: weights after the last epoch, and no choice was made on the test images",
         "data": dataset.name,
         "train_images": len(dataset.train),
         "model": config.model,
         "preset": config.preset,
+        "differs_from_preset": {key: x for key, x in preset_differences(config).items() if key not in UNTOLD},
         "parameters": network.parameter_count(),
         "seed": config.seed,
         "epochs": session.at.epoch,
@@ -324,6 +336,7 @@ def _train(
         run.write_result(result)
 
     session.by_first(finish)
+    stem.free_buffers()
     return Result(run.directory, test, validation, session.at.epoch, session.at.seconds, figure, network)
 
 

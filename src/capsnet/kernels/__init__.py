@@ -1,1 +1,1 @@
-"""Fused votes and routing: the same results as `layers.votes` and `routing.py`, with less memory traffic."""
+"""Faster computations of the same results on a CPU: both convolutions (stem.py), votes and routing (cpu.py)."""

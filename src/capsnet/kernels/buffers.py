@@ -28,8 +28,9 @@ class BufferPool:
         return kept.view(shape)
 
     def give(self, name: str, array: Tensor) -> None:
-        """Keep `array` for the next `take`; its owner must not use it any more."""
-        self._free[name] = array.view(-1)
+        """Keep `array` for the next `take`, unless it is a tracer's; its owner must not use it any more."""
+        if type(array) is Tensor:
+            self._free[name] = array.view(-1)
 
     def clear(self) -> None:
         """Free everything that is kept."""

@@ -19,7 +19,7 @@ and meet only outputs that are dropped or taps that are zero.
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from fractions import Fraction
 from functools import lru_cache
@@ -32,7 +32,7 @@ from torch import Tensor
 from capsnet.errors import InputError
 from capsnet.kernels.buffers import BufferPool
 
-__all__ = ["POINTS", "minimal_stem", "saving", "transforms"]
+__all__ = ["POINTS", "free_buffers", "minimal_stem", "saving", "transforms"]
 
 POINTS = tuple(Fraction(x) for x in ("0", "1", "-1", "2", "-2", "1/2", "-1/2", "3/2", "-3/2"))
 """Finite points, in the order of use: small numbers keep the matrices, and so the rounding, small."""
@@ -56,12 +56,20 @@ def minimal_stem(
     in the order [k2, k2, channels, out].
 
     Raises:
-        InputError: images smaller than the kernels, or images that need a gradient.
+        InputError: images smaller than the kernels, that need a gradient, or of a tensor subclass (as in an export).
     """
     if images.requires_grad:
         raise InputError("images of the minimal stem must not need a gradient; use stem direct")
-    grid: Tensor = _Stem.apply(images, weight1, bias1, weight2, stride1, stride2)  # type: ignore[no-untyped-call]
-    return grid
+    if type(images) is not Tensor:
+        raise InputError(f"images of the minimal stem must be a plain tensor; got {type(images).__name__}")
+    keep = torch.is_grad_enabled() and any(x.requires_grad for x in (weight1, bias1, weight2))
+    apply: Callable[..., Tensor] = _Stem.apply
+    return apply(images, weight1, bias1, weight2, stride1, stride2, keep)
+
+
+def free_buffers() -> None:
+    """Give back the arrays that are kept from step to step."""
+    _pool.clear()
 
 
 def saving(in_size: tuple[int, int], kernel: int, stride: int) -> float:
@@ -196,10 +204,10 @@ class _Plan:
             for x in range(s):
                 yield by_phase[:, :, y, x], kernel[y::s, x::s]
 
-    def grid(self, y: Tensor, batch: int) -> Tensor:
+    def grid(self, y: Tensor, batch: int, out: int) -> Tensor:
         """`[tile_y * tile_x, tiles * batch * out]` as `[batch, height, width, out]`."""
-        tiles = y.view(self.y.tile, self.x.tile, self.y.tiles, self.x.tiles, batch, -1).permute(4, 2, 0, 3, 1, 5)
-        whole = tiles.reshape(batch, self.y.tiles * self.y.tile, self.x.tiles * self.x.tile, tiles.shape[-1])
+        tiles = y.view(self.y.tile, self.x.tile, self.y.tiles, self.x.tiles, batch, out).permute(4, 2, 0, 3, 1, 5)
+        whole = tiles.reshape(batch, self.y.tiles * self.y.tile, self.x.tiles * self.x.tile, out)
         return whole[:, : self.y.outputs, : self.x.outputs]
 
     def grid_backward(self, d_grid: Tensor) -> Tensor:
@@ -230,7 +238,14 @@ def _plan(
 class _Stem(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, images: Tensor, weight1: Tensor, bias1: Tensor, weight2: Tensor, stride1: int, stride2: int
+        ctx: Any,
+        images: Tensor,
+        weight1: Tensor,
+        bias1: Tensor,
+        weight2: Tensor,
+        stride1: int,
+        stride2: int,
+        keep: bool,
     ) -> Tensor:
         in_size = (images.shape[2], images.shape[3])
         plan = _plan(in_size, weight1.shape[-1], stride1, weight2.shape[-1], stride2, images.dtype, images.device)
@@ -249,9 +264,9 @@ class _Stem(torch.autograd.Function):
         torch.mm(plan.b, x, out=v)
         m = _pool.take("m", (points, rows, out), images)
         torch.bmm(v.view(points, rows, width), u.view(points, width, out), out=m)
-        grid = plan.grid(plan.a @ m.view(points, -1), len(images)).contiguous()
+        grid = plan.grid(plan.a @ m.view(points, rows * out), len(images), out).contiguous()
         _pool.give("m", m)
-        if any(ctx.needs_input_grad):
+        if keep:
             ctx.plan = plan
             ctx.save_for_backward(weight1, weight2, columns, x, u, v)
         else:
@@ -283,4 +298,4 @@ class _Stem(torch.autograd.Function):
         d_bias1 = d_x.sum(0)
         for name, array in (("x", x), ("u", u), ("v", v), ("d_v", d_v), ("m", d_m), ("filters", d_filters)):
             _pool.give(name, array)
-        return None, d_weight1, d_bias1, d_weight2, None, None
+        return None, d_weight1, d_bias1, d_weight2, None, None, None
