@@ -15,11 +15,10 @@ from capsnet import cli, train
 from capsnet.cli import main
 from capsnet.config import Config
 from capsnet.data.augment import augment
-from tiny import files, metrics, options, photos, same_weights, tiny
+from tiny import REAL, files, metrics, options, photos, same_weights, tiny
 
 pytestmark = pytest.mark.usefixtures("workplace")
 
-REAL = Path(os.environ.get("CAPSNET_DATA") or Path(__file__).parents[2] / "shared" / "data").resolve()
 FIELDS = {f"--{field.name.replace('_', '-')}" for field in fields(Config)}
 
 

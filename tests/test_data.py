@@ -1,6 +1,5 @@
 import gzip
 import hashlib
-import os
 import struct
 import subprocess
 import sys
@@ -17,8 +16,8 @@ from PIL import Image
 from capsnet import data
 from capsnet.data import cifar
 from capsnet.errors import InputError
+from tiny import REAL
 
-REAL = Path(os.environ.get("CAPSNET_DATA") or Path(__file__).parents[2] / "shared" / "data").resolve()
 NAMES = ("strokes", "mnist", "fashion-mnist", "kmnist", "cifar10")
 
 

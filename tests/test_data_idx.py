@@ -1,6 +1,5 @@
 import gzip
 import hashlib
-import os
 import struct
 from collections.abc import Callable
 from pathlib import Path
@@ -10,8 +9,9 @@ import torch
 
 from capsnet.data import idx
 from capsnet.errors import InputError
+from tiny import REAL
 
-REAL = Path(os.environ.get("CAPSNET_DATA") or Path(__file__).parents[2] / "shared" / "data") / "mnist"
+MNIST = REAL / "mnist"
 
 
 def encode(sizes: tuple[int, ...], values: bytes, *, code: int = 8) -> bytes:
@@ -83,10 +83,10 @@ def test_a_missing_file_is_named(tmp_path: Path) -> None:
         idx.read_labels(tmp_path / "nowhere")
 
 
-@pytest.mark.skipif(not REAL.is_dir(), reason=f"no MNIST in {REAL}; set CAPSNET_DATA")
+@pytest.mark.skipif(not MNIST.is_dir(), reason=f"no MNIST in {MNIST}; set CAPSNET_DATA")
 def test_mnist_test_set() -> None:
-    content = idx.unpacked(REAL / "t10k-images-idx3-ubyte.gz")
+    content = idx.unpacked(MNIST / "t10k-images-idx3-ubyte.gz")
     assert hashlib.sha256(content).hexdigest().startswith("0fa7898d5092")
     assert idx.parse_images(content, "t10k").shape == (10_000, 1, 28, 28)
-    labels = idx.read_labels(REAL / "t10k-labels-idx1-ubyte.gz")
+    labels = idx.read_labels(MNIST / "t10k-labels-idx1-ubyte.gz")
     assert labels[:10].tolist() == [7, 2, 1, 0, 4, 1, 4, 9, 5, 9]

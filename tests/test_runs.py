@@ -12,7 +12,7 @@ import capsnet
 from capsnet import runs, train
 from capsnet.errors import InputError
 from capsnet.models import Network, create
-from tiny import SIZES, files, tiny
+from tiny import REAL, SIZES, files, tiny
 
 pytestmark = pytest.mark.usefixtures("workplace", "blank_figure")
 
@@ -217,3 +217,23 @@ def test_environment() -> None:
 
 def test_public_names() -> None:
     assert all(hasattr(runs, name) for name in runs.__all__)
+
+
+def test_shipped_weights_load_by_name_and_read_the_test_set(workplace: Path) -> None:
+    network = runs.load("capsnet-mnist")
+    assert {parameter.dtype for parameter in network.parameters()} == {torch.float32}
+    assert network.parameter_count() == 8_215_568
+    Path("capsnet-mnist").mkdir()
+    with pytest.raises(InputError, match=r"model folder capsnet-mnist must hold config.json"):
+        runs.load("capsnet-mnist")  # one's own folder comes first
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not (REAL / "mnist").is_dir(), reason=f"no MNIST in {REAL}; set CAPSNET_DATA")
+def test_shipped_weights_are_as_good_as_their_card_says() -> None:
+    from capsnet import data
+    from capsnet.evaluation import evaluate
+
+    result = evaluate(runs.load("capsnet-mnist"), data.load("mnist", data_dir=REAL).test)
+    card = (runs.WEIGHTS / "capsnet-mnist" / "README.md").read_text(encoding="utf-8")
+    assert result.summary().removeprefix("error ") in card

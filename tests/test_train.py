@@ -19,11 +19,10 @@ from capsnet.data.augment import augment
 from capsnet.errors import InputError
 from capsnet.evaluation import measure
 from capsnet.train import Diverged, Interrupted, fit, resume
-from tiny import SIZES, files, metrics, same_weights, tiny, weights
+from tiny import REAL, SIZES, files, metrics, same_weights, tiny, weights
 
 pytestmark = pytest.mark.usefixtures("workplace", "blank_figure")
 
-REAL = Path(os.environ.get("CAPSNET_DATA") or Path(__file__).parents[2] / "shared" / "data").resolve()
 WRITTEN = {
     "config.yaml",
     "metrics.csv",

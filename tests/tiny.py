@@ -1,6 +1,7 @@
 """What the tests of training share: a few coloured images, a network of a few thousand weights, a run in a moment."""
 
 import csv
+import os
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,8 @@ SIZES: dict[str, Any] = {
     "class_dim": 4,
     "decoder_sizes": (16,),
 }
+REAL = Path(os.environ.get("CAPSNET_DATA") or Path(__file__).parents[2] / "shared" / "data").resolve()
+"""Where the real data sets are, if they are; told by the reason of a skipped test."""
 TIMES = ("images_per_second", "seconds")  # columns of metrics.csv that measure the machine
 
 

@@ -28,6 +28,7 @@ from capsnet.models import Network, create
 
 __all__ = ["Run", "environment", "from_pretrained", "load", "save_pretrained"]
 
+WEIGHTS = Path(__file__).parent / "weights"
 CHECKPOINT_VERSION = 1
 CHECKPOINT_KEYS = ("version", "config", "train_images", "network", "optimizer", "state", "rows", "sums")
 WRITTEN = (
@@ -211,10 +212,11 @@ def save_pretrained(network: Network, directory: str | Path) -> None:
 
 
 def load(path: str | Path) -> Network:
-    """Load a trained network from a run directory, or from any folder written by `save_pretrained`.
+    """Load a trained network: from a run directory, a folder written by `save_pretrained`, or by its name.
 
     Args:
-        path: a folder with `config.json` and `model.safetensors`.
+        path: a folder with `config.json` and `model.safetensors`, or the name of weights that come with the package
+            (`capsnet-mnist`; a model card lies beside them).
 
     Returns:
         The network on the CPU, in evaluation mode.
@@ -226,12 +228,17 @@ def load(path: str | Path) -> Network:
     from safetensors.torch import load_file
 
     folder = Path(path)
+    if not folder.exists() and folder.name == str(path) and (WEIGHTS / folder).is_dir():
+        folder = WEIGHTS / folder
     for name in ("config.json", "model.safetensors"):
         if not (folder / name).is_file():
             unfinished = " (the run is not finished; see --resume)" if Run(folder).exists() else ""
             raise InputError(f"model folder {folder} must hold {name}; there is none{unfinished}")
     try:
-        weights = load_file(folder / "model.safetensors")
+        weights = {
+            name: tensor.float() if tensor.dtype == torch.float16 else tensor  # stored in half, computed in float32
+            for name, tensor in load_file(folder / "model.safetensors").items()
+        }
     except (SafetensorError, OSError) as error:
         raise InputError(f"file {folder / 'model.safetensors'} must be safetensors; got: {error}") from None
     try:
