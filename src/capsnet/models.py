@@ -3,6 +3,7 @@
 import difflib
 import fnmatch
 import inspect
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -44,7 +45,7 @@ class Output(NamedTuple):
     couplings: Tensor | None = None
 
 
-class Network(nn.Module):
+class Network(nn.Module, ABC):
     """What all networks share: images in, an Output out, and a record of how they were built.
 
     Attributes:
@@ -56,9 +57,9 @@ class Network(nn.Module):
     classes: tuple[str, ...]
     image_shape: tuple[int, int, int]
 
+    @abstractmethod
     def forward(self, images: Tensor, labels: Tensor | None = None) -> Output:
-        """See the networks."""
-        raise NotImplementedError
+        """What the network says of `images`; `labels` choose the capsules to draw, where there are any."""
 
     def check_images(self, images: Tensor) -> None:
         """Raise InputError unless `images` are floating point `[batch, *image_shape]`."""
