@@ -180,6 +180,7 @@ def on(device: str, dtype: torch.dtype = torch.float32) -> Any:
     return SimpleNamespace(device=torch.device(device), dtype=dtype, requires_grad=False)
 
 
+@pytest.mark.usefixtures("unchecked")
 def test_the_rule_of_auto() -> None:
     assert tiny().resolved_stem(on("cpu")) == "minimal"
     assert tiny().resolved_stem(on("cpu", torch.float64)) == "minimal"
@@ -191,6 +192,7 @@ def test_the_rule_of_auto() -> None:
         assert tiny().resolved_stem(on("cpu")) == "direct"
 
 
+@pytest.mark.usefixtures("unchecked")
 def test_minimal_where_it_cannot_run_names_the_condition() -> None:
     with pytest.raises(InputError, match="padding same, and it needs padding valid"):
         tiny(stem="minimal", padding="same")

@@ -407,6 +407,7 @@ def test_detach_routing_and_kernel_reach_the_class_capsules() -> None:
     assert (layer.detach_routing, layer.kernel, layer.leaky, layer.iterations) == (True, "plain", True, 4)
 
 
+@pytest.mark.usefixtures("unchecked")
 @pytest.mark.parametrize("shape", [(28, 28), (1, 28, 28, 5), (1, 0, 28)])
 def test_an_image_shape_is_three_sizes(shape: Any) -> None:
     with pytest.raises(InputError, match=r"^image_shape must be channels, height and width, each at least 1; got"):

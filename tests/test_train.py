@@ -371,7 +371,7 @@ def test_validation_0_trains_on_everything(photos: Path) -> None:
 
 
 def test_the_other_options_train_too(photos: Path) -> None:
-    config = tiny(photos, epochs=1, flip=True, rotation=10, scale=0.1, shear=0.1, mask="prediction", leaky=True)
+    config = tiny(photos, epochs=1, flip=True, rotation=10.0, scale=0.1, shear=0.1, mask="prediction", leaky=True)
     fit(
         replace(config, channels=1, image_size=16, preset="authors", routing_bias=True, reconstruction=False, out="run")
     )
