@@ -162,7 +162,7 @@ def test_a_file_that_cannot_be_read_is_refused(tmp_path: Path) -> None:
         ({"decoder_sizes": 512}, "decoder_sizes must be a list of whole numbers; got 512"),
         ({"decoder_sizes": [512, "big"]}, r"decoder_sizes must be a list of whole numbers; got \(512, 'big'\)"),
         ({"mask": "none"}, "mask must be one of label, prediction; got 'none'"),
-        ({"kernel": []}, r"kernel must be one of auto, plain, sliced; got \(\)"),
+        ({"kernel": []}, r"kernel must be one of auto, plain, fused; got \(\)"),
     ],
 )
 def test_a_value_of_the_wrong_type_is_refused(values: dict[str, Any], message: str) -> None:

@@ -162,7 +162,7 @@ def test_class_capsules_equal_the_reference(kernel: str, bias: bool, leaky: bool
         np.testing.assert_allclose(result.couplings[k], c, rtol=1e-11, atol=1e-13)
 
 
-@pytest.mark.parametrize("kernel", ["plain", "sliced"])
+@pytest.mark.parametrize("kernel", ["plain", "fused"])
 def test_class_capsules_pass_on_iterations_and_detach_routing(kernel: str) -> None:
     layers = {
         options: ClassCapsules(7, 3, 5, 2, iterations=options[0], detach_routing=options[1], kernel=kernel).double()
@@ -180,7 +180,7 @@ def test_class_capsules_pass_on_iterations_and_detach_routing(kernel: str) -> No
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("kernel", ["plain", "sliced"])
+@pytest.mark.parametrize("kernel", ["plain", "fused"])
 def test_class_capsules_work_in_float32_from_half_precision(dtype: torch.dtype, kernel: str) -> None:
     layer = ClassCapsules(7, 3, 5, 2, kernel=kernel)
     u = random(2, 7, 3).to(dtype)
@@ -210,16 +210,16 @@ def test_class_capsules_print_their_sizes() -> None:
 def test_class_capsules_refuse_wrong_options_when_built() -> None:
     with pytest.raises(InputError, match=r"^routing iterations must be at least 1; got 0$"):
         ClassCapsules(7, 3, 5, iterations=0)
-    with pytest.raises(InputError, match=r"^kernel must be one of auto, plain, sliced; got 'fast'$"):
+    with pytest.raises(InputError, match=r"^kernel must be one of auto, plain, fused; got 'fast'$"):
         ClassCapsules(7, 3, 5, kernel="fast")
 
 
 def test_kernels_resolve_by_device() -> None:
-    assert [resolve_kernel("auto", device) for device in (CPU, CUDA)] == ["sliced", "plain"]
+    assert [resolve_kernel("auto", device) for device in (CPU, CUDA)] == ["fused", "plain"]
     assert [resolve_kernel("plain", device) for device in (CPU, CUDA)] == ["plain", "plain"]
-    assert [resolve_kernel("sliced", device) for device in (CPU, META)] == ["sliced", "sliced"]
-    with pytest.raises(InputError, match=r"^kernel sliced must run on a CPU; got a tensor on cuda$"):
-        resolve_kernel("sliced", CUDA)
+    assert [resolve_kernel("fused", device) for device in (CPU, META)] == ["fused", "fused"]
+    with pytest.raises(InputError, match=r"^kernel fused must run on a CPU; got a tensor on cuda$"):
+        resolve_kernel("fused", CUDA)
 
 
 # decoder

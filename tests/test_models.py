@@ -118,7 +118,7 @@ def forward_by_reference(
     return lengths, x.reshape(SHAPE), v, c
 
 
-@pytest.mark.parametrize("kernel", ["plain", "sliced"])
+@pytest.mark.parametrize("kernel", ["plain", "fused"])
 @pytest.mark.parametrize("recipe", ["paper", "authors", "leaky"])
 @pytest.mark.parametrize(("padding", "stem"), [("valid", "direct"), ("valid", "minimal"), ("same", "direct")])
 def test_a_small_capsnet_equals_the_reference(kernel: str, recipe: str, padding: str, stem: str) -> None:
@@ -336,7 +336,7 @@ def test_an_image_too_small_is_told_which_layer_needs_what() -> None:
         ({"decoder_sizes": (8, 0)}, "^decoder_sizes must be at least 1; got 0$"),
         ({"routing_iterations": 0}, "^routing iterations must be at least 1; got 0$"),
         ({"padding": "full"}, "^padding must be valid or same; got 'full'$"),
-        ({"kernel": "fast"}, "^kernel must be one of auto, plain, sliced; got 'fast'$"),
+        ({"kernel": "fast"}, "^kernel must be one of auto, plain, fused; got 'fast'$"),
     ],
 )
 def test_options_out_of_their_range_are_refused(options: dict[str, Any], message: str) -> None:

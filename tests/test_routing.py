@@ -1,6 +1,7 @@
 """Every implementation of dynamic routing goes through the same tests; a new one is an entry of IMPLEMENTATIONS."""
 
 from collections.abc import Callable
+from functools import partial
 
 import numpy as np
 import pytest
@@ -13,6 +14,7 @@ from capsnet import functional as F
 from capsnet import reference
 from capsnet.errors import InputError
 from capsnet.kernels import cpu
+from capsnet.kernels.fused import votes_and_routing
 from capsnet.layers import votes
 from capsnet.routing import RoutingResult, check_iterations, couplings_of, dynamic_routing
 
@@ -23,7 +25,7 @@ def plain(u: Tensor, weight: Tensor, **options: object) -> RoutingResult:
     return dynamic_routing(votes(u, weight), **options)  # type: ignore[arg-type]
 
 
-IMPLEMENTATIONS: dict[str, Routing] = {"plain": plain, "sliced": cpu.votes_and_routing}
+IMPLEMENTATIONS: dict[str, Routing] = {"plain": plain, "fused": partial(votes_and_routing, cpu.Sweeps)}
 BATCH, INS, IN_DIM, OUTS, DIM = 2, 7, 3, 5, 4
 
 every_routing = pytest.mark.parametrize("route", IMPLEMENTATIONS.values(), ids=IMPLEMENTATIONS)

@@ -47,7 +47,7 @@ def test_the_baseline_has_a_table_too() -> None:
     assert summary.layer_table(network).splitlines()[-1].split()[-1] == "35,445,522"
 
 
-@pytest.mark.parametrize("kernel", ["plain", "sliced"])
+@pytest.mark.parametrize("kernel", ["plain", "fused"])
 @pytest.mark.parametrize("stem", ["direct", "minimal"])
 def test_activation_bytes_are_those_that_autograd_keeps(kernel: str, stem: str) -> None:
     network = create("capsnet", image_shape=(3, 12, 13), num_classes=3, **SIZES, kernel=kernel, stem=stem)

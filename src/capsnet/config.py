@@ -59,8 +59,8 @@ class Config:
     """A "none of the above" slot for every primary capsule."""
     detach_routing: bool = False
     """No gradient through the couplings."""
-    kernel: Literal["auto", "plain", "sliced"] = "auto"
-    """How votes and routing are computed; the results are the same. auto: sliced on a CPU, plain on a GPU."""
+    kernel: Literal["auto", "plain", "fused"] = "auto"
+    """How votes and routing are computed; the results are the same. auto: fused on a CPU, plain on a GPU."""
     stem: Literal["auto", "direct", "minimal"] = "auto"
     """How the two convolutions are computed. minimal saves most multiplications, at about 1e-4 relative rounding in
     float32; auto: minimal on a CPU in precision 32 where it saves half or more, direct elsewhere."""

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from capsnet import functional as F
 from capsnet.errors import InputError
-from capsnet.kernels import cpu
+from capsnet.kernels import cpu, fused
 from capsnet.kernels.stem import saving
 from capsnet.routing import RoutingResult, check_iterations, dynamic_routing
 
@@ -27,7 +27,7 @@ __all__ = [
     "votes",
 ]
 
-KERNELS = ("auto", "plain", "sliced")
+KERNELS = ("auto", "plain", "fused")
 STEMS = ("auto", "direct", "minimal")
 
 
@@ -52,20 +52,20 @@ def is_ordinary(tensor: Tensor) -> bool:
 
 
 def resolve_kernel(kernel: str, device: torch.device, *, ordinary: bool = True) -> str:
-    """The routing kernel that `kernel` means on `device`: `plain` or `sliced`.
+    """The routing kernel that `kernel` means on `device`: `plain` or `fused` (see `kernels.fused`).
 
-    `auto` is `sliced` on a CPU and `plain` elsewhere, and `plain` for tensors that are not `ordinary` (see
+    `auto` is `fused` on a CPU and `plain` elsewhere, and `plain` for tensors that are not `ordinary` (see
     `is_ordinary`).
 
     Raises:
-        InputError: an unknown kernel, or `sliced` on another device.
+        InputError: an unknown kernel, or `fused` on a device that it does not know or without Triton on a GPU.
     """
     if kernel not in KERNELS:
         raise InputError(f"kernel must be one of {', '.join(KERNELS)}; got {kernel!r}")
     if kernel == "auto":
-        return "sliced" if device.type == "cpu" and ordinary else "plain"
-    if kernel == "sliced" and device.type not in ("cpu", "meta"):
-        raise InputError(f"kernel sliced must run on a CPU; got a tensor on {device}")
+        return "fused" if device.type == "cpu" and ordinary else "plain"
+    if kernel == "fused" and device.type not in ("cpu", "meta"):
+        raise InputError(f"kernel fused must run on a CPU; got a tensor on {device}")
     return kernel
 
 
@@ -266,7 +266,7 @@ class ClassCapsules(nn.Module):
             code, where it starts at 0.1.
         leaky: a "none of the above" slot in the softmax, see `routing.dynamic_routing`.
         detach_routing: no gradient through the couplings, see there.
-        kernel: `plain` (votes of the whole batch in memory), `sliced` (a few images at a time, CPU) or `auto`.
+        kernel: `plain` (votes of the whole batch in memory), `fused` (never more than a few of them) or `auto`.
 
     Parameters:
         weight `W [in_capsules, in_dim, out_capsules, out_dim]`, normal with standard deviation 0.1 (the paper
@@ -306,8 +306,11 @@ class ClassCapsules(nn.Module):
         with F.full_precision(u.device):
             u = u.float() if u.dtype in (torch.float16, torch.bfloat16) else u
             weight = self.weight.to(u.dtype)
-            sliced = resolve_kernel(self.kernel, u.device, ordinary=is_ordinary(u)) == "sliced"
-            route = partial(cpu.votes_and_routing, u, weight) if sliced else partial(dynamic_routing, votes(u, weight))
+            kernel = resolve_kernel(self.kernel, u.device, ordinary=is_ordinary(u))
+            if kernel == "fused":
+                route = partial(fused.votes_and_routing, cpu.Sweeps, u, weight)
+            else:
+                route = partial(dynamic_routing, votes(u, weight))
             return route(
                 iterations=self.iterations,
                 bias=None if self.bias is None else self.bias.to(u.dtype),

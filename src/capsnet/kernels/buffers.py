@@ -5,7 +5,7 @@ import math
 import torch
 from torch import Tensor
 
-__all__ = ["BufferPool"]
+__all__ = ["BufferPool", "pool"]
 
 
 class BufferPool:
@@ -35,3 +35,7 @@ class BufferPool:
     def clear(self) -> None:
         """Free everything that is kept."""
         self._free.clear()
+
+
+pool = BufferPool()
+"""The arrays that the kernels of this process keep; `pool.clear()` frees them."""

@@ -1,18 +1,22 @@
-"""The sliced kernel against the plain version: outputs and every gradient, at awkward sizes and slices."""
+"""The fused function on a CPU against the plain version: outputs and every gradient, at awkward sizes and chunks."""
 
 import math
 from collections.abc import Callable
+from functools import partial
 
 import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
-from capsnet.kernels import cpu
+from capsnet.kernels import buffers, cpu
+from capsnet.kernels.fused import votes_and_routing
 from capsnet.layers import votes
 from capsnet.routing import RoutingResult, dynamic_routing
 
 OUTS, DIM, IN_DIM = 5, 3, 2
+
+fused = partial(votes_and_routing, cpu.Sweeps)
 
 
 def random(*shape: int, seed: int = 0) -> Tensor:
@@ -59,12 +63,12 @@ def distance(one: Tensor, other: Tensor) -> float:
     return float(difference / size if size > 0 else difference)
 
 
-@pytest.fixture(params=[1, 2, 1000], ids="slices-of-{}".format)
-def images_per_slice(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
-    """Call with the votes' bytes of one image to cut the batch into slices of so many images."""
+@pytest.fixture(params=[1, 3, 1000], ids="chunks-of-{}".format)
+def inputs_per_chunk(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
+    """Call with the bytes of one input capsule's working array to cut the input capsules into chunks of so many."""
 
-    def cut(bytes_per_image: int) -> None:
-        monkeypatch.setattr(cpu, "SLICE_BYTES", bytes_per_image * request.param)
+    def cut(bytes_per_input: int) -> None:
+        monkeypatch.setattr(cpu, "CHUNK_BYTES", bytes_per_input * request.param)
 
     return cut
 
@@ -73,15 +77,15 @@ def images_per_slice(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyP
 @pytest.mark.parametrize("leaky", [False, True], ids=["softmax", "leaky"])
 @pytest.mark.parametrize("biased", [False, True], ids=["no-bias", "bias"])
 @pytest.mark.parametrize("detached", [False, True], ids=["attached", "detached"])
-def test_sliced_equals_plain_in_float64(
-    images_per_slice: Callable[[int], None], r: int, leaky: bool, biased: bool, detached: bool
+def test_fused_equals_plain_in_float64(
+    inputs_per_chunk: Callable[[int], None], r: int, leaky: bool, biased: bool, detached: bool
 ) -> None:
-    """Batch 5 in slices of 1, of 2 with a last one of 1, and whole."""
-    images_per_slice(7 * OUTS * DIM * 8)
+    """7 input capsules in chunks of 1, of 3 with a last one of 1, and whole."""
+    inputs_per_chunk(5 * OUTS * IN_DIM * 8)
     arguments = inputs(7, 5, biased=biased)
     options = {"iterations": r, "leaky": leaky, "detach_routing": detached}
     expected = outputs_and_gradients(plain, arguments, **options)
-    found = outputs_and_gradients(cpu.votes_and_routing, arguments, **options)
+    found = outputs_and_gradients(fused, arguments, **options)
     assert set(expected) <= set(found)
     for name, x in found.items():
         if name in expected:
@@ -93,15 +97,15 @@ def test_sliced_equals_plain_in_float64(
 @pytest.mark.parametrize("ins", [1, 7, 63, 100])
 @pytest.mark.parametrize("batch", [1, 3])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
-def test_sliced_equals_plain_at_awkward_sizes(
-    images_per_slice: Callable[[int], None], ins: int, batch: int, dtype: torch.dtype
+def test_fused_equals_plain_at_awkward_sizes(
+    inputs_per_chunk: Callable[[int], None], ins: int, batch: int, dtype: torch.dtype
 ) -> None:
-    """In float32 the sliced version may be twice as far from float64 as the plain one (measured: about as far)."""
+    """In float32 the fused version may be twice as far from float64 as the plain one (measured: about as far)."""
     arguments = inputs(ins, batch, dtype=dtype)
-    images_per_slice(ins * OUTS * DIM * dtype.itemsize)
+    inputs_per_chunk(batch * OUTS * IN_DIM * dtype.itemsize)
     exact = outputs_and_gradients(plain, tuple(None if x is None else x.double() for x in arguments))  # type: ignore[arg-type]
     expected = outputs_and_gradients(plain, arguments)
-    found = outputs_and_gradients(cpu.votes_and_routing, arguments)
+    found = outputs_and_gradients(fused, arguments)
     assert found.keys() == expected.keys() == exact.keys()
     for name, x in found.items():
         assert x.dtype == dtype
@@ -109,20 +113,14 @@ def test_sliced_equals_plain_at_awkward_sizes(
         assert distance(x, exact[name]) < allowed, name
 
 
-def test_slices_cover_the_batch_with_a_last_partial_one(monkeypatch: pytest.MonkeyPatch) -> None:
-    u, weight, _ = inputs(7, 11)
-    monkeypatch.setattr(cpu, "SLICE_BYTES", 4 * 7 * OUTS * DIM * 8 + 1)
-    assert [u[images].shape[0] for images in cpu._slices(u, weight)] == [4, 4, 3]
-
-
 @pytest.mark.parametrize("leading", [(), (3,), (2, 3)], ids=str)
 def test_leading_axes_are_free_forward_and_backward(
-    images_per_slice: Callable[[int], None], leading: tuple[int, ...]
+    inputs_per_chunk: Callable[[int], None], leading: tuple[int, ...]
 ) -> None:
-    images_per_slice(7 * OUTS * DIM * 8)
+    inputs_per_chunk(math.prod(leading) * OUTS * IN_DIM * 8)
     arguments = inputs(7, *leading)
     expected = outputs_and_gradients(plain, arguments)
-    for name, x in outputs_and_gradients(cpu.votes_and_routing, arguments).items():
+    for name, x in outputs_and_gradients(fused, arguments).items():
         assert x.shape == expected[name].shape
         assert distance(x, expected[name]) < 1e-12, name
 
@@ -131,7 +129,7 @@ def test_leading_axes_are_free_forward_and_backward(
 @pytest.mark.parametrize("detached", [False, True], ids=["attached", "detached"])
 def test_one_argument_alone_gets_its_gradient(needed: str, detached: bool) -> None:
     found = []
-    for route in (plain, cpu.votes_and_routing):
+    for route in (plain, fused):
         u, weight, bias = inputs(7, 3)
         leaves = {"u": u, "weight": weight, "bias": bias}
         leaf = leaves[needed]
@@ -149,9 +147,9 @@ def test_without_gradients_nothing_is_recorded() -> None:
     u, weight, bias = inputs(7, 3)
     expected = plain(u, weight, bias=bias)
     for result in (
-        cpu.votes_and_routing(u, weight, bias=bias),
-        torch.no_grad()(cpu.votes_and_routing)(u, weight.clone().requires_grad_(), bias=bias),
-        torch.inference_mode()(cpu.votes_and_routing)(u, weight, bias=bias),
+        fused(u, weight, bias=bias),
+        torch.no_grad()(fused)(u, weight.clone().requires_grad_(), bias=bias),
+        torch.inference_mode()(fused)(u, weight, bias=bias),
     ):
         for part, right in zip(result, expected, strict=True):
             assert not part.requires_grad
@@ -160,7 +158,7 @@ def test_without_gradients_nothing_is_recorded() -> None:
 
 def test_an_empty_batch_gives_empty_results_and_zero_gradients() -> None:
     arguments = inputs(7, 0)
-    for route in (plain, cpu.votes_and_routing):
+    for route in (plain, fused):
         u, weight, bias = (x.clone().requires_grad_() for x in arguments if x is not None)
         result = route(u, weight, bias=bias)
         assert [tuple(part.shape) for part in result] == [(0, OUTS, DIM), (0, OUTS), (0, 7, OUTS)]
@@ -178,27 +176,50 @@ def test_arguments_that_are_not_contiguous_are_read_right() -> None:
     assert not strided[0].is_contiguous()
     assert not strided[1].is_contiguous()
     expected = outputs_and_gradients(plain, (u, weight, bias))
-    for route in (plain, cpu.votes_and_routing):
+    for route in (plain, fused):
         for name, x in outputs_and_gradients(route, strided).items():
             assert distance(x, expected[name]) < 1e-12, name
 
 
 def test_no_memory_is_read_before_it_is_written(monkeypatch: pytest.MonkeyPatch) -> None:
-    """`new_empty` and `empty_like` hand out NaN here: what is not overwritten shows."""
-    fresh, like = Tensor.new_empty, torch.empty_like
+    """Fresh and kept memory hold NaN here: what is not overwritten shows."""
+    fresh, like, take = Tensor.new_empty, torch.empty_like, buffers.BufferPool.take
     arguments = inputs(7, 5)
-    expected = outputs_and_gradients(plain, arguments)
-    monkeypatch.setattr(cpu, "SLICE_BYTES", 2 * 7 * OUTS * DIM * 8)
+    monkeypatch.setattr(cpu, "CHUNK_BYTES", 3 * 5 * OUTS * IN_DIM * 8)
     monkeypatch.setattr(Tensor, "new_empty", lambda *a, **k: fresh(*a, **k).fill_(float("nan")))
     monkeypatch.setattr(torch, "empty_like", lambda *a, **k: like(*a, **k).fill_(float("nan")))
-    for name, x in outputs_and_gradients(cpu.votes_and_routing, arguments).items():
-        assert distance(x, expected[name]) < 1e-12, name
+    monkeypatch.setattr(buffers.BufferPool, "take", lambda *a: take(*a).fill_(float("nan")))
+    for leaky in (False, True):
+        expected = outputs_and_gradients(plain, arguments, leaky=leaky)
+        for name, x in outputs_and_gradients(fused, arguments, leaky=leaky).items():
+            assert distance(x, expected[name]) < 1e-12, name
+
+
+def test_two_forwards_before_their_backwards_do_not_share_arrays() -> None:
+    found = []
+    for route in (plain, fused):
+        u, weight, bias = inputs(7, 5)
+        weight.requires_grad_()
+        losses = [route(x, weight, bias=bias).pose.square().sum() for x in (u, 1 - u)]
+        found.append(torch.autograd.grad(losses[0] + 3 * losses[1], weight)[0])
+    assert distance(found[1], found[0]) < 1e-12
+
+
+def test_arrays_are_kept_from_step_to_step() -> None:
+    buffers.pool.clear()
+    addresses = []
+    for _ in range(3):
+        u, weight, _ = inputs(7, 5)
+        fused(u.requires_grad_(), weight).pose.sum().backward()  # type: ignore[no-untyped-call]
+        addresses.append({name: array.data_ptr() for name, array in buffers.pool._free.items()})
+    assert addresses[0] == addresses[1] == addresses[2]
+    assert addresses[0]
 
 
 def test_a_second_derivative_is_refused_rather_than_wrong() -> None:
     u, weight, _ = inputs(7, 3)
     u.requires_grad_()
-    pose = cpu.votes_and_routing(u, weight).pose
+    pose = fused(u, weight).pose
     (first,) = torch.autograd.grad(pose.square().sum(), u, create_graph=True)
     with pytest.raises(RuntimeError, match="once_differentiable"):
         torch.autograd.backward(first.sum())
