@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from capsnet import functional as F
 from capsnet import reference
 from capsnet.errors import InputError
+from capsnet.kernels import gpu
 from capsnet.layers import KERNELS, ClassCapsules, Convolution, Decoder, PrimaryCapsules, resolve_kernel
 
 CPU, CUDA, META = (torch.device(name) for name in ("cpu", "cuda", "meta"))
@@ -218,8 +219,16 @@ def test_kernels_resolve_by_device() -> None:
     assert [resolve_kernel("auto", device) for device in (CPU, CUDA)] == ["fused", "plain"]
     assert [resolve_kernel("plain", device) for device in (CPU, CUDA)] == ["plain", "plain"]
     assert [resolve_kernel("fused", device) for device in (CPU, META)] == ["fused", "fused"]
-    with pytest.raises(InputError, match=r"^kernel fused must run on a CPU; got a tensor on cuda$"):
+    with pytest.raises(InputError, match=r"^kernel fused must run on a CPU or a CUDA GPU; got a tensor on mps$"):
+        resolve_kernel("fused", torch.device("mps"))
+
+
+def test_the_fused_kernel_on_a_gpu_needs_triton(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gpu, "available", lambda: False)
+    with pytest.raises(InputError, match=r"^kernel fused must have Triton on a GPU; it is not installed \(pip install"):
         resolve_kernel("fused", CUDA)
+    monkeypatch.setattr(gpu, "available", lambda: True)
+    assert resolve_kernel("fused", CUDA) == "fused"
 
 
 # decoder

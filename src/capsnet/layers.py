@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from capsnet import functional as F
 from capsnet.errors import InputError
-from capsnet.kernels import cpu, fused
+from capsnet.kernels import cpu, fused, gpu
 from capsnet.kernels.stem import saving
 from capsnet.routing import RoutingResult, check_iterations, dynamic_routing
 
@@ -64,8 +64,10 @@ def resolve_kernel(kernel: str, device: torch.device, *, ordinary: bool = True) 
         raise InputError(f"kernel must be one of {', '.join(KERNELS)}; got {kernel!r}")
     if kernel == "auto":
         return "fused" if device.type == "cpu" and ordinary else "plain"
-    if kernel == "fused" and device.type not in ("cpu", "meta"):
-        raise InputError(f"kernel fused must run on a CPU; got a tensor on {device}")
+    if kernel == "fused" and device.type not in ("cpu", "cuda", "meta"):
+        raise InputError(f"kernel fused must run on a CPU or a CUDA GPU; got a tensor on {device}")
+    if kernel == "fused" and device.type == "cuda" and not gpu.available():
+        raise InputError("kernel fused must have Triton on a GPU; it is not installed (pip install 'capsnet[triton]')")
     return kernel
 
 
@@ -308,7 +310,8 @@ class ClassCapsules(nn.Module):
             weight = self.weight.to(u.dtype)
             kernel = resolve_kernel(self.kernel, u.device, ordinary=is_ordinary(u))
             if kernel == "fused":
-                route = partial(fused.votes_and_routing, cpu.Sweeps, u, weight)
+                sweeps = gpu.Sweeps if u.device.type == "cuda" else cpu.Sweeps
+                route = partial(fused.votes_and_routing, sweeps, u, weight)
             else:
                 route = partial(dynamic_routing, votes(u, weight))
             return route(

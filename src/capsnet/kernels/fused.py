@@ -20,7 +20,7 @@ The first iteration has uniform couplings and is one matrix product. The sweeps 
 """
 
 from collections.abc import Callable
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float
@@ -32,6 +32,7 @@ from capsnet.routing import RoutingResult, check_iterations
 __all__ = ["Sweeps", "votes_and_routing"]
 
 
+@runtime_checkable
 class Sweeps(Protocol):
     """Sweeps over all votes of `u [n, in, in_dim]` and `weight [in, in_dim, out, dim]`."""
 
