@@ -11,6 +11,7 @@ import io
 import json
 import os
 import re
+import shlex
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
@@ -36,6 +37,7 @@ usage: capsnet VERB [OPTIONS]     (capsnet VERB --help tells more)
   train       train a network on a data set or on your own images, and test it
   evaluate    error, interval, per-class table and confusion matrix of a trained network
   list        what there is: models, data, presets
+  bench       speed, memory and exactness of a network on this machine, and comparisons
 
 examples:
   capsnet train
@@ -70,6 +72,35 @@ examples:
 """
 
 
+BENCH_HELP = """usage: capsnet bench [WHAT ...] [OPTIONS]
+
+Measure a network on this machine. Its results are first compared with float64; a wrong one gets no number. Every
+number is a median with the smallest, the largest and n; variants are measured in turn, A B A B, in one process.
+
+  WHAT                       of these   [ceilings step inference parts]
+    ceilings                 the machine's best matrix products (float32, bf16) and memory copy
+    step                     training steps, and their peak memory
+    inference                batches of 1, 128 and 512
+    parts                    a step's parts: data, convolutions, votes + routing, decoder, loss, optimiser
+    routing                  votes + routing alone, with every kernel, detached too, and their memory
+    scaling                  in batch, image size, primary and output capsules, iterations (some minutes)
+  --compare FIELD=A,B[,C]    measure variants of one option, and their ratios to the first: kernel=plain,auto
+  --repeats N                measurements of each number   [7]
+  --quick                    small sizes and 2 repeats: to try it out
+  --preset NAME              or --config FILE, such as a run's: what all other options start from   [paper]
+  --model NAME               capsnet or baseline   [capsnet]; --routing-iterations N   [3], and all other sizes
+  --image-size N             [28]; --channels 1|3   [1]; --classes N   [10]; --batch-size N of a step   [128]
+  --kernel --stem            how routing and convolutions are computed; --detach-routing
+  --device auto|cpu|cuda     --precision auto|32|bf16; --threads N
+  --out FILE.json            keep the record; --overwrite replaces it; --json prints it in place of the tables
+  --help-all                 every option
+
+examples:
+  capsnet bench
+  capsnet bench step parts --compare stem=direct,minimal --threads 1 --out results/bench/stem.json
+"""
+
+
 @dataclass(frozen=True)
 class _Train:
     run: OmitArgPrefixes[Config]
@@ -81,6 +112,30 @@ class _Train:
     """Print configuration, layers, parameters and memory, and train nothing."""
     json: bool = False
     """Print the result as JSON."""
+
+
+@dataclass(frozen=True)
+class _Bench:
+    run: OmitArgPrefixes[Config]
+    what: Positional[tuple[Literal["ceilings", "step", "inference", "parts", "routing", "scaling"], ...]] = (
+        "ceilings",
+        "step",
+        "inference",
+        "parts",
+    )
+    """What to measure."""
+    config: str | None = None
+    """Start from this config.yaml; options given beside it win."""
+    classes: int = 10
+    """Number of classes."""
+    repeats: int | None = None
+    """Measurements of each number; default 7, with --quick 2."""
+    compare: str | None = None
+    """FIELD=A,B[,C]: measure these variants in turn."""
+    quick: bool = False
+    """Small sizes and 2 repeats."""
+    json: bool = False
+    """Print the record as JSON."""
 
 
 @dataclass(frozen=True)
@@ -131,7 +186,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; `arguments` are those of the process if not given. Returns the exit code."""
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # large arrays on huge pages: fewer page faults
-    verbs: dict[str, Callable[[list[str]], int]] = {"train": _train, "evaluate": _evaluate, "list": _list}
+    verbs: dict[str, Callable[[list[str]], int]] = {
+        "train": _train,
+        "evaluate": _evaluate,
+        "list": _list,
+        "bench": _bench,
+    }
     if not arguments or arguments[0] in ("-h", "--help"):
         print(HELP, end="")
         return 0 if arguments else 2
@@ -160,7 +220,7 @@ def _train(arguments: list[str]) -> int:
     if {"-h", "--help"} & set(arguments):
         print(TRAIN_HELP, end="")
         return 0
-    base, resumed = _start(arguments)
+    base, resumed = _start(arguments, "--preset", "--config", "--resume")
     arguments = ["--help" if argument == "--help-all" else argument for argument in arguments]
     command = _parse(_Train, arguments, prog="capsnet train", default=_Train(base))
     options = command.run
@@ -201,11 +261,13 @@ def _train(arguments: list[str]) -> int:
     return 0
 
 
-def _start(arguments: list[str]) -> tuple[Config, str | None]:
+def _start(arguments: list[str], *starts: str) -> tuple[Config, str | None]:
     """The configuration that the other options change, and the run directory to go on with, if any."""
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
     for option in ("--preset", "--config", "--resume"):
-        parser.add_argument(option, default=None)
+        if option in starts:
+            parser.add_argument(option, default=None)
+    parser.set_defaults(preset=None, config=None, resume=None)
     try:
         known, _ = parser.parse_known_args(arguments)
     except argparse.ArgumentError as error:
@@ -321,6 +383,50 @@ def _list(arguments: list[str]) -> int:
     return 0
 
 
+def _bench(arguments: list[str]) -> int:
+    if {"-h", "--help"} & set(arguments):
+        print(BENCH_HELP, end="")
+        return 0
+    base, _ = _start(arguments, "--preset", "--config")
+    arguments = ["--help" if argument == "--help-all" else argument for argument in arguments]
+    command = _parse(_Bench, arguments, prog="capsnet bench", default=_Bench(base))
+    config = command.run
+
+    from capsnet import bench
+
+    for name in bench.UNUSED:
+        if name not in ("preset", "out", "overwrite") and getattr(config, name) != getattr(base, name):
+            raise InputError(f"{name} must not be given to capsnet bench, which it does not concern")
+    if config.out is not None:
+        bench.check_free(Path(config.out), overwrite=config.overwrite)
+    plan = bench.QUICK if command.quick else bench.FULL
+    if command.repeats is not None:
+        plan = replace(plan, repeats=command.repeats)
+    if command.quick:
+        config = replace(config, batch_size=min(8, config.batch_size))
+    try:
+        record = bench.run(
+            config,
+            command.what,
+            classes=command.classes,
+            variants=bench.parse_compare(command.compare, config) if command.compare else (),
+            plan=plan,
+            command=shlex.join(["capsnet", "bench", *arguments]),
+            tell=_say,
+        )
+    except bench.Incorrect as error:
+        _say(f"capsnet bench: error: {error}")
+        return 1
+    if command.json:
+        print(json.dumps(record, indent=2))
+    else:
+        bench.show(record, width=None if sys.stdout.isatty() else 160)
+    if config.out is not None:
+        bench.write(record, Path(config.out), overwrite=config.overwrite)
+        _say(f"record: {config.out}")
+    return 0
+
+
 def _models() -> list[dict[str, Any]]:
     import torch
 
@@ -415,7 +521,7 @@ def _one_line(box: str, kind: type, prog: str) -> str:
 
 def _as_options(text: str) -> str:
     """Fields of the configuration as they are typed: `batch_size must ...` is told as `--batch-size must ...`."""
-    names = "|".join(field.name for field in fields(Config))
+    names = "|".join([*(field.name for field in fields(Config)), "classes", "repeats", "compare"])
     pattern = rf"(^|; and )({names})(?= must | of (?!model))"
     return re.sub(pattern, lambda found: f"{found[1]}--{found[2].replace('_', '-')}", text)
 
