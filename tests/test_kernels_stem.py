@@ -12,8 +12,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn import functional as F
 
 from capsnet.errors import InputError
-from capsnet.kernels import stem
-from capsnet.kernels.stem import minimal_stem, saving, transforms
+from capsnet.kernels.buffers import pool
+from capsnet.kernels.stem import Pads, constant_weights, minimal_stem, saving, transforms
 from capsnet.models import CapsNet, create
 
 SHAPES = {  # batch, in channels, height, width, channels, k1, stride1, out, k2, stride2
@@ -93,6 +93,58 @@ def test_saving_at_the_papers_size_is_81_times_36_over_4_times_100() -> None:
     assert saving((20, 20), 9, 2) == pytest.approx(36 * 81 / 400)
 
 
+PADS: dict[str, tuple[Pads, Pads]] = {  # left, right, top, bottom
+    "second only": ((0, 0, 0, 0), (4, 4, 4, 4)),
+    "first only": ((2, 1, 4, 3), (0, 0, 0, 0)),
+    "both, uneven": ((4, 4, 4, 4), (3, 4, 0, 2)),
+    "wider than the kernel's reach": ((0, 0, 0, 0), (9, 11, 10, 9)),
+}
+
+
+@pytest.mark.parametrize("pads", PADS.values(), ids=PADS)
+@pytest.mark.parametrize("name", ["paper, fewer channels", "several tiles, colour, not square", "stride 3", "stride 1"])
+def test_padding_equals_zeros_around_a_direct_convolution(name: str, pads: tuple[Pads, Pads]) -> None:
+    pads1, pads2 = pads
+
+    def padded(images: Tensor, weights: list[Tensor], stride1: int, stride2: int) -> Tensor:
+        hidden = torch.relu(F.conv2d(F.pad(images, pads1), weights[0], weights[1], stride=stride1))
+        return F.conv2d(F.pad(hidden, pads2), weights[2], stride=stride2).permute(0, 2, 3, 1)
+
+    def ours(images: Tensor, weights: list[Tensor], stride1: int, stride2: int) -> Tensor:
+        return minimal_stem(images, *weights, stride1=stride1, stride2=stride2, pads1=pads1, pads2=pads2)
+
+    for found, expected in zip(*(results(f, SHAPES[name], torch.float64) for f in (ours, padded)), strict=True):
+        torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-11)
+
+
+def test_constant_weights_are_transformed_once_and_not_remembered_afterwards() -> None:
+    (images, *weights), s1, s2 = arguments(SHAPES["paper, fewer channels"], torch.float64)
+    expected = direct(images, weights, s1, s2)
+    with torch.no_grad(), constant_weights():
+        minimal(images, weights, s1, s2)
+        weights[2].mul_(2)
+        with constant_weights():  # inside another one the transformed weight is still the first one's
+            torch.testing.assert_close(minimal(images, weights, s1, s2), expected, rtol=1e-10, atol=1e-10)
+    with torch.no_grad():
+        torch.testing.assert_close(minimal(images, weights, s1, s2), 2 * expected, rtol=1e-10, atol=1e-10)
+        with constant_weights():
+            torch.testing.assert_close(minimal(images, weights, s1, s2), 2 * expected, rtol=1e-10, atol=1e-10)
+
+
+def test_constant_weights_do_not_reach_a_training_step() -> None:
+    (images, *weights), s1, s2 = arguments(SHAPES["paper, fewer channels"], torch.float64)
+    with constant_weights():
+        with torch.no_grad():
+            minimal(images, weights, s1, s2)
+        found = torch.autograd.grad(minimal(images, weights, s1, s2).square().sum(), weights)
+        with torch.no_grad():
+            again = minimal(images, weights, s1, s2)
+    expected = torch.autograd.grad(direct(images, weights, s1, s2).square().sum(), weights)
+    for one, other in zip(found, expected, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-9, atol=1e-11)
+    torch.testing.assert_close(again, direct(images, weights, s1, s2), rtol=1e-10, atol=1e-10)
+
+
 def test_two_forwards_before_their_backwards_do_not_share_buffers() -> None:
     shape = SHAPES["paper, fewer channels"]
     (images, *weights), s1, s2 = arguments(shape, torch.float64)
@@ -105,21 +157,21 @@ def test_two_forwards_before_their_backwards_do_not_share_buffers() -> None:
 
 
 def test_buffers_are_reused_from_step_to_step_and_replaced_when_the_shape_changes() -> None:
-    stem._pool.clear()
+    pool.clear()
     addresses, sizes = [], []
     for name in ("paper, fewer channels", "paper, fewer channels", "stride 3"):
         results(minimal, SHAPES[name], torch.float32)
-        addresses.append(stem._pool._free["v"].data_ptr())
-        sizes.append(stem._pool._free["v"].numel())
+        addresses.append(pool._free["stem v"].data_ptr())
+        sizes.append(pool._free["stem v"].numel())
     assert addresses[0] == addresses[1]
     assert sizes[0] != sizes[2]
-    assert len(stem._pool._free) == 6
+    assert len(pool._free) == 6
 
 
 def test_garbage_in_the_buffers_does_not_reach_the_results() -> None:
     shape = SHAPES["several tiles, colour, not square"]
     clean = results(minimal, shape, torch.float32)
-    for array in stem._pool._free.values():
+    for array in pool._free.values():
         array.fill_(float("nan"))
     for ours, again in zip(clean, results(minimal, shape, torch.float32), strict=True):
         assert torch.equal(ours, again)
@@ -186,16 +238,19 @@ def test_the_rule_of_auto() -> None:
     assert tiny().resolved_stem(on("cpu", torch.float64)) == "minimal"
     assert tiny().resolved_stem(on("cpu", torch.bfloat16)) == "direct"
     assert tiny().resolved_stem(on("cuda")) == "direct"
-    assert tiny(padding="same").resolved_stem(on("cpu")) == "direct"
+    assert tiny(padding="same").resolved_stem(on("cpu")) == "minimal"
     assert tiny(primary_kernel=2, primary_stride=2).resolved_stem(on("cpu")) == "direct"
+    few, many = torch.rand(8, 1, 28, 28), torch.rand(9, 1, 28, 28)
+    assert [tiny().resolved_stem(images) for images in (few, many)] == ["minimal", "minimal"]
+    with torch.no_grad():
+        assert [tiny().resolved_stem(images) for images in (few, many)] == ["direct", "minimal"]
+        assert tiny(stem="minimal").resolved_stem(few) == "minimal"
     with torch.autocast("cpu", dtype=torch.bfloat16):
         assert tiny().resolved_stem(on("cpu")) == "direct"
 
 
 @pytest.mark.usefixtures("unchecked")
 def test_minimal_where_it_cannot_run_names_the_condition() -> None:
-    with pytest.raises(InputError, match="padding same, and it needs padding valid"):
-        tiny(stem="minimal", padding="same")
     network = tiny(stem="minimal")
     with pytest.raises(InputError, match="images on cuda, and it must run on a CPU"):
         network.resolved_stem(on("cuda"))
@@ -233,12 +288,12 @@ def test_tracing_leaves_nothing_behind() -> None:
 
 def test_evaluation_gives_its_buffers_back() -> None:
     network = tiny()
-    stem._pool.clear()
+    pool.clear()
     with torch.no_grad():
-        network(torch.rand(2, 1, 28, 28))
-    assert set(stem._pool._free) == {"x", "u", "v", "m", "filters"}
-    stem.free_buffers()
-    assert not stem._pool._free
+        network(torch.rand(9, 1, 28, 28))
+    assert {f"stem {name}" for name in ("x", "u", "v", "m", "filters")} <= set(pool._free)
+    pool.clear()
+    assert not pool._free
 
 
 def test_no_images_give_no_results() -> None:

@@ -1,4 +1,5 @@
 import math
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -9,8 +10,8 @@ from torch import Tensor, nn
 from capsnet import functional as F
 from capsnet import reference
 from capsnet.errors import InputError
-from capsnet.kernels import gpu
-from capsnet.layers import KERNELS, ClassCapsules, Convolution, Decoder, PrimaryCapsules, resolve_kernel
+from capsnet.kernels import fused, gpu
+from capsnet.layers import KERNELS, SMALL_BATCH, ClassCapsules, Convolution, Decoder, PrimaryCapsules, resolve_kernel
 
 CPU, CUDA, META = (torch.device(name) for name in ("cpu", "cuda", "meta"))
 
@@ -217,10 +218,23 @@ def test_class_capsules_refuse_wrong_options_when_built() -> None:
 
 def test_kernels_resolve_by_device() -> None:
     assert [resolve_kernel("auto", device) for device in (CPU, CUDA)] == ["fused", "plain"]
+    assert [resolve_kernel(kernel, CPU, small=True) for kernel in KERNELS] == ["plain", "plain", "fused"]
     assert [resolve_kernel("plain", device) for device in (CPU, CUDA)] == ["plain", "plain"]
     assert [resolve_kernel("fused", device) for device in (CPU, META)] == ["fused", "fused"]
     with pytest.raises(InputError, match=r"^kernel fused must run on a CPU or a CUDA GPU; got a tensor on mps$"):
         resolve_kernel("fused", torch.device("mps"))
+
+
+def test_small_votes_without_gradients_are_routed_plainly(monkeypatch: pytest.MonkeyPatch) -> None:
+    layer = ClassCapsules(1152, 8, 10, 16)
+    monkeypatch.setattr(fused, "votes_and_routing", mock.Mock(side_effect=AssertionError("fused")))
+    five, six = torch.rand(5, 1152, 8), torch.rand(6, 1152, 8)
+    with torch.no_grad():
+        layer(five)
+        with pytest.raises(AssertionError, match="fused"):
+            layer(six)
+    with pytest.raises(AssertionError, match="fused"):
+        layer(five)
 
 
 def test_the_fused_kernel_on_a_gpu_needs_triton(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -229,6 +243,24 @@ def test_the_fused_kernel_on_a_gpu_needs_triton(monkeypatch: pytest.MonkeyPatch)
         resolve_kernel("fused", CUDA)
     monkeypatch.setattr(gpu, "available", lambda: True)
     assert resolve_kernel("fused", CUDA) == "fused"
+
+
+# convolution
+
+
+@pytest.mark.parametrize("bias", [False, True], ids=["no-bias", "bias"])
+@pytest.mark.parametrize("padding", ["valid", "same"])
+@pytest.mark.parametrize("stride", [1, 2, 3])
+def test_a_small_batch_is_convolved_by_one_product_and_equal(padding: str, stride: int, bias: bool) -> None:
+    layer = Convolution(3, 7, 5, stride, in_size=(17, 13), padding=padding, name="it", bias=bias).double()
+    images = random(4, 3, 17, 13)
+    expected = layer(images)
+    with torch.no_grad(), mock.patch.object(nn.functional, "conv2d", side_effect=AssertionError("not one product")):
+        found = layer(images)
+        with pytest.raises(AssertionError, match="not one product"):
+            layer(random(SMALL_BATCH + 1, 3, 17, 13))
+    assert found.shape == expected.shape
+    torch.testing.assert_close(found, expected.detach(), rtol=1e-12, atol=1e-12)
 
 
 # decoder

@@ -11,6 +11,7 @@ from capsnet.config import Config
 from capsnet.data import Split
 from capsnet.data.dataset import to_float
 from capsnet.errors import InputError
+from capsnet.kernels.stem import constant_weights
 from capsnet.models import Network
 from capsnet.objective import Objective
 
@@ -164,7 +165,7 @@ def measure(
     images, labels = split.images[rank::world_size], split.labels[rank::world_size]
     confusion = torch.zeros(classes * classes, dtype=torch.int64, device=device)
     losses = torch.zeros(3, dtype=torch.float64, device=device)
-    with torch.inference_mode():
+    with torch.inference_mode(), constant_weights():
         for start in range(0, len(labels), batch_size):
             target = labels[start : start + batch_size].to(device)
             batch = objective(to_float(images[start : start + batch_size].to(device)), target)

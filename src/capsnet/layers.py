@@ -29,6 +29,8 @@ __all__ = [
 
 KERNELS = ("auto", "plain", "fused")
 STEMS = ("auto", "direct", "minimal")
+SMALL_VOTES = 4 << 20  # bytes: 5 images at the paper's size
+SMALL_BATCH = 8  # images: below, a direct convolution as one matrix product is faster than minimal filtering
 
 
 def votes(
@@ -51,11 +53,17 @@ def is_ordinary(tensor: Tensor) -> bool:
     return type(tensor) in (Tensor, nn.Parameter)
 
 
-def resolve_kernel(kernel: str, device: torch.device, *, ordinary: bool = True) -> str:
+def is_small(images: Tensor) -> bool:
+    """Whether a convolution of `images` is one matrix product: up to 8 on a CPU, ordinary, without gradients."""
+    small = 0 < len(images) <= SMALL_BATCH and images.device.type == "cpu" and is_ordinary(images)
+    return small and not torch.is_grad_enabled() and not torch.is_autocast_enabled("cpu")
+
+
+def resolve_kernel(kernel: str, device: torch.device, *, ordinary: bool = True, small: bool = False) -> str:
     """The routing kernel that `kernel` means on `device`: `plain` or `fused` (see `kernels.fused`).
 
-    `auto` is `fused` on a CPU and `plain` elsewhere, and `plain` for tensors that are not `ordinary` (see
-    `is_ordinary`).
+    `auto` is `fused` on a CPU and `plain` elsewhere. It is `plain` too where the votes are `small` (without gradients
+    and at most 4 MiB, which a cache holds) and for tensors that are not `ordinary` (see `is_ordinary`).
 
     Raises:
         InputError: an unknown kernel, or `fused` on a device that it does not know or without Triton on a GPU.
@@ -63,7 +71,7 @@ def resolve_kernel(kernel: str, device: torch.device, *, ordinary: bool = True) 
     if kernel not in KERNELS:
         raise InputError(f"kernel must be one of {', '.join(KERNELS)}; got {kernel!r}")
     if kernel == "auto":
-        return "fused" if device.type == "cpu" and ordinary else "plain"
+        return "fused" if device.type == "cpu" and ordinary and not small else "plain"
     if kernel == "fused" and device.type not in ("cpu", "cuda", "meta"):
         raise InputError(f"kernel fused must run on a CPU or a CUDA GPU; got a tensor on {device}")
     if kernel == "fused" and device.type == "cuda" and not gpu.available():
@@ -135,8 +143,20 @@ class Convolution(nn.Module):
     def forward(self, x: Float[Tensor, "batch channels height width"]) -> Float[Tensor, "batch out rows columns"]:
         """The convolution of `x`; in memory the channels of the result come last."""
         padded = nn.functional.pad(x, self.pads).contiguous(memory_format=torch.channels_last)
+        if is_small(x) and x.dtype == self.weight.dtype:
+            return self._as_product(padded)
         weight = self.filters().contiguous(memory_format=torch.channels_last)
         return nn.functional.conv2d(padded, weight, self.bias, self.stride)
+
+    def _as_product(self, padded: Tensor) -> Tensor:
+        """One matrix product with the weight as it lies in memory, which `conv2d` would rearrange: half of its time."""
+        k, (height, width), s = self.kernel, self.out_size, self.stride
+        n, channels = padded.shape[:2]
+        image, row, column, _ = padded.permute(0, 2, 3, 1).stride()
+        windows = padded.as_strided((n, height, width, k, k * channels), (image, s * row, s * column, row, 1))
+        result = windows.reshape(-1, k * k * channels) @ self.weight.flatten(0, 2)
+        result = result if self.bias is None else result.add_(self.bias)
+        return result.view(n, height, width, -1).permute(0, 3, 1, 2)
 
     def filters(self) -> Float[Tensor, "out channels kernel kernel"]:
         """The weight with its axes in PyTorch's order."""
@@ -151,8 +171,8 @@ class Convolution(nn.Module):
 def resolve_stem(stem: str, first: Convolution, second: Convolution, images: Tensor) -> str:
     """How both convolutions of `images` are computed now, `direct` or `minimal` (see `kernels.stem`).
 
-    `auto` is `minimal` on a CPU in float32 or float64, without padding, for ordinary images that need no gradient,
-    where it saves half of the products or more.
+    `auto` is `minimal` on a CPU in float32 or float64, for ordinary images that need no gradient, where it saves half
+    of the products or more, and `direct` for up to 8 images without gradients.
 
     Args:
         stem: `auto`, `direct` or `minimal`.
@@ -177,12 +197,9 @@ def resolve_stem(stem: str, first: Convolution, second: Convolution, images: Ten
         obstacle = f"images of type {type(images).__name__}, and it cannot be traced or exported"
     elif images.requires_grad:
         obstacle = "images that need a gradient, and it gives them none"
-    elif any(first.pads) or any(second.pads):
-        obstacle = "padding same, and it needs padding valid"
-    elif saving(second.in_size, second.kernel, second.stride) < 2 and stem == "auto":
-        obstacle = "kernels too small to save anything"
     else:
-        return "minimal"
+        saved = saving(second.in_size, second.kernel, second.stride, second.pads)
+        return "direct" if stem == "auto" and (saved < 2 or is_small(images)) else "minimal"
     if stem == "minimal":
         raise InputError(f"stem minimal got {obstacle}; use stem direct")
     return "direct"
@@ -308,7 +325,9 @@ class ClassCapsules(nn.Module):
         with F.full_precision(u.device):
             u = u.float() if u.dtype in (torch.float16, torch.bfloat16) else u
             weight = self.weight.to(u.dtype)
-            kernel = resolve_kernel(self.kernel, u.device, ordinary=is_ordinary(u))
+            votes_bytes = u[..., 0].numel() * weight[0, 0].numel() * weight.element_size()
+            small = votes_bytes <= SMALL_VOTES and not torch.is_grad_enabled()
+            kernel = resolve_kernel(self.kernel, u.device, ordinary=is_ordinary(u), small=small)
             if kernel == "fused":
                 sweeps = gpu.Sweeps if u.device.type == "cuda" else cpu.Sweeps
                 route = partial(fused.votes_and_routing, sweeps, u, weight)

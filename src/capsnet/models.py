@@ -110,20 +110,32 @@ class CapsNet(Network):
             InputError: images of another shape than the network was built for.
         """
         self.check_images(images)
-        routed = self.class_capsules(self._primary_poses(images))
+        routed = self.class_capsules(self.primary_poses(images))
         if self.decoder is None:
             return Output(routed.activation, None, routed.pose, routed.couplings)
         index = routed.activation.argmax(-1) if labels is None else labels
         return Output(routed.activation, self.decoder(routed.pose, index), routed.pose, routed.couplings)
 
-    def _primary_poses(self, images: Tensor) -> Tensor:
+    def primary_poses(
+        self, images: Float[Tensor, "batch channels height width"]
+    ) -> Float[Tensor, "batch capsules dim"]:
+        """Poses of the primary capsules: both convolutions and the squash."""
         first, second = self.conv, self.primary.conv
         if self.resolved_stem(images) == "direct":
             u: Tensor = self.primary(torch.relu(first(images)))
             return u
         assert first.bias is not None
-        strides = {"stride1": first.stride, "stride2": second.stride}
-        return self.primary.capsules_of(minimal_stem(images, first.filters(), first.bias, second.filters(), **strides))
+        grid = minimal_stem(
+            images,
+            first.filters(),
+            first.bias,
+            second.filters(),
+            stride1=first.stride,
+            stride2=second.stride,
+            pads1=first.pads,
+            pads2=second.pads,
+        )
+        return self.primary.capsules_of(grid)
 
 
 class ConvNet(Network):

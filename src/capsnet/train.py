@@ -27,7 +27,8 @@ from capsnet.data import Dataset, Split, load
 from capsnet.data.augment import Augmentation, augment
 from capsnet.errors import InputError
 from capsnet.evaluation import Evaluation, from_sums, measure, to_float
-from capsnet.kernels import stem
+from capsnet.kernels.buffers import pool
+from capsnet.kernels.stem import constant_weights
 from capsnet.machine import first_process, make_fabric, resolve_device, resolve_precision, shutdown, signals
 from capsnet.models import Network
 from capsnet.objective import Objective
@@ -336,7 +337,7 @@ def _train(
         run.write_result(result)
 
     session.by_first(finish)
-    stem.free_buffers()
+    pool.clear()
     return Result(run.directory, test, validation, session.at.epoch, session.at.seconds, figure, network)
 
 
@@ -345,20 +346,19 @@ def _evaluate(session: Session, objective: Objective, dataset: Dataset, name: st
     fabric, split = session.fabric, cast(Split, getattr(dataset, name))
     together = EVALUATION_BATCH * fabric.world_size
     confusion, losses = torch.tensor(0), torch.tensor(0.0)
-    for start in range(0, len(split), together):
-        session.check()
-        part = Split(split.images[start : start + together], split.labels[start : start + together])
-        with fabric.autocast():
+    with fabric.autocast(), constant_weights():
+        for start in range(0, len(split), together):
+            session.check()
             sums = measure(
                 objective,
-                part,
+                Split(split.images[start : start + together], split.labels[start : start + together]),
                 classes=len(dataset.classes),
                 device=fabric.device,
                 batch_size=EVALUATION_BATCH,
                 rank=fabric.global_rank,
                 world_size=fabric.world_size,
             )
-        confusion, losses = confusion.to(fabric.device) + sums[0], losses.to(fabric.device) + sums[1]
+            confusion, losses = confusion.to(fabric.device) + sums[0], losses.to(fabric.device) + sums[1]
     result = from_sums(session.reduced(confusion), session.reduced(losses), classes=dataset.classes)
     if not math.isfinite(result.loss):
         epoch = session.at.epoch + (session.at.step > 0)

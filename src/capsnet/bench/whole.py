@@ -153,7 +153,7 @@ class WholeNetwork:
             (x,) = tape.forward("conv1", lambda: (torch.relu(network.conv(images)),))
             (u,) = tape.forward("primary", lambda: (network.primary(x),))
         else:
-            (u,) = tape.forward("stem (conv1 + primary)", lambda: (network._primary_poses(images),))
+            (u,) = tape.forward("stem (conv1 + primary)", lambda: (network.primary_poses(images),))
         pose, scores = tape.forward("votes + routing", lambda: _pose_and_activation(network.class_capsules, u))
         decoder = network.decoder
         if decoder is None:

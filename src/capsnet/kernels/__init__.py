@@ -1,1 +1,1 @@
-"""Faster computations of the same results: convolutions (stem.py), votes and routing (fused.py, on cpu.py and gpu.py)."""
+"""Faster computations of the same results: convolutions (stem.py), votes and routing (fused.py, cpu.py, gpu.py)."""

@@ -15,14 +15,16 @@ place of 900. With the position in a tile as the first axis every transform is o
     V = B X,  U = G W,  M[p] = V[p] U[p] for each of the n^2 points,  Y = A M
 
 and the backward is the same chain transposed. Where a tile reaches beyond the image, its rows are computed from zeros
-and meet only outputs that are dropped or taps that are zero.
+and meet only outputs that are dropped or taps that are zero. Padding of the second convolution is set to zero there.
 """
 
 import math
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from fractions import Fraction
 from functools import lru_cache
+from itertools import product
 from typing import Any
 
 import torch
@@ -30,14 +32,15 @@ from jaxtyping import Float
 from torch import Tensor
 
 from capsnet.errors import InputError
-from capsnet.kernels.buffers import BufferPool
+from capsnet.kernels.buffers import pool
 
-__all__ = ["POINTS", "free_buffers", "minimal_stem", "saving", "transforms"]
+__all__ = ["POINTS", "Pads", "constant_weights", "minimal_stem", "saving", "transforms"]
 
 POINTS = tuple(Fraction(x) for x in ("0", "1", "-1", "2", "-2", "1/2", "-1/2", "3/2", "-3/2"))
 """Finite points, in the order of use: small numbers keep the matrices, and so the rounding, small."""
 
-_pool = BufferPool()
+Pads = tuple[int, int, int, int]
+_transformed: dict[tuple[Any, ...], Tensor] | None = None
 
 
 def minimal_stem(
@@ -48,8 +51,12 @@ def minimal_stem(
     *,
     stride1: int = 1,
     stride2: int = 2,
+    pads1: Pads = (0, 0, 0, 0),
+    pads2: Pads = (0, 0, 0, 0),
 ) -> Float[Tensor, "batch height width out"]:
-    """`conv2d(relu(conv2d(images, weight1, bias1, stride1)), weight2, stride=stride2)`, channels last, no padding.
+    """`conv2d(relu(conv2d(images, weight1, bias1, stride1)), weight2, stride=stride2)`, channels last.
+
+    `pads1` and `pads2` are zeros around the input of each convolution: at the left, right, top and bottom.
 
     In float32 about 1e-4 relative error in the output and its gradients at 9 x 9 kernels, where a direct convolution
     has 1e-6. Gradients for both weights and the bias, once; none for the images. `weight2` is fastest with its memory
@@ -64,17 +71,28 @@ def minimal_stem(
         raise InputError(f"images of the minimal stem must be a plain tensor; got {type(images).__name__}")
     keep = torch.is_grad_enabled() and any(x.requires_grad for x in (weight1, bias1, weight2))
     apply: Callable[..., Tensor] = _Stem.apply
-    return apply(images, weight1, bias1, weight2, stride1, stride2, keep)
+    return apply(images, weight1, bias1, weight2, stride1, stride2, pads1, pads2, keep)
 
 
-def free_buffers() -> None:
-    """Give back the arrays that are kept from step to step."""
-    _pool.clear()
+@contextmanager
+def constant_weights() -> Iterator[None]:
+    """Inside, `minimal_stem` without gradients transforms a weight once: nobody may change the weights meanwhile."""
+    global _transformed
+    outer, _transformed = _transformed, {} if _transformed is None else _transformed
+    try:
+        yield
+    finally:
+        if outer is None:
+            for array in (_transformed or {}).values():
+                pool.give("stem u", array)
+        _transformed = outer
 
 
-def saving(in_size: tuple[int, int], kernel: int, stride: int) -> float:
+def saving(in_size: tuple[int, int], kernel: int, stride: int, pads: Pads = (0, 0, 0, 0)) -> float:
     """Products of the direct convolution over those of minimal filtering, for an input of `in_size` pixels."""
-    axes = [_Axis.of(size, kernel, stride) for size in in_size]
+    left, right, top, bottom = pads
+    sides = zip(in_size, ((top, bottom), (left, right)), strict=True)
+    axes = [_Axis.of(size, kernel, stride, *pad) for size, pad in sides]
     direct = math.prod(axis.outputs * kernel for axis in axes)
     return direct / (stride**2 * math.prod(axis.points * axis.tiles for axis in axes))
 
@@ -123,22 +141,38 @@ class _Axis:
     taps: int
     tile: int
     tiles: int
+    stride: int
+    size: int
+    before: int
 
     @property
     def points(self) -> int:
         return self.tile + self.taps - 1
 
+    @property
+    def reach(self) -> int:
+        """Pixels from the first to the last that are read, padding included."""
+        return self.stride * (self.tile * (self.tiles - 1) + self.points)
+
+    @property
+    def outside(self) -> list[tuple[int, int, int]]:
+        """Point, tile and phase of each row that lies in the padding or beyond."""
+        everywhere = product(range(self.points), range(self.tiles), range(self.stride))
+        pixels = ((at, self.stride * (self.tile * at[1] + at[0]) + at[2] - self.before) for at in everywhere)
+        return [at for at, pixel in pixels if not 0 <= pixel < self.size]
+
     @classmethod
-    def of(cls, size: int, kernel: int, stride: int) -> "_Axis":
-        if size < kernel:
-            raise InputError(f"input of the second convolution must be at least {kernel} pixels; got {size}")
-        outputs, taps = (size - kernel) // stride + 1, -(-kernel // stride)
+    def of(cls, size: int, kernel: int, stride: int, before: int = 0, after: int = 0) -> "_Axis":
+        padded = before + size + after
+        if padded < kernel:
+            raise InputError(f"input of the second convolution must be at least {kernel} pixels; got {padded}")
+        outputs, taps = (padded - kernel) // stride + 1, -(-kernel // stride)
         largest = max(1, len(POINTS) + 2 - taps)
         tiles = -(-outputs // largest)
-        return cls(outputs, taps, -(-outputs // tiles), tiles)
+        return cls(outputs, taps, -(-outputs // tiles), tiles, stride, size, before)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class _Plan:
     """Sizes and matrices for one shape of images and kernels."""
 
@@ -146,8 +180,10 @@ class _Plan:
     x: _Axis
     k1: int
     s1: int
+    pads1: Pads
     k2: int
     s2: int
+    padded: bool
     a: Tensor  # [tile_y * tile_x, points]
     g: Tensor  # [points, taps^2]
     b: Tensor  # [points, points]
@@ -155,12 +191,12 @@ class _Plan:
     def columns(self, images: Tensor) -> Tensor:
         """Patches of the first convolution, `[points * tiles * batch * phases, in_channels * k1 * k1]`."""
         batch, channels = images.shape[:2]
-        need = [
-            self.s1 * (self.s2 * (axis.tile * (axis.tiles - 1) + axis.points) - 1) + self.k1
-            for axis in (self.y, self.x)
-        ]
-        pads = [max(0, size - have) for size, have in zip(need, images.shape[2:], strict=True)]
-        padded = torch.nn.functional.pad(images, (0, pads[1], 0, pads[0])).contiguous()
+        left, _, top, _ = self.pads1
+        pads: list[int] = []
+        for axis, before, have in ((self.x, left, images.shape[3]), (self.y, top, images.shape[2])):
+            first = before + self.s1 * axis.before
+            pads += [first, max(0, self.s1 * (axis.reach - 1) + self.k1 - have - first)]
+        padded = torch.nn.functional.pad(images, pads).contiguous()
         n, c, row, column = padded.stride()
         step = self.s1 * self.s2
         axes = [  # size, stride
@@ -177,6 +213,17 @@ class _Plan:
         ]
         windows = padded.as_strided([size for size, _ in axes], [stride for _, stride in axes])
         return windows.reshape(-1, channels * self.k1 * self.k1)
+
+    def clear_padding(self, x: Tensor, batch: int) -> None:
+        """Set to zero what the second convolution reads outside the first one's output."""
+        if not self.padded:
+            return
+        sizes = self.y.points, self.x.points, self.y.tiles, self.x.tiles, batch, self.s2, self.s2, -1
+        by_place = x.view(sizes)
+        for point, tile, phase in self.y.outside:
+            by_place[point, :, tile, :, :, phase].zero_()
+        for point, tile, phase in self.x.outside:
+            by_place[:, point, :, tile, :, :, phase].zero_()
 
     def filters(self, weight2: Tensor, out: Tensor) -> Tensor:
         """Write the taps by phase, `[taps_y * taps_x, phases * channels * out]`, zero past the kernel."""
@@ -219,10 +266,19 @@ class _Plan:
 
 @lru_cache(maxsize=8)
 def _plan(
-    in_size: tuple[int, int], k1: int, s1: int, k2: int, s2: int, dtype: torch.dtype, device: torch.device
+    in_size: tuple[int, int],
+    k1: int,
+    s1: int,
+    pads1: Pads,
+    k2: int,
+    s2: int,
+    pads2: Pads,
+    dtype: torch.dtype,
+    device: torch.device,
 ) -> _Plan:
-    sizes = [(size - k1) // s1 + 1 for size in in_size]
-    y, x = (_Axis.of(size, k2, s2) for size in sizes)
+    (left1, right1, top1, bottom1), (left2, right2, top2, bottom2) = pads1, pads2
+    y = _Axis.of((in_size[0] + top1 + bottom1 - k1) // s1 + 1, k2, s2, top2, bottom2)
+    x = _Axis.of((in_size[1] + left1 + right1 - k1) // s1 + 1, k2, s2, left2, right2)
 
     def both(rows: list[list[Fraction]], columns: list[list[Fraction]]) -> Tensor:
         first, second = (
@@ -232,7 +288,26 @@ def _plan(
         return torch.kron(first, second).to(device, dtype)
 
     a, g, b = (both(*pair) for pair in zip(transforms(y.tile, y.taps), transforms(x.tile, x.taps), strict=True))
-    return _Plan(y, x, k1, s1, k2, s2, a, g, b)
+    return _Plan(y, x, k1, s1, pads1, k2, s2, any(pads2), a, g, b)
+
+
+def _transform(plan: _Plan, weight2: Tensor) -> Tensor:
+    """U = G W, `[points, phases * channels * out]`."""
+    out, channels = weight2.shape[:2]
+    width = plan.s2 * plan.s2 * channels
+    u = pool.take("stem u", (len(plan.b), width * out), weight2)
+    filters = plan.filters(weight2, out=pool.take("stem filters", (plan.g.shape[1], width * out), weight2))
+    torch.mm(plan.g, filters, out=u)
+    pool.give("stem filters", filters)
+    return u
+
+
+def _kept_transform(plan: _Plan, weight2: Tensor) -> Tensor:
+    assert _transformed is not None
+    key = plan, weight2.data_ptr(), weight2.shape, weight2.stride()
+    if key not in _transformed:
+        _transformed[key] = _transform(plan, weight2)
+    return _transformed[key]
 
 
 class _Stem(torch.autograd.Function):
@@ -245,34 +320,35 @@ class _Stem(torch.autograd.Function):
         weight2: Tensor,
         stride1: int,
         stride2: int,
+        pads1: Pads,
+        pads2: Pads,
         keep: bool,
     ) -> Tensor:
-        in_size = (images.shape[2], images.shape[3])
-        plan = _plan(in_size, weight1.shape[-1], stride1, weight2.shape[-1], stride2, images.dtype, images.device)
+        in_size, k1, k2 = (images.shape[2], images.shape[3]), weight1.shape[-1], weight2.shape[-1]
+        plan = _plan(in_size, k1, stride1, pads1, k2, stride2, pads2, images.dtype, images.device)
         out, channels = weight2.shape[:2]
         points, width = len(plan.b), stride2 * stride2 * channels
         rows = plan.y.tiles * plan.x.tiles * len(images)
 
         columns = plan.columns(images)
-        x = _pool.take("x", (points, rows * width), images)
+        x = pool.take("stem x", (points, rows * width), images)
         torch.addmm(bias1, columns, weight1.flatten(1).t(), out=x.view(-1, channels)).relu_()
-        u = _pool.take("u", (points, width * out), images)
-        filters = plan.filters(weight2, out=_pool.take("filters", (plan.g.shape[1], width * out), images))
-        torch.mm(plan.g, filters, out=u)
-        _pool.give("filters", filters)
-        v = _pool.take("v", (points, rows * width), images)
+        plan.clear_padding(x, len(images))
+        u = _transform(plan, weight2) if keep or _transformed is None else _kept_transform(plan, weight2)
+        v = pool.take("stem v", (points, rows * width), images)
         torch.mm(plan.b, x, out=v)
-        m = _pool.take("m", (points, rows, out), images)
+        m = pool.take("stem m", (points, rows, out), images)
         torch.bmm(v.view(points, rows, width), u.view(points, width, out), out=m)
         grid = plan.grid(plan.a @ m.view(points, rows * out), len(images), out).contiguous()
-        _pool.give("m", m)
+        pool.give("stem m", m)
         if keep:
             ctx.plan = plan
             ctx.save_for_backward(weight1, weight2, columns, x, u, v)
         else:
-            _pool.give("x", x)
-            _pool.give("u", u)
-            _pool.give("v", v)
+            pool.give("stem x", x)
+            pool.give("stem v", v)
+            if _transformed is None:
+                pool.give("stem u", u)
         return grid
 
     @staticmethod
@@ -283,19 +359,19 @@ class _Stem(torch.autograd.Function):
         out, channels = weight2.shape[:2]
         points, rows = len(plan.b), plan.y.tiles * plan.x.tiles * len(d_grid)
 
-        d_m = _pool.take("m", (points, rows * out), d_grid)
+        d_m = pool.take("stem m", (points, rows * out), d_grid)
         torch.mm(plan.a.t(), plan.grid_backward(d_grid), out=d_m)
         d_m = d_m.view(points, rows, out)
-        d_v = _pool.take("d_v", tuple(v.shape), d_grid)
+        d_v = pool.take("stem d_v", tuple(v.shape), d_grid)
         torch.bmm(d_m, u.view(points, -1, out).transpose(1, 2), out=d_v.view(points, rows, -1))
         d_u = u  # its memory takes its gradient; a second backward is refused by the version counter
         torch.bmm(v.view(points, rows, -1).transpose(1, 2), d_m, out=d_u.view(points, -1, out))
-        d_filters = _pool.take("filters", (plan.g.shape[1], d_u.shape[1]), d_grid)
+        d_filters = pool.take("stem filters", (plan.g.shape[1], d_u.shape[1]), d_grid)
         d_weight2 = plan.filters_backward(torch.mm(plan.g.t(), d_u, out=d_filters), weight2)
         d_x = torch.mm(plan.b.t(), d_v, out=v).view(-1, channels)
         torch.ops.aten.threshold_backward.grad_input(d_x, x.view(-1, channels), 0, grad_input=d_x)
         d_weight1 = (d_x.t() @ columns).view(weight1.shape)
         d_bias1 = d_x.sum(0)
         for name, array in (("x", x), ("u", u), ("v", v), ("d_v", d_v), ("m", d_m), ("filters", d_filters)):
-            _pool.give(name, array)
-        return None, d_weight1, d_bias1, d_weight2, None, None, None
+            pool.give(f"stem {name}", array)
+        return None, d_weight1, d_bias1, d_weight2, None, None, None, None, None
