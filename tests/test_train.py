@@ -571,3 +571,24 @@ def test_devices_beside_torchrun_are_refused(photos: Path, monkeypatch: pytest.M
     with pytest.raises(InputError, match="devices must be left out under torchrun, which started 3 here; got 2"):
         fit(tiny(photos, out="run", devices=2))
     assert not Path("run").exists()
+
+
+def test_a_cuda_graph_needs_one_gpu_and_no_dropout(photos: Path) -> None:
+    with pytest.raises(InputError, match=r"^cuda_graph must have one GPU and a network without dropout; got 1 x cpu$"):
+        fit(tiny(photos, cuda_graph=True))
+    with pytest.raises(InputError, match=r"got 1 x cpu and a network with dropout$"):
+        fit(Config(data=str(photos), model="baseline", cuda_graph=True, device="cpu"))
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.parametrize("kernel", ["plain", "fused"])
+def test_a_cuda_graph_trains_the_same_network(photos: Path, kernel: str) -> None:
+    """6 epochs of 5 steps, of which the last is smaller: eager, recorded and replayed steps, and both resumed."""
+    settings = {"epochs": 6, "kernel": kernel, "out": "eager"}
+    one = fit(tiny(photos, **settings))
+    two = fit(tiny(photos, **{**settings, "out": "graph", "cuda_graph": True}))
+    fit(tiny(photos, **{**settings, "epochs": 3, "out": "resumed", "cuda_graph": True}))
+    three = resume("resumed", epochs=6)
+    assert one.test.loss == pytest.approx(two.test.loss, rel=1e-3)
+    assert two.test.loss == pytest.approx(three.test.loss, rel=1e-3)

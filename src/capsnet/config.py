@@ -132,6 +132,8 @@ class Config:
     """Processes, one a device; `batch_size` stays the total."""
     precision: Literal["auto", "32", "bf16"] = "auto"
     """Of convolutions and decoder; routing and losses are always float32. auto: bf16 where the hardware has it."""
+    cuda_graph: bool = False
+    """Launch each training step as one CUDA graph (one GPU, no dropout). Not yet measured, and so not the default."""
     threads: int | None = None
     """CPU threads of each process; default: PyTorch's, or an equal share of the cores for several processes."""
 

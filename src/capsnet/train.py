@@ -19,6 +19,7 @@ from typing import Any, cast
 
 import torch
 from lightning_fabric import Fabric
+from torch import Tensor, nn
 
 from capsnet import models, plots, runs
 from capsnet.board import board
@@ -27,11 +28,12 @@ from capsnet.data import Dataset, Split, load
 from capsnet.data.augment import Augmentation, augment
 from capsnet.errors import InputError
 from capsnet.evaluation import Evaluation, from_sums, measure, to_float
+from capsnet.graph import GraphedStep
 from capsnet.kernels.buffers import pool
 from capsnet.kernels.stem import constant_weights
 from capsnet.machine import first_process, make_fabric, resolve_device, resolve_precision, shutdown, signals
 from capsnet.models import Network
-from capsnet.objective import Objective
+from capsnet.objective import Losses, Objective
 from capsnet.progress import Progress
 from capsnet.session import Diverged, Interrupted, Session
 
@@ -48,7 +50,7 @@ __all__ = [
 
 EVALUATION_BATCH = 256
 VALIDATION_COLUMNS = ("loss", "classification_loss", "reconstruction_loss", "error_percent")
-RESUMABLE = ("epochs", "devices", "log_every", "checkpoint_steps", "tensorboard", "threads", "data_dir")
+RESUMABLE = ("epochs", "devices", "cuda_graph", "log_every", "checkpoint_steps", "tensorboard", "threads", "data_dir")
 """Options that may change when a run goes on; all others would make it another run."""
 UNTOLD = ("data_dir", "out", "overwrite", "log_every", "checkpoint_steps", "tensorboard")
 """Options without influence on what is measured, left out of `differs_from_preset`."""
@@ -180,6 +182,8 @@ def _launch(config: Config, dataset: Dataset | None, resumed: runs.Run | None) -
     with torch.random.fork_rng(devices=[]):
         network = build(config, dataset)
     precision = resolve_precision(config, device, network)
+    if config.cuda_graph:
+        _check_graph(config, device, network)
     fabric = make_fabric(config, device, precision)
     checkpoint = _checkpoint(run, config, network, dataset) if resumed else None
     if int(os.environ.get("RANK", "0")) == 0 and first_process():
@@ -198,6 +202,13 @@ def _launch(config: Config, dataset: Dataset | None, resumed: runs.Run | None) -
         raise SystemExit(0) from None  # all processes stop for the same reason, and the first one tells it
     finally:
         shutdown(fabric)
+
+
+def _check_graph(config: Config, device: torch.device, network: Network) -> None:
+    dropout = any(isinstance(module, nn.Dropout) for module in network.modules())
+    if device.type != "cuda" or config.devices > 1 or "TORCHELASTIC_RUN_ID" in os.environ or dropout:
+        what = f"{config.devices} x {device.type}" + (" and a network with dropout" if dropout else "")
+        raise InputError(f"cuda_graph must have one GPU and a network without dropout; got {what}")
 
 
 def _checkpoint(run: runs.Run, config: Config, network: Network, dataset: Dataset) -> dict[str, Any] | None:
@@ -242,6 +253,16 @@ def _train(
     network.to(fabric.device)
     plain = Objective(network, config)
     objective, optimizer = fabric.setup(plain, torch.optim.Adam(network.parameters(), lr=config.lr, fused=True))
+
+    def step(inputs: Tensor, targets: Tensor, share: float = 1.0) -> Losses:
+        optimizer.zero_grad(set_to_none=not config.cuda_graph)
+        losses: Losses = objective(inputs, targets)
+        fabric.backward(losses.total.mean() * share)
+        optimizer.step()
+        return losses
+
+    graphed = GraphedStep(step) if config.cuda_graph else None
+    rate_here = torch.tensor(config.lr, device=fabric.device)
     augmentation = Augmentation(
         shift=config.shift,
         flip=config.flip,
@@ -273,17 +294,15 @@ def _train(
                 if len(mine) == 0:  # this process has no image of a small last batch: any image, with no weight
                     mine = torch.zeros(1, dtype=torch.int64)
                 drawn = augmentation.draw(len(batch), generator=_generator(config.seed, at.epoch, at.step))
-                index = batch[mine].to(fabric.device)
+                index = batch[mine].to(fabric.device, non_blocking=True)
                 inputs, targets = augment(to_float(images[index]), drawn[mine]), labels[index]
+                rate = learning_rate(config, at.epoch * steps + at.step, steps)
                 for group in optimizer.param_groups:
-                    group["lr"] = learning_rate(config, at.epoch * steps + at.step, steps)
+                    group["lr"] = rate_here.fill_(rate) if graphed else rate
+                    group["capturable"] = bool(graphed)
                 torch.manual_seed(_mixed(config.seed, at.epoch, at.step, fabric.global_rank))  # of dropout
 
-                optimizer.zero_grad()
-                losses = objective(inputs, targets)
-                fabric.backward(losses.total.mean() * share)
-                optimizer.step()
-
+                losses = graphed(inputs, targets) if graphed else step(inputs, targets, share)
                 session.record(losses, targets, counted=share > 0)
                 at.epoch_seconds = time.perf_counter() - clock
                 told = at.step % config.log_every == 0 or at.step == steps

@@ -139,7 +139,7 @@ def _affine(images: Tensor, p: AugmentationParameters) -> Tensor:
     yx, yy = sin / p.scale, cos / p.scale
     zero = torch.zeros_like(xx)
     rows = [xx, xy * height / width, zero, yx * width / height, yy, zero]
-    theta = torch.stack(rows, dim=-1).view(-1, 2, 3).to(images.device)
+    theta = torch.stack(rows, dim=-1).view(-1, 2, 3).to(images.device, non_blocking=True)
     grid = F.affine_grid(theta, list(images.shape), align_corners=False)
     return F.grid_sample(images, grid, mode="bilinear", padding_mode="zeros", align_corners=False)
 
@@ -150,8 +150,8 @@ def _move(images: Tensor, p: AugmentationParameters) -> Tensor:
     x = torch.arange(width) - p.dx[:, None]
     x = torch.where(p.flip[:, None], width - 1 - x, x)
     # One pixel of zeros around the image; whatever comes from outside is read there.
-    y = (y + 1).clamp(0, height + 1).to(images.device)
-    x = (x + 1).clamp(0, width + 1).to(images.device)
+    y = (y + 1).clamp(0, height + 1).to(images.device, non_blocking=True)
+    x = (x + 1).clamp(0, width + 1).to(images.device, non_blocking=True)
     source = (y[:, :, None] * (width + 2) + x[:, None, :]).view(batch, 1, height * width)
     padded = F.pad(images, (1, 1, 1, 1)).flatten(2)
     return padded.gather(2, source.expand(-1, channels, -1)).view(images.shape)
