@@ -124,7 +124,7 @@ def test_the_leaves_are_leaves() -> None:
         ("matplotlib", {"plots"}),
         ("lightning_fabric", {"machine", "session", "train"}),
         ("pooch", {"data.fetch"}),
-        ("tyro", {"cli"}),
+        ("tyro", {"cli", "cli.bench", "cli.evaluate", "cli.listing", "cli.parsing", "cli.train"}),
         ("PIL", {"data.folder", "plots", "demo"}),
     ],
 )

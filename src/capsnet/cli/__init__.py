@@ -1,0 +1,62 @@
+"""The command line: parse, call a library function, print. Results go to stdout, progress and errors to stderr.
+
+Exit codes: 0 success, 1 a training that diverged, 2 wrong input (one line), 130 Ctrl-C, 143 SIGTERM. Nothing heavy is
+imported before it is needed, so that --help is instant.
+"""
+
+import difflib
+import os
+import sys
+from collections.abc import Sequence
+from importlib import import_module
+
+from capsnet import __version__
+from capsnet.cli.parsing import as_options, say
+from capsnet.errors import InputError
+
+__all__ = ["main"]
+
+VERBS = {"train": "train", "evaluate": "evaluate", "list": "listing", "bench": "bench"}
+"""Verb and the module of this package whose `run(arguments)` it is."""
+
+HELP = f"""capsnet {__version__}: capsule networks, "Dynamic Routing Between Capsules" (Sabour, Frosst, Hinton 2017)
+
+usage: capsnet VERB [OPTIONS]     (capsnet VERB --help tells more)
+
+  train       train a network on a data set or on your own images, and test it
+  evaluate    error, interval, per-class table and confusion matrix of a trained network
+  list        what there is: models, data, presets
+  bench       speed, memory and exactness of a network on this machine, and comparisons
+
+examples:
+  capsnet train
+  capsnet train --data mnist --epochs 50 --out runs/mnist
+"""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command; `arguments` are those of the process if not given. Returns the exit code."""
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # large arrays on huge pages: fewer page faults
+    if not arguments or arguments[0] in ("-h", "--help"):
+        print(HELP, end="")
+        return 0 if arguments else 2
+    if arguments[0] == "--version":
+        print(f"capsnet {__version__}")
+        return 0
+    verb = arguments[0]
+    try:
+        if verb not in VERBS:
+            near = difflib.get_close_matches(verb, VERBS, n=1)
+            hint = f" (did you mean {near[0]}?)" if near else ""
+            raise InputError(f"verb must be one of {', '.join(VERBS)}; got {verb!r}{hint}")
+        return int(import_module(f"capsnet.cli.{VERBS[verb]}").run(arguments[1:]))
+    except InputError as error:
+        say(f"capsnet {verb}: error: {as_options(str(error))}" if verb in VERBS else f"capsnet: error: {error}")
+        return 2
+    except KeyboardInterrupt:
+        say(f"capsnet {verb}: interrupted")
+        return 130
+    except BrokenPipeError:  # `capsnet list data | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0

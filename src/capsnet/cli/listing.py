@@ -1,0 +1,95 @@
+"""The verb `list`."""
+
+import json
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from tyro.conf import Positional
+
+from capsnet import config
+from capsnet.cli.parsing import parse
+
+__all__ = ["run"]
+
+
+@dataclass(frozen=True)
+class _List:
+    """Show what there is.
+
+    Examples:
+      capsnet list data
+      capsnet list models --json
+    """
+
+    what: Positional[Literal["models", "data", "presets"]]
+    """Of what."""
+    data_dir: str | None = None
+    """Look for data files here first."""
+    json: bool = False
+    """Print as JSON."""
+
+
+def run(arguments: list[str]) -> int:
+    """Print what there is."""
+    command = parse(_List, arguments, prog="capsnet list")
+    rows = {"models": _models, "data": lambda: _data(command.data_dir), "presets": _presets}[command.what]()
+    if command.json:
+        print(json.dumps(rows, indent=2))
+        return 0
+    for row in rows:
+        name, *rest = row.items()
+        print(name[1])
+        for key, value in rest:
+            print(f"  {key}: {value}")
+    return 0
+
+
+def _models() -> list[dict[str, Any]]:
+    import torch
+
+    from capsnet import models
+
+    rows: list[dict[str, Any]] = []
+    for name in models.available():
+        with torch.device("meta"):
+            count = models.create(name).parameter_count()
+        summary = (models.BUILDERS[name].__doc__ or "").splitlines()[0]
+        rows.append({"name": name, "what": summary, "parameters on MNIST": f"{count:,}"})
+    return rows
+
+
+def _data(data_dir: str | None) -> list[dict[str, Any]]:
+    from capsnet import data
+
+    rows: list[dict[str, Any]] = []
+    for name in data.available():
+        about = data.describe(name, data_dir=data_dir)
+        channels, height, width = about.image_shape
+        if name == "strokes":
+            here = "yes (drawn when needed)"
+        elif about.missing:
+            here = "no (missing: " + ", ".join(about.missing) + ")"
+        else:
+            here = "yes: " + ", ".join(sorted({str(path.parent) for path in about.where}))
+        rows.append(
+            {
+                "name": name,
+                "images": f"{about.train:,} train, {about.test:,} test; {channels} x {height} x {width}",
+                "classes": f"{len(about.classes)}: {', '.join(about.classes)}",
+                "licence": about.licence,
+                "source": about.source,
+                "on this machine": here,
+            }
+        )
+    return rows
+
+
+def _presets() -> list[dict[str, Any]]:
+    about = {
+        "paper": "the text of Sabour, Frosst, Hinton 2017; all defaults",
+        "authors": "the first author's published code, https://github.com/Sarasra/models",
+    }
+    return [
+        {"name": name, "what": about[name], **{f"--{key.replace('_', '-')}": v for key, v in changes.items()}}
+        for name, changes in config.PRESETS.items()
+    ]
