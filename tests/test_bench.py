@@ -215,6 +215,9 @@ def test_compare_is_parsed() -> None:
     assert [c.batch_size for _, c in bench.parse_compare("batch-size=1,20", TINY)] == [1, 20]
     assert [c.detach_routing for _, c in bench.parse_compare("detach_routing=false,true", TINY)] == [False, True]
     assert [c.precision for _, c in bench.parse_compare("precision=32, bf16", TINY)] == ["32", "bf16"]
+    several = bench.parse_compare("kernel+batch-size=plain+1,fused+20", TINY)
+    assert [name for name, _ in several] == ["kernel=plain, batch_size=1", "kernel=fused, batch_size=20"]
+    assert [(c.kernel, c.batch_size) for _, c in several] == [("plain", 1), ("fused", 20)]
 
 
 @pytest.mark.parametrize(
@@ -225,6 +228,8 @@ def test_compare_is_parsed() -> None:
         ("epochs=1,2", "compare must be FIELD=A,B"),
         ("stem=direct", "compare must name two values or more, as in kernel=plain,auto; got 'stem=direct'"),
         ("stem=direct,", "compare must name two values or more"),
+        ("kernel+stem=plain,fused", "compare must name 2 values for each variant, joined by +"),
+        ("kernel+stme=plain+direct,fused+minimal", "did you mean stem"),
         ("stem=direct,fast", "--compare: stem must be one of auto, direct, minimal; got 'fast'"),
         ("batch_size=1,x", "--compare: batch_size must be a whole number; got 'x'"),
         ("threads=1,0", "--compare: threads must be at least 1; got 0"),

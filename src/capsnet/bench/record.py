@@ -99,26 +99,34 @@ def run(
 def parse_compare(text: str, config: Config) -> list[tuple[str, Config]]:
     """`kernel=plain,auto` as names (`kernel=plain`) and configurations that differ from `config` in that field.
 
+    Several fields at once are joined by a plus, and so are their values: `kernel+stem=plain+direct,fused+minimal`.
+
     Raises:
         InputError: another form, an unknown field, fewer than two values, or one that the field cannot have.
     """
     import yaml
 
-    name, equals, values = text.partition("=")
-    name = name.strip().replace("-", "_")
+    left, equals, right = text.partition("=")
+    names = [name.strip().replace("-", "_") for name in left.split("+")]
     kinds: dict[str, Any] = {field.name: field.type for field in fields(Config) if field.name not in UNUSED}
-    if not equals or name not in kinds:
-        near = difflib.get_close_matches(name, kinds, n=1)
-        hint = f" (did you mean {near[0]}?)" if near and name not in kinds else ""
+    unknown = [name for name in names if name not in kinds]
+    if not equals or unknown:
+        near = difflib.get_close_matches(unknown[0], kinds, n=1) if unknown else []
+        hint = f" (did you mean {near[0]}?)" if near else ""
         raise InputError(f"compare must be FIELD=A,B with an option of the network or machine; got {text!r}{hint}")
-    written = [value.strip() for value in values.split(",")]
-    if len(written) < 2 or "" in written:
+    written = [[value.strip() for value in variant.split("+")] for variant in right.split(",")]
+    if len(written) < 2 or any("" in values for values in written):
         raise InputError(f"compare must name two values or more, as in kernel=plain,auto; got {text!r}")
-    as_text = get_origin(kinds[name]) is Literal or kinds[name] is str
+    if any(len(values) != len(names) for values in written):
+        raise InputError(f"compare must name {len(names)} values for each variant, joined by +; got {text!r}")
     variants = []
-    for value in written:
-        chosen = {name: value if as_text else yaml.safe_load(value)}
-        variants.append((f"{name}={value}", from_dict({**asdict(config), **chosen}, source="--compare")))
+    for values in written:
+        chosen = {
+            name: value if get_origin(kinds[name]) is Literal or kinds[name] is str else yaml.safe_load(value)
+            for name, value in zip(names, values, strict=True)
+        }
+        label = ", ".join(f"{name}={value}" for name, value in zip(names, values, strict=True))
+        variants.append((label, from_dict({**asdict(config), **chosen}, source="--compare")))
     return variants
 
 

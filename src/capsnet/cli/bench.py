@@ -29,6 +29,7 @@ number is a median with the smallest, the largest and n; variants are measured i
     routing                  votes + routing alone, with every kernel, detached too, and their memory
     scaling                  in batch, image size, primary and output capsules, iterations (some minutes)
   --compare FIELD=A,B[,C]    measure variants of one option, and their ratios to the first: kernel=plain,auto
+                             or of several: kernel+stem=plain+direct,fused+minimal
   --repeats N                measurements of each number   [7]
   --quick                    small sizes and 2 repeats: to try it out
   --preset NAME              or --config FILE, such as a run's: what all other options start from   [paper]
