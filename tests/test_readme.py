@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from capsnet import runs, train
+from capsnet import bench, runs, train
 from capsnet.cli import main
 from capsnet.config import read
 
@@ -64,6 +64,7 @@ def test_commands_parse(
     monkeypatch.setattr(train, "fit", stop)
     monkeypatch.setattr(train, "resume", stop)
     monkeypatch.setattr(runs, "load", stop)
+    monkeypatch.setattr(bench, "run", stop)
     arguments = shlex.split(command)[1:]
     if "--resume" in arguments:
         from capsnet.config import Config, write
