@@ -51,6 +51,14 @@ def test_the_speed_in_the_readme_is_that_of_the_record() -> None:
     assert told in readme
 
 
+@pytest.mark.parametrize("arm", ["fast", "direct"])
+def test_the_wrong_images_of_each_seed_are_those_of_the_records(arm: str) -> None:
+    start = {"fast": "| default (minimal, fused): ", "direct": "| `--stem direct --precision 32` | "}[arm]
+    (row,) = [text for text in PAGE.splitlines() if text.startswith(start)]
+    found = [int(cell) for cell in row.split(" | ")[1:4] if cell != "not run"]
+    assert found == [round(100 * error) for error in errors(f"mnist-paper-3-epochs-{arm}")]
+
+
 @pytest.mark.parametrize("page", ["docs/performance.md", "README.md"])
 def test_the_errors_of_the_seeds_are_those_of_the_records(page: str) -> None:
     fast = errors("mnist-paper-3-epochs-fast")
