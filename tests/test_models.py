@@ -418,3 +418,16 @@ def test_an_image_shape_is_three_sizes(shape: Any) -> None:
 def test_images_of_whole_numbers_are_refused() -> None:
     with pytest.raises(InputError, match=r"images must be floating point in \[0, 1\] \(divide uint8 by 255\)"):
         small()(torch.zeros(1, 2, 11, 8, dtype=torch.uint8))
+
+
+def test_a_compiled_network_is_the_same_network() -> None:
+    """By torch.compile's tracer, without a C++ compiler: the kernels step aside."""
+    network = create("capsnet", num_classes=3, conv_channels=5, capsule_types=2, primary_dim=3)
+    images = torch.rand(9, 1, 28, 28)
+    compiled = torch.compile(network, backend="eager", fullgraph=True)
+    found = compiled(images).scores
+    torch.testing.assert_close(found, network(images).scores, rtol=1e-4, atol=1e-6)
+    found.sum().backward()
+    assert dict(network.named_parameters())["class_capsules.weight"].grad is not None
+    with torch.no_grad():
+        torch.testing.assert_close(compiled(images[:2]).scores, network(images[:2]).scores, rtol=1e-4, atol=1e-6)

@@ -49,8 +49,8 @@ def votes(
 
 
 def is_ordinary(tensor: Tensor) -> bool:
-    """Whether `tensor` holds numbers: not the stand-in of an export or of another tracer, which no kernel can take."""
-    return type(tensor) in (Tensor, nn.Parameter)
+    """Whether `tensor` holds numbers: not the stand-in of an export or a compiler, which no kernel can take."""
+    return type(tensor) in (Tensor, nn.Parameter) and not torch.compiler.is_compiling()
 
 
 def is_small(images: Tensor) -> bool:
