@@ -420,6 +420,7 @@ def test_images_of_whole_numbers_are_refused() -> None:
         small()(torch.zeros(1, 2, 11, 8, dtype=torch.uint8))
 
 
+@pytest.mark.usefixtures("unchecked")
 def test_a_compiled_network_is_the_same_network() -> None:
     """By torch.compile's tracer, without a C++ compiler: the kernels step aside."""
     network = create("capsnet", num_classes=3, conv_channels=5, capsule_types=2, primary_dim=3)

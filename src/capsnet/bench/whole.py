@@ -3,10 +3,10 @@
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
-from typing import Any, cast
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from capsnet import machine, train
 from capsnet.bench import gate, work
@@ -140,7 +140,7 @@ class WholeNetwork:
         images, labels = tape.alone("data", self.data)
         self.optimizer.zero_grad()
         output = self._cut_network(tape, images, labels)
-        objective = Objective(cast(Network, _Said(output)), self.config)
+        objective = Objective(_Said(output), self.config)
         (loss,) = tape.forward("loss", lambda: (objective(images, labels).total.mean(),))
         tape.backward(torch.ones_like(loss))
         return tape
@@ -222,7 +222,7 @@ def _longer_capsules(network: Network, images: Tensor) -> Iterator[None]:
         weight.copy_(before)
 
 
-class _Said(nn.Module):
+class _Said(Network):
     """Stands for a network that has said `output`, so that its loss can be taken alone."""
 
     def __init__(self, output: Output) -> None:
