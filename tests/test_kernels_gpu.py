@@ -266,6 +266,14 @@ def test_routing_and_its_gradients(sizes: Sizes, options: dict[str, Any]) -> Non
     compare(found, expected)
 
 
+@pytest.mark.usefixtures("interpreted")
+def test_a_second_backward_of_one_forward_gives_the_same() -> None:
+    u, weight, *_ = (x.requires_grad_() for x in routing_arguments((3, 7, 3, 5, 3)))
+    loss = votes_and_routing(gpu.Sweeps, u, weight, iterations=3).activation.square().sum()
+    first, second = (torch.autograd.grad(loss, (u, weight), retain_graph=True) for _ in range(2))
+    assert all(one.equal(other) for one, other in zip(first, second, strict=True))
+
+
 # compiled, without a GPU
 
 

@@ -46,7 +46,7 @@ class Sweeps(Protocol):
         """Add to the gradients of `u` and `weight`; return that of `gains`, or None if couplings are `detached`."""
 
     def gradients(self) -> tuple[Tensor, Tensor]:
-        """The gradients of `u` and `weight`, once, after all backward sweeps."""
+        """The gradients of `u` and `weight` of the backward sweeps since the last call."""
 
 
 def votes_and_routing(

@@ -102,10 +102,12 @@ class Sweeps:
         return None if parts is None else parts.sum(0)
 
     def gradients(self) -> tuple[Tensor, Tensor]:
-        """The gradients of `u` and `weight`, once, after all backward sweeps."""
+        """The gradients of `u` and `weight` of the backward sweeps since the last call."""
         if self.d_u is None or self.d_weight is None:
             return torch.zeros_like(self.u), torch.zeros_like(self.weight)
-        return self.d_u, self.d_weight.sum(0)
+        d_u, d_weight = self.d_u, self.d_weight.sum(0)
+        self.d_u = self.d_weight = None  # a second backward of the same forward starts anew
+        return d_u, d_weight
 
     def _statistics(
         self, gains: Tensor, d_s: Tensor | None = None, d_c: Tensor | None = None
