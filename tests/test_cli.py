@@ -156,6 +156,7 @@ def test_bad_input_is_one_line(
         ("bench step --compare stem=direct", "--compare must name two values or more"),
         ("bench step --compare stem=direct,fast", "--compare: stem must be one of auto, direct, minimal; got 'fast'"),
         ("bench step --compare steam=a,b", "did you mean stem"),
+        ("bench step --epochs 3", "--epochs must not be given to capsnet bench, which it does not concern"),
         ("bench step --epochs 7", "--epochs must not be given to capsnet bench, which it does not concern"),
         ("bench step --resume RUN", "--resume "),
         ("bench step --repeats 0", "--repeats must be at least 1; got 0"),

@@ -82,8 +82,9 @@ def run(arguments: list[str]) -> int:
 
     from capsnet import bench
 
+    given = {argument.split("=")[0].replace("--no-", "--") for argument in arguments}
     for name in bench.UNUSED:
-        if name not in ("preset", "out", "overwrite") and getattr(config, name) != getattr(base, name):
+        if name not in ("preset", "out", "overwrite") and f"--{name.replace('_', '-')}" in given:
             raise InputError(f"{name} must not be given to capsnet bench, which it does not concern")
     if config.out is not None:
         bench.check_free(Path(config.out), overwrite=config.overwrite)
