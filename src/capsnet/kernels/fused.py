@@ -59,7 +59,7 @@ def votes_and_routing(
     leaky: bool = False,
     detach_routing: bool = False,
 ) -> RoutingResult:
-    """`dynamic_routing(votes(u, weight))`, in memory that does not grow with the votes.
+    """`dynamic_routing(votes(u, weight))` without the votes in memory: of their size over `dim`, the couplings alone.
 
     Args:
         sweeps: how the votes are read: `cpu.Sweeps` or `gpu.Sweeps`.
