@@ -7,6 +7,7 @@ what operating systems leave behind (Thumbs.db, desktop.ini, __MACOSX) are passe
 folders anything that is no image.
 """
 
+import io
 import os
 import re
 import warnings
@@ -25,7 +26,7 @@ from capsnet.errors import InputError
 if TYPE_CHECKING:
     from PIL import Image
 
-__all__ = ["folder"]
+__all__ = ["folder", "image_files", "read_image"]
 
 _SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".pbm", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp")
 _FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")
@@ -93,6 +94,17 @@ def folder(
         splits[name] = Split(images[: len(labels)], labels)
         images = images[len(labels) :]
     return Dataset(str(path), tuple(classes), splits["train"], splits["test"], splits.get("validation"))
+
+
+def image_files(directory: Path) -> list[Path]:
+    """All image files in a directory and below, told by their names, in natural order.
+
+    Raises:
+        InputError: a directory that cannot be read.
+    """
+    directories, files = _listing(directory)
+    found = [file for file in files if file.suffix.lower() in _SUFFIXES]
+    return found + [file for inner in directories for file in image_files(inner)]
 
 
 def _splits(root: Path) -> dict[str, Path] | None:
@@ -174,10 +186,12 @@ def _images(paths: Sequence[Path], image_size: int | None, channels: int | None)
     arrays: list[np.ndarray] = []
     # The filters of warnings belong to the process, not to a thread: set once, around all threads. What
     # Pillow warns of (odd EXIF, many pixels, transparency) is handled or refused below.
+    size = None if image_size is None else (image_size, image_size)
+    read = partial(read_image, size=size, channels=channels)
     with warnings.catch_warnings(), ThreadPoolExecutor(min(os.cpu_count() or 1, _MAX_THREADS)) as pool:
         warnings.simplefilter("ignore")
         try:
-            for path, array in zip(paths, pool.map(partial(_read, image_size, channels), paths), strict=True):
+            for path, array in zip(paths, pool.map(read, paths), strict=True):
                 if arrays and array.shape[:2] != arrays[0].shape[:2]:
                     raise InputError(
                         "images must all have one size (or pass --image-size to resize them); "
@@ -204,31 +218,60 @@ def _size(array: np.ndarray) -> str:
     return f"{array.shape[1]}x{array.shape[0]}"
 
 
-def _read(image_size: int | None, channels: int | None, path: Path) -> np.ndarray:
-    """One image as `uint8 [H, W]` if it is grey, else `[H, W, 3]`."""
+def read_image(
+    source: Path | bytes,
+    *,
+    size: tuple[int, int] | None = None,
+    channels: int | None = None,
+    least: int | None = None,
+    name: str | None = None,
+) -> np.ndarray:
+    """Read one image, see the head of this file for what becomes of it.
+
+    Pillow warns of odd EXIF and of many pixels, which are handled or refused here: the caller may want to
+    silence it (filters of warnings belong to the process, so that it is not done here, in a thread).
+
+    Args:
+        source: a file, or what it holds.
+        size: height and width in pixels to resize to, Lanczos-filtered; None keeps the image's own.
+        channels: 1 for grey (luma of ITU-R 601); None for grey or colour as the image is.
+        least: pixels that each side needs; a JPEG file that is far larger may be decoded at a fraction of
+            its size. None decodes it in full unless `size` is given.
+        name: what errors call the image; default the path.
+
+    Returns:
+        `uint8 [H, W]` if the image is grey, else `[H, W, 3]`.
+
+    Raises:
+        InputError: not a readable still image of one page, or too large.
+    """
     from PIL import Image, ImageOps
 
+    name = name or ("image" if isinstance(source, bytes) else str(source))
+    if size is not None:
+        least = 2 * max(size)
     try:
-        with Image.open(path, formats=_FORMATS) as image:
+        with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source, formats=_FORMATS) as image:
             if image.width * image.height > _MAX_PIXELS:
-                raise InputError(f"{path} must have at most {_MAX_PIXELS} pixels; got {image.width}x{image.height}")
+                raise InputError(f"{name} must have at most {_MAX_PIXELS} pixels; got {image.width}x{image.height}")
             # MPO is what some cameras call a JPEG with a preview inside: the first picture is the photograph.
             frames = getattr(image, "n_frames", 1)
             if frames > 1 and image.format != "MPO":
-                raise InputError(f"{path} must be a still image of one page; got {frames} frames")
-            if image_size is not None:
-                image.draft(None, (2 * image_size, 2 * image_size))  # decodes large JPEG files at a fraction
+                raise InputError(f"{name} must be a still image of one page; got {frames} frames")
+            if least is not None:
+                image.draft(None, (least, least))
             plain = _plain(ImageOps.exif_transpose(image))
         if channels == 1:
             plain = plain.convert("L")
-        if image_size is not None:
-            plain = plain.resize((image_size, image_size), Image.Resampling.LANCZOS)
+        if size is not None:
+            plain = plain.resize(size[::-1], Image.Resampling.LANCZOS)
         array = np.array(plain)
     except InputError:
         raise
     except Exception as error:  # Pillow's decoders answer damaged files with many types
-        got = "an empty file" if path.is_file() and path.stat().st_size == 0 else f"{error}"
-        raise InputError(f"{path} must be a readable image; got: {got}") from error
+        empty = not source if isinstance(source, bytes) else source.is_file() and source.stat().st_size == 0
+        reason = str(error) if isinstance(source, Path) else re.sub(" <_io.BytesIO object.*?>", "", str(error))
+        raise InputError(f"{name} must be a readable image; got: {'an empty file' if empty else reason}") from error
     if array.ndim == 3 and (array == array[..., :1]).all():
         return array[..., 0].copy()
     return array
