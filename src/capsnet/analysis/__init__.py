@@ -1,0 +1,1 @@
+"""Numbers about capsules; nothing here draws."""

@@ -1,0 +1,140 @@
+"""Where each class capsule's evidence comes from, iteration by iteration of the routing."""
+
+import math
+from typing import NamedTuple
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from capsnet import functional as F
+from capsnet.errors import InputError
+from capsnet.layers import Convolution, votes
+from capsnet.models import CapsNet, Network
+from capsnet.routing import dynamic_routing
+
+__all__ = ["Evidence", "evidence", "fold", "with_capsules"]
+
+
+class Evidence(NamedTuple):
+    """What routing decided for each image, at each of its iterations (the first axis of all tensors).
+
+    Attributes:
+        maps: coupling times activation of the primary capsules, folded back onto the image,
+            `[iterations, batch, classes, height, width]`. A map sums to the class capsule's whole evidence; all maps
+            of an image together sum to the same at every iteration, as couplings only share it out (with a leaky
+            slot, to no more than that).
+        support: what the primary capsules' weighted votes add along the class capsule's direction, `c_ij u_hat_ij . v_j
+            / |v_j|`, folded back likewise, of the same shape. A map sums to `|s_j|`, the length before the squash
+            (without biases); below 0 are votes against. 0 where a class capsule is of length 0.
+        couplings: `c` `[iterations, batch, in, classes]`; uniform at the first iteration.
+        entropy: of the couplings of a primary capsule, in bits, mean over the capsules weighted by their activation,
+            `[iterations, batch]`; from 0 (each sends its vote to one class) to log2(classes), or log2(classes + 1)
+            with a leaky slot.
+        agreement: `sum_i c_ij u_hat_ij . v_j / |v_j|` as a share of `sum_i c_ij |u_hat_ij|`: the cosine between votes
+            and outcome, weighted by couplings and lengths, `[iterations, batch, classes]` in [-1, 1]; 0 where a class
+            capsule is of length 0.
+        pose: the class capsules' vectors after the iteration `[iterations, batch, classes, dim]`.
+    """
+
+    maps: Tensor
+    support: Tensor
+    couplings: Tensor
+    entropy: Tensor
+    agreement: Tensor
+    pose: Tensor
+
+
+def with_capsules(network: Network) -> CapsNet:
+    """The same network, known to have capsules.
+
+    Raises:
+        InputError: it has none.
+    """
+    if not isinstance(network, CapsNet):
+        raise InputError(f"model must have capsules; got {network.config['name']}, which has none")
+    return network
+
+
+@torch.inference_mode()
+def evidence(network: CapsNet, images: Float[Tensor, "batch channels height width"]) -> Evidence:
+    """Follow the routing of `images` through its iterations.
+
+    Iteration t of a longer routing is a routing of t iterations, so each is run by itself with the plain votes.
+
+    Args:
+        network: with capsules.
+        images: intensities in [0, 1], on the network's device; about 1 MB of votes each at the paper's size.
+
+    Returns:
+        Maps, couplings, entropy, agreement and poses for each of the network's routing iterations.
+
+    Raises:
+        InputError: no capsules, or images of another shape.
+    """
+    network = with_capsules(network)
+    network.check_images(images)
+    layer = network.class_capsules
+    u = network.primary_poses(images).float()
+    u_hat = votes(u, layer.weight)
+    activation = F.lengths(u)
+    vote_lengths = F.lengths(u_hat)
+    parts: list[Evidence] = []
+    for iterations in range(1, layer.iterations + 1):
+        pose, _, c = dynamic_routing(u_hat, iterations=iterations, bias=layer.bias, leaky=layer.leaky)
+        direction = torch.nn.functional.normalize(pose, dim=-1)
+        support = c * torch.einsum("bijd,bjd->bij", u_hat, direction)
+        at_most = (c * vote_lengths).sum(1)
+        parts.append(
+            Evidence(
+                maps=fold(network, c * activation[..., None]),
+                support=fold(network, support),
+                couplings=c,
+                entropy=_entropy_bits(c, leaky=layer.leaky).mul(activation).sum(-1) / activation.sum(-1),
+                agreement=support.sum(1) / at_most.clamp(min=torch.finfo(at_most.dtype).tiny),
+                pose=pose,
+            )
+        )
+    return Evidence(*(torch.stack(each) for each in zip(*parts, strict=True)))
+
+
+def fold(network: CapsNet, values: Float[Tensor, "batch in classes"]) -> Float[Tensor, "batch classes height width"]:
+    """Spread a value of each primary capsule over the pixels that it sees.
+
+    A pixel's share is the number of paths from it through both convolutions to the capsule, a pyramid that is highest
+    in the middle of the receptive field; the shares of a capsule sum to 1, so sums are kept.
+
+    Args:
+        network: whose primary capsules the values belong to.
+        values: for each primary capsule, any number of them.
+
+    Returns:
+        One map on the image for each of the last axis of `values`, summing to the sum over the capsules.
+    """
+    types, (rows, columns) = network.primary.types, network.primary.conv.out_size
+    grid = values.reshape(len(values), rows, columns, types, -1).sum(3)
+    down, across = (_paths(network, axis).to(values) for axis in (0, 1))
+    return torch.einsum("brcj,rh,cw->bjhw", grid, down, across)
+
+
+def _paths(network: CapsNet, axis: int) -> Float[Tensor, "out in"]:
+    """Share of each pixel in each grid position along an axis (0: rows, 1: columns): rows sum to 1."""
+    paths = _windows(network.primary.conv, axis) @ _windows(network.conv, axis)
+    return paths / paths.sum(1, keepdim=True)
+
+
+def _windows(conv: Convolution, axis: int) -> Float[Tensor, "out in"]:
+    """1 where a place of the input is in the window of a place of the output, else 0."""
+    before = conv.pads[2] if axis == 0 else conv.pads[0]
+    start = torch.arange(conv.out_size[axis])[:, None] * conv.stride - before
+    place = torch.arange(conv.in_size[axis])
+    return ((start <= place) & (place < start + conv.kernel)).float()
+
+
+def _entropy_bits(c: Float[Tensor, "*batch classes"], *, leaky: bool) -> Float[Tensor, "*batch"]:
+    """Entropy of each input capsule's couplings; what a leaky slot takes is one more place."""
+    bits: Tensor = -torch.special.xlogy(c, c).sum(-1)
+    if leaky:
+        rest = (1 - c.sum(-1)).clamp(min=0)
+        bits = bits - torch.special.xlogy(rest, rest)
+    return bits / math.log(2)

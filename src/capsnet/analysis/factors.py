@@ -1,0 +1,184 @@
+"""How much of an image's true pose a network's last layer holds: linear regression, judged on held-out images.
+
+Needs a data set that knows the pose of its images (`strokes`). A class capsule's dimensions are meant to say how the
+entity looks (Section 2 of Sabour, Frosst, Hinton 2017), so a class's factors are read from the vector of its capsule;
+for a network without capsules, from the last hidden layer. Classes are regressed apart, as a dimension means something
+else in each.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from capsnet.data.dataset import Split, to_float
+from capsnet.errors import InputError
+from capsnet.kernels.stem import constant_weights
+from capsnet.models import ConvNet, Network
+
+__all__ = ["PoseExplained", "features", "pose_explained", "r2_linear"]
+
+
+@dataclass(frozen=True)
+class PoseExplained:
+    """Held-out R2 of each pose factor.
+
+    Attributes:
+        factors: names of the factors, with units.
+        classes: names of the classes.
+        r2: by factor and class, all dimensions together, `[factors][classes]`; 1 is perfect, 0 no better than the
+            training images' mean, below 0 worse.
+        by_dimension: by factor, class and dimension, each dimension alone, `[factors][classes][dim]`.
+        dim: number of dimensions.
+        train_images: that the regressions were fitted on.
+        test_images: that they were judged on.
+    """
+
+    factors: tuple[str, ...]
+    classes: tuple[str, ...]
+    r2: tuple[tuple[float, ...], ...]
+    by_dimension: tuple[tuple[tuple[float, ...], ...], ...]
+    dim: int
+    train_images: int
+    test_images: int
+
+    def mean(self, factor: str) -> float:
+        """Mean R2 of a factor over the classes."""
+        return float(torch.tensor(self.r2[self.factors.index(factor)]).mean())
+
+    def spread(self, factor: str) -> float:
+        """Standard deviation of a factor's R2 over the classes (n - 1); 0 for a single class."""
+        values = torch.tensor(self.r2[self.factors.index(factor)])
+        return float(values.std()) if len(values) > 1 else 0.0
+
+    def to_dict(self) -> dict[str, Any]:
+        """Everything as JSON can hold it."""
+        return {
+            "r2_mean_over_classes": {name: self.mean(name) for name in self.factors},
+            "r2_standard_deviation_over_classes": {name: self.spread(name) for name in self.factors},
+            "r2": {
+                name: dict(zip(self.classes, row, strict=True)) for name, row in zip(self.factors, self.r2, strict=True)
+            },
+            "r2_of_each_dimension": {
+                name: {label: list(row) for label, row in zip(self.classes, rows, strict=True)}
+                for name, rows in zip(self.factors, self.by_dimension, strict=True)
+            },
+            "dimensions": self.dim,
+            "train_images": self.train_images,
+            "test_images": self.test_images,
+        }
+
+
+@torch.inference_mode()
+def features(network: Network, split: Split, *, batch_size: int = 256) -> Float[Tensor, "n dim"]:
+    """What says how an image looks: the vector of its true class's capsule, or the last hidden layer.
+
+    Args:
+        network: put in evaluation mode for the time.
+        split: images of the shape it was built for.
+        batch_size: images at a time.
+
+    Returns:
+        On the CPU: a capsule's 16 numbers an image for CapsNet, 192 for the baseline of the paper.
+
+    Raises:
+        InputError: images of another shape.
+    """
+    training, device = network.training, next(network.parameters()).device
+    network.eval()
+    found = []
+    with constant_weights():
+        for images, labels in zip(
+            torch.split(split.images, batch_size), torch.split(split.labels, batch_size), strict=True
+        ):
+            inputs = to_float(images.to(device))
+            if isinstance(network, ConvNet):
+                network.check_images(inputs)
+                found.append(network.layers[:-1](inputs).float().cpu())
+            else:
+                pose = network(inputs).pose
+                found.append(pose[torch.arange(len(labels), device=device), labels.to(device)].cpu())
+    network.train(training)
+    return torch.cat(found)
+
+
+def pose_explained(network: Network, train: Split, test: Split, *, batch_size: int = 256) -> PoseExplained:
+    """Regress each pose factor on a network's last layer, class by class; fit on `train`, judge on `test`.
+
+    Args:
+        network: trained.
+        train: images with `factors`; at least 2 more of each class than the layer has dimensions.
+        test: images with the same factors; at least 2 of each class.
+        batch_size: images at a time.
+
+    Raises:
+        InputError: the images' true pose is not known, or a class has too few images.
+    """
+    if not train.factors or set(train.factors) != set(test.factors):
+        raise InputError("data must know the true pose of its images, as strokes does; these images have no factors")
+    x_train, x_test = (features(network, split, batch_size=batch_size) for split in (train, test))
+    dim, names = x_train.shape[1], tuple(train.factors)
+    r2: dict[str, list[float]] = {name: [] for name in names}
+    alone: dict[str, list[tuple[float, ...]]] = {name: [] for name in names}
+    for k, label in enumerate(network.classes):
+        ours, theirs = train.labels == k, test.labels == k
+        if int(ours.sum()) < dim + 2 or int(theirs.sum()) < 2:
+            raise InputError(
+                f"class {label} must have at least {dim + 2} training and 2 test images for a regression on "
+                f"{dim} dimensions; got {int(ours.sum())} and {int(theirs.sum())}"
+            )
+        targets, judged = (_columns(split.factors, names, rows) for split, rows in ((train, ours), (test, theirs)))
+        together = r2_linear(x_train[ours], targets, x_test[theirs], judged)
+        single = torch.stack(
+            [r2_linear(x_train[ours, d : d + 1], targets, x_test[theirs, d : d + 1], judged) for d in range(dim)], -1
+        )
+        for f, name in enumerate(names):
+            r2[name].append(float(together[f]))
+            alone[name].append(tuple(single[f].tolist()))
+    return PoseExplained(
+        factors=names,
+        classes=network.classes,
+        r2=tuple(tuple(r2[name]) for name in names),
+        by_dimension=tuple(tuple(alone[name]) for name in names),
+        dim=dim,
+        train_images=len(train),
+        test_images=len(test),
+    )
+
+
+def r2_linear(
+    x_train: Float[Tensor, "n dim"],
+    y_train: Float[Tensor, "n targets"],
+    x_test: Float[Tensor, "m dim"],
+    y_test: Float[Tensor, "m targets"],
+    *,
+    ridge: float = 1e-4,
+) -> Float[Tensor, "targets"]:
+    """Held-out coefficient of determination of a linear regression with intercept.
+
+    `R2 = 1 - sum (y - prediction)^2 / sum (y - mean of y_train)^2` on the test examples, in float64. Columns of `x` are
+    standardised, so the ridge, a share of their variance, only keeps columns that never change from being divided by.
+
+    Args:
+        x_train: what is given, to fit on.
+        y_train: what is to be said from it.
+        x_test: held out.
+        y_test: held out; each target must vary.
+        ridge: penalty on the squared coefficients, relative to the number of examples.
+    """
+    mean, std = x_train.double().mean(0), x_train.double().std(0)
+    scale = torch.where(std > 0, 1 / std, 0)
+    a, b = ((x.double() - mean) * scale for x in (x_train, x_test))
+    centre = y_train.double().mean(0)
+    penalty = ridge * len(a) * torch.eye(a.shape[1], dtype=torch.float64)
+    coefficients = torch.linalg.solve(a.T @ a + penalty, a.T @ (y_train.double() - centre))
+    left = (y_test.double() - centre - b @ coefficients).square().sum(0)
+    r2: Tensor = 1 - left / (y_test.double() - centre).square().sum(0)
+    return r2
+
+
+def _columns(factors: Mapping[str, Tensor], names: tuple[str, ...], rows: Int[Tensor, "m"] | Tensor) -> Tensor:
+    return torch.stack([factors[name][rows] for name in names], dim=-1)

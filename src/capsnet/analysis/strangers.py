@@ -1,0 +1,101 @@
+"""What is no object of the known classes: its reconstruction from the winning capsule is bad.
+
+Frosst, Sabour, Hinton, "DARCCC: Detecting Adversaries by Reconstruction from Class Conditional Capsules", 2018,
+arXiv 1811.06969: an input is flagged when the distance between it and the reconstruction from the winning capsule is
+above a threshold, set on validation images for a stated rate of false alarms.
+"""
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from capsnet import functional as F
+from capsnet.analysis.drawing import decoder_of
+from capsnet.errors import InputError
+from capsnet.kernels.stem import constant_weights
+from capsnet.models import Network
+
+__all__ = ["Threshold", "auroc", "reconstruction_errors", "threshold_for"]
+
+
+@dataclass(frozen=True)
+class Threshold:
+    """Above which reconstruction error an input is flagged.
+
+    Attributes:
+        value: sum of squared differences over the pixels of an image, intensities in [0, 1].
+        false_alarm_rate: share of the images it was set on that lie above it, in (0, 1).
+        images: number of those images.
+        split: which they were: `validation`, or `train` where none were held out (then the rate on new images is
+            higher).
+    """
+
+    value: float
+    false_alarm_rate: float
+    images: int
+    split: str
+
+    def to_dict(self) -> dict[str, Any]:
+        """Everything as JSON can hold it."""
+        return asdict(self)
+
+
+@torch.inference_mode()
+def reconstruction_errors(
+    network: Network, images: Float[Tensor, "batch channels height width"], *, batch_size: int = 256
+) -> Float[Tensor, "batch"]:
+    """Sum of squared differences between each image and its reconstruction from the winning capsule.
+
+    Args:
+        network: with a decoder, in evaluation mode.
+        images: intensities in [0, 1], on the network's device.
+        batch_size: images at a time.
+
+    Raises:
+        InputError: no decoder, or images of another shape.
+    """
+    network, _ = decoder_of(network)
+    with constant_weights():
+        return torch.cat(
+            [F.reconstruction_loss(network(part).reconstruction, part) for part in torch.split(images, batch_size)]
+        )
+
+
+def threshold_for(errors: Float[Tensor, "n"], *, false_alarm_rate: float = 0.05, split: str) -> Threshold:
+    """The threshold that flags at most this share of known images.
+
+    Args:
+        errors: reconstruction errors of images of the known classes; at least one.
+        false_alarm_rate: in (0, 1).
+        split: which images they are, for the record.
+
+    Raises:
+        InputError: a rate outside (0, 1), or no errors.
+    """
+    if not 0 < false_alarm_rate < 1:
+        raise InputError(f"false_alarm_rate must be in (0, 1); got {false_alarm_rate:g}")
+    if len(errors) == 0:
+        raise InputError("errors must be those of at least one image; got none")
+    flagged = int(false_alarm_rate * len(errors) + 1e-9)  # a rate of 0.05 is a little more than 1/20
+    value = float(errors.sort(descending=True).values[flagged])
+    return Threshold(value, false_alarm_rate, len(errors), split)
+
+
+def auroc(known: Float[Tensor, "n"], strange: Float[Tensor, "m"]) -> float:
+    """Area under the ROC curve: the chance that a stranger's error is above a known image's, ties counted half.
+
+    Args:
+        known: errors of images of the known classes; at least one.
+        strange: errors of what should be flagged; at least one.
+
+    Returns:
+        In [0, 1]; 0.5 is guessing.
+    """
+    order = known.double().sort().values
+    strange = strange.double().contiguous()
+    below = torch.searchsorted(order, strange, side="left")
+    not_above = torch.searchsorted(order, strange, side="right")
+    return float((below + not_above).double().mean() / (2 * len(order)))

@@ -1,0 +1,58 @@
+import pytest
+import torch
+
+from capsnet.analysis.outcomes import Outcomes, calibration, outcomes
+from capsnet.data.dataset import Split
+from capsnet.models import create
+from tiny import SIZES
+
+
+def split(count: int = 11) -> Split:
+    images = torch.randint(0, 256, (count, 1, 12, 13), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    return Split(images, torch.arange(count) % 3)
+
+
+def test_outcomes_are_those_of_the_network_whatever_the_batch() -> None:
+    network = create("capsnet", image_shape=(1, 12, 13), num_classes=3, **SIZES)
+    found = outcomes(network, split(), batch_size=4)
+    assert network.training
+    with torch.no_grad():
+        output = network.eval()(split().images / 255)
+    torch.testing.assert_close(found.scores, output.scores, atol=1e-6, rtol=1e-4)
+    assert found.errors is not None
+    expected = (output.reconstruction - split().images / 255).square().sum((1, 2, 3))
+    torch.testing.assert_close(found.errors, expected)
+    assert torch.equal(found.predictions, output.scores.argmax(-1))
+    assert found.confusion.sum() == 11
+    assert int(found.confusion.diagonal().sum()) == 11 - int(found.wrong.sum())
+
+
+def test_a_network_without_capsules_gives_its_softmax() -> None:
+    found = outcomes(create("baseline", image_shape=(1, 12, 13), num_classes=3), split())
+    assert found.errors is None
+    torch.testing.assert_close(found.scores.sum(-1), torch.ones(11))
+
+
+def test_confusion_has_true_classes_in_rows() -> None:
+    labels, predictions = torch.tensor([0, 0, 1, 2]), torch.tensor([0, 2, 1, 2])
+    found = Outcomes(torch.eye(3)[predictions], labels, predictions, None)
+    assert found.confusion.tolist() == [[1, 0, 1], [0, 1, 0], [0, 0, 1]]
+    assert found.wrong.tolist() == [False, True, False, False]
+
+
+def test_calibration_by_hand() -> None:
+    winning = torch.tensor([0.95, 0.85, 0.85, 0.1, 1.0])
+    right = torch.tensor([True, True, False, False, True])
+    found = calibration(winning, right, bins=10)
+    assert found.counts == (0, 1, 0, 0, 0, 0, 0, 0, 2, 2)
+    assert found.accuracies[8:] == (0.5, 1.0)
+    assert found.scores[8] == pytest.approx(0.85)
+    assert found.accuracies[0] is None
+    # |0 - 0.1| * 1 + |1 - 1.7| + |2 - 1.95|, over 5
+    assert found.error == pytest.approx((0.1 + 0.7 + 0.05) / 5)
+    assert found.edges[0] == 0
+    assert found.edges[-1] == 1
+
+
+def test_perfect_calibration_has_no_error() -> None:
+    assert calibration(torch.ones(4), torch.ones(4).bool()).error == 0
