@@ -1,33 +1,190 @@
+import io
 from pathlib import Path
 
+import matplotlib as mpl
+import numpy as np
 import pytest
 import torch
-from PIL import Image
+from matplotlib.figure import Figure
+from PIL import Image, ImageSequence
 
 from capsnet import plots
+from capsnet.analysis.couplings import evidence
+from capsnet.analysis.drawing import perturb, reconstruct
+from capsnet.analysis.factors import PoseExplained
+from capsnet.analysis.outcomes import Outcomes, calibration
 from capsnet.data import Split
 from capsnet.errors import InputError
-from capsnet.models import create
+from capsnet.models import CapsNet, create
+from capsnet.plots.figure import pixels, sheet
 from tiny import SIZES
 
+NAMES = ("a $5 $6", "日本語", "a name that is far too long for the little room above an image")
 
-@pytest.mark.parametrize(("channels", "count"), [(1, 1), (3, 20), (3, 13)])
-def test_reconstructions_is_a_png(tmp_path: Path, channels: int, count: int) -> None:
-    names = ("a $5 $6", "日本語", "a name that is far too long for the little room above an image")
-    network = create("capsnet", image_shape=(channels, 12, 13), num_classes=3, classes=names, **SIZES).eval()
-    images = torch.randint(0, 256, (count, channels, 12, 13), dtype=torch.uint8)
-    split = Split(images, torch.arange(count) % 3)
-    path = plots.reconstructions(network, split, tmp_path / "new" / "figure.partial")
+
+def network(channels: int = 1) -> CapsNet:
+    torch.manual_seed(0)
+    made = create("capsnet", image_shape=(channels, 12, 13), num_classes=3, classes=NAMES, **SIZES).eval()
+    assert isinstance(made, CapsNet)
+    return made
+
+
+def images(count: int, channels: int = 1) -> torch.Tensor:
+    return torch.rand(count, channels, 12, 13, generator=torch.Generator().manual_seed(1))
+
+
+def opened(figure: Figure) -> Image.Image:
+    """The figure as a picture, which must hold ink on white."""
+    picture = Image.open(io.BytesIO(plots.rendered(figure)))
+    low, high = picture.convert("L").getextrema()
+    assert isinstance(low, int)
+    assert low < 60
+    assert high == 255
+    return picture
+
+
+def texts(figure: Figure) -> str:
+    """All that is written in the figure."""
+    return plots.rendered(figure, format="svg").decode()
+
+
+def found(wrong: int, count: int = 20) -> Outcomes:
+    labels = torch.arange(count) % 3
+    predictions = (labels + (torch.arange(count) < wrong)) % 3
+    scores = torch.full((count, 3), 0.1).scatter(1, predictions[:, None], 0.9)
+    return Outcomes(scores, labels, predictions, torch.rand(count))
+
+
+@pytest.mark.parametrize(("channels", "count"), [(1, 1), (3, 23)])
+def test_reconstructions_draws_right_and_wrong_apart(channels: int, count: int) -> None:
+    one = network(channels)
+    predictions = one(images(count, channels)).scores.argmax(-1)
+    labels = torch.where(torch.arange(count) % 3 == 1, (predictions + 1) % 3, predictions)
+    figure = plots.reconstructions(reconstruct(one, images(count, channels), labels), NAMES)
+    opened(figure)
+    told = texts(figure)
+    wrong = int((torch.arange(count) % 3 == 1).sum())
+    assert f"Right ({count - wrong} shown)" in told
+    assert (f"Wrong ({wrong} shown)" in told) == ("from true class" in told) == bool(wrong)
+
+
+def test_the_pictures_in_a_sheet_are_the_images() -> None:
+    shown = images(6, 3).reshape(2, 3, 3, 12, 13)
+    joined = pixels(sheet(shown))
+    assert joined.shape == (2 * 12 + 2, 3 * 13 + 2 * 2, 3)
+    np.testing.assert_array_equal(joined[14:, 15:28], shown[1, 1].permute(1, 2, 0).numpy())
+    assert (joined[12:14] == 1).all()
+    assert pixels(sheet(images(1)[None])).shape == (12, 13)
+
+
+@pytest.mark.parametrize(("count", "steps"), [(1, 3), (3, 11)])
+def test_perturbations_has_a_row_for_each_dimension(count: int, steps: int) -> None:
+    result = perturb(network(), images(count), span=0.5, steps=steps)
+    figure = plots.perturbations(result, NAMES)
+    opened(figure)
+    told = texts(figure)
+    assert told.count("change of the dimension") == count
+    assert told.count("+0.50") == count
+
+
+def test_sweep_swings_forth_and_back() -> None:
+    result = perturb(network(3), images(2, 3), steps=5)
+    with Image.open(io.BytesIO(plots.sweep(result, zoom=1))) as animation:
+        frames = [np.asarray(frame.convert("RGB"), dtype=float) / 255 for frame in ImageSequence.Iterator(animation)]
+    assert len(frames) == 8  # 0, +, ++, +, 0, -, --, -
+    assert frames[0].shape == (2 * 12 + 2, 4 * 13 + 3 * 2, 3)
+    middle = pixels(sheet(result.images[:, :, 2]))
+    assert np.abs(frames[0] - middle).mean() < 0.03  # a palette of 256 colours
+    assert np.abs(frames[2] - pixels(sheet(result.images[:, :, 4]))).mean() < 0.03
+
+
+@pytest.mark.parametrize("iterations", [1, 3])
+def test_couplings_draws_every_iteration(iterations: int) -> None:
+    one = create("capsnet", image_shape=(1, 12, 13), num_classes=3, routing_iterations=iterations, **SIZES).eval()
+    assert isinstance(one, CapsNet)
+    figure = plots.couplings(evidence(one, images(4)), images(4), torch.tensor([0, 1, 2, 0]), NAMES, show=2)
+    opened(figure)
+    told = texts(figure)
+    assert "n = 4 images" in told
+    assert f"support, {iterations}" in told
+    assert ("coupling, 2" in told) == (iterations > 1)
+
+
+def test_factors_names_networks_and_factors() -> None:
+    def explained(dim: int) -> PoseExplained:
+        r2 = ((0.9, 0.8), (-0.1, 0.2))
+        return PoseExplained(("slant_degrees", "x_pixels"), ("0", "1"), r2, (((0.3,) * dim,) * 2,) * 2, dim, 100, 20)
+
+    figure = plots.factors({"capsnet": explained(16), "baseline": explained(192)})
+    opened(figure)
+    told = texts(figure)
+    assert "capsnet: 16 dimensions" in told
+    assert "baseline: 192 dimensions" in told
+    assert "slant degrees" in told
+    assert "n = 20 test images" in told
+    assert told.count("R2 of each dimension alone") == 1  # 192 are too many for a heat map
+
+
+def test_curves_of_training_and_validation() -> None:
+    def row(epoch: int, **more: float) -> dict[str, float]:
+        columns = ("loss", "classification_loss", "reconstruction_loss", "error_percent")
+        return {"epoch": epoch, **{f"train_{name}": 1 / epoch for name in columns}, **more}
+
+    figure = plots.curves([row(1), row(2)])
+    opened(figure)
+    assert "validation" not in texts(figure)
+    held_out = {f"validation_{name}": 0.5 for name in ("loss", "classification_loss", "error_percent")}
+    told = texts(plots.curves([row(1, train_reconstruction_loss=0, **held_out)]))
+    assert "validation" in told
+    assert "Reconstruction loss" not in told  # there was none
+
+
+@pytest.mark.parametrize("wrong", [0, 1, 14])
+def test_figures_of_results_tell_n(wrong: int) -> None:
+    outcomes = found(wrong)
+    split = Split((images(20) * 255).to(torch.uint8), outcomes.labels)
+    figures = {
+        "n = 20": plots.class_errors(outcomes, NAMES),
+        "number of images, n = 20": plots.confusion(outcomes, NAMES),
+        f"n = {20 - wrong}": plots.lengths(outcomes),
+        "expected calibration error": plots.reliability(calibration(outcomes.winning, ~outcomes.wrong)),
+        f"All {wrong} wrong images of n = 20" if wrong else "No image of n = 20 is wrong": plots.gallery(
+            outcomes, split, NAMES
+        ),
+    }
+    for expected, figure in figures.items():
+        opened(figure)
+        assert expected in texts(figure)
+
+
+def test_a_gallery_shows_the_surest_and_tells_how_many_there_are() -> None:
+    outcomes = found(9)
+    outcomes.scores[4] = torch.tensor([0.05, 0.2, 0.99])
+    split = Split((images(20) * 255).to(torch.uint8), outcomes.labels)
+    told = texts(plots.gallery(outcomes, split, NAMES, most=1))
+    assert "The surest 1 of 9 wrong images" in told
+    assert "0.99" in told
+
+
+def test_a_file_tells_the_command_and_is_the_same_every_time(tmp_path: Path) -> None:
+    figure = plots.lengths(found(3))
+    command = "capsnet figures runs/x --only lengths"
+    path = plots.save(figure, tmp_path / "new" / "a.png", command=command)
     with Image.open(path) as picture:
-        assert picture.format == "PNG"
-        assert picture.width > 100
-        extrema = picture.convert("L").getextrema()
-    assert extrema == (0, 255)
+        assert picture.info["Description"] == command
+    assert command in plots.rendered(figure, format="svg", command=command).decode()
+    assert command.encode() in plots.rendered(figure, format="pdf", command=command)
+    for format in plots.FORMATS:
+        assert plots.rendered(plots.lengths(found(3)), format=format) == plots.rendered(figure, format=format)
+    assert list(path.parent.iterdir()) == [path]
 
 
-def test_it_needs_a_decoder(tmp_path: Path) -> None:
-    network = create("capsnet", image_shape=(1, 12, 13), num_classes=2, reconstruction=False, **SIZES)
-    split = Split(torch.zeros(2, 1, 12, 13, dtype=torch.uint8), torch.arange(2))
-    with pytest.raises(InputError, match=r"network must have a decoder to draw reconstructions"):
-        plots.reconstructions(network, split, tmp_path / "x.png")
-    assert not list(tmp_path.iterdir())
+def test_an_unknown_format_is_refused() -> None:
+    with pytest.raises(InputError, match=r"^format must be one of png, svg, pdf; got 'gif'$"):
+        plots.rendered(plots.lengths(found(3)), format="gif")
+
+
+def test_the_style_of_the_process_is_left_alone() -> None:
+    before = dict(mpl.rcParams)
+    plots.rendered(plots.lengths(found(3)))
+    assert dict(mpl.rcParams) == before

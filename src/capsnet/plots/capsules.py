@@ -1,0 +1,241 @@
+"""Figures of what capsules hold: reconstructions, perturbations, couplings, pose factors."""
+
+import io
+from typing import TYPE_CHECKING, Any, cast
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from capsnet.analysis.couplings import Evidence
+from capsnet.analysis.drawing import Perturbation, Reconstruction
+from capsnet.analysis.factors import PoseExplained
+from capsnet.plots.figure import ORDER, new, picture, pixels, short, show_sheet, styled
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+__all__ = ["couplings", "factors", "perturbations", "reconstructions", "sweep"]
+
+
+@styled
+def reconstructions(found: Reconstruction, classes: tuple[str, ...], *, per_row: int = 10) -> "Figure":
+    """Images above what the decoder makes of them; wrong ones also as their true class (Figure 3 of the paper).
+
+    Args:
+        found: at least one image; right and wrong ones are drawn apart.
+        classes: names of the classes.
+        per_row: images side by side, at most.
+    """
+    parts = [(title, found.wrong == wrong) for title, wrong in (("Right", False), ("Wrong", True))]
+    blocks = []
+    for title, chosen in parts:
+        index = chosen.nonzero().flatten()
+        rows = [found.images, found.of_prediction, *([found.of_label] if title == "Wrong" else [])]
+        names = ["input", "reconstruction"] if title == "Right" else ["input", "from predicted", "from true class"]
+        for start in range(0, len(index), per_row):
+            some = index[start : start + per_row]
+            labels = [
+                _verdict(int(found.labels[k]), int(found.predictions[k]), classes, float(found.lengths[k].amax()))
+                for k in some
+            ]
+            shown = torch.stack([each[some] for each in rows])
+            heading = f"{title} ({len(index)} shown)" if start == 0 else ""
+            blocks.append((shown, names, labels, heading))
+    columns = max(shown.shape[1] for shown, *_ in blocks)
+    heights = [len(names) + 0.75 for _, names, *_ in blocks]
+    figure = new(1.0 * columns + 1.2, 0.95 * sum(heights) + 0.5)
+    grid = figure.subplots(len(blocks), 1, squeeze=False, gridspec_kw={"height_ratios": heights})[:, 0]
+    for axes, (shown, names, labels, heading) in zip(grid, blocks, strict=True):
+        blank = shown.new_ones(len(names), columns - shown.shape[1], *shown.shape[2:])
+        show_sheet(axes, torch.cat([shown, blank], 1), rows=names, columns=labels)
+        axes.set_title(heading, loc="left", weight="bold")
+    figure.suptitle("Inputs above their reconstructions: true class, and length of the longest capsule")
+    return figure
+
+
+def _verdict(label: int, prediction: int, classes: tuple[str, ...], length: float) -> str:
+    if label == prediction:
+        return f"{short(classes[label])}\n{length:.2f}"
+    return f"{short(classes[label])}, not\n{short(classes[prediction])} {length:.2f}"
+
+
+@styled
+def perturbations(found: Perturbation, classes: tuple[str, ...]) -> "Figure":
+    """Each dimension in a row, each change in a column, unchanged in the middle; a sheet for each image (Figure 4).
+
+    Args:
+        found: at least one image.
+        classes: names of the classes.
+    """
+    count, dim, steps = found.images.shape[:3]
+    across = min(count, 2)
+    down = -(-count // across)
+    figure = new((0.52 * steps + 0.9) * across, (0.52 * dim + 0.8) * down)
+    grid = figure.subplots(down, across, squeeze=False).flat
+    values = [f"{delta:+.2f}" if delta else "0" for delta in found.deltas.tolist()]
+    for axes, images, k in zip(grid, found.images, found.classes.tolist(), strict=False):
+        show_sheet(axes, images, rows=[f"{d + 1}" for d in range(dim)], columns=values)
+        axes.set_ylabel("dimension of the class capsule")
+        axes.set_title(f"{short(classes[k], 30)}: change of the dimension", parse_math=False)
+    for axes in list(grid)[count:]:
+        axes.set_axis_off()
+    return figure
+
+
+def sweep(found: Perturbation, *, milliseconds: int = 80, zoom: int = 3) -> bytes:
+    """An animated GIF: all dimensions of each image swing through their range and back at the same time.
+
+    Args:
+        found: one image or several; each is a row, each dimension a column.
+        milliseconds: time of a frame.
+        zoom: side of a pixel of the images.
+
+    Returns:
+        The content of the file.
+    """
+    steps = found.images.shape[2]
+    forth = list(range(steps // 2, steps)) + list(range(steps - 2, -1, -1)) + list(range(1, steps // 2))
+    frames = [picture(found.images[:, :, step], zoom=zoom) for step in forth]
+    content = io.BytesIO()
+    frames[0].save(
+        content, format="GIF", save_all=True, append_images=frames[1:], duration=milliseconds, loop=0, optimize=True
+    )
+    return content.getvalue()
+
+
+@styled
+def couplings(
+    found: Evidence,
+    images: Float[Tensor, "batch channels height width"],
+    labels: Tensor,
+    classes: tuple[str, ...],
+    *,
+    show: int = 6,
+) -> "Figure":
+    """Where the winning capsules' evidence comes from, and how sure routing is, by iteration.
+
+    Args:
+        found: of `images`.
+        images: intensities in [0, 1].
+        labels: true classes, told above the images.
+        classes: names of the classes.
+        show: how many of the images are drawn; the curves are of all.
+    """
+    iterations, count = found.entropy.shape
+    shown = min(show, count)
+    winners = found.pose[-1].norm(dim=-1).argmax(-1)
+    every = torch.arange(count)
+    maps, support = found.maps[:, every, winners], found.support[:, every, winners]
+    ratio = maps / maps[:1].where(maps[:1] > 0, torch.nan)  # no capsule sees some pixels at the right and bottom
+
+    figure = new(2.3 * iterations + 4.6, 1.2 * shown + 1.4)
+    left, right = cast(Any, figure.subfigures(1, 2, width_ratios=[2.3 * iterations, 4.2]))
+    grid = left.subplots(shown, 2 * iterations, squeeze=False)
+    seen = ratio[:, :shown].nan_to_num(1.0)
+    low, high = float(seen.min()), max(float(seen.max()), 1 + 1e-6)
+    top = float(support[:, :shown].max())
+    for k in range(shown):
+        for axes in grid[k]:
+            axes.set_axis_off()
+        grid[k, 0].imshow(pixels(images[k]), cmap="gray", vmin=0, vmax=1)
+        truth, answer = classes[int(labels[k])], classes[int(winners[k])]
+        grid[k, 0].set_title(
+            short(answer) if truth == answer else f"{short(answer)} ({short(truth)})", parse_math=False
+        )
+        for t in range(1, iterations):
+            coupled = grid[k, t].imshow(ratio[t, k].numpy(), cmap="cividis", vmin=low, vmax=high)
+        for t in range(iterations):
+            supported = grid[k, iterations + t].imshow(support[t, k].numpy(), cmap="cividis", vmin=0, vmax=top)
+        if k == 0:
+            for t in range(1, iterations):
+                grid[0, t].set_title(f"coupling, {t + 1}")
+            for t in range(iterations):
+                grid[0, iterations + t].set_title(f"support, {t + 1}")
+    if iterations > 1:
+        left.colorbar(coupled, ax=list(grid[:, 1:iterations].flat), shrink=0.9, location="bottom", aspect=30).set_label(
+            "coupling x activation\n(1: as with uniform couplings)"
+        )
+    left.colorbar(supported, ax=list(grid[:, iterations:].flat), shrink=0.9, location="bottom", aspect=30).set_label(
+        "support: what votes add to |s|,\nper pixel"
+    )
+    upper, lower = right.subplots(2, 1, sharex=True)
+    _entropy(upper, found, len(classes))
+    _agreement(lower, found, winners)
+    lower.set_xlabel("routing iteration")
+    lower.set_xticks(range(1, iterations + 1))
+    figure.suptitle("The winning class capsule (true class in brackets where it is another), by routing iteration")
+    return figure
+
+
+def _entropy(axes: "Axes", found: Evidence, classes: int) -> None:
+    iterations, count = found.entropy.shape
+    most = float(np.log2(classes))
+    mean = found.entropy.mean(1)
+    axes.plot(range(1, iterations + 1), mean.numpy(), "o-", color=ORDER[0])
+    axes.axhline(most, color=ORDER[2], linestyle=":", label=f"uniform: {most:.4f} bits")
+    for t, value in enumerate(mean.tolist()):
+        axes.annotate(f"{value:.4f}", (t + 1, value), (0, -12), textcoords="offset points", ha="center", fontsize=8)
+    axes.margins(x=0.2, y=0.35)
+    axes.ticklabel_format(axis="y", useOffset=False)
+    axes.set_ylabel("bits")
+    axes.legend()
+    axes.set_title(f"Entropy of couplings, n = {count} images")
+
+
+def _agreement(axes: "Axes", found: Evidence, winners: Tensor) -> None:
+    iterations, count, classes = found.agreement.shape
+    won = torch.nn.functional.one_hot(winners, classes).bool()
+    steps = range(1, iterations + 1)
+    mean = found.agreement[:, won].mean(1)
+    axes.plot(steps, mean.numpy(), "o-", color=ORDER[0], label="winning capsule")
+    if classes > 1:
+        axes.plot(steps, found.agreement[:, ~won].mean(1).numpy(), "s--", color=ORDER[1], label="all others")
+    axes.set_ylabel("cosine")
+    axes.legend()
+    axes.set_title(f"Agreement of votes, n = {count} images")
+
+
+@styled
+def factors(found: dict[str, PoseExplained]) -> "Figure":
+    """Held-out R2 of each pose factor for each network, and for each dimension of those with few.
+
+    Args:
+        found: by the network's name; the heat map is of networks with at most 32 dimensions.
+    """
+    narrow = {name: one for name, one in found.items() if one.dim <= 32}
+    names = next(iter(found.values())).factors
+    told = [name.replace("_", " ") for name in names]
+    figure = new(5.2 + 5.0 * len(narrow), 0.42 * len(names) + 2.0)
+    grid = figure.subplots(1, 1 + len(narrow), squeeze=False, width_ratios=[1, *([1.1] * len(narrow))])[0]
+    bars, height = grid[0], 0.8 / len(found)
+    for k, (name, one) in enumerate(found.items()):
+        place = np.arange(len(names)) + (k - (len(found) - 1) / 2) * height
+        bars.barh(
+            place,
+            [one.mean(factor) for factor in names],
+            height,
+            xerr=[one.spread(factor) for factor in names],
+            color=ORDER[k % len(ORDER)],
+            ecolor="black",
+            capsize=2,
+            label=f"{name}: {one.dim} dimensions",
+        )
+    first = next(iter(found.values()))
+    bars.set_yticks(range(len(names)), told)
+    bars.invert_yaxis()
+    bars.set_xlim(min(0.0, *(one.mean(factor) for one in found.values() for factor in names)), 1)
+    bars.set_xlabel("R2, mean over classes; line: standard deviation")
+    bars.set_title(f"Linear, held out: n = {first.test_images:,} test images")
+    bars.legend(loc="upper center", bbox_to_anchor=(0.5, -0.2), ncols=2)
+    for axes, (name, one) in zip(grid[1:], narrow.items(), strict=True):
+        best = np.array(one.by_dimension).clip(min=0).mean(1)
+        heat = axes.imshow(best, cmap="cividis", vmin=0, vmax=max(0.5, float(best.max())), aspect="auto")
+        axes.set_yticks(range(len(names)), told)
+        axes.set_xticks(range(one.dim), [str(d + 1) for d in range(one.dim)])
+        axes.set_xlabel("dimension of the class capsule")
+        axes.set_title(f"{name}: R2 of each dimension alone, mean over classes")
+        figure.colorbar(heat, ax=axes)
+    return figure

@@ -1,0 +1,195 @@
+"""Figures of how a run went and how good its network is."""
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+
+from capsnet.analysis.outcomes import Calibration, Outcomes
+from capsnet.data.dataset import Split, to_float
+from capsnet.plots.figure import ORDER, new, pixels, short, styled
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+__all__ = ["class_errors", "confusion", "curves", "gallery", "lengths", "reliability"]
+
+
+@styled
+def curves(rows: Sequence[Mapping[str, float]]) -> "Figure":
+    """Losses and errors by epoch, of training and, where images were held out, of validation.
+
+    Args:
+        rows: of `metrics.csv`, at least one.
+    """
+    epochs = [row["epoch"] for row in rows]
+    figure = new(10, 3.2)
+    panels = (
+        ("loss", "loss (weighted sum)", "Whole loss"),
+        ("classification_loss", "loss", "Classification loss"),
+        ("reconstruction_loss", "summed squared error an image", "Reconstruction loss"),
+        ("error_percent", "wrong images, %", "Error"),
+    )
+    shown = [panel for panel in panels if any(row[f"train_{panel[0]}"] for row in rows)]
+    for axes, (column, unit, title) in zip(figure.subplots(1, len(shown)), shown, strict=True):
+        for kind, style, colour in (("train", "o-", ORDER[0]), ("validation", "s--", ORDER[1])):
+            if f"{kind}_{column}" in rows[0]:
+                values = [row[f"{kind}_{column}"] for row in rows]
+                axes.plot(epochs, values, style, color=colour, label=kind, markersize=3)
+        axes.set_title(title)
+        axes.set_ylabel(unit)
+        axes.set_xlabel("epoch")
+        axes.set_ylim(bottom=0)
+        axes.xaxis.get_major_locator().set_params(integer=True)
+    axes.legend()
+    return figure
+
+
+@styled
+def class_errors(found: Outcomes, classes: tuple[str, ...]) -> "Figure":
+    """Error of each class, with the number of wrong images and of all."""
+    matrix = found.confusion
+    totals = matrix.sum(1)
+    wrong = totals - matrix.diagonal()
+    percent = (100 * wrong / totals.clamp(min=1)).tolist()
+    figure = new(6.4, 0.28 * len(classes) + 1.1)
+    axes = figure.subplots()
+    axes.barh(range(len(classes)), percent, color=ORDER[0])
+    for k, (value, bad, total) in enumerate(zip(percent, wrong.tolist(), totals.tolist(), strict=True)):
+        axes.annotate(f"{bad} of {total:,}", (value, k), (4, 0), textcoords="offset points", va="center", fontsize=8)
+    axes.set_yticks(range(len(classes)), [short(name, 24) for name in classes])
+    for label in axes.get_yticklabels():
+        label.set_parse_math(False)
+    axes.invert_yaxis()
+    axes.set_xlim(0, 1.25 * max([*percent, 0.01]))
+    axes.set_xlabel("wrong images of the class, %")
+    axes.set_title(f"Error of each class, n = {len(found.labels):,} images")
+    return figure
+
+
+@styled
+def confusion(found: Outcomes, classes: tuple[str, ...]) -> "Figure":
+    """True class in rows, predicted class in columns; shade is the share of the row, off the diagonal."""
+    matrix = found.confusion
+    share = (matrix / matrix.sum(1, keepdim=True).clamp(min=1)).numpy().copy()
+    np.fill_diagonal(share, 0)
+    size = max(4.2, 0.42 * len(classes) + 1.6)
+    figure = new(size + 0.9, size)
+    axes = figure.subplots()
+    heat = axes.imshow(100 * share, cmap="Greys", vmin=0, vmax=max(0.1, 100 * float(share.max())))
+    figure.colorbar(heat, ax=axes, shrink=0.8).set_label("share of the true class, %; diagonal left out")
+    names = [short(name, 12) for name in classes]
+    axes.set_xticks(range(len(names)), names, rotation=90 if max(map(len, names)) > 3 else 0)
+    axes.set_yticks(range(len(names)), names)
+    for label in (*axes.get_xticklabels(), *axes.get_yticklabels()):
+        label.set_parse_math(False)
+    if len(classes) <= 20:
+        darkest = float(share.max()) or 1.0
+        for row, column in np.ndindex(*share.shape):
+            if matrix[row, column]:
+                dark = share[row, column] > 0.55 * darkest
+                axes.text(
+                    column,
+                    row,
+                    str(int(matrix[row, column])),
+                    ha="center",
+                    va="center",
+                    fontsize=7,
+                    color="white" if dark else "black",
+                    weight="bold" if row == column else "normal",
+                )
+    axes.set_xlabel("predicted class")
+    axes.set_ylabel("true class")
+    axes.set_title(f"Confusion: number of images, n = {len(found.labels):,}")
+    return figure
+
+
+@styled
+def gallery(found: Outcomes, split: Split, classes: tuple[str, ...], *, most: int = 100) -> "Figure":
+    """Wrong images, the surest first, with the two largest scores.
+
+    Args:
+        found: of `split`.
+        split: the images.
+        classes: names of the classes.
+        most: images that are drawn; how many there are is told.
+    """
+    wrong = found.wrong.nonzero().flatten()
+    shown = wrong[found.winning[wrong].argsort(descending=True)][:most]
+    columns = min(10, max(len(shown), 4))
+    rows = max(1, -(-len(shown) // columns))
+    figure = new(1.05 * columns + 0.2, 1.5 * rows + 0.6)
+    axes = figure.subplots(rows, columns, squeeze=False)
+    for each in axes.flat:
+        each.set_axis_off()
+    for each, index in zip(axes.flat, shown.tolist(), strict=False):
+        each.imshow(pixels(to_float(split.images[index])), cmap="gray", vmin=0, vmax=1)
+        scores, order = found.scores[index].sort(descending=True)
+        lines = [
+            f"{short(classes[k], 9)} {score:.2f}" for k, score in list(zip(order.tolist(), scores, strict=True))[:2]
+        ]
+        each.set_title(
+            "\n".join([f"true {short(classes[int(found.labels[index])], 9)}", *lines]), fontsize=7, parse_math=False
+        )
+    told = f"All {len(wrong)}" if len(shown) == len(wrong) else f"The surest {len(shown)} of {len(wrong):,}"
+    figure.suptitle(
+        f"{told} wrong images of n = {len(found.labels):,}: true class, then the two largest scores"
+        if len(wrong)
+        else f"No image of n = {len(found.labels):,} is wrong"
+    )
+    return figure
+
+
+@styled
+def reliability(found: Calibration) -> "Figure":
+    """Share of right predictions by winning score: on the diagonal, a score is the probability of being right."""
+    figure = new(4.6, 4.4)
+    upper, lower = figure.subplots(2, 1, sharex=True, height_ratios=[3, 1])
+    upper.plot([0, 1], [0, 1], color=ORDER[2], linestyle=":", label="score = accuracy")
+    pairs = [(s, a) for s, a in zip(found.scores, found.accuracies, strict=True) if s is not None and a is not None]
+    upper.plot([s for s, _ in pairs], [a for _, a in pairs], "o-", color=ORDER[0], label="this network")
+    upper.set_ylabel("share of right predictions")
+    upper.set_ylim(-0.02, 1.02)
+    upper.legend()
+    total = sum(found.counts)
+    upper.set_title(f"Calibration, n = {total:,}; expected calibration error {found.error:.3f}")
+    width = found.edges[1] - found.edges[0]
+    lower.bar(found.edges[:-1], found.counts, width=0.9 * width, align="edge", color=ORDER[0])
+    lower.set_yscale("log")
+    lower.set_ylabel("images")
+    lower.set_xlabel("winning score (length of the longest capsule)")
+    lower.set_xlim(0, 1)
+    return figure
+
+
+@styled
+def lengths(found: Outcomes) -> "Figure":
+    """Histogram of the winning scores of right and of wrong images, and of the runners-up."""
+    figure = new(6, 3)
+    axes = figure.subplots()
+    bins = np.linspace(0, 1, 41)
+    second = found.scores.topk(min(2, found.scores.shape[-1])).values[:, -1]
+    kinds = (
+        (found.winning[~found.wrong], "winning, right", "-"),
+        (found.winning[found.wrong], "winning, wrong", "--"),
+        (second, "runner-up", ":"),
+    )
+    for (values, label, style), colour in zip(kinds, ORDER, strict=False):
+        if len(values):
+            counts = torch.histogram(values.double().clamp(0, 1), torch.from_numpy(bins)).hist
+            axes.stairs(
+                counts.numpy(),
+                bins,
+                color=colour,
+                linestyle=style,
+                linewidth=1.6,
+                label=f"{label}, n = {len(values):,}",
+            )
+    axes.set_yscale("log")
+    axes.set_ylim(bottom=0.7)
+    axes.set_xlabel("score (length of the class capsule)")
+    axes.set_ylabel("images")
+    axes.set_title("Lengths of the longest capsules")
+    axes.legend(loc="upper center")
+    return figure
