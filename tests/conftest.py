@@ -5,6 +5,7 @@ import jaxtyping
 import pytest
 
 import tiny
+from capsnet import runs
 
 
 @pytest.fixture
@@ -38,4 +39,9 @@ def workplace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 @pytest.fixture
 def blank_figure(monkeypatch: pytest.MonkeyPatch) -> None:
     """No time is spent on drawing."""
-    monkeypatch.setattr("capsnet.plots.reconstructions", lambda network, split, path: path.write_bytes(b""))
+    monkeypatch.setattr("capsnet.report.draw_reconstructions", lambda network, split, path: _blank(path))
+    monkeypatch.setattr("capsnet.report.write", lambda path, *arguments, **about: _blank(path))
+
+
+def _blank(path: Path) -> None:
+    runs.write_atomically(path, lambda place: place.write_bytes(b""))

@@ -12,7 +12,8 @@ import pytest
 import torch
 
 import capsnet
-from capsnet import machine, plots, runs, train
+from capsnet import machine, report, runs, train
+from capsnet.analysis.outcomes import outcomes
 from capsnet.config import Config, preset
 from capsnet.data import Dataset, load
 from capsnet.data.augment import augment
@@ -30,6 +31,8 @@ WRITTEN = {
     "last.ckpt",
     "model.safetensors",
     "config.json",
+    "card.json",
+    "report.html",
     "figures/reconstructions.png",
 }
 
@@ -479,17 +482,51 @@ def test_tensorboard_that_is_not_installed_is_told(photos: Path, monkeypatch: py
     assert not Path("runs").exists()
 
 
-def test_the_figure_is_drawn(photos: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_figure_and_the_report_are_made(photos: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     drawn: list[tuple[Any, ...]] = []
-
-    def reconstructions(*arguments: Any) -> None:
-        drawn.append(arguments)
-        arguments[2].touch()
-
-    monkeypatch.setattr(plots, "reconstructions", reconstructions)
-    result = fit(tiny(photos, epochs=1, out="run"))
+    told: list[tuple[Any, dict[str, Any]]] = []
+    monkeypatch.setattr(report, "draw_reconstructions", lambda *arguments: drawn.append(arguments))
+    monkeypatch.setattr(report, "write", lambda *arguments, **about: told.append((arguments, about)))
+    result = fit(tiny(photos, out="run"))
     assert result.figure == Path("run/figures/reconstructions.png")
+    assert result.report == Path("run/report.html")
     assert drawn[0][0] is result.network
+    ((path, network, dataset), about) = told[0]
+    assert (path, network, len(dataset.classes)) == (result.report, result.network, 3)
+    assert [row["epoch"] for row in about["rows"]] == [1, 2]
+    assert about["result"]["test"]["wrong"] == result.test.wrong
+    assert about["card"].test["wrong"] == result.test.wrong
+    assert fit(tiny(photos, epochs=1, out="other", report=False)).report is None
+    assert len(told) == 1
+
+
+def test_the_card_tells_the_run_and_the_threshold(photos: Path) -> None:
+    result = fit(tiny(photos, out="run", validation=20))
+    card = runs.load_card("run")
+    assert card.trained() == replace(tiny(photos), validation=20)
+    assert (card.data, card.epochs, card.train_images) == (str(photos), 2, 55)
+    assert card.test == {name: result.test.to_dict()[name] for name in ("error_percent", "wrong", "total", "interval")}
+    assert card.frame is None  # coloured noise has no plain ground
+    assert card.threshold is not None
+    assert (card.threshold.images, card.threshold.split) == (20, "validation")
+    dataset = train.prepare_data(card.trained())
+    assert dataset.validation is not None
+    errors = outcomes(result.network, dataset.validation).errors
+    assert errors is not None
+    assert int((errors > card.threshold.value).sum()) == 1  # 5 % of 20
+
+
+def test_without_validation_the_threshold_is_of_training_images(photos: Path) -> None:
+    fit(tiny(photos, epochs=1, out="run", validation=0))
+    threshold = runs.load_card("run").threshold
+    assert threshold is not None
+    assert (threshold.split, threshold.images) == ("train", 75)
+
+
+def test_without_decoder_there_is_no_threshold(photos: Path) -> None:
+    result = fit(tiny(photos, epochs=1, out="run", reconstruction=False))
+    assert runs.load_card("run").threshold is None
+    assert result.figure is None
 
 
 def test_public_names() -> None:

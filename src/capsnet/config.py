@@ -148,6 +148,8 @@ class Config:
     """Save a checkpoint every so many steps too; 0: at the end of each epoch only."""
     tensorboard: bool = False
     """Write TensorBoard curves and reconstructions too."""
+    report: bool = True
+    """Write report.html at the end: figures, numbers, and how to repeat the run."""
 
     def __post_init__(self) -> None:
         values = {field.name: getattr(self, field.name) for field in fields(self)}

@@ -21,25 +21,45 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
+from capsnet import card
 from capsnet import config as config_file
+from capsnet.card import Card
 from capsnet.config import Config
 from capsnet.errors import InputError
 from capsnet.models import Network, create
 
-__all__ = ["Run", "environment", "from_pretrained", "load", "save_pretrained"]
+__all__ = [
+    "Run",
+    "environment",
+    "folder_of",
+    "from_pretrained",
+    "load",
+    "load_card",
+    "save_card",
+    "save_pretrained",
+    "shipped",
+    "write_atomically",
+]
 
 WEIGHTS = Path(__file__).parent / "weights"
+PRETRAINED = ["config.json", card.FILE, "model.safetensors"]
 CHECKPOINT_VERSION = 1
 CHECKPOINT_KEYS = ("version", "config", "train_images", "network", "optimizer", "state", "rows", "sums")
-WRITTEN = (
-    "last.ckpt",
-    "metrics.csv",
-    "result.json",
-    "model.safetensors",
-    "config.json",
-    "figures/reconstructions.png",
-    "tensorboard/events.out.tfevents.*",
+DRAWN = (
+    "class-errors",
+    "confusion",
+    "couplings",
+    "curves",
+    "factors",
+    "gallery",
+    "lengths",
+    "perturbations",
+    "reconstructions",
+    "reliability",
 )
+RESULTS = ("result.json", *PRETRAINED, "report.html", *(f"figures/{name}.*" for name in DRAWN))
+"""What is made from the weights of the last epoch."""
+WRITTEN = ("last.ckpt", "metrics.csv", "tensorboard/events.out.tfevents.*", *RESULTS)
 """What a run writes beside its config.yaml; `--overwrite` removes these and nothing else."""
 
 
@@ -82,7 +102,7 @@ class Run:
         """
         self._remove(".*.partial", "figures/.*.partial")
         if self.config_path.exists() and self.config().epochs != config.epochs:
-            self._remove("result.json", "model.safetensors", "config.json", "figures/reconstructions.png")
+            self._remove(*RESULTS)
         anywhere = replace(config, out=None, overwrite=False)
         write_atomically(self.config_path, lambda path: config_file.write(anywhere, path))
 
@@ -211,6 +231,37 @@ def save_pretrained(network: Network, directory: str | Path) -> None:
     write_atomically(directory / "config.json", lambda path: path.write_text(text, encoding="utf-8"))
 
 
+def save_card(card_: Card, directory: str | Path) -> None:
+    """Write `card.json`.
+
+    Raises:
+        InputError: the file cannot be written.
+    """
+    write_atomically(Path(directory) / card.FILE, lambda path: path.write_text(card_.to_json(), encoding="utf-8"))
+
+
+def shipped() -> list[str]:
+    """Names of the weights that come with the package, sorted."""
+    return sorted(folder.name for folder in WEIGHTS.iterdir() if (folder / "config.json").is_file())
+
+
+def folder_of(path: str | Path) -> Path:
+    """Where weights are: the folder itself, or that of weights which come with the package by their name."""
+    folder = Path(path)
+    if not folder.exists() and folder.name == str(path) and (WEIGHTS / folder).is_dir():
+        return WEIGHTS / folder
+    return folder
+
+
+def load_card(path: str | Path) -> Card:
+    """What is told of the weights in a folder, or of those of this name; an empty card where nothing is.
+
+    Raises:
+        InputError: `card.json` is damaged.
+    """
+    return Card.read(folder_of(path) / card.FILE)
+
+
 def load(path: str | Path) -> Network:
     """Load a trained network: from a run directory, a folder written by `save_pretrained`, or by its name.
 
@@ -227,9 +278,7 @@ def load(path: str | Path) -> Network:
     """
     from safetensors.torch import load_file
 
-    folder = Path(path)
-    if not folder.exists() and folder.name == str(path) and (WEIGHTS / folder).is_dir():
-        folder = WEIGHTS / folder
+    folder = folder_of(path)
     for name in ("config.json", "model.safetensors"):
         if not (folder / name).is_file():
             unfinished = " (the run is not finished; see --resume)" if Run(folder).exists() else ""
@@ -259,7 +308,7 @@ def load(path: str | Path) -> Network:
 def from_pretrained(name: str | Path, *, revision: str | None = None) -> Network:
     """Load a network from a folder, or from the Hugging Face Hub by its repository's name (`owner/name`).
 
-    Only `config.json` and `model.safetensors` are fetched; nothing is unpickled and no code is run.
+    Only `config.json`, `card.json` and `model.safetensors` are fetched; nothing is unpickled and no code is run.
 
     Raises:
         InputError: neither a folder nor a repository that can be reached, or see `load`.
@@ -270,7 +319,7 @@ def from_pretrained(name: str | Path, *, revision: str | None = None) -> Network
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     try:
-        folder = snapshot_download(str(name), revision=revision, allow_patterns=["config.json", "model.safetensors"])
+        folder = snapshot_download(str(name), revision=revision, allow_patterns=PRETRAINED)
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         reason = str(error).strip().splitlines()[0]
         raise InputError(

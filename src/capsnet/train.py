@@ -21,11 +21,15 @@ import torch
 from lightning_fabric import Fabric
 from torch import Tensor, nn
 
-from capsnet import models, plots, runs
+from capsnet import models, report, runs
+from capsnet.analysis.outcomes import outcomes
+from capsnet.analysis.strangers import threshold_for
 from capsnet.board import board
+from capsnet.card import Card
 from capsnet.config import PRESETS, Config, preset, preset_differences
 from capsnet.data import Dataset, Split, load
 from capsnet.data.augment import Augmentation, augment
+from capsnet.data.photo import frame_of
 from capsnet.errors import InputError
 from capsnet.evaluation import Evaluation, from_sums, measure, to_float
 from capsnet.graph import GraphedStep
@@ -42,6 +46,7 @@ __all__ = [
     "Interrupted",
     "Result",
     "build",
+    "describe",
     "fit",
     "learning_rate",
     "prepare_data",
@@ -49,10 +54,21 @@ __all__ = [
 ]
 
 EVALUATION_BATCH = 256
+THRESHOLD_IMAGES = 5000  # training images that the threshold is set on where none are held out
 VALIDATION_COLUMNS = ("loss", "classification_loss", "reconstruction_loss", "error_percent")
-RESUMABLE = ("epochs", "devices", "cuda_graph", "log_every", "checkpoint_steps", "tensorboard", "threads", "data_dir")
+RESUMABLE = (
+    "epochs",
+    "devices",
+    "cuda_graph",
+    "log_every",
+    "checkpoint_steps",
+    "tensorboard",
+    "report",
+    "threads",
+    "data_dir",
+)
 """Options that may change when a run goes on; all others would make it another run."""
-UNTOLD = ("data_dir", "out", "overwrite", "log_every", "checkpoint_steps", "tensorboard")
+UNTOLD = ("data_dir", "out", "overwrite", "log_every", "checkpoint_steps", "tensorboard", "report")
 """Options without influence on what is measured, left out of `differs_from_preset`."""
 
 
@@ -67,6 +83,7 @@ class Result:
         epochs: passes over the training images.
         seconds: of training, over all sessions of the run, validation included.
         figure: inputs beside their reconstructions, or None without a decoder.
+        report: the page with everything, or None where it was not asked for.
         network: the trained network, on the CPU and in evaluation mode.
     """
 
@@ -76,6 +93,7 @@ class Result:
     epochs: int
     seconds: float
     figure: Path | None
+    report: Path | None
     network: Network
 
 
@@ -331,6 +349,7 @@ def _train(
             validation = _evaluate(session, plain, dataset, "validation")
     network = network.to("cpu", memory_format=torch.contiguous_format).eval()  # type: ignore[call-overload]
     figure = run.figures / "reconstructions.png" if getattr(network, "decoder", None) is not None else None
+    page = run.directory / "report.html" if config.report else None
     result = {
         "test": test.to_dict(),
         "validation": validation.to_dict() if validation else None,
@@ -351,13 +370,47 @@ def _train(
 
     def finish() -> None:
         runs.save_pretrained(network, run.directory)
-        if figure:
-            runs.write_atomically(figure, lambda path: plots.reconstructions(network, dataset.test, path))
+        card = describe(network, dataset, config, test.to_dict(), epochs=session.at.epoch)
+        runs.save_card(card, run.directory)
         run.write_result(result)
+        if figure:
+            report.draw_reconstructions(network, dataset.test, figure)
+        if page:
+            report.write(page, network, dataset, config=config, card=card, rows=session.rows, result=result)
 
     session.by_first(finish)
     pool.clear()
-    return Result(run.directory, test, validation, session.at.epoch, session.at.seconds, figure, network)
+    return Result(run.directory, test, validation, session.at.epoch, session.at.seconds, figure, page, network)
+
+
+def describe(network: Network, dataset: Dataset, config: Config, test: dict[str, Any], *, epochs: int) -> Card:
+    """The card of trained weights, with the threshold above which an image is no object of the known classes.
+
+    Args:
+        network: trained, on the CPU.
+        dataset: with the validation split of the run. Where none was held out, the threshold is set on training images,
+            which the card says.
+        config: of the run; places are left out.
+        test: results on the test split, see `Evaluation.to_dict`.
+        epochs: passes over the training images.
+    """
+    threshold = None
+    if getattr(network, "decoder", None) is not None:
+        split, name = dataset.validation, "validation"
+        if split is None:
+            order = torch.randperm(len(dataset.train), generator=_generator(config.data_seed))
+            split, name = dataset.train.take(order[:THRESHOLD_IMAGES]), "train"
+        errors = outcomes(network, split).errors
+        assert errors is not None
+        threshold = threshold_for(errors, split=name)
+    return Card(
+        config=asdict(replace(config, data_dir=None, out=None, overwrite=False)),
+        epochs=epochs,
+        train_images=len(dataset.train),
+        test={name: test[name] for name in ("error_percent", "wrong", "total", "interval")},
+        frame=frame_of(dataset.train.images),
+        threshold=threshold,
+    )
 
 
 def _evaluate(session: Session, objective: Objective, dataset: Dataset, name: str) -> Evaluation:

@@ -1,0 +1,108 @@
+"""The card of trained weights, `card.json` beside them: how they were made, how good they are, what they expect."""
+
+import json
+import shlex
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+from capsnet import config as config_file
+from capsnet.analysis.strangers import Threshold
+from capsnet.config import Config, preset_differences
+from capsnet.data.photo import Frame
+from capsnet.errors import InputError
+
+__all__ = ["Card", "command_of"]
+
+FILE = "card.json"
+
+
+@dataclass(frozen=True)
+class Card:
+    """What is known of trained weights beside the weights; every part may be missing.
+
+    Attributes:
+        config: of the run that made them, see `capsnet.Config`.
+        epochs: passes over the training images.
+        train_images: number of them.
+        test: `error_percent`, `wrong`, `total` and 95 % `interval` on all test images.
+        frame: how the ink lies in the training images; None where they have no plain ground.
+        threshold: above which reconstruction error an input is no object of the known classes; None without a decoder.
+    """
+
+    config: dict[str, Any] = field(default_factory=dict)
+    epochs: int | None = None
+    train_images: int | None = None
+    test: dict[str, Any] = field(default_factory=dict)
+    frame: Frame | None = None
+    threshold: Threshold | None = None
+
+    @property
+    def data(self) -> str | None:
+        """Data set that the weights were trained on."""
+        return self.config.get("data")
+
+    @property
+    def command(self) -> str | None:
+        """The command that trains such weights again."""
+        return command_of(self.trained()) if self.config else None
+
+    def trained(self) -> Config:
+        """The configuration of the run.
+
+        Raises:
+            InputError: it does not say it, or holds a field that does not exist.
+        """
+        if not self.config:
+            raise InputError("card must tell the configuration of the run; it does not")
+        return config_file.from_dict(self.config, source=FILE)
+
+    def to_json(self) -> str:
+        """As text for the file."""
+        return json.dumps(asdict(self), indent=2) + "\n"
+
+    @classmethod
+    def read(cls, path: Path) -> "Card":
+        """Read a card; an empty one where there is no file.
+
+        Raises:
+            InputError: the file is not such a card.
+        """
+        if not path.is_file():
+            return cls()
+        try:
+            values = json.loads(path.read_text(encoding="utf-8"))
+            values = {name: value for name, value in values.items() if name in {each.name for each in fields(cls)}}
+            for name, kind in (("frame", Frame), ("threshold", Threshold)):
+                if values.get(name) is not None:
+                    values[name] = kind(**values[name])
+            return cls(**values)
+        except (OSError, ValueError, TypeError, AttributeError) as error:
+            raise InputError(f"file {path} must be the JSON that capsnet writes; got: {error}") from None
+
+
+def command_of(config: Config) -> str:
+    """The shortest `capsnet train` command with this configuration, without places and what is only told or written."""
+    changes = {} if config.preset == "paper" else {"preset": config.preset}
+    changes |= {name: value for name, value in preset_differences(config).items() if name not in _PLACES}
+    words = ["capsnet", "train"]
+    for name, value in changes.items():
+        option = f"--{name.replace('_', '-')}"
+        if isinstance(value, bool):
+            words.append(option if value else f"--no-{option[2:]}")
+        else:
+            words += [option, *(map(str, value) if isinstance(value, tuple | list) else [str(value)])]
+    return shlex.join(words)
+
+
+_PLACES = (
+    "data_dir",
+    "out",
+    "overwrite",
+    "log_every",
+    "checkpoint_steps",
+    "tensorboard",
+    "report",
+    "device",
+    "threads",
+)

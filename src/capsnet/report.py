@@ -1,0 +1,266 @@
+"""A run's report: one HTML file of numbers, figures and how to repeat the run, which loads nothing from elsewhere."""
+
+import base64
+import csv
+import html
+import json
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from capsnet import plots
+from capsnet.analysis.couplings import evidence
+from capsnet.analysis.drawing import perturb, reconstruct
+from capsnet.analysis.factors import pose_explained
+from capsnet.analysis.outcomes import Outcomes, calibration, outcomes
+from capsnet.card import Card, command_of
+from capsnet.config import Config
+from capsnet.data import Dataset, Split
+from capsnet.data.dataset import to_float
+from capsnet.errors import InputError
+from capsnet.evaluation import wilson_interval
+from capsnet.models import CapsNet, Network
+from capsnet.runs import write_atomically
+
+if TYPE_CHECKING:
+    from capsnet.plots.figure import Figure
+
+__all__ = ["draw_reconstructions", "metrics", "report", "result_figures", "write"]
+
+REGRESSED = 3_000  # training images for the regression of pose factors: enough for 192 dimensions in each of 10 classes
+ROUTED = 48  # images whose routing is followed
+SHOWN = 10  # right and wrong images drawn with their reconstructions
+
+STYLE = """
+:root { color-scheme: light dark; --ink: #1c2430; --dim: #5d6876; --line: #d7dde4; --ground: #ffffff; --tint: #f3f5f8; }
+@media (prefers-color-scheme: dark) {
+  :root { --ink: #e6eaf0; --dim: #9aa6b4; --line: #333c48; --ground: #14181e; --tint: #1d232b; }
+}
+* { box-sizing: border-box; }
+body { margin: 0 auto; max-width: 62rem; padding: 1.5rem 1rem 4rem; background: var(--ground); color: var(--ink);
+  font: 16px/1.55 system-ui, sans-serif; }
+h1 { font-size: 1.5rem; line-height: 1.25; margin: 0 0 .3rem; overflow-wrap: anywhere; }
+h2 { font-size: 1.15rem; margin: 2.6rem 0 .4rem; padding-top: .8rem; border-top: 1px solid var(--line); }
+p { margin: .4rem 0; max-width: 46rem; } .dim { color: var(--dim); }
+.result { font-size: 2.2rem; font-weight: 650; letter-spacing: -.02em; margin: 1rem 0 0; }
+figure { margin: 1rem 0; overflow-x: auto; }
+figure img { max-width: 100%; height: auto; background: #fff; border-radius: 6px; padding: 6px; }
+.pair { display: flex; flex-wrap: wrap; gap: 0 1rem; } .pair figure { flex: 1 1 20rem; }
+.wide { overflow-x: auto; } table { border-collapse: collapse; font-variant-numeric: tabular-nums; margin: .6rem 0; }
+th, td { text-align: left; padding: .25rem .9rem .25rem 0; border-bottom: 1px solid var(--line); vertical-align: top; }
+th { font-weight: 550; color: var(--dim); } td { overflow-wrap: anywhere; }
+pre { background: var(--tint); padding: .7rem .9rem; border-radius: 6px; overflow-x: auto; font-size: .87rem; }
+summary { cursor: pointer; color: var(--dim); }
+@media print { :root { --ink: #000; --dim: #444; --line: #bbb; --ground: #fff; --tint: #f4f4f4; }
+  body { max-width: none; padding: 0; font-size: 11pt; }
+  figure, table { break-inside: avoid; } h2 { break-after: avoid; } }
+"""
+
+
+def metrics(path: Path) -> list[dict[str, float]]:
+    """The rows of a `metrics.csv`; none where there is no file."""
+    if not path.is_file():
+        return []
+    with path.open(encoding="utf-8", newline="") as file:
+        return [{name: float(value) for name, value in row.items() if value} for row in csv.DictReader(file)]
+
+
+def result_figures(
+    found: Outcomes, split: Split, classes: tuple[str, ...], rows: Sequence[Mapping[str, float]] = ()
+) -> "dict[str, Callable[[], Figure]]":
+    """Figures of how a run went and how good its network is, by name; each is drawn when called.
+
+    Args:
+        found: of `split`.
+        split: the images.
+        classes: names of the classes.
+        rows: of `metrics.csv`; without them there are no curves.
+    """
+    makers: dict[str, Callable[[], Figure]] = {
+        "class-errors": lambda: plots.class_errors(found, classes),
+        "confusion": lambda: plots.confusion(found, classes),
+        "lengths": lambda: plots.lengths(found),
+        "reliability": lambda: plots.reliability(calibration(found.winning, ~found.wrong)),
+        "gallery": lambda: plots.gallery(found, split, classes),
+    }
+    return {**({"curves": lambda: plots.curves(rows)} if rows else {}), **makers}
+
+
+def report(
+    network: Network,
+    dataset: Dataset,
+    *,
+    config: Config,
+    card: Card,
+    title: str,
+    rows: Sequence[Mapping[str, float]] = (),
+    result: Mapping[str, Any] | None = None,
+) -> str:
+    """The report as one HTML page.
+
+    Args:
+        network: trained, on the CPU.
+        dataset: what it was trained on; its test split is what all is measured on.
+        config: of the run.
+        card: of the weights.
+        title: of the page: the run's name.
+        rows: of `metrics.csv`.
+        result: of `result.json`, for versions, hardware and times.
+
+    Raises:
+        InputError: images of another shape than the network's.
+    """
+    split, classes = dataset.test, network.classes
+    found = outcomes(network, split)
+    wrong, total = int(found.wrong.sum()), len(split)
+    low, high = (100 * end for end in wilson_interval(wrong, total))
+    figures = {name: make() for name, make in result_figures(found, split, classes, rows).items()}
+    body = [
+        f"<h1>{_text(title)}</h1>",
+        f'<p class="dim">{_text(network.config["name"])}, {network.parameter_count():,} parameters, '
+        f"on {_text(dataset.name)}</p>",
+        f'<p class="result">{100 * wrong / total:.2f} % test error</p>',
+        f"<p>{wrong:,} of {total:,} test images wrong; 95 % interval {low:.2f} to {high:.2f} %. Weights after the last "
+        "epoch; nothing was chosen on the test images.</p>",
+        _table(_numbers(found, card, result or {})),
+    ]
+    if rows:
+        body += ["<h2>Training</h2>", _figure(figures["curves"], "Losses and error by epoch", "svg")]
+    if isinstance(network, CapsNet):
+        body += _capsules(network, split, found)
+    if split.factors and set(dataset.train.factors) == set(split.factors):
+        body += _pose(network, dataset)
+    body += [
+        "<h2>Errors</h2>",
+        '<div class="pair">',
+        _figure(figures["class-errors"], "Error of each class", "svg"),
+        _figure(figures["confusion"], "Confusion matrix", "svg"),
+        "</div>",
+        '<div class="pair">',
+        _figure(figures["reliability"], "Reliability diagram", "svg"),
+        _figure(figures["lengths"], "Histogram of winning scores", "svg"),
+        "</div>",
+        _figure(figures["gallery"], "Wrong test images", "png"),
+        "<h2>How to repeat it</h2>",
+        f"<pre>{_text(command_of(config))}</pre>",
+        "<details><summary>All options of the run</summary>",
+        _table({name: _shown(value) for name, value in asdict(config).items()}.items()),
+        "</details>",
+    ]
+    return (
+        f'<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
+        f'<meta name="viewport" content="width=device-width, initial-scale=1">\n<title>{_text(title)}</title>\n'
+        f"<style>{STYLE}</style>\n</head>\n<body>\n" + "\n".join(body) + "\n</body>\n</html>\n"
+    )
+
+
+def write(path: Path, network: Network, dataset: Dataset, *, config: Config, card: Card, **about: Any) -> None:
+    """Write the report of a run, whose name is that of the page's folder; arguments as for `report`.
+
+    Raises:
+        InputError: the file cannot be written.
+    """
+    title = path.parent.resolve().name
+    content = report(network, dataset, config=config, card=card, title=title, **about)
+    write_atomically(path, lambda place: place.write_text(content, encoding="utf-8"))
+
+
+def draw_reconstructions(network: Network, split: Split, path: Path, *, count: int = 20) -> None:
+    """Draw the first images of a split with their reconstructions as a PNG file.
+
+    Raises:
+        InputError: no decoder, or the file cannot be written.
+    """
+    found = reconstruct(network, to_float(split.images[:count]), split.labels[:count])
+    plots.save(plots.reconstructions(found, network.classes), path)
+
+
+def _numbers(found: Outcomes, card: Card, result: Mapping[str, Any]) -> Iterable[tuple[str, str]]:
+    validation = result.get("validation")
+    if validation:
+        yield "validation error", f"{validation['error_percent']:.2f} % of {validation['total']:,} images"
+    if found.errors is not None:
+        yield "reconstruction", f"{float(found.errors.mean()):.2f} summed squared error a test image, mean"
+    if card.threshold and found.errors is not None:
+        limit = card.threshold
+        share = 100 * float((found.errors > limit.value).double().mean())
+        yield (
+            "flagged as strangers",
+            f"{share:.2f} % of the test images: reconstruction error above {limit.value:.2f}, which "
+            f"{100 * limit.false_alarm_rate:g} % of {limit.images:,} {limit.split} images exceed",
+        )
+    for key, name in (("epochs", "epochs"), ("train_images", "training images")):
+        if result.get(key) or getattr(card, key):
+            yield name, f"{result.get(key) or getattr(card, key):,}"
+    if result.get("seconds"):
+        yield "training time", f"{result['seconds'] / 60:.1f} minutes"
+    for key in ("seed", "precision", "device", "threads", "torch", "capsnet", "commit"):
+        if result.get(key) is not None:
+            yield key, str(result[key])
+
+
+def _capsules(network: CapsNet, split: Split, found: Outcomes) -> list[str]:
+    """Sections of what the capsules hold."""
+    body: list[str] = []
+    wrong, right = found.wrong.nonzero().flatten(), (~found.wrong).nonzero().flatten()
+    if network.decoder is not None:
+        index = torch.cat([right[:SHOWN], wrong[:SHOWN]])
+        drawn = reconstruct(network, to_float(split.images[index]), split.labels[index])
+        body += [
+            "<h2>Reconstructions</h2>",
+            "<p>What the decoder makes of the longest class capsule; for wrong images also of the capsule of the true "
+            "class.</p>",
+            _figure(plots.reconstructions(drawn, network.classes), "Inputs above their reconstructions", "png"),
+            "<h2>What each dimension means</h2>",
+            "<p>Each dimension of the longest capsule's vector changed by itself, and drawn.</p>",
+        ]
+        one = (right if len(right) else wrong)[:1]
+        changed = perturb(network, to_float(split.images[one]))
+        body.append(_figure(plots.perturbations(changed, network.classes), "Perturbations", "png"))
+    inputs = to_float(split.images[:ROUTED])
+    routed = evidence(network, inputs)
+    figure = plots.couplings(routed, inputs, split.labels[:ROUTED], network.classes, show=4)
+    return [
+        *body,
+        "<h2>Routing</h2>",
+        "<p>Where the winning capsule's evidence comes from: the couplings of the primary capsules beside uniform "
+        "ones, and what their votes add to the winner's length.</p>",
+        _figure(figure, "Couplings and support by routing iteration", "png"),
+    ]
+
+
+def _pose(network: Network, dataset: Dataset) -> list[str]:
+    fitted = dataset.train.take(torch.arange(min(REGRESSED, len(dataset.train))))
+    try:
+        explained = pose_explained(network, fitted, dataset.test)
+    except InputError as error:  # too few images of a class: the rest of the report is as good without
+        return ["<h2>Pose</h2>", f"<p>Not measured: {_text(error)}.</p>"]
+    return [
+        "<h2>Pose</h2>",
+        f"<p>How much of the true pose the last layer explains: linear regression for each class on "
+        f"{explained.train_images:,} training images, judged on {explained.test_images:,} test images.</p>",
+        _figure(plots.factors({network.config["name"]: explained}), "R2 of each pose factor", "svg"),
+    ]
+
+
+def _figure(figure: "Figure", alt: str, format: str) -> str:
+    kind = {"svg": "image/svg+xml", "png": "image/png"}[format]
+    content = base64.b64encode(plots.rendered(figure, format=format)).decode("ascii")
+    width = round(96 * figure.get_size_inches()[0])
+    return f'<figure><img src="data:{kind};base64,{content}" alt="{_text(alt)}" width="{width}"></figure>'
+
+
+def _table(rows: Iterable[tuple[str, str]]) -> str:
+    cells = "".join(f"<tr><th>{_text(name)}</th><td>{_text(value)}</td></tr>" for name, value in rows)
+    return f'<div class="wide"><table>{cells}</table></div>'
+
+
+def _shown(value: object) -> str:
+    return json.dumps(value) if isinstance(value, bool | list | tuple) or value is None else str(value)
+
+
+def _text(value: object) -> str:
+    return html.escape(str(value))

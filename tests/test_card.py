@@ -1,0 +1,69 @@
+import json
+import shlex
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from capsnet.analysis.strangers import Threshold
+from capsnet.card import Card, command_of
+from capsnet.cli.parsing import parse, start
+from capsnet.cli.train import _Train
+from capsnet.config import Config, preset
+from capsnet.data.photo import Frame
+from capsnet.errors import InputError
+
+CARD = Card(
+    config={"preset": "paper", "data": "mnist", "epochs": 20},
+    epochs=20,
+    train_images=55_000,
+    test={"error_percent": 0.5, "wrong": 50, "total": 10_000, "interval": [0.4, 0.6]},
+    frame=Frame(0.0, 20 / 28),
+    threshold=Threshold(30.0, 0.05, 5_000, "validation"),
+)
+
+
+def test_a_card_is_read_as_it_was_written(tmp_path: Path) -> None:
+    path = tmp_path / "card.json"
+    for card in (CARD, Card(), replace(CARD, threshold=None)):
+        path.write_text(card.to_json(), encoding="utf-8")
+        assert Card.read(path) == card
+    assert CARD.data == "mnist"
+    assert CARD.trained() == Config(data="mnist", epochs=20)
+    assert CARD.command == "capsnet train --data mnist --epochs 20"
+
+
+def test_no_file_is_an_empty_card_and_unknown_parts_are_passed_over(tmp_path: Path) -> None:
+    assert Card.read(tmp_path / "card.json") == Card()
+    assert Card().data is None
+    assert Card().command is None
+    with pytest.raises(InputError, match="card must tell the configuration of the run; it does not"):
+        Card().trained()
+    newer = {**json.loads(CARD.to_json()), "colour_of_the_sky": "blue"}
+    (tmp_path / "card.json").write_text(json.dumps(newer), encoding="utf-8")
+    assert Card.read(tmp_path / "card.json") == CARD
+
+
+@pytest.mark.parametrize(
+    "text", ["{", "[]", '{"frame": 3}', '{"threshold": {"value": 1}}', '{"frame": {"ground": 7, "box": 1}}']
+)
+def test_a_damaged_card_is_told(tmp_path: Path, text: str) -> None:
+    path = tmp_path / "card.json"
+    path.write_text(text, encoding="utf-8")
+    with pytest.raises(InputError):
+        Card.read(path)
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        Config(),
+        Config(data="my images", epochs=7, flip=True, reconstruction=False, decoder_sizes=(8, 9), lr=0.01),
+        replace(preset("authors"), seed=3, routing_bias=False),
+    ],
+)
+def test_the_command_makes_the_same_configuration(config: Config) -> None:
+    words = shlex.split(command_of(replace(config, out="somewhere", tensorboard=True)))
+    assert words[:2] == ["capsnet", "train"]
+    base, _ = start(words[2:], "--preset")
+    assert parse(_Train, words[2:], prog="capsnet train", default=_Train(base)).run == config
