@@ -1,0 +1,187 @@
+"""The verb `predict`."""
+
+import csv
+import json
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Literal
+
+from tyro.conf import Positional, arg
+
+from capsnet.cli.parsing import parse, say
+from capsnet.cli.subject import Model, Subject
+from capsnet.errors import InputError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from capsnet.predict import Prediction
+
+__all__ = ["run"]
+
+
+@dataclass(frozen=True)
+class _Predict:
+    """Say what image files show: class, presence (length of its capsule), runner-up, reconstruction error.
+
+    Any size, grey or colour, dark on light or light on dark: images are made like those that the network was trained
+    on, and what was done is said. An image that the network cannot draw again is marked as a stranger.
+
+    Examples:
+      capsnet predict capsnet-mnist photo-of-a-digit.jpg
+      capsnet predict runs/mine images/ --csv > predictions.csv
+      cat digit.png | capsnet predict capsnet-mnist - --json
+    """
+
+    model: Model
+    """Run directory, folder with weights, or the name of weights that come with the package."""
+    files: Positional[Annotated[tuple[str, ...], arg(metavar="FILES")]]
+    """Image files, folders of them (with all below), or - for one image from standard input."""
+    invert: Literal["auto", "yes", "no"] = "auto"
+    """Swap dark and light; auto: where an image's ground is the opposite of the training images'."""
+    save_reconstructions: str | None = None
+    """Write each image as the network saw it beside its reconstruction to this directory."""
+    overwrite: bool = False
+    """Replace files in that directory."""
+    batch_size: int = 64
+    """Images at a time; only memory and speed depend on it."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """auto: a GPU if there is one."""
+    json: bool = False
+    """Print a JSON list."""
+    csv: bool = False
+    """Print comma-separated values."""
+
+
+def run(arguments: list[str]) -> int:
+    """Predict, print a table; 2 if a file was no readable image (the others are predicted all the same)."""
+    command = parse(_Predict, arguments, prog="capsnet predict")
+    if command.json and command.csv:
+        raise InputError("--json and --csv must not be given both; got both")
+    if command.batch_size < 1:
+        raise InputError(f"--batch-size must be at least 1; got {command.batch_size}")
+    if not command.files:
+        raise InputError("FILES must be image files, folders or -; got none")
+    names = list(_names(command.files))
+    from dataclasses import replace
+
+    from capsnet import machine
+    from capsnet.analysis.drawing import decoder_of
+    from capsnet.config import Config
+    from capsnet.predict import Prediction, predict
+
+    subject = Subject(command.model)
+    if command.save_reconstructions:
+        decoder_of(subject.network)
+        places = _places(names, Path(command.save_reconstructions), overwrite=command.overwrite)
+    device = machine.resolve_device(replace(Config(), device=command.device))
+    sources = ((name, sys.stdin.buffer.read() if name == "-" else Path(name)) for name in names)
+    network = subject.network.to(device)
+    predictions = predict(network, sources, card=subject.card, invert=command.invert, batch_size=command.batch_size)
+    write = _Writer(command, width=max(map(len, names)))
+    faults = 0
+    for number, found in enumerate(predictions):
+        if not isinstance(found, Prediction):
+            faults += 1
+            say(f"capsnet predict: error: {found}")
+            continue
+        write(found)
+        if command.save_reconstructions:
+            assert found.reconstruction is not None
+            _save(found.image, found.reconstruction, places[number])
+    write.close()
+    return 2 if faults else 0
+
+
+class _Writer:
+    """Prints predictions as they come."""
+
+    def __init__(self, command: _Predict, *, width: int) -> None:
+        self.command, self.width, self.rows = command, min(width, 60), list["Prediction"]()
+        self.csv: csv.DictWriter[str] | None = None
+        self.strangers = 0
+
+    def __call__(self, found: "Prediction") -> None:
+        """Print one prediction; all JSON comes at the end."""
+        row = found.to_dict()
+        if self.command.json:
+            self.rows.append(found)
+        elif self.command.csv:
+            if self.csv is None:
+                self.csv = csv.DictWriter(sys.stdout, list(row), lineterminator="\n")
+                self.csv.writeheader()
+            self.csv.writerow(row)
+        else:
+            self._line(found)
+
+    def _line(self, found: "Prediction") -> None:
+        if not self.strangers and not self.rows:
+            print(f"{'file':{self.width}}  class  presence  runner-up     error  notes")
+        self.rows.append(found)
+        self.strangers += bool(found.stranger)
+        notes = [note for note, is_so in (("inverted", found.inverted), ("centred and scaled", found.framed)) if is_so]
+        if found.stranger:
+            notes.insert(0, "STRANGER?")
+        error = "-" if found.error is None else f"{found.error:.1f}"
+        runner_up = f"{found.runner_up} {found.runner_up_presence:.2f}"
+        print(
+            f"{found.name:{self.width}}  {found.label:5}  {found.presence:8.2f}  {runner_up:9}  {error:>8}  "
+            f"{', '.join(notes)}".rstrip()
+        )
+
+    def close(self) -> None:
+        """Print what comes at the end."""
+        if self.command.json:
+            print(json.dumps([found.to_dict() for found in self.rows], indent=2))
+        elif self.strangers:
+            print("STRANGER?: the reconstruction is so bad that it may be no object of the known classes")
+
+
+def _names(files: tuple[str, ...]) -> Iterator[str]:
+    """The files, and the images in folders and below, in natural order."""
+    from capsnet.data.folder import image_files
+
+    if files.count("-") > 1:
+        raise InputError("- must be given once at most, for the one image on standard input; got it twice")
+    for file in files:
+        path = Path(file)
+        if file == "-":
+            yield file
+        elif path.is_dir():
+            found = image_files(path)
+            if not found:
+                raise InputError(f"folder {file} must hold images; got none")
+            yield from map(str, found)
+        elif path.is_file():
+            yield file
+        else:
+            raise InputError(f"FILES must be image files, folders or -; got {file}, which does not exist")
+
+
+def _places(names: list[str], directory: Path, *, overwrite: bool) -> list[Path]:
+    """A file for each reconstruction: the image's name, with a number where two are called alike."""
+    places: list[Path] = []
+    taken: set[str] = set()
+    for name in names:
+        stem = "stdin" if name == "-" else Path(name).stem
+        number, free = 2, stem
+        while free in taken:
+            free, number = f"{stem}-{number}", number + 1
+        taken.add(free)
+        places.append(directory / f"{free}.png")
+    for path in places:
+        if path.exists() and not overwrite:
+            raise InputError(f"--save-reconstructions must not replace files without --overwrite; got {path}")
+    return places
+
+
+def _save(image: "Tensor", reconstruction: "Tensor", path: Path) -> None:
+    """Both side by side, as a PNG file."""
+    import torch
+
+    from capsnet import plots, runs
+
+    both = plots.picture(torch.stack([image, reconstruction])[None])
+    runs.write_atomically(path, lambda place: both.save(place, format="PNG"))

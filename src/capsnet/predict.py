@@ -1,0 +1,134 @@
+"""Predictions for images as people have them: files, prepared like the training images, through a trained network."""
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from capsnet import functional as F
+from capsnet.card import Card
+from capsnet.data.dataset import to_float
+from capsnet.data.photo import Prepared, prepare
+from capsnet.errors import InputError
+from capsnet.models import Network
+
+__all__ = ["Prediction", "predict"]
+
+
+@dataclass(frozen=True, eq=False)
+class Prediction:
+    """What a network says of one image.
+
+    Attributes:
+        name: of the file.
+        label: name of the predicted class.
+        presence: length of its capsule, in [0, 1); for a network without capsules its softmax.
+        runner_up: name of the second class; the same as `label` if there is only one.
+        runner_up_presence: the same of it.
+        error: sum of squared differences between the image and its reconstruction, None without a decoder.
+        stranger: whether `error` is above the card's threshold; None without either.
+        inverted: whether dark and light were swapped.
+        framed: whether the ink was cut out, scaled and centred.
+        image: as the network saw it, `float32 [channels, height, width]` in [0, 1].
+        reconstruction: of the same shape, None without a decoder.
+    """
+
+    name: str
+    label: str
+    presence: float
+    runner_up: str
+    runner_up_presence: float
+    error: float | None
+    stranger: bool | None
+    inverted: bool
+    framed: bool
+    image: Tensor
+    reconstruction: Tensor | None
+
+    def to_dict(self) -> dict[str, Any]:
+        """All but the images, as JSON can hold it."""
+        return {
+            "file": self.name,
+            "class": self.label,
+            "presence": self.presence,
+            "runner_up": self.runner_up,
+            "runner_up_presence": self.runner_up_presence,
+            "reconstruction_error": self.error,
+            "stranger": self.stranger,
+            "inverted": self.inverted,
+            "framed": self.framed,
+        }
+
+
+def predict(
+    network: Network,
+    sources: Iterable[tuple[str, Path | bytes]],
+    *,
+    card: Card | None = None,
+    invert: Literal["auto", "yes", "no"] = "auto",
+    batch_size: int = 64,
+) -> Iterator[Prediction | InputError]:
+    """Predict images one after the other; a bad file costs no other its prediction.
+
+    Args:
+        network: trained, in evaluation mode.
+        sources: name and place of each image, or its content.
+        card: of the network, see `runs.load_card`; without one, images are only resized, and none is a stranger.
+        invert: see `data.photo.prepare`.
+        batch_size: images at a time; only memory and speed depend on it.
+
+    Yields:
+        In the order of `sources`: a prediction, or the InputError of a file that is no readable image.
+    """
+    card = card or Card()
+    waiting = iter(sources)
+    while batch := list(islice(waiting, batch_size)):
+        prepared = [_prepared(network, name, source, card, invert) for name, source in batch]
+        ready = [one.image for one in prepared if isinstance(one, Prepared)]
+        found = iter(_answers(network, torch.stack(ready)) if ready else ())
+        for (name, _), one in zip(batch, prepared, strict=True):
+            if isinstance(one, InputError):
+                yield one
+                continue
+            image, scores, reconstruction, error = next(found)
+            values, order = scores.topk(min(2, len(scores)))
+            limit = card.threshold.value if card.threshold and error is not None else None
+            yield Prediction(
+                name=name,
+                label=network.classes[int(order[0])],
+                presence=float(values[0]),
+                runner_up=network.classes[int(order[-1])],
+                runner_up_presence=float(values[-1]),
+                error=error,
+                stranger=None if limit is None or error is None else error > limit,
+                inverted=one.inverted,
+                framed=one.framed,
+                image=image,
+                reconstruction=reconstruction,
+            )
+
+
+def _prepared(
+    network: Network, name: str, source: Path | bytes, card: Card, invert: Literal["auto", "yes", "no"]
+) -> Prepared | InputError:
+    try:
+        return prepare(source, network.image_shape, frame=card.frame, invert=invert, name=name)
+    except InputError as error:
+        return error
+
+
+@torch.inference_mode()
+def _answers(network: Network, images: Tensor) -> list[tuple[Tensor, Tensor, Tensor | None, float | None]]:
+    """For each image: itself, the scores, its reconstruction and the error of that."""
+    device = next(network.parameters()).device
+    inputs = to_float(images).to(device)
+    output = network(inputs)
+    scores = output.scores if output.pose is not None else output.scores.softmax(-1)
+    if output.reconstruction is None:
+        return [(image, row, None, None) for image, row in zip(inputs.cpu(), scores.cpu(), strict=True)]
+    errors = F.reconstruction_loss(output.reconstruction, inputs).tolist()
+    return list(zip(inputs.cpu(), scores.cpu(), output.reconstruction.cpu(), errors, strict=True))

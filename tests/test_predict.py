@@ -1,0 +1,99 @@
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+
+from capsnet.analysis.strangers import Threshold
+from capsnet.card import Card
+from capsnet.data.photo import Frame
+from capsnet.errors import InputError
+from capsnet.models import Network, create
+from capsnet.predict import Prediction, predict
+from tiny import SIZES
+
+
+@pytest.fixture
+def network() -> Network:
+    torch.manual_seed(0)
+    return create("capsnet", image_shape=(1, 12, 13), num_classes=3, classes=("a", "b", "c"), **SIZES).eval()
+
+
+@pytest.fixture
+def files(tmp_path: Path) -> list[Path]:
+    pixels = torch.randint(0, 256, (5, 12, 13), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    paths = [tmp_path / f"{k}.png" for k in range(5)]
+    for path, image in zip(paths, pixels, strict=True):
+        Image.fromarray(image.numpy()).save(path)
+    return paths
+
+
+def good(found: Prediction | InputError) -> Prediction:
+    assert isinstance(found, Prediction)
+    return found
+
+
+@pytest.mark.parametrize("batch_size", [1, 2, 64])
+def test_predictions_are_the_networks(network: Network, files: list[Path], batch_size: int) -> None:
+    found = [good(one) for one in predict(network, [(path.name, path) for path in files], batch_size=batch_size)]
+    images = torch.stack([torch.tensor(list(Image.open(path).tobytes())).view(1, 12, 13) for path in files]) / 255
+    with torch.no_grad():
+        output = network(images)
+    assert [one.name for one in found] == ["0.png", "1.png", "2.png", "3.png", "4.png"]
+    for one, image, scores, drawn in zip(found, images, output.scores, output.reconstruction, strict=True):
+        values, order = scores.sort(descending=True)
+        assert (one.label, one.runner_up) == ("abc"[order[0]], "abc"[order[1]])
+        assert one.presence == pytest.approx(float(values[0]), abs=1e-6)
+        assert one.runner_up_presence == pytest.approx(float(values[1]), abs=1e-6)
+        assert one.error == pytest.approx(float((image - drawn).square().sum()), rel=1e-4)
+        assert one.reconstruction is not None
+        torch.testing.assert_close(one.reconstruction, drawn, atol=1e-5, rtol=1e-4)
+        torch.testing.assert_close(one.image, image)
+        assert one.stranger is None
+        assert not one.inverted
+
+
+def test_a_bad_file_costs_no_other_its_prediction(network: Network, files: list[Path]) -> None:
+    files[1].write_bytes(b"no image")
+    sources: list[tuple[str, Path | bytes]] = [(path.name, path) for path in files]
+    sources += [("missing", Path("missing.png")), ("bytes", files[0].read_bytes())]
+    found = list(predict(network, sources, batch_size=3))
+    assert [isinstance(one, InputError) for one in found] == [False, True, False, False, False, True, False]
+    assert "1.png must be a readable image" in str(found[1])
+    assert good(found[6]).to_dict() == {**good(found[0]).to_dict(), "file": "bytes"}
+    assert list(predict(network, [])) == []
+
+
+def test_the_card_flags_strangers_and_frames_photographs(network: Network, files: list[Path], tmp_path: Path) -> None:
+    errors = sorted(float(good(one).error or 0) for one in predict(network, [("", path) for path in files]))
+    card = Card(threshold=Threshold(errors[2], 0.05, 100, "validation"), frame=Frame(0.0, 0.7))
+    found = [good(one) for one in predict(network, [("", path) for path in files], card=card)]
+    assert sorted(float(one.error or 0) > errors[2] for one in found) == [False, False, False, True, True]
+    assert all(one.stranger == (float(one.error or 0) > errors[2]) for one in found)
+
+    paper = Image.new("RGB", (120, 90), "white")
+    paper.paste((20, 20, 60), (50, 20, 60, 70))
+    paper.save(tmp_path / "photo.jpg")
+    (photo,) = predict(network, [("photo", tmp_path / "photo.jpg")], card=card)
+    assert good(photo).inverted
+    assert good(photo).framed
+    assert float(good(photo).image[0, 0].max()) < 0.1
+    assert float(good(photo).image.max()) > 0.9
+    (plain,) = predict(network, [("photo", tmp_path / "photo.jpg")], card=card, invert="no")
+    assert not good(plain).inverted
+
+
+def test_a_network_without_capsules_gives_its_softmax(files: list[Path]) -> None:
+    baseline = create("baseline", image_shape=(1, 12, 13), num_classes=3).eval()
+    found = good(next(predict(baseline, [("", files[0])])))
+    assert found.error is None
+    assert found.reconstruction is None
+    with torch.no_grad():
+        expected = baseline(found.image[None]).scores.softmax(-1).max()
+    assert found.presence == pytest.approx(float(expected), abs=1e-6)
+
+
+def test_one_class_is_its_own_runner_up(files: list[Path]) -> None:
+    alone = create("capsnet", image_shape=(1, 12, 13), num_classes=1, **SIZES).eval()
+    found = good(next(predict(alone, [("", files[0])])))
+    assert (found.label, found.runner_up) == ("0", "0")
