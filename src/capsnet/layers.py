@@ -55,7 +55,9 @@ def is_ordinary(tensor: Tensor) -> bool:
 
 def is_small(images: Tensor) -> bool:
     """Whether a convolution of `images` is one matrix product: up to 8 on a CPU, ordinary, without gradients."""
-    small = 0 < len(images) <= SMALL_BATCH and images.device.type == "cpu" and is_ordinary(images)
+    if not is_ordinary(images):  # first: in an export, asking for the length would fix the batch size for good
+        return False
+    small = 0 < len(images) <= SMALL_BATCH and images.device.type == "cpu"
     return small and not torch.is_grad_enabled() and not torch.is_autocast_enabled("cpu")
 
 
@@ -269,7 +271,7 @@ class PrimaryCapsules(nn.Module):
         """The same from the convolution's output, channels last."""
         s = grid.float() if grid.dtype in (torch.float16, torch.bfloat16) else grid
         s = s * self.scale + self.bias if self.scale != 1 else s + self.bias
-        return F.squash(s.reshape(len(grid), self.capsules, self.dim))
+        return F.squash(s.reshape(grid.shape[0], self.capsules, self.dim))
 
 
 class ClassCapsules(nn.Module):
@@ -326,8 +328,9 @@ class ClassCapsules(nn.Module):
             u = u.float() if u.dtype in (torch.float16, torch.bfloat16) else u
             weight = self.weight.to(u.dtype)
             votes_bytes = u[..., 0].numel() * weight[0, 0].numel() * weight.element_size()
-            small = votes_bytes <= SMALL_VOTES and not torch.is_grad_enabled()
-            kernel = resolve_kernel(self.kernel, u.device, ordinary=is_ordinary(u), small=small)
+            ordinary = is_ordinary(u)  # in an export, comparing sizes would limit the batch
+            small = ordinary and votes_bytes <= SMALL_VOTES and not torch.is_grad_enabled()
+            kernel = resolve_kernel(self.kernel, u.device, ordinary=ordinary, small=small)
             if kernel == "fused":
                 sweeps = gpu.Sweeps if u.device.type == "cuda" else cpu.Sweeps
                 route = partial(fused.votes_and_routing, sweeps, u, weight)

@@ -1,0 +1,96 @@
+"""The verb `export`."""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+from tyro.conf import Positional
+
+from capsnet.cli.parsing import parse, say
+from capsnet.cli.subject import Subject
+from capsnet.errors import InputError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+__all__ = ["run"]
+
+
+@dataclass(frozen=True)
+class _Export:
+    """Write a trained network for other programs: ONNX, PyTorch's PT2, or a folder of safetensors.
+
+    Any number of images at a time; outputs scores, reconstruction and pose. Written only if it predicts on the
+    network's own test images (strokes or noise where they cannot be had) as the network does.
+
+    Examples:
+      capsnet export capsnet-mnist --to onnx
+      capsnet export runs/mnist --to pt2 --out mnist.pt2 --check-all
+    """
+
+    model: Positional[str]
+    """Run directory, folder with weights, or the name of weights that come with the package."""
+    to: Literal["onnx", "pt2", "safetensors"] = "onnx"
+    """Format; onnx needs: pip install 'capsnet[onnx]'."""
+    out: str | None = None
+    """File, or folder for safetensors; default: named after the model, in the working directory."""
+    overwrite: bool = False
+    """Replace --out."""
+    data: str | None = None
+    """Another data set or folder to compare on, read as the network's own was."""
+    data_dir: str | None = None
+    """Where downloaded files are."""
+    images: int = 256
+    """Test images to compare on: the first ones."""
+    check_all: bool = False
+    """Compare on all test images."""
+    batch_size: int = 256
+    """Images at a time in the comparison, after batches of 1, 2 and 7."""
+    json: bool = False
+    """Print the result as JSON."""
+
+
+def run(arguments: list[str]) -> int:
+    """Export a network, say how it compares."""
+    command = parse(_Export, arguments, prog="capsnet export")
+    if min(command.images, command.batch_size) < 1:
+        raise InputError(f"--images and --batch-size must be at least 1; got {command.images} and {command.batch_size}")
+    from capsnet.export import FORMATS, export
+
+    subject = Subject(command.model)
+    name, images = _images(subject, command)
+    path = Path(command.out or f"{subject.folder.resolve().name}{FORMATS[command.to] or '-safetensors'}")
+    result = export(
+        subject.network,
+        path,
+        format=command.to,
+        images=images,
+        batch_size=command.batch_size,
+        card=subject.card if subject.card.config else None,
+        overwrite=command.overwrite,
+    )
+    if command.json:
+        print(json.dumps({"model": command.model, "data": name, **result.to_dict()}, indent=2))
+    else:
+        print(f"{result.summary()} ({name})")
+    return 0
+
+
+def _images(subject: Subject, command: _Export) -> tuple[str, "Tensor"]:
+    """What to compare on, and its name."""
+    import torch
+
+    from capsnet.data.dataset import to_float
+
+    try:
+        dataset = subject.dataset(command.data, command.data_dir, held_out=False, any_will_do=not command.check_all)
+    except InputError as error:
+        if command.data or command.check_all:
+            raise
+        say(f"capsnet export: compared on noise ({error})")
+        count = min(command.images, 256)
+        noise = torch.rand(count, *subject.network.image_shape, generator=torch.Generator().manual_seed(0))
+        return "noise", noise
+    images = dataset.test.images if command.check_all else dataset.test.images[: command.images]
+    return f"{dataset.name} test", to_float(images)

@@ -1,0 +1,339 @@
+import importlib.util
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import tiny
+from capsnet import cli, runs
+from capsnet import export as module
+from capsnet.card import Card
+from capsnet.cli import export as verb
+from capsnet.data import strokes
+from capsnet.data.dataset import to_float
+from capsnet.data.photo import Frame
+from capsnet.errors import InputError
+from capsnet.export import FORMATS, Export, compare, export
+from capsnet.kernels.buffers import pool
+from capsnet.models import Network, create
+
+onnx = pytest.importorskip("onnx")
+onnxruntime = pytest.importorskip("onnxruntime")
+pytest.importorskip("onnxscript")
+pytestmark = pytest.mark.filterwarnings("ignore:.*isinstance.treespec, LeafSpec.*:FutureWarning")
+SHAPE = (1, 12, 13)
+SMALL = (2, 3, 5)  # of the baseline, whose weights grow with the image
+CLASSES = ("zero", "one", "two")
+
+
+def network(name: str, **options: Any) -> Network:
+    """A network of a few thousand weights, the same at each call."""
+    sizes = {**tiny.SIZES, **options} if name == "capsnet" else options
+    torch.manual_seed(0)
+    shape = SHAPE if name == "capsnet" else SMALL
+    return create(name, image_shape=shape, num_classes=3, classes=CLASSES, **sizes).eval()
+
+
+def images(count: int, shape: tuple[int, int, int] = SMALL) -> Tensor:
+    return torch.rand(count, *shape, generator=torch.Generator().manual_seed(1))
+
+
+KINDS: dict[str, Network] = {
+    "capsnet": network("capsnet"),
+    "capsnet, all options": network("capsnet", routing_bias=True, leaky=True, padding="same", reconstruction=False),
+    "baseline": network("baseline"),
+}
+
+
+Exported = Callable[[str, str], tuple[Path, Export]]
+
+
+@pytest.fixture(scope="session")
+def exported(tmp_path_factory: pytest.TempPathFactory) -> Exported:
+    """A kind of network in a format: an export takes seconds, so that each is made once for all tests."""
+    folder = tmp_path_factory.mktemp("exports")
+
+    @cache
+    def make(kind: str, format: str) -> tuple[Path, Export]:
+        one, path = KINDS[kind], folder / f"{kind}{FORMATS[format]}"
+        return path, export(one, path, format=format, images=images(30, one.image_shape), batch_size=16)
+
+    return make
+
+
+def read(path: Path, format: str, batch: Tensor) -> dict[str, Tensor]:
+    """What a stranger to this package gets out of the file."""
+    if format == "onnx":
+        session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
+        names = [output.name for output in session.get_outputs()]
+        return dict(zip(names, map(torch.from_numpy, session.run(None, {"images": batch.numpy()})), strict=True))
+    with torch.no_grad():
+        if format == "pt2":
+            return dict(torch.export.load(path).module()(batch))
+        output = runs.from_pretrained(path)(batch)
+    found = {"scores": output.scores, "reconstruction": output.reconstruction, "pose": output.pose}
+    return {name: tensor for name, tensor in found.items() if tensor is not None}
+
+
+@pytest.mark.parametrize("format", FORMATS)
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_file_does_what_the_network_does(kind: str, format: str, exported: Exported) -> None:
+    path, told = exported(kind, format)
+    assert (told.path, told.format, told.images, told.changed) == (str(path), format, 30, 0)
+    assert max(told.differences.values()) < 1e-5
+    for count in (1, 2, 3, 20):
+        batch = images(40, KINDS[kind].image_shape)[-count:]
+        with torch.no_grad():
+            wanted = KINDS[kind](batch)
+        got = read(path, format, batch)
+        assert torch.allclose(got["scores"], wanted.scores, atol=1e-5)
+        for name, tensor in (("reconstruction", wanted.reconstruction), ("pose", wanted.pose)):
+            assert (name in got) == (tensor is not None) == (name in told.differences)
+            assert tensor is None or torch.allclose(got[name], tensor, atol=1e-5)
+
+
+def test_onnx_says_what_goes_in_and_out(exported: Exported) -> None:
+    model = onnx.load(exported("capsnet", "onnx")[0])
+
+    def sizes(value: Any) -> list[int | str]:
+        return [size.dim_param or size.dim_value for size in value.type.tensor_type.shape.dim]
+
+    assert {value.name: sizes(value) for value in model.graph.input} == {"images": ["batch", *SHAPE]}
+    outputs = {value.name: sizes(value) for value in model.graph.output}
+    assert outputs == {
+        "scores": ["batch", 3],
+        "reconstruction": ["batch", *SHAPE],
+        "pose": ["batch", 3, tiny.SIZES["class_dim"]],
+    }
+    facts = {entry.key: entry.value for entry in model.metadata_props}
+    assert json.loads(facts["classes"]) == list(CLASSES)
+    assert json.loads(facts["image_shape"]) == list(SHAPE)
+    assert facts["model"] == "capsnet"
+    assert facts["capsnet"] == runs.environment(torch.device("cpu"))["capsnet"]
+
+
+def test_pt2_says_the_same(exported: Exported) -> None:
+    extra = {"capsnet.json": ""}
+    torch.export.load(exported("baseline", "pt2")[0], extra_files=extra)
+    facts = json.loads(extra["capsnet.json"])
+    assert json.loads(facts["classes"]) == list(CLASSES)
+    assert facts["model"] == "baseline"
+
+
+def test_the_network_is_left_as_it_was(tmp_path: Path) -> None:
+    one = network("baseline").train()
+    before = {name: tensor.clone() for name, tensor in one.state_dict().items()}
+    export(one, tmp_path / "x", format="safetensors", images=images(2))
+    assert one.training, "dropout goes on, and was not part of the comparison"
+    assert all(torch.equal(tensor, before[name]) for name, tensor in one.state_dict().items())
+
+
+def test_nothing_of_the_tracing_stays_in_the_kernels(exported: Exported) -> None:
+    assert all(type(array) is Tensor for array in pool._free.values())
+    one = network("capsnet").train()
+    exported("capsnet", "pt2")
+    scores = one(images(20, SHAPE)).scores
+    scores.sum().backward()
+    assert all(parameter.grad is None or parameter.grad.isfinite().all() for parameter in one.parameters())
+    assert type(scores) is Tensor
+
+
+def test_a_card_goes_along(tmp_path: Path) -> None:
+    card = Card(config={"data": "mnist"}, frame=Frame(0.0, 0.5))
+    export(KINDS["baseline"], tmp_path / "x", format="safetensors", images=images(2), card=card)
+    assert runs.load_card(tmp_path / "x") == card
+    export(KINDS["baseline"], tmp_path / "y", format="safetensors", images=images(2))
+    assert tiny.files(tmp_path / "y") == {"config.json", "model.safetensors"}
+
+
+# what is refused
+
+
+@pytest.mark.parametrize("format", FORMATS)
+def test_what_is_there_is_not_overwritten_unasked(tmp_path: Path, format: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "x"
+    held = path if format != "safetensors" else path / "config.json"
+    held.parent.mkdir(exist_ok=True)
+    held.write_text("mine")
+    with pytest.raises(InputError, match=r"^out must be a .* --overwrite; got .*x$"):
+        export(KINDS["baseline"], path, format=format, images=images(2))
+    assert held.read_text() == "mine"
+    if format == "onnx":
+        return
+    monkeypatch.setattr(module, "_pt2", lambda one: (b"new", lambda file: lambda batch: module._outputs(one, batch)))
+    export(KINDS["baseline"], path, format=format, images=images(2), overwrite=True)
+    assert held.read_bytes() != b"mine"
+
+
+def test_a_path_of_the_wrong_kind_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("mine")
+    with pytest.raises(InputError, match=r"^out must be a file for pt2; got the folder "):
+        export(KINDS["baseline"], tmp_path, format="pt2", images=images(2), overwrite=True)
+    with pytest.raises(InputError, match=r"^out must be a folder for safetensors; got the file "):
+        export(KINDS["baseline"], tmp_path / "file", format="safetensors", images=images(2), overwrite=True)
+
+
+@pytest.mark.parametrize("fault", ["predictions", "values", "nan", "shape", "missing"])
+def test_a_file_that_does_not_agree_is_not_written(fault: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever the exporter may do wrong: the file never stands in its place, and an older one is kept."""
+
+    def made(one: Network) -> tuple[bytes, Any]:
+        def run(batch: Tensor) -> dict[str, Tensor]:
+            found = module._outputs(one, batch)
+            scores, pose = found["scores"], found["pose"]
+            wrong = {
+                "predictions": {"scores": scores + 1e-4 * torch.randn(scores.shape) + 1e-3 * scores.flip(-1)},
+                "values": {"pose": pose + 0.01 * (len(batch) > 7)},
+                "nan": {"pose": pose * torch.nan},
+                "shape": {"scores": scores[:, :2]},
+                "missing": {},
+            }[fault]
+            kept = {name: tensor for name, tensor in found.items() if fault != "missing" or name != "pose"}
+            return {**kept, **wrong}
+
+        return b"new", lambda file: run
+
+    monkeypatch.setattr(module, "_pt2", made)
+    path = tmp_path / "x.pt2"
+    path.write_text("mine")
+    flat = network("capsnet")
+    with torch.no_grad():
+        flat.get_parameter("class_capsules.weight")[:, :, 1:] = flat.get_parameter("class_capsules.weight")[:, :, :1]
+    text = r"^outputs must be" if fault in ("shape", "missing") else r"must predict as the network does.*nothing is"
+    with pytest.raises(InputError, match=text):
+        export(flat, path, format="pt2", images=images(30, SHAPE), overwrite=True)
+    assert path.read_text() == "mine"
+    assert tiny.files(tmp_path) == {"x.pt2"}
+
+
+def test_batches_of_1_2_7_and_the_rest_are_compared() -> None:
+    seen: list[int] = []
+
+    def run(batch: Tensor) -> dict[str, Tensor]:
+        seen.append(len(batch))
+        return module._outputs(KINDS["baseline"], batch)
+
+    changed, differences = compare(KINDS["baseline"], run, images(50), batch_size=16)
+    assert seen == [1, 2, 7, 16, 16, 8]
+    assert changed == 0
+    assert differences == {"scores": 0.0}
+
+
+def test_packages_that_are_missing_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    find = importlib.util.find_spec
+    monkeypatch.setattr(module, "find_spec", lambda name: None if name == "onnxscript" else find(name))
+    with pytest.raises(InputError, match=r"onnxscript is not installed \(pip install 'capsnet\[onnx\]'\)$"):
+        export(KINDS["baseline"], tmp_path / "x.onnx", format="onnx", images=images(2))
+
+
+@pytest.mark.usefixtures("unchecked")
+def test_wrong_arguments_are_refused(tmp_path: Path) -> None:
+    one = KINDS["baseline"]
+    with pytest.raises(InputError, match=r"^format must be one of onnx, pt2, safetensors; got 'tf'$"):
+        export(one, tmp_path / "x", format="tf", images=images(2))
+    with pytest.raises(InputError, match=r"^images and batch_size must be at least 1; got 0 and 256$"):
+        export(one, tmp_path / "x", format="pt2", images=images(0))
+    with pytest.raises(InputError, match=r"^images must be \[batch"):
+        export(one, tmp_path / "x", format="pt2", images=torch.rand(2, 2, 5, 3))
+
+
+# the verb
+
+
+@pytest.fixture
+def model(workplace: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Weights in the working directory that say what they were trained on: strokes of 12 pixels."""
+    monkeypatch.setitem(cli.VERBS, "export", "export")
+    torch.manual_seed(0)
+    runs.save_pretrained(create("capsnet", image_shape=(1, 12, 12), **tiny.SIZES), "tiny")
+    return Path("tiny")
+
+
+def test_the_verb_compares_on_the_networks_own_test_images(
+    model: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    seen: list[Tensor] = []
+
+    def same(one: Network, run: Any, batch: Tensor, *, batch_size: int) -> tuple[int, dict[str, float]]:
+        seen.append(batch)
+        return 0, {"scores": 1e-7}
+
+    monkeypatch.setattr(module, "compare", same)
+    runs.save_card(Card(config={"data": "strokes", "image_size": 12}), model)
+    strokes_ = strokes.strokes(image_size=12)
+    monkeypatch.setattr("capsnet.train.load", lambda *_, **__: strokes_)
+    assert cli.main(["export", "tiny", "--to", "safetensors", "--images", "40"]) == 0
+    text = capsys.readouterr().out
+    assert "tiny-safetensors: 0 of 40 predictions differ" in text
+    assert "(strokes test)" in text
+    assert torch.equal(seen[0], to_float(strokes_.test.images[:40]))
+    assert cli.main(["export", "tiny", "--to", "safetensors", "--check-all", "--out", "all", "--json"]) == 0
+    told = json.loads(capsys.readouterr().out)
+    assert told["images"] == len(strokes_.test) == len(seen[1])
+    assert (told["model"], told["data"], told["path"]) == ("tiny", "strokes test", "all")
+    assert runs.load_card("all").data == "strokes"
+
+
+def test_without_data_it_compares_on_noise_and_says_so(model: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["export", str(model), "--to", "safetensors"]) == 0
+    captured = capsys.readouterr()
+    assert "(noise)" in captured.out
+    assert "compared on noise" in captured.err
+    assert tiny.same_weights(model, "tiny-safetensors")
+    assert cli.main(["export", str(model), "--to", "safetensors", "--check-all", "--out", "x"]) == 2
+    assert "--data must be given" in capsys.readouterr().err
+    assert cli.main(["export", str(model), "--to", "safetensors"]) == 2, "it is there already"
+    assert cli.main(["export", str(model), "--to", "safetensors", "--overwrite"]) == 0
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--to", "tf"], "--to must be one of"),
+        (["--images", "0"], "--images and --batch-size must be at least 1; got 0 and 256"),
+        (["--data", "nowhere"], "nowhere"),
+    ],
+)
+def test_wrong_options_are_told_in_one_line(
+    options: list[str], message: str, model: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli.main(["export", str(model), *options]) == 2
+    error = capsys.readouterr().err
+    assert message in error
+    assert error.count("\n") == 1
+    assert verb.run.__doc__
+
+
+STRANGER = """
+import sys, torch
+scores = torch.export.load(sys.argv[1]).module()(torch.zeros(5, 1, 12, 13))["scores"]
+print(list(scores.shape), "capsnet" in sys.modules)
+"""
+
+
+@pytest.mark.slow
+def test_pt2_is_read_by_a_process_without_this_package(exported: Exported) -> None:
+    command = [sys.executable, "-W", "ignore", "-c", STRANGER, str(exported("capsnet", "pt2")[0])]
+    assert subprocess.run(command, capture_output=True, text=True, check=True).stdout == "[5, 3] False\n"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("format", FORMATS)
+def test_the_weights_that_come_with_the_package(
+    format: str, workplace: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(cli.VERBS, "export", "export")
+    if (tiny.REAL / "mnist").is_dir():
+        monkeypatch.setenv("CAPSNET_DATA", str(tiny.REAL))
+    assert cli.main(["export", "capsnet-mnist", "--to", format, "--json"]) == 0
+    told = json.loads(capsys.readouterr().out)
+    assert told["images"] == 256
+    assert told["changed"] == 0
+    assert max(told["differences"].values()) < 1e-4
