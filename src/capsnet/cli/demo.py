@@ -1,0 +1,57 @@
+"""The verb `demo`."""
+
+from dataclasses import dataclass
+
+from tyro.conf import Positional
+
+from capsnet.cli.parsing import parse
+from capsnet.errors import InputError
+
+__all__ = ["run"]
+
+
+@dataclass(frozen=True)
+class _Demo:
+    """A page in the browser: draw, watch the capsules, and move what they say of the image.
+
+    Examples:
+      capsnet demo
+      capsnet demo runs/mine --port 8080 --no-browser
+    """
+
+    model: Positional[str] = "capsnet-mnist"
+    """Run directory, a folder with config.json and model.safetensors, or the name of weights of the package."""
+    host: str = "127.0.0.1"
+    """Address to serve at; 0.0.0.0 lets other machines use the page too."""
+    port: int = 8000
+    """Port to serve at; 0 finds a free one."""
+    browser: bool = True
+    """Open the page in the browser."""
+
+
+def run(arguments: list[str]) -> int:
+    """Serve the page until Ctrl-C."""
+    command = parse(_Demo, arguments, prog="capsnet demo")
+    try:
+        import starlette  # noqa: F401
+        import uvicorn  # noqa: F401
+    except ImportError:
+        raise InputError(
+            "demo must have starlette and uvicorn; they are not installed (pip install 'capsnet[demo]')"
+        ) from None
+    from capsnet import runs
+    from capsnet.demo import Viewer, serve
+
+    card = runs.load_card(command.model)
+    viewer = Viewer(runs.load(command.model), command.model, frame=card.frame, threshold=card.threshold)
+    try:
+        serve(
+            viewer,
+            host=command.host,
+            port=command.port,
+            browser=command.browser,
+            told=lambda address: print(f"{command.model} at {address} (Ctrl-C ends it)", flush=True),
+        )
+    except KeyboardInterrupt:  # the way to end it
+        print()
+    return 0

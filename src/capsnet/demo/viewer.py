@@ -1,0 +1,144 @@
+"""What the page shows, as numbers: a network looked at with one image or one capsule at a time."""
+
+import base64
+import warnings
+from dataclasses import asdict
+from io import BytesIO
+from typing import Any, Literal
+
+import torch
+from jaxtyping import Float, UInt8
+from torch import Tensor
+
+from capsnet import functional as F
+from capsnet.analysis.couplings import evidence
+from capsnet.analysis.drawing import decoder_of
+from capsnet.analysis.strangers import Threshold
+from capsnet.data.dataset import to_float
+from capsnet.data.photo import Frame, prepare
+from capsnet.errors import InputError
+from capsnet.models import Network
+
+__all__ = ["MAX_PIXELS", "Viewer"]
+
+MAX_PIXELS = 32_000_000  # of an image file, half a gigabyte while it is read; telephones take 12 or 24 million
+_FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")
+
+
+class Viewer:
+    """A trained network and what is known of its training images.
+
+    Images go out as base64 of their bytes, row by row and channel by channel.
+
+    Args:
+        network: with capsules and a decoder, on the CPU, in evaluation mode.
+        name: what the page calls it.
+        frame: how the ink lies in its training images; None where they have no plain ground.
+        threshold: above which reconstruction error an image belongs to none of the classes, if known.
+
+    Raises:
+        InputError: no capsules, no decoder, or images that are neither grey nor in colour.
+    """
+
+    def __init__(self, network: Network, name: str, *, frame: Frame | None, threshold: Threshold | None) -> None:
+        self.network, self.decoder = decoder_of(network)
+        if network.image_shape[0] not in (1, 3):
+            raise InputError(f"model must take images of 1 or 3 channels; got {network.image_shape[0]}")
+        self.name, self.frame, self.threshold = name, frame, threshold
+        self.classes, self.image_shape = network.classes, network.image_shape
+        self.dim = network.config["class_dim"]
+
+    def describe(self) -> dict[str, Any]:
+        """All that the page must know before the first image."""
+        channels, height, width = self.image_shape
+        return {
+            "name": self.name,
+            "classes": self.classes,
+            "channels": channels,
+            "height": height,
+            "width": width,
+            "dim": self.dim,
+            "iterations": self.network.class_capsules.iterations,
+            "frame": None if self.frame is None else asdict(self.frame),
+            "threshold": self.threshold.value if self.threshold else None,
+        }
+
+    @torch.inference_mode()
+    def look(self, file: bytes, *, invert: Literal["auto", "yes", "no"], index: int | None) -> dict[str, Any]:
+        """Prepare an image as the training images are, recognise it, and draw it again.
+
+        Args:
+            file: the content of an image file. The page sends a drawing as PGM or PPM of the network's own size, with
+                its ink already scaled and centred: it knows what is ink, which `prepare` would have to find.
+            invert: whether light and dark are exchanged, see `photo.prepare`.
+            index: the capsule to draw, in [0, classes); None for the longest.
+
+        Raises:
+            InputError: not an image that can be read, or a giant one.
+        """
+        _check_size(file)
+        prepared = prepare(file, self.image_shape, frame=self.frame, invert=invert, name="image")
+        images = to_float(prepared.image)[None]
+        output = self.network(images, None if index is None else torch.tensor([index]))
+        winner = int(output.scores[0].argmax())
+        best = output.reconstruction
+        assert output.pose is not None
+        assert best is not None
+        if index not in (None, winner):
+            best = self.decoder(output.pose, torch.tensor([winner]))
+        return {
+            "image": _encoded(prepared.image),
+            "inverted": prepared.inverted,
+            "framed": prepared.framed,
+            "lengths": output.scores[0].tolist(),
+            "poses": output.pose[0].tolist(),
+            "winner": winner,
+            "reconstruction": _encoded(_to_bytes(output.reconstruction[0])),
+            "error": float(F.reconstruction_loss(best, images)),  # of the winner, as the threshold is
+        }
+
+    @torch.inference_mode()
+    def imagine(self, poses: Float[Tensor, "n dim"], index: int) -> dict[str, Any]:
+        """Draw what capsule `index` describes when its vector is each of `poses`."""
+        whole = torch.zeros(len(poses), len(self.classes), self.dim)
+        whole[:, index] = poses
+        images = self.decoder(whole, torch.full((len(poses),), index))
+        return {"images": [_encoded(_to_bytes(image)) for image in images]}
+
+    def evidence(self, image: UInt8[Tensor, "channels height width"], index: int) -> dict[str, Any]:
+        """Where on `image` the evidence of capsule `index` comes from, at each routing iteration.
+
+        Returns:
+            `maps`: base64 of float32 `[iterations, height, width]`, little-endian; `lengths` of the capsule and
+            `entropy` of all couplings (bits), one an iteration.
+        """
+        found = evidence(self.network, to_float(image)[None])
+        maps = found.maps[:, 0, index].numpy().astype("<f4")
+        return {
+            "maps": base64.b64encode(maps.tobytes()).decode(),
+            "lengths": F.lengths(found.pose)[:, 0, index].tolist(),
+            "entropy": found.entropy[:, 0].tolist(),
+        }
+
+
+def _check_size(file: bytes) -> None:
+    """Raise InputError where the head of an image file, however small, tells of too many pixels to decode."""
+    from PIL import Image
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of many pixels, which are refused here
+        try:
+            with Image.open(BytesIO(file), formats=_FORMATS) as image:
+                width, height = image.size
+        except Exception:  # of many types; what is wrong with the file is for `prepare` to tell
+            return
+    if width * height > MAX_PIXELS:
+        raise InputError(f"image must have at most {MAX_PIXELS} pixels; got {width}x{height}")
+
+
+def _to_bytes(image: Tensor) -> Tensor:
+    return image.mul(255).round().to(torch.uint8)
+
+
+def _encoded(image: Tensor) -> str:
+    return base64.b64encode(image.contiguous().numpy().tobytes()).decode()
