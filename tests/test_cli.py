@@ -64,7 +64,7 @@ def test_help(capsys: pytest.CaptureFixture[str]) -> None:
     assert all(f"\n  {verb} " in out for verb in VERBS)
     assert run(capsys) == (2, out, "")
     assert run(capsys, "--version")[1].startswith("capsnet ")
-    for verb in ("train", "evaluate", "list", "bench"):
+    for verb in VERBS:
         code, out, err = run(capsys, verb, "--help")
         assert (code, err) == (0, "")
         assert f"capsnet {verb} " in out
@@ -167,8 +167,8 @@ def test_bad_input_is_one_line(
         ("bench step --out RUN/config.yaml", "--out must be a new file; "),
         ("bench step --stem minimal --precision bf16", "stem minimal got bf16 convolutions"),
         ("list", "WHAT must be given; got none"),
-        ("list dogs", "must be one of models, data, presets; got 'dogs'"),
-        ("trian", "verb must be one of train, evaluate, list, bench; got 'trian' (did you mean train?)"),
+        ("list dogs", "must be one of models, weights, data, presets; got 'dogs'"),
+        ("trian", f"verb must be one of {', '.join(VERBS)}; got 'trian' (did you mean train?)"),
     ],
 )
 @pytest.mark.usefixtures("unchecked")

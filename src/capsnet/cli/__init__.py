@@ -16,21 +16,53 @@ from capsnet.errors import InputError
 
 __all__ = ["main"]
 
-VERBS = {"train": "train", "evaluate": "evaluate", "list": "listing", "bench": "bench"}
+VERBS = {
+    "train": "train",
+    "evaluate": "evaluate",
+    "predict": "predict",
+    "demo": "demo",
+    "export": "export",
+    "reconstruct": "reconstruct",
+    "perturb": "perturb",
+    "couplings": "couplings",
+    "factors": "factors",
+    "figures": "figures",
+    "report": "report",
+    "strangers": "strangers",
+    "attack": "attack",
+    "list": "listing",
+    "bench": "bench",
+}
 """Verb and the module of this package whose `run(arguments)` it is."""
 
 HELP = f"""capsnet {__version__}: capsule networks, "Dynamic Routing Between Capsules" (Sabour, Frosst, Hinton 2017)
 
 usage: capsnet VERB [OPTIONS]     (capsnet VERB --help tells more)
 
-  train       train a network on a data set or on your own images, and test it
-  evaluate    error, interval, per-class table and confusion matrix of a trained network
-  list        what there is: models, data, presets
-  bench       speed, memory and exactness of a network on this machine, and comparisons
+  train        train a network on a data set or on your own images, and test it
+  evaluate     error, interval, per-class table and confusion matrix of a trained network
+
+  predict      what image files show: class, presence, reconstruction error
+  demo         a page in the browser: draw, and see what the capsules see
+  export       ONNX, PyTorch's export, or safetensors, checked against the original
+
+  reconstruct  images beside what the decoder makes of them, right and wrong ones apart
+  perturb      what each dimension of a class capsule means
+  couplings    where the winning capsule's evidence comes from, by routing iteration
+  factors      how much of the true pose the capsules hold, beside a network without
+  figures      curves, errors by class, confusion, wrong images, lengths, calibration
+  report       all of it in one HTML file
+
+  strangers    how well images of no known class are told by their bad reconstruction
+  attack       white-box attacks (FGSM, PGD): how many succeed, how many are told
+
+  list         what there is: models, weights, data, presets
+  bench        speed, memory and exactness of a network on this machine, and comparisons
 
 examples:
   capsnet train
   capsnet train --data mnist --epochs 50 --out runs/mnist
+  capsnet predict capsnet-mnist photo-of-a-digit.jpg
 """
 
 

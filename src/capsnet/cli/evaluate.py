@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Literal
 from tyro.conf import Positional
 
 from capsnet.cli.parsing import parse
-from capsnet.config import Config
+from capsnet.cli.subject import Subject
 from capsnet.errors import InputError
 
 __all__ = ["run"]
@@ -27,7 +27,7 @@ class _Evaluate:
     """
 
     run: Positional[str]
-    """Run directory, or a folder with config.json and model.safetensors."""
+    """Run directory, folder with weights, or the name of weights that come with the package."""
     data: str | None = None
     """Another data set or folder with as many classes, read as the run's own was; images must be of the same shape."""
     data_dir: str | None = None
@@ -49,37 +49,15 @@ def run(arguments: list[str]) -> int:
     command = parse(_Evaluate, arguments, prog="capsnet evaluate")
     if command.batch_size < 1:
         raise InputError(f"batch_size must be at least 1; got {command.batch_size}")
-    from capsnet import machine, runs, train
+    from capsnet import machine
     from capsnet.evaluation import evaluate
 
-    network = runs.load(command.run)
-    run = runs.Run(command.run)
-    if run.config_path.exists():
-        trained = run.config()
-    elif command.data is None:
-        raise InputError(f"--data must be given for {command.run}, which does not say what it was trained on")
-    else:
-        channels, height, width = network.image_shape
-        trained = Config(image_size=height if height == width else None, channels=channels)
-    options = replace(
-        trained,
-        data=command.data or trained.data,
-        data_dir=command.data_dir or trained.data_dir,
-        validation=trained.validation if command.data is None or command.split == "validation" else 0,
-        device=command.device,
-        precision=command.precision or trained.precision,
-        devices=1,
-    )
-    dataset = train.prepare_data(options)
-    unnamed = network.classes == tuple(str(k) for k in range(len(dataset.classes)))
-    if dataset.classes != network.classes and not unnamed:
-        raise InputError(
-            f"data set {dataset.name} must have the {len(network.classes)} classes of the network, "
-            f"{_some(network.classes)}; got {len(dataset.classes)}, {_some(dataset.classes)}"
-        )
-    split = getattr(dataset, command.split)
-    if split is None:
-        raise InputError(f"data set {dataset.name} must have a validation split; the run trained on all images")
+    subject = Subject(command.run)
+    network, trained = subject.network, subject.trained(command.data)
+    held_out = command.data is None or command.split == "validation"
+    dataset = subject.dataset(command.data, command.data_dir, held_out=held_out)
+    split = subject.split(dataset, command.split)
+    options = replace(trained, device=command.device, precision=command.precision or trained.precision, devices=1)
     device = machine.resolve_device(options)
     precision = machine.resolve_precision(options, device, network)
     result = evaluate(network.to(device), split, config=trained, batch_size=command.batch_size, precision=precision)
@@ -91,10 +69,6 @@ def run(arguments: list[str]) -> int:
         print(_losses(result))
         _print_tables(result)
     return 0
-
-
-def _some(names: tuple[str, ...]) -> str:
-    return ", ".join(names[:10]) + (", ..." if len(names) > 10 else "")
 
 
 def _losses(result: "Evaluation") -> str:

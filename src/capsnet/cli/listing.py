@@ -21,7 +21,7 @@ class _List:
       capsnet list models --json
     """
 
-    what: Positional[Literal["models", "data", "presets"]]
+    what: Positional[Literal["models", "weights", "data", "presets"]]
     """Of what."""
     data_dir: str | None = None
     """Look for data files here first."""
@@ -32,7 +32,9 @@ class _List:
 def run(arguments: list[str]) -> int:
     """Print what there is."""
     command = parse(_List, arguments, prog="capsnet list")
-    rows = {"models": _models, "data": lambda: _data(command.data_dir), "presets": _presets}[command.what]()
+    rows = {"models": _models, "weights": _weights, "data": lambda: _data(command.data_dir), "presets": _presets}[
+        command.what
+    ]()
     if command.json:
         print(json.dumps(rows, indent=2))
         return 0
@@ -55,6 +57,27 @@ def _models() -> list[dict[str, Any]]:
             count = models.create(name).parameter_count()
         summary = (models.BUILDERS[name].__doc__ or "").splitlines()[0]
         rows.append({"name": name, "what": summary, "parameters on MNIST": f"{count:,}"})
+    return rows
+
+
+def _weights() -> list[dict[str, Any]]:
+    from capsnet import runs
+
+    rows: list[dict[str, Any]] = []
+    for name in runs.shipped():
+        card, folder = runs.load_card(name), runs.folder_of(name)
+        low, high = card.test["interval"]
+        rows.append(
+            {
+                "name": name,
+                "trained on": f"{card.train_images:,} images of {card.data}, {card.epochs} epochs",
+                "command": card.command,
+                "test error": f"{card.test['error_percent']:.2f} % ({card.test['wrong']} of {card.test['total']:,} "
+                f"wrong; 95 % interval {low:.2f} to {high:.2f} %)",
+                "size": f"{(folder / 'model.safetensors').stat().st_size / 1e6:.1f} MB",
+                "folder": str(folder),
+            }
+        )
     return rows
 
 

@@ -6,6 +6,7 @@ import difflib
 import io
 import re
 import sys
+import textwrap
 from dataclasses import fields
 from pathlib import Path
 from typing import TypeVar
@@ -48,14 +49,16 @@ T = TypeVar("T")
 
 def parse(kind: type[T], arguments: list[str], *, prog: str, default: T | None = None) -> T:
     """Parse with tyro; a fault is raised as an InputError of one line in place of its box."""
-    faults = io.StringIO()
+    faults, told = io.StringIO(), io.StringIO()
     try:
-        with contextlib.redirect_stderr(faults):
+        with contextlib.redirect_stderr(faults), contextlib.redirect_stdout(told):
             return tyro.cli(
                 kind, args=arguments, prog=prog, default=tyro.MISSING_NONPROP if default is None else default
             )
     except SystemExit as stop:
-        if not stop.code:
+        if not stop.code:  # --help: tyro leaves a paragraph of the description on one line
+            for line in told.getvalue().splitlines():
+                print("\n".join(textwrap.wrap(line, 100)) if len(line) > 100 else line)
             raise
         raise InputError(_one_line(faults.getvalue(), kind, prog)) from None
 
@@ -86,7 +89,7 @@ def _one_line(box: str, kind: type, prog: str) -> str:
 
 def as_options(text: str) -> str:
     """Fields of the configuration as they are typed: `batch_size must ...` is told as `--batch-size must ...`."""
-    names = "|".join([*(field.name for field in fields(Config)), "classes", "repeats", "compare"])
+    names = "|".join([*(field.name for field in fields(Config)), "classes", "compare", "repeats", "span", "steps"])
     pattern = rf"(^|; and )({names})(?= must | of (?!model))"
     return re.sub(pattern, lambda found: f"{found[1]}--{found[2].replace('_', '-')}", text)
 

@@ -1,0 +1,60 @@
+"""The verb `factors`."""
+
+import json
+from dataclasses import dataclass
+
+from capsnet.cli.parsing import parse
+from capsnet.cli.subject import Look, Subject
+
+__all__ = ["run"]
+
+
+@dataclass(frozen=True)
+class _Factors(Look):
+    """How much of each pose factor (slant, rotation, scale, width, x, y) the last layer explains.
+
+    Linear regression class by class, from the class capsule's vector or, without capsules, from the last hidden layer;
+    fitted on the training images, judged by R2 on the test images. The data must know the pose of its images, as
+    strokes does.
+
+    Examples:
+      capsnet factors runs/strokes-capsnet-seed0
+      capsnet factors runs/strokes-capsnet-seed0 --against runs/strokes-baseline-seed0 --json
+    """
+
+    against: tuple[str, ...] = ()
+    """Other networks, beside the first."""
+
+
+def run(arguments: list[str]) -> int:
+    """Draw R2 of pose factors, print the table."""
+    command = parse(_Factors, arguments, prog="capsnet factors")
+    from capsnet import plots, runs
+    from capsnet.analysis.factors import pose_explained
+
+    subject = Subject(command.model)
+    dataset = subject.dataset(command.data, command.data_dir)
+    found = {}
+    for model in (command.model, *command.against):
+        network = runs.load(model)
+        network.check_images(dataset.test.images[:1].float())
+        name = network.config["name"] if not command.against else f"{network.config['name']} ({model})"
+        found[name] = pose_explained(network, dataset.train, subject.split(dataset, command.split))
+    plain = [name.split(" (")[0] for name in found]
+    if len(set(plain)) == len(plain):
+        found = dict(zip(plain, found.values(), strict=True))
+    path = subject.draw(command, "factors", plots.factors(found), ["factors", *arguments])
+    if command.json:
+        networks = {name: one.to_dict() for name, one in found.items()}
+        print(json.dumps({"data": dataset.name, "networks": networks, "figure": str(path)}, indent=2))
+        return 0
+    first = next(iter(found.values()))
+    print(
+        f"held-out linear R2, mean over {len(first.classes)} classes +- standard deviation, n = {first.test_images:,}"
+    )
+    print(f"{'':22}" + "".join(f"{f'{name} ({one.dim})':>24}" for name, one in found.items()))
+    for factor in first.factors:
+        cells = "".join(f"{one.mean(factor):>15.3f} +- {one.spread(factor):.3f}" for one in found.values())
+        print(f"{factor.replace('_', ' '):22}{cells}")
+    print(f"figure: {path}")
+    return 0

@@ -1,0 +1,101 @@
+"""The verb `perturb`."""
+
+import json
+from dataclasses import dataclass
+
+from capsnet.cli.parsing import parse
+from capsnet.cli.subject import Look, Subject
+from capsnet.errors import InputError
+
+__all__ = ["run"]
+
+
+@dataclass(frozen=True)
+class _Perturb(Look):
+    """Change each dimension of a class capsule by itself and draw what the decoder makes of it.
+
+    The paper's Figure 4: a row for each dimension, a column for each change, unchanged in the middle. The images are
+    the first right ones of each class, or one's own.
+
+    Examples:
+      capsnet perturb capsnet-mnist --classes 4 7
+      capsnet perturb runs/mnist --classes all --gif sweep.gif
+      capsnet perturb capsnet-mnist --image my-seven.png --span 0.5 --steps 21
+    """
+
+    classes: tuple[str, ...] = ()
+    """Names of the classes whose capsules are changed, or all; default: the first, or that of one's own image."""
+    images: int = 1
+    """Images of each class."""
+    image: tuple[str, ...] = ()
+    """Image files of one's own in place of the data set's."""
+    span: float = 0.25
+    """Largest change of a dimension (the paper's: 0.25)."""
+    steps: int = 11
+    """Changes from -span to span; odd (the paper's: 11)."""
+    gif: str | None = None
+    """Write an animation too, in which all dimensions swing through their range."""
+
+
+def run(arguments: list[str]) -> int:
+    """Draw perturbations, print where."""
+    command = parse(_Perturb, arguments, prog="capsnet perturb")
+    if command.images < 1:
+        raise InputError(f"--images must be at least 1; got {command.images}")
+    import torch
+
+    from capsnet import plots, runs
+    from capsnet.analysis.drawing import decoder_of, perturb
+    from capsnet.analysis.outcomes import outcomes
+    from capsnet.data.dataset import to_float
+
+    subject = Subject(command.model)
+    network, _ = decoder_of(subject.network)
+    wanted = network.classes if command.classes == ("all",) else command.classes
+    unknown = [name for name in wanted if name not in network.classes]
+    if unknown:
+        raise InputError(f"--classes must be all, or among {', '.join(network.classes)}; got {unknown[0]!r}")
+    if command.gif is not None:
+        animation = subject.place("perturbations", command.gif, suffix="gif", overwrite=command.overwrite)
+    chosen = None
+    if command.image:
+        inputs = subject.images(command.image)
+        if wanted:
+            inputs = inputs.repeat_interleave(len(wanted), 0)
+            chosen = torch.tensor([network.classes.index(name) for name in wanted] * len(command.image))
+    else:
+        dataset = subject.dataset(command.data, command.data_dir, any_will_do=True)
+        split = subject.split(dataset, command.split)
+        found = outcomes(network, split)
+        rows = []
+        for name in wanted or network.classes[:1]:
+            right = (~found.wrong & (found.labels == network.classes.index(name))).nonzero().flatten()
+            if not len(right):
+                raise InputError(f"--classes must be ones with right images in {dataset.name}; of {name} there is none")
+            rows.append(right[: command.images])
+        index = torch.cat(rows)
+        inputs, chosen = to_float(split.images[index]), split.labels[index]
+    result = perturb(network, inputs, chosen, span=command.span, steps=command.steps)
+    path = subject.draw(command, "perturbations", plots.perturbations(result, network.classes), ["perturb", *arguments])
+    if command.gif is not None:
+        content = plots.sweep(result)
+        runs.write_atomically(animation, lambda place: place.write_bytes(content))
+    if command.json:
+        numbers = {
+            "classes": [network.classes[k] for k in result.classes.tolist()],
+            "poses": result.pose.tolist(),
+            "deltas": result.deltas.tolist(),
+            "change": result.images.sub(result.images[:, :, command.steps // 2, None])
+            .square()
+            .flatten(3)
+            .sum(-1)
+            .tolist(),
+            "figure": str(path),
+        }
+        print(json.dumps(numbers, indent=2))
+        return 0
+    print(f"{len(inputs)} x {result.images.shape[1]} dimensions x {command.steps} steps of +-{command.span:g}")
+    print(f"figure: {path}")
+    if command.gif is not None:
+        print(f"animation: {animation}")
+    return 0

@@ -1,0 +1,79 @@
+"""The verb `reconstruct`."""
+
+import json
+from dataclasses import dataclass
+
+from capsnet.cli.parsing import parse
+from capsnet.cli.subject import Look, Subject
+from capsnet.errors import InputError
+
+__all__ = ["run"]
+
+
+@dataclass(frozen=True)
+class _Reconstruct(Look):
+    """Draw images beside what the decoder makes of them: right and wrong ones apart.
+
+    For a wrong one also what the capsule of the true class describes, as in the paper's Figure 3.
+
+    Examples:
+      capsnet reconstruct runs/mnist
+      capsnet reconstruct capsnet-mnist --right 10 --wrong 30 --format svg --out wrong.svg
+    """
+
+    right: int = 20
+    """Right images to draw, at most: the first ones of the split."""
+    wrong: int = 20
+    """Wrong images to draw, at most: the first ones of the split."""
+
+
+def run(arguments: list[str]) -> int:
+    """Draw reconstructions, print where."""
+    command = parse(_Reconstruct, arguments, prog="capsnet reconstruct")
+    if min(command.right, command.wrong) < 0 or command.right + command.wrong == 0:
+        raise InputError(f"--right and --wrong must be 0 or more, not both 0; got {command.right} and {command.wrong}")
+    import torch
+
+    from capsnet import plots
+    from capsnet.analysis.drawing import decoder_of, reconstruct
+    from capsnet.analysis.outcomes import outcomes
+    from capsnet.data.dataset import to_float
+
+    subject = Subject(command.model)
+    network, _ = decoder_of(subject.network)
+    dataset = subject.dataset(command.data, command.data_dir, any_will_do=True)
+    split = subject.split(dataset, command.split)
+    found = outcomes(network, split)
+    wrong = found.wrong.nonzero().flatten()
+    index = torch.cat([(~found.wrong).nonzero().flatten()[: command.right], wrong[: command.wrong]])
+    if not len(index):
+        raise InputError(f"data set {dataset.name} must have wrong images to draw with --right 0; all are right")
+    shown = reconstruct(network, to_float(split.images[index]), split.labels[index])
+    figure = plots.reconstructions(shown, network.classes)
+    path = subject.draw(command, "reconstructions", figure, ["reconstruct", *arguments])
+    assert found.errors is not None
+    numbers = {
+        "data": dataset.name,
+        "split": command.split,
+        "images": len(split),
+        "wrong": len(wrong),
+        "reconstruction_error_right": _mean(found.errors[~found.wrong]),
+        "reconstruction_error_wrong": _mean(found.errors[found.wrong]),
+        "figure": str(path),
+    }
+    if command.json:
+        print(json.dumps(numbers, indent=2))
+        return 0
+    print(f"{dataset.name} {command.split}: {len(wrong):,} of {len(split):,} images wrong")
+    for name in ("right", "wrong"):
+        mean = numbers[f"reconstruction_error_{name}"]
+        print(
+            f"summed squared error of the reconstruction, mean of the {name} images: "
+            + (f"{mean:.2f}" if mean else "-")
+        )
+    print(f"figure: {path}")
+    return 0
+
+
+def _mean(values: "torch.Tensor") -> float | None:  # type: ignore[name-defined]
+    return float(values.mean()) if len(values) else None

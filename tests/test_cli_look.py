@@ -1,0 +1,273 @@
+"""The verbs that look at a trained network, and `predict`, as a user types them."""
+
+import csv
+import io
+import json
+import shlex
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+
+from capsnet import report, runs
+from capsnet.analysis.strangers import auroc, reconstruction_errors
+from capsnet.cli import main
+from capsnet.data.strokes import strokes
+from capsnet.train import fit
+from tiny import files, tiny
+
+Capture = pytest.CaptureFixture[str]
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of half an epoch's worth of strokes, with everything a run has but its report."""
+    place = tmp_path_factory.mktemp("look") / "run"
+    few = strokes(train=300, validation=40, test=60)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(report, "write", lambda path, *arguments, **about: path.write_text("", encoding="utf-8"))
+        fit(tiny(Path("strokes"), out=str(place)), few)
+    return place
+
+
+@pytest.fixture
+def run(trained: Path, workplace: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A copy of that run, called `run`, beside 60 test images of strokes."""
+    few = strokes(train=300, validation=40, test=60)
+    monkeypatch.setattr("capsnet.train.load", lambda *arguments, **options: few)
+    shutil.copytree(trained, workplace / "run")
+    (workplace / "images" / "more").mkdir(parents=True)
+    for k, image in enumerate(few.test.images[:3, 0]):
+        Image.fromarray(image.numpy()).save(workplace / "images" / ("more" if k == 2 else "") / f"{k}.png")
+    return Path("run")
+
+
+def typed(capture: Capture, line: str) -> tuple[int, str, str]:
+    code = main(shlex.split(line))
+    told = capture.readouterr()
+    return code, told.out, told.err
+
+
+def told(capture: Capture, line: str) -> str:
+    code, out, err = typed(capture, line)
+    assert (code, err) == (0, "")
+    return out
+
+
+def kind(path: Path | str) -> str | None:
+    with Image.open(path) as picture:
+        return picture.format
+
+
+def test_reconstruct(run: Path, capsys: Capture) -> None:
+    out = told(capsys, "reconstruct run --right 3 --wrong 2")
+    assert out.endswith("figure: run/figures/reconstructions.png\n")
+    with Image.open("run/figures/reconstructions.png") as picture:
+        assert picture.info["Description"] == "capsnet reconstruct run --right 3 --wrong 2"
+    numbers = json.loads(told(capsys, "reconstruct run --json --format svg --split train"))
+    assert numbers["images"] == 300
+    assert numbers["figure"].endswith("reconstructions.svg")
+    assert numbers["reconstruction_error_right"] > 0
+
+
+def test_perturb(run: Path, capsys: Capture) -> None:
+    numbers = json.loads(told(capsys, "perturb run --image images/0.png images/1.png --classes 3 8 --span 0.5 --json"))
+    assert numbers["classes"] == ["3", "8", "3", "8"]
+    assert numbers["deltas"][0] == -0.5
+    change = torch.tensor(numbers["change"])
+    assert change.shape == (4, 4, 11)
+    assert (change[:, :, 5] == 0).all()
+    assert change[:, :, 0].max() > 0
+    told(capsys, "perturb run --image images/0.png --gif sweep.gif --out one.pdf --format pdf --steps 3")
+    assert kind("sweep.gif") == "GIF"
+    assert Path("one.pdf").read_bytes()[:4] == b"%PDF"
+
+
+def test_perturb_takes_right_images_of_the_classes(run: Path, capsys: Capture, monkeypatch: pytest.MonkeyPatch) -> None:
+    from capsnet.analysis import outcomes as module
+
+    real = module.outcomes
+
+    def all_right(*arguments: object) -> object:
+        found = real(*arguments)  # type: ignore[arg-type]
+        return found._replace(predictions=found.labels)
+
+    monkeypatch.setattr(module, "outcomes", all_right)
+    assert json.loads(told(capsys, "perturb run --classes 2 --images 2 --json"))["classes"] == ["2", "2"]
+    assert len(json.loads(told(capsys, "perturb run --classes all --json"))["classes"]) == 10
+    assert json.loads(told(capsys, "perturb run --json"))["classes"] == ["0"]
+
+
+def test_couplings(run: Path, capsys: Capture) -> None:
+    numbers = json.loads(told(capsys, "couplings run --images 20 --show 2 --json"))
+    assert (numbers["data"], numbers["images"]) == ("strokes", 20)
+    assert len(numbers["entropy_bits"]) == 3
+    assert numbers["entropy_bits"][0] == pytest.approx(numbers["entropy_bits_of_uniform"], abs=1e-5)
+    assert kind(numbers["figure"]) == "PNG"
+    out = told(capsys, "couplings run --image images/0.png")
+    assert "images/0.png: mean of 1 images" in out
+    assert len(out.splitlines()) == 6
+
+
+def test_factors(run: Path, capsys: Capture) -> None:
+    out = told(capsys, "factors run --against run")
+    assert "slant degrees" in out
+    assert "n = 60" in out
+    networks = json.loads(told(capsys, "factors run --json"))["networks"]
+    assert list(networks) == ["capsnet"]
+    assert networks["capsnet"]["train_images"] == 300
+
+
+def test_figures(run: Path, capsys: Capture) -> None:
+    out = told(capsys, "figures run")
+    names = {"curves", "class-errors", "confusion", "gallery", "lengths", "reliability"}
+    assert {Path(line).stem for line in out.splitlines()} == names
+    assert all(kind(line) == "PNG" for line in out.splitlines())
+    numbers = json.loads(told(capsys, "figures run --only confusion --out c.svg --format svg --json"))
+    assert numbers["figures"] == ["c.svg"]
+    assert sum(map(sum, numbers["confusion"])) == numbers["images"] == 60
+    (run / "metrics.csv").unlink()
+    assert typed(capsys, "figures run --only curves")[2] == (
+        "capsnet figures: error: curves must be of a run directory with metrics.csv; run has none\n"
+    )
+
+
+def test_report(run: Path, capsys: Capture) -> None:
+    assert told(capsys, "report run") == "report: run/report.html\n"
+    page = (run / "report.html").read_text(encoding="utf-8")
+    assert "<title>run</title>" in page
+    assert "<h2>Training</h2>" in page
+    assert "80 validation images" not in page
+    assert "40 validation images" in page
+
+
+def test_strangers(run: Path, capsys: Capture) -> None:
+    record = json.loads(told(capsys, "strangers run --against noise --json --out record.json"))
+    assert json.loads(Path("record.json").read_text(encoding="utf-8")) == record
+    (row,) = record["strangers"]
+    assert (row["strangers"], row["images"]) == ("noise", 10_000)
+    network, few = runs.load("run"), strokes(train=300, validation=40, test=60)
+    noise = torch.randint(0, 256, (10_000, 1, 28, 28), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    strange, known = (reconstruction_errors(network, images / 255) for images in (noise, few.test.images))
+    assert row["auroc"] == pytest.approx(auroc(known, strange), abs=1e-4)
+    limit = record["threshold"]["value"]
+    assert row["flagged"] == pytest.approx(float((strange > limit).double().mean()), abs=1e-3)
+    assert record["threshold"]["images"] == 40
+    assert 0 <= record["known"]["false_alarms"] <= 0.3
+    out = told(capsys, "strangers run --against noise")
+    assert "known: 60 test images of strokes" in out
+
+
+@pytest.mark.parametrize("form", ["", "--json", "--csv"])
+def test_predict_files_folders_and_standard_input(
+    run: Path, capsys: Capture, monkeypatch: pytest.MonkeyPatch, form: str
+) -> None:
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(Path("images/0.png").read_bytes())))
+    out = told(capsys, f"predict run - images images/1.png --save-reconstructions seen {form}")
+    names = ["-", "images/0.png", "images/1.png", "images/more/2.png", "images/1.png"]
+    if form == "--json":
+        rows = json.loads(out)
+        assert [row["file"] for row in rows] == names
+        assert rows[0] == {**rows[1], "file": "-"}
+    elif form == "--csv":
+        rows = list(csv.DictReader(io.StringIO(out)))
+        assert [row["file"] for row in rows] == names
+        assert set(rows[0]) >= {"class", "presence", "runner_up", "reconstruction_error", "stranger"}
+    else:
+        assert [line.split()[0] for line in out.splitlines()[:6]] == ["file", *names]
+    assert files("seen") == {"stdin.png", "0.png", "1.png", "2.png", "1-2.png"}
+    with Image.open("seen/0.png") as both:
+        assert both.size == (2 * 28 + 2, 28)
+
+
+def test_predict_goes_on_after_a_bad_file(run: Path, capsys: Capture) -> None:
+    Path("images/0.png").write_text("no image", encoding="utf-8")
+    code, out, err = typed(capsys, "predict run images")
+    assert code == 2
+    assert len(err.splitlines()) == 1
+    assert "images/0.png must be a readable image" in err
+    assert "images/1.png" in out
+    assert "Traceback" not in err
+
+
+def test_nothing_is_overwritten_unasked(run: Path, capsys: Capture) -> None:
+    Path("mine.png").write_text("mine", encoding="utf-8")
+    Path("seen").mkdir()
+    Path("seen/0.png").write_text("mine", encoding="utf-8")
+    for line in (
+        "couplings run --images 1 --out mine.png",
+        "report run --out mine.png",
+        "perturb run --gif mine.png",
+        "strangers run --against noise --out mine.png",
+        "predict run images --save-reconstructions seen",
+    ):
+        code, out, err = typed(capsys, line)
+        assert (code, out) == (2, ""), line
+        assert "--overwrite" in err
+    assert Path("mine.png").read_text(encoding="utf-8") == Path("seen/0.png").read_text(encoding="utf-8") == "mine"
+    told(capsys, "couplings run --images 1 --out mine.png --overwrite")
+    assert kind("mine.png") == "PNG"
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("reconstruct run --right 0 --wrong 0", "--right and --wrong must be 0 or more, not both 0; got 0 and 0"),
+        ("perturb run --classes 11", "--classes must be all, or among 0, 1, 2"),
+        ("perturb run --image images/0.png --steps 4", "--steps must be odd and at least 3"),
+        ("perturb run --images 0", "--images must be at least 1; got 0"),
+        ("couplings run --show 0", "--images and --show must be at least 1"),
+        ("couplings run --image nofile.png", "nofile.png must be a readable image"),
+        ("figures run --out a.png", "--out must be given for one figure, with --only; got all figures"),
+        ("figures run --only confuson", "--only"),
+        ("strangers run --against nope", "must be one of"),
+        ("strangers run --against", "--against must be at least one data set"),
+        ("predict run", "FILES must be image files, folders or -; got none"),
+        ("predict run nofile.png", "got nofile.png, which does not exist"),
+        ("predict run run", "folder run must hold images"),
+        ("predict run images --json --csv", "--json and --csv must not be given both"),
+        ("predict run images --batch-size 0", "--batch-size must be at least 1; got 0"),
+        ("predict run - -", "- must be given once at most"),
+        ("predict nowhere images", "model folder nowhere must hold config.json; there is none"),
+        ("predict run images --invert maybe", "--invert must be one of auto, yes, no; got 'maybe'"),
+    ],
+)
+def test_bad_input_is_one_line(run: Path, capsys: Capture, line: str, message: str) -> None:
+    (run / "figures" / "reconstructions.png").unlink()
+    before = files(".")
+    code, out, err = typed(capsys, line)
+    assert (code, out) == (2, "")
+    assert len(err.splitlines()) == 1
+    assert message in err
+    assert files(".") == before
+
+
+def test_a_network_without_capsules_is_told(run: Path, capsys: Capture) -> None:
+    from capsnet.models import create
+
+    runs.save_pretrained(create("baseline"), "plain")
+    for verb in ("reconstruct", "perturb", "couplings", "strangers"):
+        code, _, err = typed(capsys, f"{verb} plain")
+        assert code == 2
+        assert "model must have capsules; got baseline, which has none" in err
+    assert "slant degrees" not in typed(capsys, "factors plain")[1]
+
+
+def test_shipped_weights_show_strokes_where_their_data_cannot_be_had(workplace: Path, capsys: Capture) -> None:
+    code, out, err = typed(capsys, "couplings capsnet-mnist --images 2 --show 1")
+    assert code == 0
+    assert "strokes: mean of 2 images" in out
+    assert "mnist cannot be read, so strokes are shown" in err
+    assert Path("capsnet-mnist-couplings.png").exists()
+    code, _, err = typed(capsys, "figures capsnet-mnist")
+    assert code == 2
+    assert len(err.splitlines()) == 1
+
+
+def test_list_weights(capsys: Capture) -> None:
+    rows = json.loads(told(capsys, "list weights --json"))
+    assert [row["name"] for row in rows] == runs.shipped()
+    assert all("95 % interval" in row["test error"] for row in rows)
+    assert all(row["command"].startswith("capsnet train --data") for row in rows)
