@@ -24,16 +24,52 @@ def test_r2_is_1_for_what_is_linear_and_about_0_for_noise() -> None:
 
 def test_r2_against_numbers_by_hand() -> None:
     x, y = torch.tensor([[0.0], [1], [2], [3]]), torch.tensor([[0.0], [2], [4], [6]])
-    judged = r2_linear(x, y, torch.tensor([[0.0], [4.0]]), torch.tensor([[1.0], [9.0]]), ridge=0)
+    judged = r2_linear(x, y, torch.tensor([[0.0], [4.0]]), torch.tensor([[1.0], [9.0]]), penalties=(0.0,))
     # predictions 0 and 8, mean of y_train 3: 1 - (1 + 1) / (4 + 36)
     torch.testing.assert_close(judged, torch.tensor([0.95], dtype=torch.float64))
 
 
+def test_the_penalty_is_chosen_by_leaving_out_one_example_at_a_time() -> None:
+    """The closed form of leave-one-out is that of n regressions."""
+    x, y = torch.randn(12, 3, generator=generator(5)).double(), torch.randn(12, 1, generator=generator(6)).double()
+    x[:, 2] *= 0.01
+    scale = (x - x.mean(0)).square().sum() / 3
+    errors = []
+    for penalty in (1e-6, 0.3, 10.0):
+        left = 0.0
+        for k in range(12):
+            kept = torch.arange(12) != k
+            mean, centre = x.mean(0), y.mean(0)  # as in the whole regression
+            a = torch.cat([x[kept] - mean, torch.ones(11, 1)], 1)
+            ridge = torch.diag(torch.tensor([penalty * scale] * 3 + [0.0]).double())
+            w = torch.linalg.solve(a.T @ a + ridge, a.T @ (y[kept] - centre))
+            left += float((y[k] - centre - torch.cat([x[k] - mean, torch.ones(1)]) @ w).square())
+        errors.append(left)
+    best = (1e-6, 0.3, 10.0)[errors.index(min(errors))]
+    test = torch.randn(9, 3, generator=generator(7)), torch.randn(9, 1, generator=generator(8))
+    torch.testing.assert_close(
+        r2_linear(x, y, *test, penalties=(1e-6, 0.3, 10.0)), r2_linear(x, y, *test, penalties=(best,))
+    )
+    assert errors.index(min(errors)) != 0
+    assert len(set(errors)) == 3
+
+
+def test_a_unit_that_is_hardly_ever_active_does_no_harm() -> None:
+    x = torch.randn(200, 3, generator=generator(9))
+    y = x[:, :1] + 0.1 * torch.randn(200, 1, generator=generator(10))
+    rare = torch.zeros(200, 1)
+    rare[7], rare[150] = 1e-3, 1.0  # once in training, hardly; once in the test, fully
+    found = r2_linear(torch.cat([x, rare], 1)[:100], y[:100], torch.cat([x, rare], 1)[100:], y[100:])
+    assert found > 0.9
+
+
 def test_r2_is_judged_on_held_out_examples() -> None:
     x, y = torch.randn(30, 25, generator=generator(2)), torch.randn(30, 1, generator=generator(3))
-    fitted = r2_linear(x, y, x, y)
-    held_out = r2_linear(x[:28], y[:28], torch.randn(50, 25, generator=generator(4)), torch.randn(50, 1))
+    fitted = r2_linear(x, y, x, y, penalties=(0.0,))
+    test = torch.randn(50, 25, generator=generator(4)), torch.randn(50, 1, generator=generator(11))
+    held_out = r2_linear(x, y, *test, penalties=(0.0,))
     assert fitted > 0.7  # 25 dimensions fit the noise of 30 examples
+    assert fitted > held_out
     assert held_out < 0
 
 

@@ -21,6 +21,8 @@ from capsnet.models import ConvNet, Network
 
 __all__ = ["PoseExplained", "features", "pose_explained", "r2_linear"]
 
+PENALTIES = tuple(10.0**k for k in range(-4, 3))
+
 
 @dataclass(frozen=True)
 class PoseExplained:
@@ -155,28 +157,37 @@ def r2_linear(
     x_test: Float[Tensor, "m dim"],
     y_test: Float[Tensor, "m targets"],
     *,
-    ridge: float = 1e-4,
+    penalties: tuple[float, ...] = PENALTIES,
 ) -> Float[Tensor, "targets"]:
     """Held-out coefficient of determination of a linear regression with intercept.
 
-    `R2 = 1 - sum (y - prediction)^2 / sum (y - mean of y_train)^2` on the test examples, in float64. Columns of `x` are
-    standardised, so the ridge, a share of their variance, only keeps columns that never change from being divided by.
+    `R2 = 1 - sum (y - prediction)^2 / sum (y - mean of y_train)^2` on the test examples, in float64. Ridge regression,
+    its penalty chosen for each target by leaving out one training example at a time, and never zero: units that are
+    hardly ever active would get coefficients that ruin the prediction where they are.
 
     Args:
         x_train: what is given, to fit on.
         y_train: what is to be said from it.
         x_test: held out.
         y_test: held out; each target must vary.
-        ridge: penalty on the squared coefficients, relative to the number of examples.
+        penalties: to choose from, on the squared coefficients, as shares of the mean squared singular value of
+            `x_train`.
     """
-    mean, std = x_train.double().mean(0), x_train.double().std(0)
-    scale = torch.where(std > 0, 1 / std, 0)
-    a, b = ((x.double() - mean) * scale for x in (x_train, x_test))
-    centre = y_train.double().mean(0)
-    penalty = ridge * len(a) * torch.eye(a.shape[1], dtype=torch.float64)
-    coefficients = torch.linalg.solve(a.T @ a + penalty, a.T @ (y_train.double() - centre))
-    left = (y_test.double() - centre - b @ coefficients).square().sum(0)
-    r2: Tensor = 1 - left / (y_test.double() - centre).square().sum(0)
+    mean, centre = x_train.double().mean(0), y_train.double().mean(0)
+    a, b, y = x_train.double() - mean, x_test.double() - mean, y_train.double() - centre
+    u, s, vt = torch.linalg.svd(a, full_matrices=False)
+    left_out, predictions = [], []
+    for penalty in penalties:
+        energy = s.square() + penalty * s.square().mean()
+        kept = torch.where(s > s[0] * 1e-12, s.square() / energy, 0)  # of each singular direction
+        fitted = u @ (kept[:, None] * (u.T @ y))
+        leverage = (u.square() * kept).sum(1) + 1 / len(a)
+        left_out.append(((y - fitted) / (1 - leverage)[:, None]).square().sum(0))
+        predictions.append(b @ vt.T @ (torch.where(kept > 0, kept / s, 0)[:, None] * (u.T @ y)))
+    best = torch.stack(left_out).argmin(0)
+    prediction = torch.stack(predictions)[best, :, torch.arange(y.shape[1])].T
+    judged = y_test.double() - centre
+    r2: Tensor = 1 - (judged - prediction).square().sum(0) / judged.square().sum(0)
     return r2
 
 
