@@ -32,7 +32,7 @@ LEVELS: tuple[tuple[str, ...], ...] = (
         "runs",
         "session",
     ),
-    ("bench", "demo", "evaluation", "export", "predict", "report", "summary", "train"),
+    ("bench", "demo", "evaluation", "export", "prediction", "report", "summary", "train"),
     ("cli",),
     ("__main__",),
 )

@@ -20,10 +20,13 @@ if TYPE_CHECKING:
     from capsnet.models import CapsNet as CapsNet
     from capsnet.models import available as available
     from capsnet.models import create as create
+    from capsnet.prediction import Prediction as Prediction
+    from capsnet.prediction import predict as predict
     from capsnet.routing import RoutingResult as RoutingResult
     from capsnet.routing import dynamic_routing as dynamic_routing
     from capsnet.runs import from_pretrained as from_pretrained
     from capsnet.runs import load as load
+    from capsnet.runs import load_card as load_card
     from capsnet.runs import save_pretrained as save_pretrained
     from capsnet.train import fit as fit
     from capsnet.train import resume as resume
@@ -37,8 +40,9 @@ _HOMES = {
     "functional": ("lengths", "margin_loss", "mask", "reconstruction_loss", "squash"),
     "layers": ("ClassCapsules", "Decoder", "PrimaryCapsules"),
     "models": ("CapsNet", "available", "create"),
+    "prediction": ("Prediction", "predict"),
     "routing": ("RoutingResult", "dynamic_routing"),
-    "runs": ("from_pretrained", "load", "save_pretrained"),
+    "runs": ("from_pretrained", "load", "load_card", "save_pretrained"),
     "train": ("fit", "resume"),
 }
 
@@ -49,6 +53,7 @@ __all__ = [
     "Decoder",
     "Evaluation",
     "InputError",
+    "Prediction",
     "PrimaryCapsules",
     "RoutingResult",
     "available",
@@ -59,8 +64,10 @@ __all__ = [
     "from_pretrained",
     "lengths",
     "load",
+    "load_card",
     "margin_loss",
     "mask",
+    "predict",
     "preset",
     "reconstruction_loss",
     "resume",

@@ -17,7 +17,7 @@ from capsnet.errors import InputError
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from capsnet.predict import Prediction
+    from capsnet.prediction import Prediction
 
 __all__ = ["run"]
 
@@ -70,7 +70,7 @@ def run(arguments: list[str]) -> int:
     from capsnet import machine
     from capsnet.analysis.drawing import decoder_of
     from capsnet.config import Config
-    from capsnet.predict import Prediction, predict
+    from capsnet.prediction import Prediction, predict
 
     subject = Subject(command.model)
     if command.save_reconstructions:

@@ -66,7 +66,7 @@ class Prediction:
 
 def predict(
     network: Network,
-    sources: Iterable[tuple[str, Path | bytes]],
+    sources: Iterable[tuple[str, str | Path | bytes]],
     *,
     card: Card | None = None,
     invert: Literal["auto", "yes", "no"] = "auto",
@@ -76,7 +76,7 @@ def predict(
 
     Args:
         network: trained, in evaluation mode.
-        sources: name and place of each image, or its content.
+        sources: name of each image, and its place or content.
         card: of the network, see `runs.load_card`; without one, images are only resized, and none is a stranger.
         invert: see `data.photo.prepare`.
         batch_size: images at a time; only memory and speed depend on it.
@@ -113,10 +113,11 @@ def predict(
 
 
 def _prepared(
-    network: Network, name: str, source: Path | bytes, card: Card, invert: Literal["auto", "yes", "no"]
+    network: Network, name: str, source: str | Path | bytes, card: Card, invert: Literal["auto", "yes", "no"]
 ) -> Prepared | InputError:
     try:
-        return prepare(source, network.image_shape, frame=card.frame, invert=invert, name=name)
+        place = Path(source) if isinstance(source, str) else source
+        return prepare(place, network.image_shape, frame=card.frame, invert=invert, name=name)
     except InputError as error:
         return error
 

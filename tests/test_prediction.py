@@ -9,7 +9,7 @@ from capsnet.card import Card
 from capsnet.data.photo import Frame
 from capsnet.errors import InputError
 from capsnet.models import Network, create
-from capsnet.predict import Prediction, predict
+from capsnet.prediction import Prediction, predict
 from tiny import SIZES
 
 
