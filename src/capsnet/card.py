@@ -57,9 +57,13 @@ class Card:
             raise InputError("card must tell the configuration of the run; it does not")
         return config_file.from_dict(self.config, source=FILE)
 
+    def to_dict(self) -> dict[str, Any]:
+        """Everything as JSON can hold it."""
+        return asdict(self)
+
     def to_json(self) -> str:
         """As text for the file."""
-        return json.dumps(asdict(self), indent=2) + "\n"
+        return json.dumps(self.to_dict(), indent=2) + "\n"
 
     @classmethod
     def read(cls, path: Path) -> "Card":

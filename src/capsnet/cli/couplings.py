@@ -2,6 +2,7 @@
 
 import json
 import math
+import shlex
 from dataclasses import dataclass
 
 from capsnet.cli.parsing import parse
@@ -38,7 +39,7 @@ def run(arguments: list[str]) -> int:
         raise InputError(f"--images and --show must be at least 1; got {command.images} and {command.show}")
     import torch
 
-    from capsnet import plots
+    from capsnet import plots, runs
     from capsnet.analysis.couplings import Evidence, evidence, with_capsules
     from capsnet.data.dataset import to_float
 
@@ -63,6 +64,7 @@ def run(arguments: list[str]) -> int:
     )
     if command.json:
         numbers = {
+            "command": shlex.join(["capsnet", "couplings", *arguments]),
             "data": name,
             "images": len(inputs),
             "entropy_bits": entropies,
@@ -71,6 +73,7 @@ def run(arguments: list[str]) -> int:
             "agreement_others": others,
             "coupling_winning_largest": found.couplings.transpose(2, 3)[:, won].amax((1, 2)).tolist(),
             "figure": str(path),
+            **runs.environment(torch.device("cpu")),
         }
         print(json.dumps(numbers, indent=2))
         return 0

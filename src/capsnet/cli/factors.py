@@ -1,6 +1,7 @@
 """The verb `factors`."""
 
 import json
+import shlex
 from dataclasses import dataclass
 
 from capsnet.cli.parsing import parse
@@ -29,6 +30,8 @@ class _Factors(Look):
 def run(arguments: list[str]) -> int:
     """Draw R2 of pose factors, print the table."""
     command = parse(_Factors, arguments, prog="capsnet factors")
+    import torch
+
     from capsnet import plots, runs
     from capsnet.analysis.factors import pose_explained
 
@@ -45,8 +48,14 @@ def run(arguments: list[str]) -> int:
         found = dict(zip(plain, found.values(), strict=True))
     path = subject.draw(command, "factors", plots.factors(found), ["factors", *arguments])
     if command.json:
-        networks = {name: one.to_dict() for name, one in found.items()}
-        print(json.dumps({"data": dataset.name, "networks": networks, "figure": str(path)}, indent=2))
+        numbers = {
+            "command": shlex.join(["capsnet", "factors", *arguments]),
+            "data": dataset.name,
+            "networks": {name: one.to_dict() for name, one in found.items()},
+            "figure": str(path),
+            **runs.environment(torch.device("cpu")),
+        }
+        print(json.dumps(numbers, indent=2))
         return 0
     first = next(iter(found.values()))
     print(

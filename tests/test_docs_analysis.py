@@ -1,0 +1,106 @@
+"""The numbers of docs/analysis.md and of the model cards are those of the records and of the weights."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from capsnet import runs
+
+ROOT = Path(__file__).parent.parent
+PAGE = (ROOT / "docs" / "analysis.md").read_text(encoding="utf-8")
+RECORDS = ROOT / "results" / "analysis"
+WORDS = " ".join(PAGE.split())
+
+
+def record(name: str) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads((RECORDS / f"{name}.json").read_text(encoding="utf-8"))
+    return found
+
+
+def row(*cells: object) -> str:
+    return f"| {' | '.join(map(str, cells))} |"
+
+
+def factors() -> list[str]:
+    networks = record("factors-strokes")["networks"]
+    both = [networks[name] for name in ("capsnet", "baseline")]
+    mean, spread = "r2_mean_over_classes", "r2_standard_deviation_over_classes"
+    return [
+        row(factor.replace("_", " "), *(f"{one[mean][factor]:.2f} ± {one[spread][factor]:.2f}" for one in both))
+        for factor in both[0][mean]
+    ]
+
+
+def couplings() -> list[str]:
+    found = record("couplings-capsnet-mnist")
+    columns = (found["entropy_bits"], found["agreement_winning"], found["agreement_others"])
+    return [row(t, f"{e:.4f}", f"{w:.4f}", f"{o:.4f}") for t, (e, w, o) in enumerate(zip(*columns, strict=True), 1)]
+
+
+def strangers() -> list[str]:
+    return [
+        row(one["strangers"], f"{one['images']:,}", f"{one['auroc']:.4f}", f"{100 * one['flagged']:.2f} %")
+        for one in record("strangers-capsnet-mnist")["strangers"]
+    ]
+
+
+def attacks() -> list[str]:
+    capsules, baseline = (model["rates"] for model in record("attack-mnist")["models"])
+    return [
+        row(
+            ours["attack"].upper(),
+            f"{ours['epsilon']:g}",
+            *(f"{100 * one['success']:.1f}" for one in (ours, theirs)),
+            f"{100 * ours['flagged_fooled'] / ours['fooled']:.1f}",
+            f"{100 * ours['flagged'] / ours['images']:.1f}",
+        )
+        for ours, theirs in zip(capsules, baseline, strict=True)
+    ]
+
+
+@pytest.mark.parametrize("table", [factors, couplings, strangers, attacks])
+def test_every_line_of_a_table_is_of_its_record(table: Any) -> None:
+    lines = table()
+    assert len(lines) >= 3
+    start = PAGE.index(lines[0])
+    assert PAGE[start:].startswith("\n".join(lines) + "\n\n")  # all of them, in order, and no others
+
+
+@pytest.mark.parametrize("path", sorted(RECORDS.glob("*.json")), ids=lambda path: path.stem)
+def test_the_command_of_every_record_is_on_the_page(path: Path) -> None:
+    assert f"`{record(path.stem)['command']}`" in PAGE
+    assert f"(../results/analysis/{path.name})" in PAGE
+
+
+def test_the_numbers_in_the_text() -> None:
+    found = record("strangers-capsnet-mnist")
+    assert f"of which {100 * found['known']['false_alarms']:.2f} % are flagged" in WORDS
+    assert found["threshold"] == json.loads(json.dumps(runs.load_card("capsnet-mnist").to_dict()["threshold"]))
+    assert f"Of {record('couplings-capsnet-mnist')['entropy_bits_of_uniform']:.3f} bits" in WORDS
+    attack = record("attack-mnist")
+    assert f"PGD in {attack['steps']}" in WORDS
+    assert f"first {attack['models'][0]['images']} test images" in WORDS
+
+
+@pytest.mark.parametrize("name", runs.shipped())
+def test_a_model_card_tells_what_card_json_tells(name: str) -> None:
+    folder = runs.folder_of(name)
+    told, card = (folder / "README.md").read_text(encoding="utf-8"), runs.load_card(name)
+    low, high = card.test["interval"]
+    assert f"`{card.command}`" in told
+    assert (
+        f"Test error: {card.test['error_percent']:.2f} % ({card.test['wrong']:,} of {card.test['total']:,} wrong; "
+        f"95 % interval {low:.2f} to {high:.2f} %)"
+    ) in told
+    assert f"{card.train_images:,} of the" in told
+    assert f"{card.epochs} epochs" in told
+    (folder_told,) = [word.strip("`).,;") for word in told.split() if word.startswith("`results/")]
+    result = json.loads((ROOT / folder_told / "result.json").read_text(encoding="utf-8"))
+    assert {key: result["test"][key] for key in card.test} == card.test
+
+
+def test_the_shipped_weights_stay_small() -> None:
+    sizes = [(runs.folder_of(name) / "model.safetensors").stat().st_size for name in runs.shipped()]
+    assert sum(sizes) < 40e6
