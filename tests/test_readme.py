@@ -65,6 +65,10 @@ def test_commands_parse(
     monkeypatch.setattr(train, "resume", stop)
     monkeypatch.setattr(runs, "load", stop)
     monkeypatch.setattr(bench, "run", stop)
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "scans").mkdir()
+    for file in ("photo.jpg", "photo-of-a-digit.jpg", "scans/1.png"):
+        (tmp_path / file).touch()
     arguments = shlex.split(command)[1:]
     if "--resume" in arguments:
         from capsnet.config import Config, write
