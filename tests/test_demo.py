@@ -175,8 +175,8 @@ def test_evidence_is_that_of_the_analysis(shape: tuple[int, int, int]) -> None:
     assert answer.status_code == 200, answer.text
     found, wanted = answer.json(), evidence(one.network, image[None].float() / 255)
     maps = torch.frombuffer(bytearray(base64.b64decode(found["maps"])), dtype=torch.float32)
-    torch.testing.assert_close(maps.view(3, *shape[1:]), wanted.maps[:, 0, 2].clone())
-    assert (wanted.maps[1:, 0, 2] - wanted.maps[1:, 0, 0]).abs().max() > 1e-3
+    torch.testing.assert_close(maps.view(3, *shape[1:]), wanted.support[:, 0, 2].clone())
+    assert (wanted.support[1:, 0, 2] - wanted.support[1:, 0, 0]).abs().max() > 1e-3
     assert found["lengths"] == pytest.approx(F.lengths(wanted.pose)[:, 0, 2].tolist())
     assert found["entropy"] == pytest.approx(wanted.entropy[:, 0].tolist())
 

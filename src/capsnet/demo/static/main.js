@@ -209,9 +209,9 @@ async function start() {
     const found = at("overlay").checked && state.seen && state.evidence;
     const most = Math.log2(model.classes.length).toFixed(3);
     at("overlay-text").textContent = found
-      ? `Light marks the parts that vote for ${found.name}. Its length is now ${found.lengths[iteration() - 1].toFixed(2)}; ` +
+      ? `Light marks the parts whose coupled votes make up ${found.name}. Its length is now ${found.lengths[iteration() - 1].toFixed(2)}; ` +
         `the couplings' entropy is ${found.entropy[iteration() - 1].toFixed(3)} bits, where ${most} is undecided.`
-      : "The parts of the image whose votes the routing couples to the capsule.";
+      : "The parts of the image whose votes, coupled by the routing, make up the capsule.";
   }
 
   // controls
