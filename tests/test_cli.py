@@ -194,7 +194,7 @@ def test_train_prints_its_result(capsys: pytest.CaptureFixture[str], photos: Pat
     assert code == 0
     assert re.fullmatch(
         r"test error [\d.]+ % \(\d+ of 15 wrong; 95 % interval [\d.]+ to [\d.]+ %\)\n"
-        r"run directory: run\nreconstructions: run/figures/reconstructions.png\n",
+        r"run directory: run\nreconstructions: run/figures/reconstructions.png\nreport: run/report.html\n",
         out,
     )
     assert [line.split(":")[0] for line in err.splitlines()] == ["epoch 1/2", "epoch 2/2"]

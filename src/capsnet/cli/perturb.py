@@ -15,7 +15,7 @@ class _Perturb(Look):
     """Change each dimension of a class capsule by itself and draw what the decoder makes of it.
 
     The paper's Figure 4: a row for each dimension, a column for each change, unchanged in the middle. The images are
-    the first right ones of each class, or one's own.
+    the first of each class that are predicted rightly, if there are any, or one's own.
 
     Examples:
       capsnet perturb capsnet-mnist --classes 4 7
@@ -69,10 +69,11 @@ def run(arguments: list[str]) -> int:
         found = outcomes(network, split)
         rows = []
         for name in wanted or network.classes[:1]:
-            right = (~found.wrong & (found.labels == network.classes.index(name))).nonzero().flatten()
-            if not len(right):
-                raise InputError(f"--classes must be ones with right images in {dataset.name}; of {name} there is none")
-            rows.append(right[: command.images])
+            of_class = (found.labels == network.classes.index(name)).nonzero().flatten()
+            if not len(of_class):
+                raise InputError(f"--classes must be ones with images in {dataset.name}; of {name} there is none")
+            right_first = of_class[found.wrong[of_class].int().argsort(stable=True)]
+            rows.append(right_first[: command.images])
         index = torch.cat(rows)
         inputs, chosen = to_float(split.images[index]), split.labels[index]
     result = perturb(network, inputs, chosen, span=command.span, steps=command.steps)

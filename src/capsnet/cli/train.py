@@ -30,7 +30,7 @@ Train a network, test it once at the end, and keep everything in one run directo
   --config FILE              start from a config.yaml; options given beside it win
   --resume DIR               go on with a run that was stopped or killed, or with more --epochs
   --dry-run                  print configuration, layers, parameters and memory, and train nothing
-  --tensorboard              write TensorBoard files too; --json prints the result as JSON
+  --tensorboard              write TensorBoard files too; --no-report: no report.html; --json prints the result as JSON
   --help-all                 every option: sizes of all layers, margins, learning-rate decay, checkpoints ...
 
 examples:
@@ -88,11 +88,17 @@ def run(arguments: list[str]) -> int:
     if not machine.first_process():
         return 0
     if command.json:
-        files = {"directory": str(result.directory), "figure": str(result.figure) if result.figure else None}
+        files = {
+            "directory": str(result.directory),
+            "figure": str(result.figure) if result.figure else None,
+            "report": str(result.report) if result.report else None,
+        }
         print(json.dumps({**result.test.to_dict(), **files}, indent=2))
         return 0
     print(f"test {result.test.summary()}")
     print(f"run directory: {result.directory}")
     if result.figure:
         print(f"reconstructions: {result.figure}")
+    if result.report:
+        print(f"report: {result.report}")
     return 0

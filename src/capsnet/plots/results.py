@@ -24,7 +24,7 @@ def curves(rows: Sequence[Mapping[str, float]]) -> "Figure":
         rows: of `metrics.csv`, at least one.
     """
     epochs = [row["epoch"] for row in rows]
-    figure = new(10, 3.2)
+    figure = new(10.0, 3.2)
     panels = (
         ("loss", "loss (weighted sum)", "Whole loss"),
         ("classification_loss", "loss", "Classification loss"),
@@ -166,7 +166,7 @@ def reliability(found: Calibration) -> "Figure":
 @styled
 def lengths(found: Outcomes) -> "Figure":
     """Histogram of the winning scores of right and of wrong images, and of the runners-up."""
-    figure = new(6, 3)
+    figure = new(6.0, 3.0)
     axes = figure.subplots()
     bins = np.linspace(0, 1, 41)
     second = found.scores.topk(min(2, found.scores.shape[-1])).values[:, -1]
