@@ -54,6 +54,7 @@ th, td { text-align: left; padding: .25rem .9rem .25rem 0; border-bottom: 1px so
 th { font-weight: 550; color: var(--dim); } td { overflow-wrap: anywhere; }
 pre { background: var(--tint); padding: .7rem .9rem; border-radius: 6px; overflow-x: auto; font-size: .87rem; }
 summary { cursor: pointer; color: var(--dim); }
+@media screen and (max-width: 40rem) { figure img { max-width: max(100%, 36rem); } }
 @media print { :root { --ink: #000; --dim: #444; --line: #bbb; --ground: #fff; --tint: #f4f4f4; }
   body { max-width: none; padding: 0; font-size: 11pt; }
   figure, table { break-inside: avoid; } h2 { break-after: avoid; } }

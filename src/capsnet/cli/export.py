@@ -1,6 +1,7 @@
 """The verb `export`."""
 
 import json
+import shlex
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
@@ -56,6 +57,9 @@ def run(arguments: list[str]) -> int:
     command = parse(_Export, arguments, prog="capsnet export")
     if min(command.images, command.batch_size) < 1:
         raise InputError(f"--images and --batch-size must be at least 1; got {command.images} and {command.batch_size}")
+    import torch
+
+    from capsnet import runs
     from capsnet.export import FORMATS, export
 
     subject = Subject(command.model)
@@ -71,7 +75,14 @@ def run(arguments: list[str]) -> int:
         overwrite=command.overwrite,
     )
     if command.json:
-        print(json.dumps({"model": command.model, "data": name, **result.to_dict()}, indent=2))
+        record = {
+            "command": shlex.join(["capsnet", "export", *arguments]),
+            "model": command.model,
+            "data": name,
+            **result.to_dict(),
+            **runs.environment(torch.device("cpu")),
+        }
+        print(json.dumps(record, indent=2))
     else:
         print(f"{result.summary()} ({name})")
     return 0
