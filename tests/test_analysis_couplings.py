@@ -99,6 +99,7 @@ def test_fold_counts_the_paths_from_a_pixel_to_a_capsule(padding: str) -> None:
         torch.testing.assert_close(maps[0, 1], 3 * paths[0, 0] / paths.sum())
 
 
+@pytest.mark.usefixtures("unchecked")
 def test_it_needs_capsules_and_the_right_images() -> None:
     with pytest.raises(InputError, match=r"^model must have capsules; got baseline, which has none$"):
         evidence(create("baseline"), torch.rand(1, 1, 28, 28))  # type: ignore[arg-type]

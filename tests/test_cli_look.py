@@ -222,7 +222,7 @@ def test_nothing_is_overwritten_unasked(run: Path, capsys: Capture) -> None:
         ("couplings run --image nofile.png", "nofile.png must be a readable image"),
         ("figures run --out a.png", "--out must be given for one figure, with --only; got all figures"),
         ("figures run --only confuson", "--only"),
-        ("strangers run --against nope", "must be one of"),
+        ("strangers run --against nope", "--against must be noise, a folder, or among strokes, mnist"),
         ("strangers run --against", "--against must be at least one data set"),
         ("predict run", "FILES must be image files, folders or -; got none"),
         ("predict run nofile.png", "got nofile.png, which does not exist"),
@@ -231,6 +231,7 @@ def test_nothing_is_overwritten_unasked(run: Path, capsys: Capture) -> None:
         ("predict run images --batch-size 0", "--batch-size must be at least 1; got 0"),
         ("predict run - -", "- must be given once at most"),
         ("predict nowhere images", "model folder nowhere must hold config.json; there is none"),
+        ("predict capsnet-minst images", "must hold config.json; there is none (did you mean capsnet-mnist?)"),
         ("predict run images --invert maybe", "--invert must be one of auto, yes, no; got 'maybe'"),
     ],
 )

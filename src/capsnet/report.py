@@ -70,7 +70,7 @@ def metrics(path: Path) -> list[dict[str, float]]:
 
 
 def result_figures(
-    found: Outcomes, split: Split, classes: tuple[str, ...], rows: Sequence[Mapping[str, float]] = ()
+    found: Outcomes, split: Split, classes: tuple[str, ...], rows: Sequence[Mapping[str, Any]] = ()
 ) -> "dict[str, Callable[[], Figure]]":
     """Figures of how a run went and how good its network is, by name; each is drawn when called.
 
@@ -97,7 +97,7 @@ def report(
     config: Config,
     card: Card,
     title: str,
-    rows: Sequence[Mapping[str, float]] = (),
+    rows: Sequence[Mapping[str, Any]] = (),
     result: Mapping[str, Any] | None = None,
 ) -> str:
     """The report as one HTML page.

@@ -6,6 +6,7 @@ Nothing here unpickles what came from outside: weights are safetensors, and chec
 
 import contextlib
 import csv
+import difflib
 import io
 import json
 import os
@@ -279,10 +280,12 @@ def load(path: str | Path) -> Network:
     from safetensors.torch import load_file
 
     folder = folder_of(path)
+    near = [] if folder.exists() else difflib.get_close_matches(str(path), shipped(), n=1)
     for name in ("config.json", "model.safetensors"):
         if not (folder / name).is_file():
-            unfinished = " (the run is not finished; see --resume)" if Run(folder).exists() else ""
-            raise InputError(f"model folder {folder} must hold {name}; there is none{unfinished}")
+            hint = f" (did you mean {near[0]}?)" if near else ""
+            hint = " (the run is not finished; see --resume)" if Run(folder).exists() else hint
+            raise InputError(f"model folder {folder} must hold {name}; there is none{hint}")
     try:
         weights = {
             name: tensor.float() if tensor.dtype == torch.float16 else tensor  # stored in half, computed in float32

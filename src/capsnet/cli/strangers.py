@@ -111,12 +111,14 @@ def _strangers(name: str, shape: tuple[int, int, int], data_dir: str | None) -> 
     """Images of no known class, `uint8`, of the network's shape."""
     import torch
 
-    from capsnet.data import load, load_split
+    from capsnet.data import available, load, load_split
 
     channels, height, width = shape
     if name == "noise":
         generator = torch.Generator().manual_seed(NOISE_SEED)
         return torch.randint(0, 256, (NOISE_IMAGES, *shape), dtype=torch.uint8, generator=generator)
+    if name not in available() and not Path(name).is_dir():
+        raise InputError(f"--against must be noise, a folder, or among {', '.join(available())}; got {name!r}")
     if height != width:
         raise InputError(f"--against must be noise for images of {width}x{height}, which are not square; got {name}")
     if name == "strokes" or Path(name).is_dir():

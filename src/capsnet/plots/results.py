@@ -1,7 +1,7 @@
 """Figures of how a run went and how good its network is."""
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -17,7 +17,7 @@ __all__ = ["class_errors", "confusion", "curves", "gallery", "lengths", "reliabi
 
 
 @styled
-def curves(rows: Sequence[Mapping[str, float]]) -> "Figure":
+def curves(rows: Sequence[Mapping[str, Any]]) -> "Figure":
     """Losses and errors by epoch, of training and, where images were held out, of validation.
 
     Args:
