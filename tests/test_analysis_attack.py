@@ -280,7 +280,6 @@ def test_wrong_arguments_are_refused(networks: dict[str, Network], examples: tup
 @pytest.fixture
 def models(workplace: Path, networks: dict[str, Network], data: Dataset, monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Both networks in the working directory, with their cards."""
-    monkeypatch.setitem(cli.VERBS, "attack", "attack")
     monkeypatch.setattr("capsnet.train.load", lambda *_, **__: data)
     threshold = Threshold(3.0, 0.05, 100, "validation")
     baseline = create("baseline", image_shape=(1, 12, 12), num_classes=2)
@@ -371,7 +370,6 @@ def test_wrong_options_are_told_in_one_line(
 def test_the_weights_that_come_with_the_package(
     workplace: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setitem(cli.VERBS, "attack", "attack")
     monkeypatch.setenv("CAPSNET_DATA", str(tiny.REAL))
     short = ["--images", "100", "--epsilons", "0", "0.1", "--attacks", "fgsm", "--json"]
     assert cli.main(["attack", "capsnet-mnist", "--data", "mnist", *short]) == 0

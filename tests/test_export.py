@@ -248,9 +248,8 @@ def test_wrong_arguments_are_refused(tmp_path: Path) -> None:
 
 
 @pytest.fixture
-def model(workplace: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def model(workplace: Path) -> Path:
     """Weights in the working directory that say what they were trained on: strokes of 12 pixels."""
-    monkeypatch.setitem(cli.VERBS, "export", "export")
     torch.manual_seed(0)
     runs.save_pretrained(create("capsnet", image_shape=(1, 12, 12), **tiny.SIZES), "tiny")
     return Path("tiny")
@@ -329,11 +328,12 @@ def test_pt2_is_read_by_a_process_without_this_package(exported: Exported) -> No
 def test_the_weights_that_come_with_the_package(
     format: str, workplace: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setitem(cli.VERBS, "export", "export")
     if (tiny.REAL / "mnist").is_dir():
         monkeypatch.setenv("CAPSNET_DATA", str(tiny.REAL))
     assert cli.main(["export", "capsnet-mnist", "--to", format, "--json"]) == 0
     told = json.loads(capsys.readouterr().out)
     assert told["images"] == 256
     assert told["changed"] == 0
-    assert max(told["differences"].values()) < 1e-4
+    differences = told["differences"]  # minimal filtering against plain convolutions: 5e-5 and 2.5e-4 on 10,000 images
+    assert max(differences["scores"], differences["pose"]) < 1e-4
+    assert differences["reconstruction"] < 5e-4
