@@ -80,7 +80,7 @@ def run(arguments: list[str]) -> int:
     sources = ((name, sys.stdin.buffer.read() if name == "-" else Path(name)) for name in names)
     network = subject.network.to(device)
     predictions = predict(network, sources, card=subject.card, invert=command.invert, batch_size=command.batch_size)
-    write = _Writer(command, width=max(map(len, names)))
+    write = _Writer(command, width=max(map(len, names)), label=max(map(len, network.classes)))
     faults = 0
     for number, found in enumerate(predictions):
         if not isinstance(found, Prediction):
@@ -98,8 +98,9 @@ def run(arguments: list[str]) -> int:
 class _Writer:
     """Prints predictions as they come."""
 
-    def __init__(self, command: _Predict, *, width: int) -> None:
-        self.command, self.width, self.rows = command, min(width, 60), list["Prediction"]()
+    def __init__(self, command: _Predict, *, width: int, label: int) -> None:
+        self.command, self.rows = command, list["Prediction"]()
+        self.width, self.label = min(width, 60), max(5, min(label, 30))
         self.csv: csv.DictWriter[str] | None = None
         self.strangers = 0
 
@@ -117,8 +118,8 @@ class _Writer:
             self._line(found)
 
     def _line(self, found: "Prediction") -> None:
-        if not self.strangers and not self.rows:
-            print(f"{'file':{self.width}}  class  presence  runner-up     error  notes")
+        if not self.rows:
+            print(self._row("file", "class", "presence", "runner-up", "error", "notes"))
         self.rows.append(found)
         self.strangers += bool(found.stranger)
         notes = [note for note, is_so in (("inverted", found.inverted), ("centred and scaled", found.framed)) if is_so]
@@ -126,10 +127,11 @@ class _Writer:
             notes.insert(0, "STRANGER?")
         error = "-" if found.error is None else f"{found.error:.1f}"
         runner_up = f"{found.runner_up} {found.runner_up_presence:.2f}"
-        print(
-            f"{found.name:{self.width}}  {found.label:5}  {found.presence:8.2f}  {runner_up:9}  {error:>8}  "
-            f"{', '.join(notes)}".rstrip()
-        )
+        print(self._row(found.name, found.label, f"{found.presence:.2f}", runner_up, error, ", ".join(notes)))
+
+    def _row(self, name: str, label: str, presence: str, runner_up: str, error: str, notes: str) -> str:
+        start = f"{name:{self.width}}  {label:{self.label}}  {presence:>8}  {runner_up:{self.label + 5}}"
+        return f"{start}  {error:>7}  {notes}".rstrip()
 
     def close(self) -> None:
         """Print what comes at the end."""
