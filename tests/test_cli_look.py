@@ -211,6 +211,17 @@ def test_nothing_is_overwritten_unasked(run: Path, capsys: Capture) -> None:
     assert kind("mine.png") == "PNG"
 
 
+def test_bad_input_is_told_before_the_work(run: Path, capsys: Capture, monkeypatch: pytest.MonkeyPatch) -> None:
+    Path("mine.png").touch()
+    monkeypatch.setattr("capsnet.analysis.factors.features", None)  # where it is called, a TypeError
+    assert typed(capsys, "factors run --against nowhere")[0] == 2
+    monkeypatch.setattr("capsnet.runs.load", None)
+    for line in ("reconstruct run", "perturb run", "couplings run", "factors run", "figures run --only lengths"):
+        code, _, err = typed(capsys, f"{line} --out mine.png")
+        assert code == 2
+        assert err.endswith("--out must be a new file, or be given with --overwrite; got mine.png\n")
+
+
 @pytest.mark.parametrize(
     ("line", "message"),
     [
@@ -222,6 +233,7 @@ def test_nothing_is_overwritten_unasked(run: Path, capsys: Capture) -> None:
         ("couplings run --image nofile.png", "nofile.png must be a readable image"),
         ("figures run --out a.png", "--out must be given for one figure, with --only; got all figures"),
         ("figures run --only confuson", "--only"),
+        ("factors run --against nowhere", "model folder nowhere must hold config.json; there is none"),
         ("strangers run --against nope", "--against must be noise, a folder, or among strokes, mnist"),
         ("strangers run --against", "--against must be at least one data set"),
         ("predict run", "FILES must be image files, folders or -; got none"),

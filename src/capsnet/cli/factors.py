@@ -36,11 +36,12 @@ def run(arguments: list[str]) -> int:
     from capsnet.analysis.factors import pose_explained
 
     subject = Subject(command.model)
+    networks = {model: runs.load(model) for model in (command.model, *command.against)}
     dataset = subject.dataset(command.data, command.data_dir)
-    found = {}
-    for model in (command.model, *command.against):
-        network = runs.load(model)
+    for network in networks.values():
         network.check_images(dataset.test.images[:1].float())
+    found = {}
+    for model, network in networks.items():
         name = network.config["name"] if not command.against else f"{network.config['name']} ({model})"
         found[name] = pose_explained(network, dataset.train, subject.split(dataset, command.split))
     plain = [name.split(" (")[0] for name in found]

@@ -45,6 +45,10 @@ class Look:
     json: bool = False
     """Print the numbers as JSON."""
 
+    def __post_init__(self) -> None:
+        if self.out is not None:  # before anything is computed
+            _check_free(Path(self.out), overwrite=self.overwrite)
+
 
 class Subject:
     """A trained network as a command names it.
@@ -180,8 +184,7 @@ class Subject:
         if out is None and self.is_run:
             return self.folder / "figures" / f"{name}.{suffix}"
         path = Path(out) if out else Path(f"{self.folder.name}-{name}.{suffix}")
-        if path.is_dir() or (path.exists() and not overwrite):
-            raise InputError(f"--out must be a new file, or be given with --overwrite; got {path}")
+        _check_free(path, overwrite=overwrite)
         return path
 
     def draw(self, look: Look, name: str, figure: "Figure", arguments: list[str]) -> Path:
@@ -190,6 +193,12 @@ class Subject:
 
         path = self.place(name, look.out, suffix=look.format, overwrite=look.overwrite)
         return plots.save(figure, path, format=look.format, command=shlex.join(["capsnet", *arguments]))
+
+
+def _check_free(path: Path, *, overwrite: bool) -> None:
+    """Raise InputError where a file must not be written."""
+    if path.is_dir() or (path.exists() and not overwrite):
+        raise InputError(f"--out must be a new file, or be given with --overwrite; got {path}")
 
 
 def some(names: tuple[str, ...]) -> str:
