@@ -26,10 +26,10 @@ from capsnet.errors import InputError
 if TYPE_CHECKING:
     from PIL import Image
 
-__all__ = ["folder", "image_files", "read_image"]
+__all__ = ["FORMATS", "folder", "image_files", "read_image"]
 
 _SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".pbm", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp")
-_FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")
+FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")
 _CLUTTER = ("thumbs.db", "desktop.ini", "__macosx")
 _VALIDATION = ("validation", "valid", "val")
 _MAX_PIXELS = 100_000_000  # of one file: beyond any camera in common use, below what fills the memory
@@ -251,7 +251,7 @@ def read_image(
     if size is not None:
         least = 2 * max(size)
     try:
-        with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source, formats=_FORMATS) as image:
+        with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source, formats=FORMATS) as image:
             if image.width * image.height > _MAX_PIXELS:
                 raise InputError(f"{name} must have at most {_MAX_PIXELS} pixels; got {image.width}x{image.height}")
             # MPO is what some cameras call a JPEG with a preview inside: the first picture is the photograph.

@@ -15,6 +15,7 @@ from capsnet.analysis.couplings import evidence
 from capsnet.analysis.drawing import decoder_of
 from capsnet.analysis.strangers import Threshold
 from capsnet.data.dataset import to_float
+from capsnet.data.folder import FORMATS
 from capsnet.data.photo import Frame, prepare
 from capsnet.errors import InputError
 from capsnet.models import Network
@@ -22,7 +23,6 @@ from capsnet.models import Network
 __all__ = ["MAX_PIXELS", "Viewer"]
 
 MAX_PIXELS = 32_000_000  # of an image file, half a gigabyte while it is read; telephones take 12 or 24 million
-_FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")
 
 
 class Viewer:
@@ -131,7 +131,7 @@ def _check_size(file: bytes) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of many pixels, which are refused here
         try:
-            with Image.open(BytesIO(file), formats=_FORMATS) as image:
+            with Image.open(BytesIO(file), formats=FORMATS) as image:
                 width, height = image.size
         except Exception:  # of many types; what is wrong with the file is for `prepare` to tell
             return
