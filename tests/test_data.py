@@ -18,7 +18,19 @@ from capsnet.data import cifar
 from capsnet.errors import InputError
 from tiny import REAL
 
-NAMES = ("strokes", "mnist", "fashion-mnist", "kmnist", "cifar10")
+NAMES = (
+    "strokes",
+    "mnist",
+    "multimnist",
+    "expanded-mnist",
+    "affnist",
+    "affnist-generated",
+    "fashion-mnist",
+    "kmnist",
+    "cifar10",
+    "svhn",
+    "smallnorb",
+)
 
 
 @pytest.fixture(autouse=True)
@@ -56,7 +68,7 @@ def test_available() -> None:
 def test_describe(name: Any) -> None:
     one = data.describe(name)
     assert one.name == name
-    assert len(one.classes) == 10
+    assert len(one.classes) == len(set(one.classes)) == (5 if name == "smallnorb" else 10)
     assert one.licence
     assert one.source
     assert one.where == ()

@@ -13,9 +13,10 @@ from pathlib import Path
 import torch
 from torch.nn import functional as F
 
-from capsnet.data import cifar, fetch, idx
+from capsnet.data import affnist, cifar, fetch, idx, smallnorb, svhn
 from capsnet.data.dataset import Dataset, Split
 from capsnet.data.fetch import Source
+from capsnet.data.multimnist import multimnist
 from capsnet.errors import InputError
 
 __all__ = ["Dataset", "Description", "Split", "available", "describe", "load", "load_split"]
@@ -69,6 +70,46 @@ _DESCRIPTIONS = (
         "recognition, Proc. IEEE 86(11), 1998",
     ),
     Description(
+        name="multimnist",
+        image_shape=(1, 36, 36),
+        classes=tuple("0123456789"),
+        train=60_000,
+        test=10_000,
+        licence="that of mnist, of which its images are made",
+        source="made of mnist by capsnet: two digits of different classes laid over each other, as in Sabour, Frosst, "
+        "Hinton, Dynamic Routing Between Capsules, NIPS 2017, Section 6",
+    ),
+    Description(
+        name="expanded-mnist",
+        image_shape=(1, affnist.SIZE, affnist.SIZE),
+        classes=tuple("0123456789"),
+        train=60_000,
+        test=10_000,
+        licence="that of mnist, of which its images are made",
+        source="made of mnist by capsnet: digits at random places on black, for affnist, as in Sabour, Frosst, Hinton, "
+        "Dynamic Routing Between Capsules, NIPS 2017, Section 5.1",
+    ),
+    Description(
+        name="affnist",
+        image_shape=(1, affnist.SIZE, affnist.SIZE),
+        classes=tuple("0123456789"),
+        train=60_000,
+        test=320_000,
+        licence="not stated by its author; training images as mnist",
+        source="Tijmen Tieleman, https://www.cs.toronto.edu/~tijmen/affNIST/; trained on expanded-mnist and tested on "
+        "affNIST; its test.mat is not downloaded but must be put in place, and read with scipy (capsnet[mat])",
+    ),
+    Description(
+        name="affnist-generated",
+        image_shape=(1, affnist.SIZE, affnist.SIZE),
+        classes=tuple("0123456789"),
+        train=60_000,
+        test=10_000,
+        licence="that of mnist, of which its images are made",
+        source="made of mnist by capsnet: trained on expanded-mnist and tested on mnist's test images, each under one "
+        "random affine transformation within affNIST's ranges, with the true factors; not the official test set",
+    ),
+    Description(
         name="fashion-mnist",
         image_shape=(1, 28, 28),
         classes=(
@@ -107,8 +148,33 @@ _DESCRIPTIONS = (
         licence="not stated by its authors",
         source="cite Krizhevsky, Learning Multiple Layers of Features from Tiny Images, 2009",
     ),
+    Description(
+        name="svhn",
+        image_shape=(3, 32, 32),
+        classes=tuple("0123456789"),
+        train=73_257,
+        test=26_032,
+        licence="for non-commercial use only",
+        source="http://ufldl.stanford.edu/housenumbers/, cropped digits; cite Netzer et al., Reading Digits in Natural "
+        "Images with Unsupervised Feature Learning, NIPS workshop 2011; read with scipy (capsnet[mat])",
+    ),
+    Description(
+        name="smallnorb",
+        image_shape=(2, 96, 96),
+        classes=smallnorb.CLASSES,
+        train=smallnorb.PAIRS,
+        test=smallnorb.PAIRS,
+        licence="for research purposes, not to be sold",
+        source="https://cs.nyu.edu/~ylclab/data/norb-v1.0-small/; cite LeCun, Huang, Bottou, Learning Methods for "
+        "Generic Object Recognition with Invariance to Pose and Lighting, CVPR 2004",
+    ),
 )
 
+_MADE_OF = {"multimnist": "mnist", "expanded-mnist": "mnist", "affnist": "mnist", "affnist-generated": "mnist"}
+_PLACED = ("expanded-mnist", "affnist", "affnist-generated")
+_PLACED_TEST_SEED = 0
+_AFFNIST = Source(name="affnist", files={affnist.FILE: None}, mirrors=())  # no checksum is known of what is in the zip
+_READERS = {"svhn": svhn.read, "smallnorb": smallnorb.read}
 _SPLITS = ("train", "test")
 _IDX_FILES = {
     "train": ("train-images-idx3-ubyte", "train-labels-idx1-ubyte"),
@@ -160,6 +226,13 @@ _SOURCES = (
         mirrors=("http://codh.rois.ac.jp/kmnist/dataset/kmnist/",),
     ),
     Source(name="cifar10", files=cifar.SHA256, mirrors=("https://www.cs.toronto.edu/~kriz/",)),
+    Source(name="svhn", files=svhn.SHA256, mirrors=("http://ufldl.stanford.edu/housenumbers/",)),
+    Source(
+        name="smallnorb",
+        files=dict.fromkeys(smallnorb.PACKED_SHA256),  # unpacked, a file is checked by its counts only
+        packed=smallnorb.PACKED_SHA256,
+        mirrors=("https://cs.nyu.edu/~ylclab/data/norb-v1.0-small/",),
+    ),
 )
 
 
@@ -176,7 +249,7 @@ def describe(name: str, *, data_dir: str | os.PathLike[str] | None = None) -> De
     """
     _check_name(name)
     description = next(one for one in _DESCRIPTIONS if one.name == name)
-    source = next((one for one in _SOURCES if one.name == name), None)
+    source = next((one for one in _SOURCES if one.name == _MADE_OF.get(name, name)), None)
     if source is None:
         return description
     places = fetch.places(source, data_dir)
@@ -184,11 +257,15 @@ def describe(name: str, *, data_dir: str | os.PathLike[str] | None = None) -> De
         folder = cifar.find_folder(places)
         archives = [folder] if folder else fetch.locate(places, cifar.ARCHIVES)
         return replace(description, where=tuple(archives[:1]), missing=() if archives else cifar.ARCHIVES[:1])
-    found = {file: fetch.locate(places, (f"{file}.gz", file)) for file in source.files}
+    files = _IDX_FILES["train"] if name == "affnist" else source.files
+    packing = "" if name == "svhn" else ".gz"  # as published
+    found = {f"{file}{packing}": fetch.locate(places, (f"{file}.gz", file))[:1] for file in files}
+    if name == "affnist":
+        found[affnist.FILE] = affnist.find(fetch.places(_AFFNIST, data_dir))
     return replace(
         description,
-        where=tuple(paths[0] for paths in found.values() if paths),
-        missing=tuple(f"{file}.gz" for file, paths in found.items() if not paths),
+        where=tuple(path for paths in found.values() for path in paths),
+        missing=tuple(file for file, paths in found.items() if not paths),
     )
 
 
@@ -209,7 +286,7 @@ def load(
         image_size: height and width in pixels: strokes are drawn at it, one's own images resized by Lanczos,
             others by antialiased bicubic interpolation; None keeps what the set has.
         channels: 1 for grey (luma of ITU-R BT.601), 3 for colour (grey repeated); None keeps what the set
-            has.
+            has, and nothing else will do for the two cameras of smallnorb.
         seed: of the strokes, and of the split of a directory without train/ and test/; others come split.
 
     Raises:
@@ -224,6 +301,7 @@ def load(
 
         return folder(name, image_size=image_size, channels=channels, seed=seed)
     _check_name(name)
+    _check_channels(str(name), channels)
     if name == "strokes":
         from capsnet.data.strokes import strokes
 
@@ -231,6 +309,15 @@ def load(
         own = None if drawn.validation is None else _fit(drawn.validation, None, channels)
         train, test = (_fit(split, None, channels) for split in (drawn.train, drawn.test))
         return Dataset("strokes", drawn.classes, train, test, own)
+    if name == "multimnist":
+        about = describe("multimnist")
+        if (channels or 1, image_size or about.image_shape[1]) != about.image_shape[:2]:
+            raise InputError(f"image_size and channels of multimnist must be 36 and 1; got {image_size} and {channels}")
+        return multimnist(about.name, about.classes, *_read("mnist", _SPLITS, data_dir))
+    if name in _PLACED:
+        shift = affnist.MARGIN if image_size is None else round(affnist.MARGIN * image_size / affnist.SIZE)
+        train, test = (_fit(split, image_size, channels) for split in _read_placed(str(name), _SPLITS, data_dir))
+        return Dataset(str(name), describe(str(name)).classes, train, test, shift=shift, placed=True)
     train, test = (_fit(split, image_size, channels) for split in _read(str(name), _SPLITS, data_dir))
     return Dataset(str(name), describe(str(name)).classes, train, test)
 
@@ -246,7 +333,7 @@ def load_split(
     """One split of a published data set; the files of the other need not be there.
 
     Args:
-        name: one of `available()` but "strokes".
+        name: one of `available()` but "strokes" and "multimnist".
         split: "train" or "test".
         data_dir: as in `load`.
         image_size: as in `load`.
@@ -257,9 +344,10 @@ def load_split(
     """
     _check_shape(image_size, channels)
     _check_name(name)
-    if split not in _SPLITS or name == "strokes":
+    _check_channels(name, channels)
+    if split not in _SPLITS or name in ("strokes", "multimnist"):
         raise InputError(f"split must be train or test of a published data set; got {split} of {name}")
-    (wanted,) = _read(name, (split,), data_dir)
+    (wanted,) = (_read_placed if name in _PLACED else _read)(name, (split,), data_dir)
     return _fit(wanted, image_size, channels)
 
 
@@ -268,8 +356,25 @@ def _read(name: str, splits: Sequence[str], data_dir: str | os.PathLike[str] | N
     if name == "cifar10":
         folder = _cifar_folder(source, data_dir)
         return [cifar.read(folder, split) for split in splits]
+    if name in _READERS:
+        return [_READERS[name](source, split, data_dir) for split in splits]
     found = fetch.contents(source, [file for split in splits for file in _IDX_FILES[split]], data_dir)
     return [_idx_split(name, split, found) for split in splits]
+
+
+def _read_placed(name: str, splits: Sequence[str], data_dir: str | os.PathLike[str] | None) -> list[Split]:
+    """Of digits on 40 x 40 pixels, the `splits` among train and test; those of train are in the middle."""
+    found: dict[str, Split] = {}
+    if name == "affnist" and "test" in splits:
+        found["test"] = affnist.read(fetch.places(_AFFNIST, data_dir))
+    wanted = [split for split in _SPLITS if split in splits and split not in found]
+    mnist = dict(zip(wanted, _read("mnist", wanted, data_dir), strict=True))
+    if "train" in mnist:
+        found["train"] = replace(mnist["train"], images=affnist.padded(mnist["train"].images))
+    if "test" in mnist:
+        made = affnist.generated if name == "affnist-generated" else affnist.placed
+        found["test"] = made(mnist["test"], seed=_PLACED_TEST_SEED)
+    return [found[split] for split in splits]
 
 
 def _idx_split(name: str, split: str, found: dict[str, tuple[Path, bytes]]) -> Split:
@@ -324,6 +429,12 @@ def _check_shape(image_size: int | None, channels: int | None) -> None:
         raise InputError(f"image_size must be at least 1 pixel; got {image_size}")
     if channels not in (None, 1, 3):
         raise InputError(f"channels must be 1 (grey) or 3 (colour); got {channels}")
+
+
+def _check_channels(name: str, channels: int | None) -> None:
+    has = next(one.image_shape[0] for one in _DESCRIPTIONS if one.name == name)
+    if channels is not None and has not in (1, 3):
+        raise InputError(f"channels must be left out for {name}, whose images have {has}, one a camera; got {channels}")
 
 
 def _check_name(name: str | os.PathLike[str]) -> None:

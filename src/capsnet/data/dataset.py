@@ -1,11 +1,13 @@
 """What a data set is here: whole splits of uint8 images in memory. Readers make these; nothing in this file reads."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
 
+from capsnet.data.augment import Augmentation, centre_crop, move
+from capsnet.data.overlay import pairs
 from capsnet.errors import InputError
 
 __all__ = ["Dataset", "Split", "to_float"]
@@ -17,9 +19,10 @@ class Split:
 
     Attributes:
         images: `uint8 [N, C, H, W]`, intensities 0..255.
-        labels: `int64 [N]`, each in `[0, number of classes)`.
+        labels: `int64 [N]`, each in `[0, number of classes)`; `[N, k]` where every image shows k objects.
         factors: true pose parameters by name, `float32 [N]` each, where a data set knows them (`strokes`): the unit
             is part of the name, as in `slant_degrees`.
+        objects: each of k objects alone, `uint8 [N, k, C, H, W]`, where `labels` are `[N, k]`.
 
     Raises:
         InputError: an array of another type or shape, or counts that differ.
@@ -28,12 +31,19 @@ class Split:
     images: Tensor
     labels: Tensor
     factors: Mapping[str, Tensor] = field(default_factory=dict)
+    objects: Tensor | None = None
 
     def __post_init__(self) -> None:
         if self.images.dtype != torch.uint8 or self.images.ndim != 4:
             raise InputError(f"images must be uint8 [N, C, H, W]; got {self.images.dtype} {list(self.images.shape)}")
-        if self.labels.dtype != torch.int64 or self.labels.ndim != 1:
-            raise InputError(f"labels must be int64 [N]; got {self.labels.dtype} {list(self.labels.shape)}")
+        if self.labels.dtype != torch.int64 or self.labels.ndim not in (1, 2):
+            raise InputError(f"labels must be int64 [N] or [N, k]; got {self.labels.dtype} {list(self.labels.shape)}")
+        alone = None if self.labels.ndim == 1 else (*self.labels.shape, *self.images.shape[1:])
+        if (None if self.objects is None else tuple(self.objects.shape)) != alone:
+            got = None if self.objects is None else list(self.objects.shape)
+            raise InputError(
+                f"objects must be [N, k, C, H, W] where labels are [N, k], and absent elsewhere; got {got}"
+            )
         for name, values in {"labels": self.labels, **self.factors}.items():
             if len(values) != len(self.images):
                 raise InputError(f"{name} must be as many as the {len(self.images)} images; got {len(values)}")
@@ -44,7 +54,24 @@ class Split:
     def take(self, index: Tensor) -> "Split":
         """The examples at `index` (`int64 [M]`), in that order."""
         factors = {name: values[index] for name, values in self.factors.items()}
-        return Split(self.images[index], self.labels[index], factors)
+        objects = None if self.objects is None else self.objects[index]
+        return Split(self.images[index], self.labels[index], factors, objects)
+
+    def cropped(self, size: int) -> "Split":
+        """The central `size` x `size` pixels of every image.
+
+        Raises:
+            InputError: images smaller than that.
+        """
+        objects = None
+        if self.objects is not None:
+            objects = torch.stack([centre_crop(one, size) for one in self.objects.unbind(1)], dim=1)
+        return Split(centre_crop(self.images, size), self.labels, self.factors, objects)
+
+    def paired(self, *, shift: int, seed: int) -> "Split":
+        """Each image laid once over one of another class, see `overlay.pairs`."""
+        images, labels, objects = pairs(self.images, self.labels, shift=shift, seed=seed)
+        return Split(images, labels, objects=objects)
 
 
 @dataclass(frozen=True, eq=False)
@@ -57,6 +84,12 @@ class Dataset:
         train: the training split.
         test: the test split; read once, at the end of a run.
         validation: None where a part of `train` has to serve, see `with_validation`.
+        shift: how far a training moves its images, in pixels, unless it is told otherwise.
+        objects: how many objects an image shows. With 2, a training lays its images over each other anew in every step,
+            so those of `train` show one each, and those of the other splits two.
+        crop: side in pixels of the random square that a training cuts out of each image, anew in every step; the other
+            splits hold the central one. None where images are used whole.
+        placed: whether images held out for validation are moved once by up to `shift`, as those of the test are.
 
     Raises:
         InputError: a label outside `[0, len(classes))`, a split without images, or splits that differ in shape.
@@ -67,6 +100,10 @@ class Dataset:
     train: Split
     test: Split
     validation: Split | None = None
+    shift: int = 2
+    objects: int = 1
+    crop: int | None = None
+    placed: bool = False
 
     def __post_init__(self) -> None:
         for name in ("train", "validation", "test"):
@@ -81,17 +118,60 @@ class Dataset:
                     f"data set {self.name}: labels of the {name} split must be 0 to {len(self.classes) - 1}; "
                     f"got {low} to {high}"
                 )
-            if split.images.shape[1:] != self.train.images.shape[1:]:
+            if name != "train" and tuple(split.images.shape[1:]) != self.image_shape:
                 raise InputError(
                     f"data set {self.name}: {name} images must be {self.image_shape} as the training images; "
                     f"got {tuple(split.images.shape[1:])}"
                 )
+            shown = 1 if name == "train" else self.objects
+            if split.labels[0].numel() != shown:
+                raise InputError(
+                    f"data set {self.name}: {name} images must show {shown} object{'s' * (shown > 1)} each; "
+                    f"got {split.labels[0].numel()}"
+                )
 
     @property
     def image_shape(self) -> tuple[int, int, int]:
-        """Channels, height and width of every image."""
+        """Channels, height and width of every image as a network sees it."""
         channels, height, width = self.train.images.shape[1:]
-        return channels, height, width
+        return (channels, height, width) if self.crop is None else (channels, self.crop, self.crop)
+
+    def shown(self, name: str) -> Split | None:
+        """The split `train`, `validation` or `test` as a network sees it outside of training: whole, or cropped.
+
+        Training images of a set of pairs show one object each.
+        """
+        split: Split | None = getattr(self, name)
+        return split.cropped(self.crop) if split and name == "train" and self.crop else split
+
+    def cropped(self, size: int) -> "Dataset":
+        """The same with random squares of `size` x `size` pixels for training, and the central one elsewhere.
+
+        Raises:
+            InputError: images smaller than that.
+        """
+        height, width = self.train.images.shape[2:]
+        if not 0 < size <= min(height, width):
+            raise InputError(
+                f"crop must be 1 to {min(height, width)} pixels for images of {height} x {width}; got {size}"
+            )
+        validation = self.validation and self.validation.cropped(size)
+        return replace(self, test=self.test.cropped(size), validation=validation, crop=size)
+
+    def with_train(self, count: int, *, seed: int) -> "Dataset":
+        """The same with `count` random training images only.
+
+        Args:
+            count: number of images.
+            seed: chooses the images; the same seed always chooses the same, and fewer are among more.
+
+        Raises:
+            InputError: there are not so many.
+        """
+        if not 0 < count <= len(self.train):
+            raise InputError(f"train_images must be 1 to the {len(self.train)} there are; got {count}")
+        order = torch.randperm(len(self.train), generator=torch.Generator().manual_seed(seed))
+        return replace(self, train=self.train.take(order[:count].sort().values))
 
     def with_validation(self, count: int, *, seed: int) -> "Dataset":
         """Split `count` random images off the training split as validation.
@@ -104,14 +184,22 @@ class Dataset:
             InputError: `count` leaves nothing to train on.
         """
         if count == 0:
-            return Dataset(self.name, self.classes, self.train, self.test)
+            return replace(self, validation=None)
         if not 0 < count < len(self.train):
             raise InputError(
                 f"validation must be 0 to {len(self.train) - 1} of the {len(self.train)} training images; got {count}"
             )
         order = torch.randperm(len(self.train), generator=torch.Generator().manual_seed(seed))
         held_out, kept = order[:count].sort().values, order[count:].sort().values
-        return Dataset(self.name, self.classes, self.train.take(kept), self.test, self.train.take(held_out))
+        validation = self.train.take(held_out)
+        if self.objects > 1:
+            validation = validation.paired(shift=self.shift, seed=seed)
+        elif self.placed:
+            drawn = Augmentation(shift=self.shift).draw(count, generator=torch.Generator().manual_seed(seed))
+            validation = replace(validation, images=move(validation.images, drawn))
+        elif self.crop:
+            validation = validation.cropped(self.crop)
+        return replace(self, train=self.train.take(kept), validation=validation)
 
 
 def to_float(images: Tensor) -> Tensor:

@@ -1,0 +1,82 @@
+"""SVHN, digits of house numbers in photographs: the official files of cropped digits, of MATLAB's format.
+
+A file holds `X`, `uint8 [32, 32, 3, N]` (row, column, colour, image), and `y`, `uint8 [N, 1]`, in which 10 means the
+digit 0. Source: http://ufldl.stanford.edu/housenumbers/, "Format 2"; Netzer, Wang, Coates, Bissacco, Wu, Ng, "Reading
+Digits in Natural Images with Unsupervised Feature Learning", NIPS workshop 2011. The further `extra_32x32.mat` is not
+used.
+"""
+
+import hashlib
+import os
+from pathlib import Path
+
+import numpy as np
+import torch
+from jaxtyping import Int64, UInt8
+from torch import Tensor
+
+from capsnet.data import fetch
+from capsnet.data.dataset import Split
+from capsnet.data.fetch import Source
+from capsnet.data.matlab import variables
+from capsnet.errors import InputError
+
+__all__ = ["FILES", "SHA256", "parse", "read"]
+
+FILES = {"train": "train_32x32.mat", "test": "test_32x32.mat"}
+SHA256: dict[str, str | None] = {
+    # As torchvision records them (pytorch/vision, torchvision/prototype/datasets/_builtin/svhn.py); never checked by us
+    # against the files. None switches the check off.
+    "train_32x32.mat": "435e94d69a87fde4fd4d7f3dd208dfc32cb6ae8af2240d066de1df7508d083b8",
+    "test_32x32.mat": "cdce80dfb2a2c4c6160906d0bd7c68ec5a99d7ca4831afa54f09182025b6a75b",
+}
+_CLASSES = 10
+
+
+def read(source: Source, split: str, data_dir: str | os.PathLike[str] | None) -> Split:
+    """One split of SVHN, downloaded where need be.
+
+    Args:
+        source: with `files=SHA256`, and the mirrors.
+        split: `"train"`, 73,257 images of 3 x 32 x 32, or `"test"`, 26,032.
+        data_dir: as in `data.load`.
+
+    Raises:
+        InputError: the file is not here and not to be had, has a wrong checksum, or is not what `parse` wants.
+    """
+    name, looked = FILES[split], fetch.places(source, data_dir)
+    if not fetch.locate(looked, (name, f"{name}.gz")):
+        fetch.download(source, name, lambda path: _keep(source, path), wanted=[name], looked=looked)
+    path, content = fetch.contents(source, [name], data_dir)[name]
+    return Split(*parse(content, path))
+
+
+def parse(
+    content: bytes, path: str | os.PathLike[str]
+) -> tuple[UInt8[Tensor, "images 3 height width"], Int64[Tensor, " images"]]:
+    """Images (intensities 0..255) and labels (0..9) of one file; `path` only names it in errors.
+
+    Raises:
+        InputError: see `matlab.variables`; or `X` or `y` has another type, shape or value than the official files.
+    """
+    found = variables(content, path, ("X", "y"))
+    pixels, digits = found["X"], found["y"].reshape(-1)
+    if pixels.dtype != np.uint8 or pixels.ndim != 4 or pixels.shape[2] != 3:
+        raise InputError(f"{path} must hold X, uint8 [height, width, 3, N]; got {pixels.dtype} {list(pixels.shape)}")
+    if len(digits) != pixels.shape[3] or digits.dtype.kind not in "ui":
+        raise InputError(
+            f"{path} must hold y, a whole number for each of the {pixels.shape[3]} images; "
+            f"got {digits.dtype} {list(found['y'].shape)}"
+        )
+    if len(digits) and not 1 <= digits.min() <= digits.max() <= _CLASSES:
+        raise InputError(f"{path} must have labels 1 to {_CLASSES} in y; got {digits.min()} to {digits.max()}")
+    images = np.ascontiguousarray(pixels.transpose(3, 2, 0, 1))
+    return torch.from_numpy(images), torch.from_numpy(digits.astype(np.int64) % _CLASSES)
+
+
+def _keep(source: Source, path: Path) -> None:
+    """Move a download into the cache if its checksum is right."""
+    expected, actual = SHA256[path.name], hashlib.sha256(path.read_bytes()).hexdigest()
+    if expected is not None and actual != expected:
+        raise InputError(f"{path.name} must have the SHA-256 {expected}; got {actual}")
+    path.replace(fetch.cache_dir() / source.name / path.name)
