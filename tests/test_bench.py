@@ -127,8 +127,8 @@ def test_a_short_function_is_called_many_times_a_measurement() -> None:
 def test_a_step_cut_into_parts_has_the_gradients_of_the_whole(changes: dict[str, Any]) -> None:
     base = Config(batch_size=4, image_size=16, precision="32") if "model" in changes else TINY
     subject = WholeNetwork(replace(base, **changes), 3)
-    images, labels = subject.data()
-    subject.data = lambda: (images, labels)  # type: ignore[method-assign]
+    images, labels, _ = batch = subject.data()
+    subject.data = lambda: batch  # type: ignore[method-assign]
     subject.cut_step()
     cut = [p.grad for p in subject.network.parameters()]
     subject.network.zero_grad()

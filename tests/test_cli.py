@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from capsnet import train
+from capsnet import feed
 from capsnet.cli import VERBS, main
 from capsnet.cli import bench as bench_verb
 from capsnet.cli import train as train_verb
@@ -233,7 +233,7 @@ def test_signals_have_their_exit_codes(
         return augment(*arguments)
 
     with monkeypatch.context() as patch:
-        patch.setattr(train, "augment", killed)
+        patch.setattr(feed, "augment", killed)
         got, out, err = run(capsys, "train", *options(tiny(photos)), "--out", "run")
     assert (got, out) == (code, "")
     assert err == "capsnet train: stopped in epoch 1 after step 1 of 5; go on with: capsnet train --resume run\n"

@@ -27,7 +27,7 @@ def test_the_defaults_are_the_paper() -> None:
     assert (config.routing_iterations, config.conv_channels, config.capsule_types) == (3, 256, 32)
     assert (config.primary_dim, config.class_dim, config.decoder_sizes) == (8, 16, (512, 1024))
     assert (config.m_pos, config.m_neg, config.down_weight, config.reconstruction_weight) == (0.9, 0.1, 0.5, 0.0005)
-    assert (config.margin_scale, config.shift, config.lr, config.batch_size) == (1.0, 2, 0.001, 128)
+    assert (config.margin_scale, config.shift, config.lr, config.batch_size) == (1.0, None, 0.001, 128)
     assert not config.routing_bias
     assert not config.leaky
     assert not config.detach_routing

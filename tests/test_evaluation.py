@@ -2,11 +2,12 @@ import pytest
 import torch
 
 from capsnet import functional as F
+from capsnet.analysis.significance import wilson_interval
 from capsnet.config import Config
 from capsnet.data import Split
 from capsnet.data.dataset import to_float
 from capsnet.errors import InputError
-from capsnet.evaluation import Evaluation, evaluate, from_sums, measure, wilson_interval
+from capsnet.evaluation import Evaluation, evaluate, from_sums, measure
 from capsnet.models import Network, create
 from capsnet.objective import Objective
 from tiny import SIZES
@@ -40,7 +41,7 @@ def test_wilson_interval(wrong: int, total: int, low: float, high: float) -> Non
 
 
 def test_by_hand() -> None:
-    result = Evaluation(((3, 1, 0), (2, 4, 0), (0, 0, 0)), ("cat", "dog", "cow"), 0.5, 0.4, 200.0)
+    result = Evaluation(((3, 1, 0), (2, 4, 0), (0, 0, 0)), ("cat", "dog", "cow"), 0.5, 0.4, 200.0, wrong=3)
     assert (result.total, result.wrong, result.error_percent) == (10, 3, 30.0)
     assert result.interval == pytest.approx([100 * x for x in wilson_interval(3, 10)])
     cat, dog, cow = result.per_class()

@@ -298,5 +298,5 @@ def test_decoder_draws_in_float32_under_autocast() -> None:
 def test_layers_use_the_functions(monkeypatch: pytest.MonkeyPatch) -> None:
     """Each equation is in one place: without the function there is no layer."""
     layer = PrimaryCapsules(2, types=3, dim=5, kernel=3, in_size=(7, 7))
-    monkeypatch.setattr(F, "squash", lambda s: s * 0 + 7)
+    monkeypatch.setattr(F, "squash", lambda s, epsilon: s * 0 + 7)
     assert (layer(torch.rand(2, 2, 7, 7)) == 7).all()

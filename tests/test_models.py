@@ -186,7 +186,7 @@ def built(name: str, **options: Any) -> Network:
 def test_models_are_found_by_pattern() -> None:
     assert available() == sorted(available())
     assert {"capsnet", "baseline"} <= set(available())
-    assert available("base*") == ["baseline"]
+    assert available("base*") == ["baseline", "baseline-multimnist"]
     assert available("nothing*") == []
 
 
@@ -261,7 +261,7 @@ def test_a_model_is_named_by_its_classes(name: str) -> None:
     assert network.classes == network.config["classes"] == ("ant", "bee", "cat")
     assert network.image_shape == network.config["image_shape"] == (1, 19, 23)
     assert network.config["name"] == name
-    assert set(network.config) == {"name", "image_shape", "num_classes", "classes", *builder_options(name)}
+    assert set(network.config) == {"name", "image_shape", "num_classes", "classes", "objects", *builder_options(name)}
 
 
 @every_model
@@ -282,7 +282,7 @@ def test_an_unknown_model_is_refused_and_the_nearest_named() -> None:
 
 
 def test_builder_options_are_the_keyword_options_with_their_defaults() -> None:
-    assert builder_options("baseline") == {"dropout": 0.5}
+    assert builder_options("baseline") == {"width": 1.0, "dropout": 0.5, "standardize": False}
     assert builder_options("capsnet")["routing_iterations"] == 3
     assert {"image_shape", "num_classes"}.isdisjoint(builder_options("capsnet"))
 

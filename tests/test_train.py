@@ -12,7 +12,7 @@ import pytest
 import torch
 
 import capsnet
-from capsnet import machine, report, runs, train
+from capsnet import feed, machine, report, runs, train
 from capsnet.analysis.outcomes import outcomes
 from capsnet.config import Config, preset
 from capsnet.data import Dataset, load
@@ -47,7 +47,7 @@ def at_step(monkeypatch: pytest.MonkeyPatch, number: int, what: Any) -> None:
             what()
         return augment(*arguments)
 
-    monkeypatch.setattr(train, "augment", augmented)
+    monkeypatch.setattr(feed, "augment", augmented)
 
 
 def send(number: int) -> None:
@@ -213,7 +213,7 @@ def test_a_loss_that_is_not_finite_stops_and_keeps_the_last_good_checkpoint(
         count[0] += 1
         return augment(*arguments) * (math.nan if count[0] == 8 else 1)
 
-    monkeypatch.setattr(train, "augment", augmented)
+    monkeypatch.setattr(feed, "augment", augmented)
     with pytest.raises(Diverged, match=r"in epoch 2 at step 3 of 5; the last good checkpoint is kept in run .*--lr"):
         fit(tiny(photos, out="run"))
     kept = checkpoint("run")
@@ -564,7 +564,7 @@ def test_images_in_memory_train_too_and_resume(photos: Path) -> None:
 
 def test_results_of_fewer_epochs_do_not_pass_for_those_of_more(photos: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     fit(tiny(photos, out="run", epochs=1))
-    monkeypatch.setattr(train, "augment", raising(KeyboardInterrupt))
+    monkeypatch.setattr(feed, "augment", raising(KeyboardInterrupt))
     with pytest.raises(KeyboardInterrupt):
         resume("run", epochs=3)
     assert files("run") == {"config.yaml", "last.ckpt", "metrics.csv"}

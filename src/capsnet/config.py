@@ -35,10 +35,15 @@ class Config:
     validation: int | None = None
     """Training images held out for validation; 0 trains on all. Default: the data set's own validation split, else a
     tenth of the training images, at most 5,000."""
+    train_images: int | None = None
+    """Train on this many of the training images only, chosen by `data_seed`; for learning curves and quick looks."""
     data_seed: int = 0
     """Of what is drawn or split: strokes, validation images, the test images of a folder without test/."""
-    shift: int = 2
-    """Move training images by up to this many pixels in each direction (Section 5 of the paper: 2)."""
+    crop: int | None = None
+    """Cut a random square of this many pixels out of each training image, and the central one elsewhere."""
+    shift: int | None = None
+    """Move training images by up to this many pixels in each direction. Default: that of the data set, which is 2
+    (Section 5 of the paper), 4 in `multimnist` and 6 where digits are placed on 40 x 40 pixels."""
     flip: bool = False
     """Mirror half of the training images left to right."""
     rotation: float = 0.0
@@ -47,6 +52,10 @@ class Config:
     """Enlarge or shrink training images by up to this share: 0.1 is 0.9 to 1.1."""
     shear: float = 0.0
     """Shear training images by up to this much."""
+    brightness: float = 0.0
+    """Add up to this much to all intensities of a training image, or take it away; they are in [0, 1]."""
+    contrast: float = 0.0
+    """Change the contrast of training images by up to this share: 0.8 is 0.2 to 1.8."""
 
     # network
     model: str = "capsnet"
@@ -85,12 +94,20 @@ class Config:
     """Of the convolutions."""
     class_dim: int = 16
     """Length of a class capsule's vector."""
+    squash_epsilon: float = 0.0
+    """Added to the squared length where squash divides by the length, as many implementations do; 0 divides by none.
+    Above 0 routing is computed plainly."""
     decoder_sizes: tuple[int, ...] = (512, 1024)
     """Widths of the decoder's hidden layers."""
     init: Literal["pytorch", "authors"] = "pytorch"
     """First weights. authors: truncated normal 0.1 (0.05 in the first convolution), biases 0.1."""
+    standardize: bool = False
+    """Give each image mean 0 and standard deviation 1 at the network's entrance, as the first author's code does for
+    CIFAR-10."""
+    width: float = 1.0
+    """Factor on the widths of all layers of a baseline network."""
     dropout: float = 0.5
-    """Of the baseline network."""
+    """Of a baseline network."""
 
     # loss
     reconstruction: bool = True
@@ -111,6 +128,8 @@ class Config:
     # optimisation
     epochs: int = 3
     """Passes over the training images."""
+    stop_at: float | None = None
+    """Stop before that, once the error on the validation images is at most this many percent."""
     batch_size: int = 128
     """Images of one step over all devices together (first author's code: 128)."""
     lr: float = 0.001
@@ -180,9 +199,9 @@ _FRACTION = (lambda x: 0 <= x < 1, "in [0, 1)")
 _RULES: dict[str, tuple[Any, str]] = {
     **dict.fromkeys(
         (
-            "image_size", "routing_iterations", "conv_channels", "conv_kernel", "conv_stride", "capsule_types",
-            "primary_dim", "primary_kernel", "primary_stride", "class_dim", "batch_size", "devices", "threads",
-            "log_every",
+            "image_size", "train_images", "crop", "routing_iterations", "conv_channels", "conv_kernel", "conv_stride",
+            "capsule_types", "primary_dim", "primary_kernel", "primary_stride", "class_dim", "batch_size", "devices",
+            "threads", "log_every",
         ),
         _AT_LEAST_1,
     ),
@@ -192,9 +211,16 @@ _RULES: dict[str, tuple[Any, str]] = {
         ),
         _AT_LEAST_0,
     ),
-    **dict.fromkeys(("shear", "reconstruction_weight", "lr_floor", "primary_scale", "down_weight"), _FINITE),
-    **dict.fromkeys(("lr", "margin_scale"), _POSITIVE),
+    **dict.fromkeys(
+        (
+            "shear", "squash_epsilon", "reconstruction_weight", "lr_floor", "primary_scale", "down_weight",
+        ),
+        _FINITE,
+    ),
+    **dict.fromkeys(("lr", "margin_scale", "width"), _POSITIVE),
     **dict.fromkeys(("scale", "dropout"), _FRACTION),
+    **dict.fromkeys(("brightness", "contrast"), (lambda x: 0 <= x <= 1, "in [0, 1]")),
+    "stop_at": (lambda x: 0 <= x <= 100, "0 to 100 percent"),
     "rotation": (lambda x: 0 <= x <= 180, "0 to 180 degrees"),
     "lr_decay": (lambda x: 0 < x <= 1, "in (0, 1]"),
     "channels": (lambda x: x in (1, 3), "1 or 3"),

@@ -4,6 +4,7 @@ Sabour, Frosst, Hinton, "Dynamic Routing Between Capsules", NIPS 2017, https://a
 of tensors: no parameters, no device, no randomness; leading axes are free. Routing lives in `routing.py`.
 """
 
+import math
 from contextlib import AbstractContextManager, nullcontext
 
 import torch
@@ -12,7 +13,7 @@ from torch import Tensor
 
 from capsnet.errors import InputError
 
-__all__ = ["full_precision", "lengths", "margin_loss", "mask", "reconstruction_loss", "squash"]
+__all__ = ["found", "full_precision", "lengths", "margin_loss", "mask", "reconstruction_loss", "squash", "standardized"]
 
 
 def full_precision(device: torch.device) -> AbstractContextManager[object]:
@@ -22,7 +23,7 @@ def full_precision(device: torch.device) -> AbstractContextManager[object]:
     return nullcontext()
 
 
-def squash(s: Float[Tensor, "*batch dim"]) -> Float[Tensor, "*batch dim"]:
+def squash(s: Float[Tensor, "*batch dim"], *, epsilon: float = 0.0) -> Float[Tensor, "*batch dim"]:
     """Shrink vectors to a length below 1 and keep their direction: `v = (|s|^2 / (1 + |s|^2)) * s / |s|` (eq. 1).
 
     Written as `s * n / (1 + n^2)` with `n = |s|`, the same function without the division by the length: no epsilon,
@@ -30,6 +31,7 @@ def squash(s: Float[Tensor, "*batch dim"]) -> Float[Tensor, "*batch dim"]:
 
     Args:
         s: total inputs of capsules.
+        epsilon: for comparison with other implementations, which divide by `sqrt(n^2 + epsilon)` instead of `n`.
 
     Returns:
         Vectors of length in [0, 1); in float32 lengths above about 3,000 round to 1.
@@ -40,7 +42,10 @@ def squash(s: Float[Tensor, "*batch dim"]) -> Float[Tensor, "*batch dim"]:
     """
     x = s.float() if s.dtype in (torch.float16, torch.bfloat16) else s
     n: Tensor = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
-    return (x * (n / (1 + n * n))).to(s.dtype)
+    factor = n / (1 + n * n)
+    if epsilon:
+        factor = factor * n * (n * n + epsilon).rsqrt()
+    return (x * factor).to(s.dtype)
 
 
 def lengths(pose: Float[Tensor, "*batch capsules dim"]) -> Float[Tensor, "*batch capsules"]:
@@ -75,6 +80,34 @@ def mask(
         raise InputError(f"index must be of shape {tuple(pose.shape[:-2])}, one an example; got {tuple(index.shape)}")
     kept = torch.arange(pose.shape[-2], device=pose.device) == index[..., None]
     return pose * kept[..., None]
+
+
+def found(scores: Float[Tensor, "*batch classes"], labels: Int[Tensor, "*truth"]) -> tuple[Tensor, Tensor]:
+    """Which classes are in the images, and which the scores say are: the largest ones, as many as there truly are.
+
+    Args:
+        scores: the larger, the surer.
+        labels: true classes, `[*batch]` for one in every image or `[*batch, k]` for k different ones.
+
+    Returns:
+        Two `bool [*batch, classes]`: present, and predicted.
+    """
+    labels = labels if labels.ndim == scores.ndim else labels[..., None]
+    k = labels.shape[-1]
+    largest = scores.argmax(-1, keepdim=True) if k == 1 else scores.topk(k).indices
+    none = torch.zeros_like(scores, dtype=torch.bool)
+    return none.scatter(-1, labels, True), none.scatter(-1, largest, True)
+
+
+def standardized(images: Float[Tensor, "*batch channels height width"]) -> Tensor:
+    """Each image with mean 0 and standard deviation 1 over its pixels and channels.
+
+    The standard deviation is taken to be at least 1 / sqrt(number of intensities), so an image of one intensity becomes
+    zeros (as `per_image_standardization` of TensorFlow, which the first author's code calls for CIFAR-10).
+    """
+    mean = images.mean((-3, -2, -1), keepdim=True)
+    deviation = images.std((-3, -2, -1), correction=0, keepdim=True)
+    return (images - mean) / deviation.clamp(min=math.prod(images.shape[-3:]) ** -0.5)
 
 
 def margin_loss(

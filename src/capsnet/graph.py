@@ -3,9 +3,8 @@
 from collections.abc import Callable
 
 import torch
-from torch import Tensor
 
-from capsnet.objective import Losses
+from capsnet.objective import Batch, Losses
 
 __all__ = ["GraphedStep"]
 
@@ -13,7 +12,7 @@ WARM_UP = 3  # steps before the recording: libraries choose their algorithms and
 
 
 class GraphedStep:
-    """`step(images, labels)` of one batch size as a CUDA graph; other batch sizes run as they are.
+    """`step(batch)` of one batch size as a CUDA graph; other batch sizes run as they are.
 
     The first steps run as they are too, on a stream of their own. Every step counts: none is run twice, and recording
     one runs nothing. The Losses of a step are overwritten by the next one.
@@ -23,31 +22,33 @@ class GraphedStep:
             its learning rate on the device, and leave the gradients where they are.
     """
 
-    def __init__(self, step: Callable[[Tensor, Tensor], Losses]) -> None:
+    def __init__(self, step: Callable[[Batch], Losses]) -> None:
         self.step = step
         self.stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
         self.graph: torch.cuda.CUDAGraph | None = None
         self.done = 0
 
-    def __call__(self, images: Tensor, labels: Tensor) -> Losses:
+    def __call__(self, batch: Batch) -> Losses:
         """One training step."""
         if self.done == 0:
-            self.images, self.labels = images.clone(), labels.clone()
-        if len(images) != len(self.images):
-            return self.step(images, labels)
-        self.images.copy_(images)
-        self.labels.copy_(labels)
+            objects = None if batch.objects is None else batch.objects.clone()
+            self.batch = Batch(batch.images.clone(), batch.labels.clone(), objects)
+        if len(batch.images) != len(self.batch.images):
+            return self.step(batch)
+        for kept, given in zip(self.batch, batch, strict=True):
+            if kept is not None and given is not None:
+                kept.copy_(given)
         self.done += 1
         if self.done <= WARM_UP:
             here = torch.cuda.current_stream()
             self.stream.wait_stream(here)
             with torch.cuda.stream(self.stream):
-                losses = self.step(self.images, self.labels)
+                losses = self.step(self.batch)
             here.wait_stream(self.stream)
             return losses
         if self.graph is None:
             self.graph = torch.cuda.CUDAGraph()
             with torch.cuda.graph(self.graph):
-                self.losses = self.step(self.images, self.labels)
+                self.losses = self.step(self.batch)
         self.graph.replay()
         return self.losses

@@ -223,6 +223,7 @@ class PrimaryCapsules(nn.Module):
         padding: `valid` (paper) or `same`.
         scale: factor on the convolution before the bias. 1 in the paper; 1 / `types` in the first author's code, where
             these capsules too are made by one routing iteration with uniform couplings.
+        epsilon: of `functional.squash`.
 
     Parameters:
         conv weight `[kernel, kernel, in_channels, types * dim]`; bias `[types * dim]`. Both start as in `Convolution`.
@@ -242,9 +243,10 @@ class PrimaryCapsules(nn.Module):
         in_size: tuple[int, int],
         padding: str = "valid",
         scale: float = 1.0,
+        epsilon: float = 0.0,
     ) -> None:
         super().__init__()
-        self.types, self.dim, self.scale = types, dim, scale
+        self.types, self.dim, self.scale, self.epsilon = types, dim, scale, epsilon
         self.conv = Convolution(
             in_channels,
             types * dim,
@@ -271,7 +273,7 @@ class PrimaryCapsules(nn.Module):
         """The same from the convolution's output, channels last."""
         s = grid.float() if grid.dtype in (torch.float16, torch.bfloat16) else grid
         s = s * self.scale + self.bias if self.scale != 1 else s + self.bias
-        return F.squash(s.reshape(grid.shape[0], self.capsules, self.dim))
+        return F.squash(s.reshape(grid.shape[0], self.capsules, self.dim), epsilon=self.epsilon)
 
 
 class ClassCapsules(nn.Module):
@@ -288,13 +290,14 @@ class ClassCapsules(nn.Module):
         leaky: a "none of the above" slot in the softmax, see `routing.dynamic_routing`.
         detach_routing: no gradient through the couplings, see there.
         kernel: `plain` (votes of the whole batch in memory), `fused` (never more than a few of them) or `auto`.
+        epsilon: of `functional.squash`; above 0 the kernel is `plain`.
 
     Parameters:
         weight `W [in_capsules, in_dim, out_capsules, out_dim]`, normal with standard deviation 0.1 (the paper
         gives none; the first author's code has 0.1, truncated); bias `[out_capsules, out_dim]`, 0.1, if asked for.
 
     Raises:
-        InputError: fewer than 1 iteration, an unknown kernel.
+        InputError: fewer than 1 iteration, an unknown kernel, or `fused` with an epsilon.
     """
 
     def __init__(
@@ -309,16 +312,15 @@ class ClassCapsules(nn.Module):
         leaky: bool = False,
         detach_routing: bool = False,
         kernel: str = "auto",
+        epsilon: float = 0.0,
     ) -> None:
         super().__init__()
         check_iterations(iterations)
         resolve_kernel(kernel, torch.device("cpu"))
-        self.iterations, self.leaky, self.detach_routing, self.kernel = (
-            iterations,
-            leaky,
-            detach_routing,
-            kernel,
-        )
+        if epsilon and kernel == "fused":
+            raise InputError(f"kernel must be plain or auto with an epsilon in squash, here {epsilon:g}; got fused")
+        self.iterations, self.leaky, self.detach_routing, self.epsilon = iterations, leaky, detach_routing, epsilon
+        self.kernel = "plain" if epsilon else kernel
         self.weight = nn.Parameter(torch.empty(in_capsules, in_dim, out_capsules, out_dim).normal_(std=0.1))
         self.bias = nn.Parameter(torch.full((out_capsules, out_dim), 0.1)) if bias else None
 
@@ -335,7 +337,7 @@ class ClassCapsules(nn.Module):
                 sweeps = gpu.Sweeps if u.device.type == "cuda" else cpu.Sweeps
                 route = partial(fused.votes_and_routing, sweeps, u, weight)
             else:
-                route = partial(dynamic_routing, votes(u, weight))
+                route = partial(dynamic_routing, votes(u, weight), epsilon=self.epsilon)
             return route(
                 iterations=self.iterations,
                 bias=None if self.bias is None else self.bias.to(u.dtype),
@@ -374,9 +376,14 @@ class Decoder(nn.Module):
         self.layers = nn.Sequential(*layers, nn.Linear(widths[-1], math.prod(image_shape)), nn.Sigmoid())
 
     def forward(
-        self, pose: Float[Tensor, "batch classes dim"], index: Int[Tensor, "batch"]
-    ) -> Float[Tensor, "batch channels height width"]:
-        """Draw what capsule `index` (`[batch]`) of each example describes, intensities in [0, 1], in float32."""
-        masked = F.mask(pose, index).flatten(1).to(next(self.layers.parameters()).dtype)
+        self, pose: Float[Tensor, "batch classes dim"], index: Int[Tensor, "batch *objects"]
+    ) -> Float[Tensor, "batch *objects channels height width"]:
+        """Draw what capsule `index` of each example describes, intensities in [0, 1], in float32.
+
+        With `index` `[batch, k]` each of k capsules is drawn alone, as Section 6 does for overlapping digits.
+        """
+        if index.ndim == 2:
+            pose = pose[:, None].expand(-1, index.shape[1], -1, -1)
+        masked = F.mask(pose, index).flatten(-2).to(next(self.layers.parameters()).dtype)
         image: Tensor = self.layers(masked)
-        return (image.float() if image.dtype != torch.float64 else image).reshape(-1, *self.image_shape)
+        return (image.float() if image.dtype != torch.float64 else image).reshape(*index.shape, *self.image_shape)

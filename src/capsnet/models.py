@@ -11,6 +11,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from capsnet import functional as F
 from capsnet.errors import InputError
 from capsnet.kernels.stem import minimal_stem
 from capsnet.layers import ClassCapsules, Convolution, Decoder, PrimaryCapsules, resolve_stem
@@ -22,6 +23,7 @@ __all__ = [
     "Output",
     "available",
     "baseline",
+    "baseline_multimnist",
     "builder_options",
     "capsnet",
     "create",
@@ -32,9 +34,10 @@ class Output(NamedTuple):
     """What a network says of a batch.
 
     Attributes:
-        scores: `[batch, classes]`; the largest is the prediction. Lengths in [0, 1) for a capsule network, logits for
-            a convolutional one.
-        reconstruction: `[batch, channels, height, width]` in [0, 1], or None without a decoder.
+        scores: `[batch, classes]`; the largest is the prediction, or the k largest where images show k objects.
+            Lengths in [0, 1) for a capsule network, logits for a convolutional one.
+        reconstruction: `[batch, channels, height, width]` in [0, 1], or None without a decoder; `[batch, k, channels,
+            height, width]`, each object alone, from a network for images of k objects.
         pose: class capsules' vectors `[batch, classes, dim]`, or None without capsules.
         couplings: of the last routing iteration `[batch, in, classes]`, or None without capsules.
     """
@@ -51,11 +54,13 @@ class Network(nn.Module, ABC):
     Attributes:
         config: name, image shape, classes and options; `create(**config)` builds the same network again.
         classes: names of the classes, in the order of the scores.
+        objects: how many objects of different classes an image shows.
     """
 
     config: dict[str, Any]
     classes: tuple[str, ...]
     image_shape: tuple[int, int, int]
+    objects: int = 1
 
     @abstractmethod
     def forward(self, images: Tensor, labels: Tensor | None = None) -> Output:
@@ -88,9 +93,10 @@ class CapsNet(Network):
         image_shape: tuple[int, int, int],
         *,
         stem: str,
+        standardize: bool,
     ) -> None:
         super().__init__()
-        self.image_shape, self.stem = image_shape, stem
+        self.image_shape, self.stem, self.standardize = image_shape, stem, standardize
         self.conv, self.primary, self.class_capsules, self.decoder = conv, primary, class_capsules, decoder
 
     def resolved_stem(self, images: Tensor) -> str:
@@ -98,13 +104,14 @@ class CapsNet(Network):
         return resolve_stem(self.stem, self.conv, self.primary.conv, images)
 
     def forward(
-        self, images: Float[Tensor, "batch channels height width"], labels: Int[Tensor, "batch"] | None = None
+        self, images: Float[Tensor, "batch channels height width"], labels: Int[Tensor, "batch *objects"] | None = None
     ) -> Output:
         """Recognise `images` and draw them again.
 
         Args:
             images: intensities in [0, 1].
-            labels: the capsules to reconstruct from, as in training; None takes the longest one.
+            labels: the capsules to reconstruct from, as in training, `[batch]` or several for each image,
+                `[batch, k]`; None takes the longest, as many as an image shows objects.
 
         Raises:
             InputError: images of another shape than the network was built for.
@@ -113,7 +120,10 @@ class CapsNet(Network):
         routed = self.class_capsules(self.primary_poses(images))
         if self.decoder is None:
             return Output(routed.activation, None, routed.pose, routed.couplings)
-        index = routed.activation.argmax(-1) if labels is None else labels
+        index = labels
+        if index is None:
+            longest = routed.activation.argmax(-1)
+            index = longest if self.objects == 1 else routed.activation.topk(self.objects).indices
         return Output(routed.activation, self.decoder(routed.pose, index), routed.pose, routed.couplings)
 
     def primary_poses(
@@ -121,6 +131,7 @@ class CapsNet(Network):
     ) -> Float[Tensor, "batch capsules dim"]:
         """Poses of the primary capsules: both convolutions and the squash."""
         first, second = self.conv, self.primary.conv
+        images = F.standardized(images) if self.standardize else images
         if self.resolved_stem(images) == "direct":
             u: Tensor = self.primary(torch.relu(first(images)))
             return u
@@ -141,13 +152,13 @@ class CapsNet(Network):
 class ConvNet(Network):
     """A plain stack of layers whose output is a logit a class."""
 
-    def __init__(self, layers: nn.Sequential, image_shape: tuple[int, int, int]) -> None:
+    def __init__(self, layers: nn.Sequential, image_shape: tuple[int, int, int], *, standardize: bool = False) -> None:
         super().__init__()
-        self.image_shape = image_shape
+        self.image_shape, self.standardize = image_shape, standardize
         self.layers = layers.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 
     def forward(
-        self, images: Float[Tensor, "batch channels height width"], labels: Int[Tensor, "batch"] | None = None
+        self, images: Float[Tensor, "batch channels height width"], labels: Int[Tensor, "batch *objects"] | None = None
     ) -> Output:
         """Logits of `images` (intensities in [0, 1]); `labels` are not needed.
 
@@ -155,7 +166,7 @@ class ConvNet(Network):
             InputError: images of another shape than the network was built for.
         """
         self.check_images(images)
-        logits: Tensor = self.layers(images)
+        logits: Tensor = self.layers(F.standardized(images) if self.standardize else images)
         return Output(logits.float() if logits.dtype != torch.float64 else logits)
 
 
@@ -173,6 +184,7 @@ def capsnet(
     primary_scale: float = 1.0,
     padding: str = "valid",
     class_dim: int = 16,
+    squash_epsilon: float = 0.0,
     routing_iterations: int = 3,
     routing_bias: bool = False,
     leaky: bool = False,
@@ -181,6 +193,7 @@ def capsnet(
     stem: str = "auto",
     reconstruction: bool = True,
     decoder_sizes: tuple[int, ...] = (512, 1024),
+    standardize: bool = False,
     init: str = "pytorch",
 ) -> CapsNet:
     """CapsNet of Sabour, Frosst, Hinton 2017 (Section 4; https://arxiv.org/abs/1710.09829).
@@ -201,6 +214,7 @@ def capsnet(
             (1 / (`capsule_types` + 1) with the leaky slot).
         padding: of both convolutions, `valid` or `same`.
         class_dim: length of a class capsule's vector.
+        squash_epsilon: see `functional.squash`.
         routing_iterations: r.
         routing_bias: biases inside routing.
         leaky: a "none of the above" slot.
@@ -209,6 +223,7 @@ def capsnet(
         stem: how the two convolutions are computed.
         reconstruction: with the decoder.
         decoder_sizes: widths of its hidden layers.
+        standardize: give each image mean 0 and standard deviation 1 first.
         init: `pytorch` starts the weights as the layers say; `authors` as the first author's code does: all weights
             truncated normal with standard deviation 0.1 (0.05 in the first convolution), all biases 0.1.
 
@@ -249,6 +264,7 @@ def capsnet(
         in_size=conv.out_size,
         padding=padding,
         scale=primary_scale or 1 / (capsule_types + leaky),
+        epsilon=squash_epsilon,
     )
     class_capsules = ClassCapsules(
         primary.capsules,
@@ -260,9 +276,10 @@ def capsnet(
         leaky=leaky,
         detach_routing=detach_routing,
         kernel=kernel,
+        epsilon=squash_epsilon,
     )
     decoder = Decoder(num_classes, class_dim, image_shape, decoder_sizes) if reconstruction else None
-    network = CapsNet(conv, primary, class_capsules, decoder, image_shape, stem=stem)
+    network = CapsNet(conv, primary, class_capsules, decoder, image_shape, stem=stem, standardize=standardize)
     resolve_stem(stem, conv, primary.conv, torch.empty(0, device="cpu"))
     if init == "authors":
         _start_as_authors(network)
@@ -272,7 +289,12 @@ def capsnet(
 
 
 def baseline(
-    image_shape: tuple[int, int, int] = (1, 28, 28), num_classes: int = 10, *, dropout: float = 0.5
+    image_shape: tuple[int, int, int] = (1, 28, 28),
+    num_classes: int = 10,
+    *,
+    width: float = 1.0,
+    dropout: float = 0.5,
+    standardize: bool = False,
 ) -> ConvNet:
     """The paper's convolutional baseline (Section 5): three 5x5 convolutions and two fully connected layers.
 
@@ -280,20 +302,86 @@ def baseline(
     neither padding nor dropout rate; its 35.4 M parameters on MNIST are those of padding `same` (35,445,522), and 0.5
     is the customary rate. There is no pooling, so the first fully connected layer grows with the image's area.
 
+    Args:
+        image_shape: channels, height and width.
+        num_classes: number of logits.
+        width: factor on all these channels and units.
+        dropout: rate before the last layer.
+        standardize: give each image mean 0 and standard deviation 1 first.
+
     Raises:
-        InputError: a dropout rate outside [0, 1).
+        InputError: a dropout rate outside [0, 1), or a width not above 0.
     """
+    one, two, three, four, five = _widths((256, 256, 128, 328, 192), width, dropout)
+    channels, height, breadth = image_shape
+    layers: list[nn.Module] = []
+    for fan_in, fan_out in ((channels, one), (one, two), (two, three)):
+        layers += [nn.Conv2d(fan_in, fan_out, 5, padding="same"), nn.ReLU()]
+    layers += [nn.Flatten(), nn.Linear(three * height * breadth, four), nn.ReLU(), nn.Linear(four, five), nn.ReLU()]
+    return ConvNet(
+        nn.Sequential(*layers, nn.Dropout(dropout), nn.Linear(five, num_classes)), image_shape, standardize=standardize
+    )
+
+
+def baseline_multimnist(
+    image_shape: tuple[int, int, int] = (1, 36, 36),
+    num_classes: int = 10,
+    *,
+    width: float = 1.0,
+    dropout: float = 0.5,
+    standardize: bool = False,
+) -> ConvNet:
+    """The paper's convolutional baseline for overlapping digits (Section 6.1): two convolutions, each with pooling.
+
+    512 channels of 9x9 and 256 of 5x5, each followed by 2x2 pooling, then 1,024 units, dropout, and one logit a class.
+    Its 24.56 M parameters on MultiMNIST are those of padding `same` (24,563,978). Of affNIST the paper says "a
+    traditional convolutional model (with MaxPooling and DropOut)" only: this one, at a `width` that gives as many
+    parameters as the capsules have. The paper mentions no dropout on MultiMNIST: there, `dropout=0`.
+
+    Args:
+        image_shape: channels, height and width, at least 4 x 4.
+        num_classes: number of logits.
+        width: factor on all these channels and units.
+        dropout: rate before the last layer.
+        standardize: give each image mean 0 and standard deviation 1 first.
+
+    Raises:
+        InputError: a dropout rate outside [0, 1), a width not above 0, or an image too small to pool twice.
+    """
+    one, two, three = _widths((512, 256, 1024), width, dropout)
+    channels, height, breadth = image_shape
+    if min(height, breadth) < 4:
+        raise InputError(f"images of baseline-multimnist must be at least 4 x 4 pixels; got {height} x {breadth}")
+    layers = nn.Sequential(
+        nn.Conv2d(channels, one, 9, padding="same"),
+        nn.ReLU(),
+        nn.MaxPool2d(2),
+        nn.Conv2d(one, two, 5, padding="same"),
+        nn.ReLU(),
+        nn.MaxPool2d(2),
+        nn.Flatten(),
+        nn.Linear(two * (height // 4) * (breadth // 4), three),
+        nn.ReLU(),
+        nn.Dropout(dropout),
+        nn.Linear(three, num_classes),
+    )
+    return ConvNet(layers, image_shape, standardize=standardize)
+
+
+def _widths(full: tuple[int, ...], width: float, dropout: float) -> list[int]:
+    """Widths of a baseline's layers."""
     if not 0 <= dropout < 1:
         raise InputError(f"dropout must be in [0, 1); got {dropout}")
-    channels, height, width = image_shape
-    layers: list[nn.Module] = []
-    for fan_in, fan_out in ((channels, 256), (256, 256), (256, 128)):
-        layers += [nn.Conv2d(fan_in, fan_out, 5, padding="same"), nn.ReLU()]
-    layers += [nn.Flatten(), nn.Linear(128 * height * width, 328), nn.ReLU(), nn.Linear(328, 192), nn.ReLU()]
-    return ConvNet(nn.Sequential(*layers, nn.Dropout(dropout), nn.Linear(192, num_classes)), image_shape)
+    if not 0 < width < float("inf"):
+        raise InputError(f"width must be above 0; got {width}")
+    return [max(1, round(width * size)) for size in full]
 
 
-BUILDERS: dict[str, Callable[..., Network]] = {"capsnet": capsnet, "baseline": baseline}
+BUILDERS: dict[str, Callable[..., Network]] = {
+    "capsnet": capsnet,
+    "baseline": baseline,
+    "baseline-multimnist": baseline_multimnist,
+}
 
 
 def available(pattern: str = "*") -> list[str]:
@@ -321,6 +409,7 @@ def create(
     image_shape: tuple[int, int, int] = (1, 28, 28),
     num_classes: int = 10,
     classes: tuple[str, ...] | None = None,
+    objects: int = 1,
     **options: Any,
 ) -> Network:
     """Build the network `name` with new weights.
@@ -330,6 +419,7 @@ def create(
         image_shape: channels, height and width of the images.
         num_classes: number of classes.
         classes: their names; "0", "1", ... if not given.
+        objects: how many objects of different classes an image shows.
         options: of the builder, see `capsnet` and `baseline`.
 
     Returns:
@@ -350,16 +440,20 @@ def create(
         raise InputError(f"options of model {name} must be among {', '.join(known)}; got {', '.join(unknown)}{hint}")
     if num_classes < 1 or (classes is not None and len(classes) != num_classes):
         raise InputError(f"num_classes must be at least 1 and the number of names in classes; got {num_classes}")
+    if not 1 <= objects <= num_classes:
+        raise InputError(f"objects must be 1 to the {num_classes} classes; got {objects}")
     if len(image_shape) != 3 or min(image_shape) < 1:
         raise InputError(f"image_shape must be channels, height and width, each at least 1; got {image_shape}")
     shape = (image_shape[0], image_shape[1], image_shape[2])
     network = BUILDERS[name](shape, num_classes, **options)
     network.classes = classes if classes is not None else tuple(str(k) for k in range(num_classes))
+    network.objects = objects
     network.config = {
         "name": name,
         "image_shape": shape,
         "num_classes": num_classes,
         "classes": network.classes,
+        "objects": objects,
         **known,
         **options,
     }

@@ -13,7 +13,21 @@ from capsnet import functional as F
 from capsnet.config import Config
 from capsnet.models import Network, Output
 
-__all__ = ["Losses", "Objective"]
+__all__ = ["Batch", "Losses", "Objective"]
+
+
+class Batch(NamedTuple):
+    """What an Objective is given.
+
+    Attributes:
+        images: `float32 [batch, channels, height, width]` in [0, 1].
+        labels: true classes `[batch]`, or `[batch, k]` where every image shows k objects.
+        objects: each of k objects alone, `[batch, k, channels, height, width]`, or None.
+    """
+
+    images: Tensor
+    labels: Tensor
+    objects: Tensor | None = None
 
 
 class Losses(NamedTuple):
@@ -22,7 +36,8 @@ class Losses(NamedTuple):
     Attributes:
         total: what is minimised, `[batch]`.
         classification: scaled margin loss, or cross-entropy for a network without capsules, `[batch]`.
-        reconstruction: sum of squared pixel errors, unweighted, `[batch]`; 0 without a decoder.
+        reconstruction: sum of squared pixel errors, unweighted, of all objects of an image, `[batch]`; 0 without a
+            decoder.
         output: the network's Output.
     """
 
@@ -36,32 +51,62 @@ class Objective(nn.Module):
     """`margin_scale * margin loss + reconstruction_weight * sum of squared errors`, or cross-entropy.
 
     In training the decoder sees the capsule of the label (`mask="label"`, Section 4.1); in evaluation always the
-    longest.
+    longest. Where images show k objects, the decoder draws each alone, and the cross-entropy is that of a sigmoid for
+    each class (Section 6).
     """
 
     def __init__(self, network: Network, config: Config) -> None:
         super().__init__()
         self.network, self.config = network, config
 
-    def forward(self, images: Float[Tensor, "batch channels height width"], labels: Int[Tensor, "batch"]) -> Losses:
-        """Losses of `images` (intensities in [0, 1]) whose true classes are `labels`."""
+    def forward(
+        self,
+        images: Float[Tensor, "batch channels height width"],
+        labels: Int[Tensor, "batch *k"],
+        objects: Float[Tensor, "batch k channels height width"] | None = None,
+    ) -> Losses:
+        """Losses of a batch.
+
+        Args:
+            images: intensities in [0, 1].
+            labels: their true classes, `[batch]`, or `[batch, k]` where each shows k objects.
+            objects: each of the k objects alone, in the order of the labels; needed to train their decoder.
+        """
         config = self.config
         by_label = self.training and config.mask == "label"
         output: Output = self.network(images, labels if by_label else None)
         with F.full_precision(images.device):
-            if output.pose is None:
+            present = F.found(output.scores, labels)[0].to(output.scores.dtype)
+            if output.pose is None and labels.ndim == 1:
                 classification = nn.functional.cross_entropy(output.scores, labels, reduction="none")
+            elif output.pose is None:
+                each = nn.functional.binary_cross_entropy_with_logits(output.scores, present, reduction="none")
+                classification = each.sum(-1)
             else:
-                presence = nn.functional.one_hot(labels, output.scores.shape[-1]).to(output.scores.dtype)
                 classification = config.margin_scale * F.margin_loss(
                     output.scores,
-                    presence,
+                    present,
                     m_pos=config.m_pos,
                     m_neg=config.m_neg,
                     down_weight=config.down_weight,
                 )
             if output.reconstruction is None:
                 return Losses(classification, classification, torch.zeros_like(classification), output)
-            reconstruction = F.reconstruction_loss(output.reconstruction, images)
+            if objects is None:
+                reconstruction = F.reconstruction_loss(output.reconstruction, images)
+            else:
+                drawn = output.reconstruction if by_label else _by_class(output.reconstruction, output.scores)
+                shown = objects if by_label else _in_order(objects, labels.argsort(-1))
+                reconstruction = F.reconstruction_loss(drawn, shown).sum(-1)
             total = classification + config.reconstruction_weight * reconstruction
             return Losses(total, classification, reconstruction, output)
+
+
+def _by_class(reconstruction: Tensor, scores: Tensor) -> Tensor:
+    """Drawings of the longest capsules `[batch, k, channels, height, width]` in the order of their classes."""
+    return _in_order(reconstruction, scores.topk(reconstruction.shape[1]).indices.argsort(-1))
+
+
+def _in_order(images: Tensor, order: Tensor) -> Tensor:
+    """`images[b, order[b, i]]` for images `[batch, k, channels, height, width]`."""
+    return images.take_along_dim(order[..., None, None, None], dim=1)

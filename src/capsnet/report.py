@@ -13,7 +13,7 @@ import torch
 
 from capsnet import plots
 from capsnet.analysis.couplings import evidence
-from capsnet.analysis.drawing import perturb, reconstruct
+from capsnet.analysis.drawing import Separation, perturb, reconstruct, separate
 from capsnet.analysis.factors import pose_explained
 from capsnet.analysis.outcomes import Outcomes, calibration, outcomes
 from capsnet.card import Card, command_of
@@ -28,7 +28,7 @@ from capsnet.runs import write_atomically
 if TYPE_CHECKING:
     from capsnet.plots.figure import Figure
 
-__all__ = ["draw_reconstructions", "metrics", "report", "result_figures", "write"]
+__all__ = ["draw_reconstructions", "drawn_apart", "metrics", "report", "result_figures", "write"]
 
 REGRESSED = 3_000  # training images for the regression of pose factors: enough for 192 dimensions in each of 10 classes
 ROUTED = 48  # images whose routing is followed
@@ -118,33 +118,30 @@ def report(
     found = outcomes(network, split)
     wrong, total = int(found.wrong.sum()), len(split)
     low, high = (100 * end for end in wilson_interval(wrong, total))
-    figures = {name: make() for name, make in result_figures(found, split, classes, rows).items()}
+    makers = result_figures(found, split, classes, rows)
+    figures = {name: make() for name, make in makers.items() if network.objects == 1 or name == "curves"}
+    what = "test error" if network.objects == 1 else "exact-set test error"
     body = [
         f"<h1>{_text(title)}</h1>",
         f'<p class="dim">{_text(network.config["name"])}, {network.parameter_count():,} parameters, '
         f"on {_text(dataset.name)}</p>",
-        f'<p class="result">{100 * wrong / total:.2f} % test error</p>',
+        f'<p class="result">{100 * wrong / total:.2f} % {what}</p>',
         f"<p>{wrong:,} of {total:,} test images wrong; 95 % interval {low:.2f} to {high:.2f} %. Weights after the last "
         "epoch; nothing was chosen on the test images.</p>",
         _table(_numbers(found, card, result or {})),
     ]
     if rows:
         body += ["<h2>Training</h2>", _figure(figures["curves"], "Losses and error by epoch", "svg")]
-    if isinstance(network, CapsNet):
+    if isinstance(network, CapsNet) and network.objects == 1:
         body += _capsules(network, split, found)
+    elif isinstance(network, CapsNet) and network.decoder is not None:
+        figure = plots.separations(drawn_apart(network, split, found), classes)
+        body += ["<h2>Overlapping objects</h2>", _figure(figure, "Each of two overlapping objects drawn alone", "png")]
     if split.factors and set(dataset.train.factors) == set(split.factors):
         body += _pose(network, dataset)
+    if network.objects == 1:
+        body += _errors(figures)
     body += [
-        "<h2>Errors</h2>",
-        '<div class="pair">',
-        _figure(figures["class-errors"], "Error of each class", "svg"),
-        _figure(figures["confusion"], "Confusion matrix", "svg"),
-        "</div>",
-        '<div class="pair">',
-        _figure(figures["reliability"], "Reliability diagram", "svg"),
-        _figure(figures["lengths"], "Histogram of winning scores", "svg"),
-        "</div>",
-        _figure(figures["gallery"], "Wrong test images", "png"),
         "<h2>How to repeat it</h2>",
         f"<pre>{_text(command_of(config))}</pre>",
         "<details><summary>All options of the run</summary>",
@@ -156,6 +153,22 @@ def report(
         f'<meta name="viewport" content="width=device-width, initial-scale=1">\n<title>{_text(title)}</title>\n'
         f"<style>{STYLE}</style>\n</head>\n<body>\n" + "\n".join(body) + "\n</body>\n</html>\n"
     )
+
+
+def _errors(figures: "Mapping[str, Figure]") -> list[str]:
+    """Section of where the network errs, and how sure it is."""
+    return [
+        "<h2>Errors</h2>",
+        '<div class="pair">',
+        _figure(figures["class-errors"], "Error of each class", "svg"),
+        _figure(figures["confusion"], "Confusion matrix", "svg"),
+        "</div>",
+        '<div class="pair">',
+        _figure(figures["reliability"], "Reliability diagram", "svg"),
+        _figure(figures["lengths"], "Histogram of winning scores", "svg"),
+        "</div>",
+        _figure(figures["gallery"], "Wrong test images", "png"),
+    ]
 
 
 def write(path: Path, network: Network, dataset: Dataset, *, config: Config, card: Card, **about: Any) -> None:
@@ -175,8 +188,43 @@ def draw_reconstructions(network: Network, split: Split, path: Path, *, count: i
     Raises:
         InputError: no decoder, or the file cannot be written.
     """
-    found = reconstruct(network, to_float(split.images[:count]), split.labels[:count])
-    plots.save(plots.reconstructions(found, network.classes), path)
+    some = split.take(torch.arange(min(count, len(split))))
+    if network.objects > 1:
+        parts = drawn_apart(network, some, outcomes(network, some), count=count)
+        plots.save(plots.separations(parts, network.classes), path)
+        return
+    plots.save(plots.reconstructions(reconstruct(network, to_float(some.images), some.labels), network.classes), path)
+
+
+def drawn_apart(
+    network: Network, split: Split, found: Outcomes, *, count: int = SHOWN
+) -> dict[str, tuple[Separation, torch.Tensor]]:
+    """Overlapping objects drawn apart: right images, wrong ones, and some told of a class that is not there.
+
+    Args:
+        network: with a decoder.
+        split: images of two objects.
+        found: outcomes of these images.
+        count: images of each kind, at most: the first ones.
+
+    Returns:
+        For `plots.separations`.
+    """
+    wrong, right = found.wrong.nonzero().flatten()[:count], (~found.wrong).nonzero().flatten()[:count]
+    true, said = split.labels, found.predictions
+    absent = (true[right] + 1) % len(network.classes)  # the next class, or the one after where that is there
+    absent = torch.where(absent[:, 1] == true[right, 0], (absent[:, 1] + 1) % len(network.classes), absent[:, 1])
+    asked = {
+        "Right": (right, true[right]),
+        "Wrong, drawn as predicted": (wrong, said[wrong]),
+        "Wrong, drawn as what is there": (wrong, true[wrong]),
+        "Told of an object that is not there": (right, torch.stack([true[right, 0], absent], dim=1)),
+    }
+    return {
+        heading: (separate(network, to_float(split.images[index]), classes), true[index])
+        for heading, (index, classes) in asked.items()
+        if len(index)
+    }
 
 
 def _numbers(found: Outcomes, card: Card, result: Mapping[str, Any]) -> Iterable[tuple[str, str]]:

@@ -38,6 +38,7 @@ def dynamic_routing(
     bias: Float[Tensor, "out dim"] | None = None,
     leaky: bool = False,
     detach_routing: bool = False,
+    epsilon: float = 0.0,
 ) -> RoutingResult:
     """Routing by agreement (Procedure 1): send each input capsule's vote to where the other votes agree with it.
 
@@ -53,6 +54,7 @@ def dynamic_routing(
             zero (Section 5 of the paper for CIFAR-10; the form is that of the first author's code).
         detach_routing: no gradient through the couplings, only through the last weighted sum. The result is the
             same and the gradient is not; several public implementations do this to save memory.
+        epsilon: of `functional.squash`.
 
     Returns:
         Pose (lengths in [0, 1)), activation (those lengths) and the last couplings.
@@ -73,10 +75,10 @@ def dynamic_routing(
         b = u_hat.new_zeros(u_hat.shape[:-1])
         with torch.set_grad_enabled(torch.is_grad_enabled() and not detach_routing):
             for _ in range(iterations - 1):
-                v = F.squash(_weighted_sum(couplings_of(b, leaky=leaky), u_hat) + beta)
+                v = F.squash(_weighted_sum(couplings_of(b, leaky=leaky), u_hat) + beta, epsilon=epsilon)
                 b = b + torch.einsum("...ijd,...jd->...ij", u_hat, v)
         c = couplings_of(b, leaky=leaky)
-        v = F.squash(_weighted_sum(c, u_hat) + beta)
+        v = F.squash(_weighted_sum(c, u_hat) + beta, epsilon=epsilon)
         return RoutingResult(v, F.lengths(v), c)
 
 

@@ -170,6 +170,19 @@ class Run:
             raise InputError(f"checkpoint {path} must be of version {CHECKPOINT_VERSION}; got {state['version']}")
         return cast(dict[str, Any], state)
 
+    def result(self) -> dict[str, Any]:
+        """The content of `result.json`.
+
+        Raises:
+            InputError: there is none, or it is damaged.
+        """
+        try:
+            found: dict[str, Any] = json.loads(self.result_path.read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            reason = error.strerror if isinstance(error, OSError) else "no JSON"
+            raise InputError(f"file {self.result_path} must be that of a finished run; got: {reason}") from None
+        return found
+
     def write_metrics(self, rows: list[dict[str, Any]]) -> None:
         """Write `metrics.csv`, one row an epoch."""
 

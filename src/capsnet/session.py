@@ -10,6 +10,7 @@ import torch
 from lightning_fabric import Fabric
 from torch import Tensor
 
+from capsnet import functional as F
 from capsnet.config import Config
 from capsnet.errors import InputError
 from capsnet.models import Network
@@ -94,13 +95,19 @@ class Session:
     @torch.no_grad()
     def record(self, losses: Losses, targets: Tensor, *, counted: bool) -> None:
         """Add one step's losses and errors to those of the epoch, unless its images are not `counted`."""
-        wrong = losses.output.scores.argmax(-1) != targets
+        present, predicted = F.found(losses.output.scores, targets)
+        wrong = (present != predicted).any(-1)
         of_batch = torch.stack(
             [losses.total.sum(), losses.classification.sum(), losses.reconstruction.sum(), wrong.sum()]
         )
         self._sums += of_batch.double() * counted
         self._pending.append(of_batch[0])
         self.at.step += 1
+
+    def reached(self) -> bool:
+        """Whether the last epoch's validation error is as low as `stop_at` asks for."""
+        limit = self.config.stop_at
+        return limit is not None and bool(self.rows) and self.rows[-1]["validation_error_percent"] <= limit
 
     def mean_here(self) -> list[float]:
         """Loss, classification loss, reconstruction loss and share of wrong images of the epoch so far.

@@ -19,7 +19,7 @@ from typing import Any, cast
 
 import torch
 from lightning_fabric import Fabric
-from torch import Tensor, nn
+from torch import nn
 
 from capsnet import models, report, runs
 from capsnet.analysis.outcomes import outcomes
@@ -28,16 +28,16 @@ from capsnet.board import board
 from capsnet.card import Card
 from capsnet.config import PRESETS, Config, preset, preset_differences
 from capsnet.data import Dataset, Split, load
-from capsnet.data.augment import Augmentation, augment
 from capsnet.data.photo import frame_of
 from capsnet.errors import InputError
-from capsnet.evaluation import Evaluation, from_sums, measure, to_float
+from capsnet.evaluation import Evaluation, from_sums, measure
+from capsnet.feed import Feed
 from capsnet.graph import GraphedStep
 from capsnet.kernels.buffers import pool
 from capsnet.kernels.stem import constant_weights
 from capsnet.machine import first_process, make_fabric, resolve_device, resolve_precision, shutdown, signals
 from capsnet.models import Network
-from capsnet.objective import Losses, Objective
+from capsnet.objective import Batch, Losses, Objective
 from capsnet.progress import Progress
 from capsnet.session import Diverged, Interrupted, Session
 
@@ -150,11 +150,14 @@ def prepare_data(config: Config, dataset: Dataset | None = None) -> Dataset:
         channels=config.channels,
         seed=config.data_seed,
     )
-    if config.validation is not None:
-        return dataset.with_validation(config.validation, seed=config.data_seed)
-    if dataset.validation is not None:
-        return dataset
-    return dataset.with_validation(min(5000, len(dataset.train) // 10), seed=config.data_seed)
+    if config.crop is not None:
+        dataset = dataset.cropped(config.crop)
+    if config.validation is not None or dataset.validation is None:
+        count = min(5000, len(dataset.train) // 10) if config.validation is None else config.validation
+        dataset = dataset.with_validation(count, seed=config.data_seed)
+    if config.train_images is not None:
+        dataset = dataset.with_train(config.train_images, seed=config.data_seed)
+    return dataset
 
 
 def build(config: Config, dataset: Dataset) -> Network:
@@ -176,6 +179,7 @@ def build(config: Config, dataset: Dataset) -> Network:
         image_shape=dataset.image_shape,
         num_classes=len(dataset.classes),
         classes=dataset.classes,
+        objects=dataset.objects,
         **{name: getattr(config, name) for name in options},
     )
 
@@ -197,6 +201,8 @@ def _launch(config: Config, dataset: Dataset | None, resumed: runs.Run | None) -
             "tensorboard must be installed for --tensorboard; it is not (pip install 'capsnet[tensorboard]')"
         )
     dataset = prepare_data(config, dataset)
+    if config.stop_at is not None and dataset.validation is None:
+        raise InputError(f"stop_at must be given with validation images to judge by; got {config.stop_at} without any")
     with torch.random.fork_rng(devices=[]):
         network = build(config, dataset)
     precision = resolve_precision(config, device, network)
@@ -272,24 +278,18 @@ def _train(
     plain = Objective(network, config)
     objective, optimizer = fabric.setup(plain, torch.optim.Adam(network.parameters(), lr=config.lr, fused=True))
 
-    def step(inputs: Tensor, targets: Tensor, share: float = 1.0) -> Losses:
+    def step(batch: Batch, share: float = 1.0) -> Losses:
         optimizer.zero_grad(set_to_none=not config.cuda_graph)
-        losses: Losses = objective(inputs, targets)
+        losses: Losses = objective(*batch)
         fabric.backward(losses.total.mean() * share)
         optimizer.step()
         return losses
 
     graphed = GraphedStep(step) if config.cuda_graph else None
     rate_here = torch.tensor(config.lr, device=fabric.device)
-    augmentation = Augmentation(
-        shift=config.shift,
-        flip=config.flip,
-        rotation=config.rotation,
-        scale=config.scale,
-        shear=config.shear,
-    )
-    images, labels = dataset.train.images.to(fabric.device), dataset.train.labels.to(fabric.device)
-    session = Session(fabric, config, run, network, optimizer, train_images=len(images), received=received)
+    feed = Feed(dataset, config, fabric.device)
+    count = len(dataset.train)
+    session = Session(fabric, config, run, network, optimizer, train_images=count, received=received)
     if checkpoint:
         session.restore(checkpoint)
     steps, validation = session.steps, None
@@ -300,9 +300,9 @@ def _train(
         if config.tensorboard and fabric.is_global_zero:
             write_board = stack.enter_context(board(run.directory / "tensorboard", first_epoch=session.at.epoch + 1))
         session.by_first(lambda: run.write_metrics(session.rows))
-        while session.at.epoch < config.epochs:
+        while session.at.epoch < config.epochs and not session.reached():
             at = session.at
-            order = torch.randperm(len(images), generator=_generator(config.seed, at.epoch, -1))
+            order = torch.randperm(count, generator=_generator(config.seed, at.epoch, -1))
             clock = time.perf_counter() - at.epoch_seconds
             objective.train()
             while at.step < steps:
@@ -311,24 +311,22 @@ def _train(
                 share = len(mine) * fabric.world_size / len(batch)  # DDP takes the mean over the processes
                 if len(mine) == 0:  # this process has no image of a small last batch: any image, with no weight
                     mine = torch.zeros(1, dtype=torch.int64)
-                drawn = augmentation.draw(len(batch), generator=_generator(config.seed, at.epoch, at.step))
-                index = batch[mine].to(fabric.device, non_blocking=True)
-                inputs, targets = augment(to_float(images[index]), drawn[mine]), labels[index]
+                fed = feed(batch, mine, generator=_generator(config.seed, at.epoch, at.step))
                 rate = learning_rate(config, at.epoch * steps + at.step, steps)
                 for group in optimizer.param_groups:
                     group["lr"] = rate_here.fill_(rate) if graphed else rate
                     group["capturable"] = bool(graphed)
                 torch.manual_seed(_mixed(config.seed, at.epoch, at.step, fabric.global_rank))  # of dropout
 
-                losses = graphed(inputs, targets) if graphed else step(inputs, targets, share)
-                session.record(losses, targets, counted=share > 0)
+                losses = graphed(fed) if graphed else step(fed, share)
+                session.record(losses, fed.labels, counted=share > 0)
                 at.epoch_seconds = time.perf_counter() - clock
                 told = at.step % config.log_every == 0 or at.step == steps
                 saved = bool(config.checkpoint_steps) and at.step % config.checkpoint_steps == 0
                 if told or saved or (received and fabric.world_size == 1):
                     session.check()
                 if told:
-                    done = min(at.step * config.batch_size, len(images))
+                    done = min(at.step * config.batch_size, count)
                     progress.update(at.epoch, at.step, session.mean_here(), done / at.epoch_seconds)
                 if saved and at.step < steps:
                     session.save()
@@ -353,7 +351,7 @@ def _train(
     result = {
         "test": test.to_dict(),
         "validation": validation.to_dict() if validation else None,
-        "selection": "none: weights after the last epoch, and no choice was made on the test images",
+        "selection": _selection(config),
         "data": dataset.name,
         "train_images": len(dataset.train),
         "model": config.model,
@@ -394,12 +392,13 @@ def describe(network: Network, dataset: Dataset, config: Config, test: dict[str,
         test: results on the test split, see `Evaluation.to_dict`.
         epochs: passes over the training images.
     """
-    threshold = None
-    if getattr(network, "decoder", None) is not None:
+    threshold, train = None, dataset.shown("train")
+    assert train is not None
+    if getattr(network, "decoder", None) is not None and network.objects == 1:
         split, name = dataset.validation, "validation"
         if split is None:
-            order = torch.randperm(len(dataset.train), generator=_generator(config.data_seed))
-            split, name = dataset.train.take(order[:THRESHOLD_IMAGES]), "train"
+            order = torch.randperm(len(train), generator=_generator(config.data_seed))
+            split, name = train.take(order[:THRESHOLD_IMAGES]), "train"
         errors = outcomes(network, split).errors
         assert errors is not None
         threshold = threshold_for(errors, split=name)
@@ -408,7 +407,7 @@ def describe(network: Network, dataset: Dataset, config: Config, test: dict[str,
         epochs=epochs,
         train_images=len(dataset.train),
         test={name: test[name] for name in ("error_percent", "wrong", "total", "interval")},
-        frame=frame_of(dataset.train.images),
+        frame=frame_of(train.images),
         threshold=threshold,
     )
 
@@ -423,7 +422,7 @@ def _evaluate(session: Session, objective: Objective, dataset: Dataset, name: st
             session.check()
             sums = measure(
                 objective,
-                Split(split.images[start : start + together], split.labels[start : start + together]),
+                split.take(torch.arange(start, min(start + together, len(split)))),
                 classes=len(dataset.classes),
                 device=fabric.device,
                 batch_size=EVALUATION_BATCH,
@@ -431,11 +430,22 @@ def _evaluate(session: Session, objective: Objective, dataset: Dataset, name: st
                 world_size=fabric.world_size,
             )
             confusion, losses = confusion.to(fabric.device) + sums[0], losses.to(fabric.device) + sums[1]
-    result = from_sums(session.reduced(confusion), session.reduced(losses), classes=dataset.classes)
+    sums = session.reduced(confusion), session.reduced(losses)
+    result = from_sums(*sums, classes=dataset.classes, objects=dataset.objects)
     if not math.isfinite(result.loss):
         epoch = session.at.epoch + (session.at.step > 0)
         raise session.diverged(f"{name} loss became NaN or infinite after epoch {epoch}")
     return result
+
+
+def _selection(config: Config) -> str:
+    """How the epoch was chosen whose weights were tested."""
+    if config.stop_at is None:
+        return "none: weights after the last epoch, and no choice was made on the test images"
+    return (
+        f"weights after the first epoch with a validation error of at most {config.stop_at:g} %, or after "
+        f"{config.epochs} epochs; no choice was made on the test images"
+    )
 
 
 def _mixed(*numbers: int) -> int:

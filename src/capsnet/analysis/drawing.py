@@ -12,7 +12,7 @@ from capsnet.errors import InputError
 from capsnet.layers import Decoder
 from capsnet.models import CapsNet, Network
 
-__all__ = ["Perturbation", "Reconstruction", "decoder_of", "perturb", "reconstruct"]
+__all__ = ["Perturbation", "Reconstruction", "Separation", "decoder_of", "perturb", "reconstruct", "separate"]
 
 
 class Reconstruction(NamedTuple):
@@ -38,6 +38,22 @@ class Reconstruction(NamedTuple):
     def wrong(self) -> Tensor:
         """Whether the prediction is wrong, `bool [batch]`."""
         return self.predictions != self.labels
+
+
+class Separation(NamedTuple):
+    """Images of several objects, and each object drawn alone.
+
+    Attributes:
+        images: `[batch, channels, height, width]`, intensities in [0, 1].
+        classes: those that were drawn `[batch, k]`.
+        drawn: each from its capsule alone `[batch, k, channels, height, width]`, in [0, 1].
+        lengths: of these capsules `[batch, k]`, in [0, 1).
+    """
+
+    images: Tensor
+    classes: Tensor
+    drawn: Tensor
+    lengths: Tensor
 
 
 class Perturbation(NamedTuple):
@@ -84,6 +100,26 @@ def reconstruct(
     return Reconstruction(
         images, labels, output.scores.argmax(-1), output.scores, output.reconstruction, decoder(output.pose, labels)
     )
+
+
+@torch.inference_mode()
+def separate(
+    network: Network, images: Float[Tensor, "batch channels height width"], classes: Int[Tensor, "batch k"]
+) -> Separation:
+    """Draw objects that overlap, each alone (Section 6.1 and Figure 5 of the paper).
+
+    Args:
+        network: with a decoder.
+        images: intensities in [0, 1].
+        classes: whose capsules are drawn: those that the network finds, those that are there, or any others.
+
+    Raises:
+        InputError: no decoder, or images of another shape.
+    """
+    network, decoder = decoder_of(network)
+    output = network(images)
+    assert output.pose is not None
+    return Separation(images, classes, decoder(output.pose, classes), output.scores.gather(1, classes))
 
 
 @torch.inference_mode()

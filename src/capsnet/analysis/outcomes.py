@@ -20,11 +20,11 @@ class Outcomes(NamedTuple):
 
     Attributes:
         scores: `[n, classes]`: lengths of the class capsules, or the softmax of a network without capsules; the
-            largest is the prediction.
-        labels: true classes `[n]`.
-        predictions: `[n]`.
+            largest is the prediction. (Of images of several objects the sigmoid.)
+        labels: true classes `[n]`; `[n, k]` in rising order where an image shows k objects.
+        predictions: as `labels`.
         errors: sum of squared differences between each image and its reconstruction from the longest capsule `[n]`;
-            None without a decoder.
+            None without a decoder, and for images of several objects.
     """
 
     scores: Tensor
@@ -34,8 +34,9 @@ class Outcomes(NamedTuple):
 
     @property
     def wrong(self) -> Tensor:
-        """Whether the prediction is wrong, `bool [n]`."""
-        return self.predictions != self.labels
+        """Whether the prediction is wrong, `bool [n]`; of several objects, unless it is exactly the true set."""
+        wrong = self.predictions != self.labels
+        return wrong if wrong.ndim == 1 else wrong.any(-1)
 
     @property
     def winning(self) -> Tensor:
@@ -62,18 +63,22 @@ def outcomes(network: Network, split: Split, *, batch_size: int = 256) -> Outcom
         InputError: images of another shape.
     """
     training, device = network.training, next(network.parameters()).device
+    objects = network.objects
     network.eval()
     scores, errors = [], []
     with constant_weights():
         for part in torch.split(split.images, batch_size):
             images = to_float(part.to(device))
             output = network(images)
-            scores.append((output.scores if output.pose is not None else output.scores.softmax(-1)).cpu())
-            if output.reconstruction is not None:
+            sure = output.scores.softmax(-1) if objects == 1 else output.scores.sigmoid()
+            scores.append((output.scores if output.pose is not None else sure).cpu())
+            if output.reconstruction is not None and objects == 1:
                 errors.append(F.reconstruction_loss(output.reconstruction, images).cpu())
     network.train(training)
-    all_scores = torch.cat(scores)
-    return Outcomes(all_scores, split.labels.cpu(), all_scores.argmax(-1), torch.cat(errors) if errors else None)
+    all_scores, labels = torch.cat(scores), split.labels.cpu()
+    if objects > 1:
+        return Outcomes(all_scores, labels.sort(-1).values, all_scores.topk(objects).indices.sort(-1).values, None)
+    return Outcomes(all_scores, labels, all_scores.argmax(-1), torch.cat(errors) if errors else None)
 
 
 @dataclass(frozen=True)

@@ -14,11 +14,10 @@ from capsnet.bench.clock import Tape, Task, clock, timed
 from capsnet.bench.gate import Check
 from capsnet.config import Config
 from capsnet.data import Dataset, Split
-from capsnet.data.augment import Augmentation, augment
-from capsnet.data.dataset import to_float
+from capsnet.feed import Feed
 from capsnet.layers import resolve_kernel
 from capsnet.models import CapsNet, Network, Output, builder_options, create
-from capsnet.objective import Objective
+from capsnet.objective import Batch, Objective
 
 __all__ = ["PARTS", "WholeNetwork", "image_shape", "layout"]
 
@@ -79,8 +78,7 @@ class WholeNetwork:
         plain = Objective(self.network, config)
         adam = torch.optim.Adam(self.network.parameters(), lr=config.lr, fused=True)
         self.objective, self.optimizer = self.fabric.setup(plain, adam)
-        self.pixels, self.labels = pixels.to(self.device), labels.to(self.device)
-        self.augmentation = Augmentation(config.shift, config.flip, config.rotation, config.scale, config.shear)
+        self.feed = Feed(dataset, config, self.device)
         self.counts = work.multiply_adds(self.network)
         self.flop = self.images * (work.forward_flop(self.counts) + work.backward_flop(self.counts))
         self.threads = config.threads or torch.get_num_threads()
@@ -93,17 +91,15 @@ class WholeNetwork:
             stem = self.network.resolved_stem(torch.empty(0, device=self.device))
         return {"kernel": resolve_kernel(self.network.class_capsules.kernel, self.device), "stem": stem}
 
-    def data(self) -> tuple[Tensor, Tensor]:
-        """The next batch: drawn, gathered, made float, moved about (`train._train`)."""
-        drawn = self.augmentation.draw(self.images, generator=self.draw)
-        index = torch.randperm(self.images, generator=self.draw).to(self.device)
-        return augment(to_float(self.pixels[index]), drawn), self.labels[index]
+    def data(self) -> Batch:
+        """The next batch: drawn, gathered, made float, moved about."""
+        order = torch.randperm(self.images, generator=self.draw)
+        return self.feed(order, torch.arange(self.images), generator=self.draw)
 
     def step(self) -> float:
         """One training step; its loss."""
-        images, labels = self.data()
         self.optimizer.zero_grad()
-        loss = self.objective(images, labels).total.mean()
+        loss = self.objective(*self.data()).total.mean()
         self.fabric.backward(loss)
         self.optimizer.step()
         return float(loss.item())
@@ -137,7 +133,7 @@ class WholeNetwork:
     def cut_step(self) -> Tape:
         """A training step up to its gradients, part by part."""
         tape = Tape(self.device, self.fabric.autocast)
-        images, labels = tape.alone("data", self.data)
+        images, labels, _ = tape.alone("data", self.data)
         self.optimizer.zero_grad()
         output = self._cut_network(tape, images, labels)
         objective = Objective(_Said(output), self.config)

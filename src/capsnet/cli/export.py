@@ -62,7 +62,7 @@ def run(arguments: list[str]) -> int:
     from capsnet import runs
     from capsnet.export import FORMATS, export
 
-    subject = Subject(command.model)
+    subject = Subject(command.model, several=True)
     name, images = _images(subject, command)
     path = Path(command.out or f"{subject.folder.resolve().name}{FORMATS[command.to] or '-safetensors'}")
     result = export(

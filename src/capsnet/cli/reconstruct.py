@@ -14,7 +14,8 @@ __all__ = ["run"]
 class _Reconstruct(Look):
     """Draw images beside what the decoder makes of them: right and wrong ones apart.
 
-    For a wrong one also what the capsule of the true class describes, as in the paper's Figure 3.
+    For a wrong one also what the capsule of the true class describes, as in the paper's Figure 3. Where two objects
+    overlap, each is drawn alone, in two colours, as in its Figure 5.
 
     Examples:
       capsnet reconstruct runs/mnist
@@ -38,8 +39,9 @@ def run(arguments: list[str]) -> int:
     from capsnet.analysis.drawing import decoder_of, reconstruct
     from capsnet.analysis.outcomes import outcomes
     from capsnet.data.dataset import to_float
+    from capsnet.report import drawn_apart
 
-    subject = Subject(command.model)
+    subject = Subject(command.model, several=True)
     network, _ = decoder_of(subject.network)
     dataset = subject.dataset(command.data, command.data_dir, any_will_do=True)
     split = subject.split(dataset, command.split)
@@ -48,24 +50,33 @@ def run(arguments: list[str]) -> int:
     index = torch.cat([(~found.wrong).nonzero().flatten()[: command.right], wrong[: command.wrong]])
     if not len(index):
         raise InputError(f"data set {dataset.name} must have wrong images to draw with --right 0; all are right")
-    shown = reconstruct(network, to_float(split.images[index]), split.labels[index])
-    figure = plots.reconstructions(shown, network.classes)
+    some = split.take(index)
+    if network.objects > 1:
+        parts = drawn_apart(network, some, outcomes(network, some), count=max(command.right, command.wrong))
+        figure = plots.separations(parts, network.classes)
+    else:
+        figure = plots.reconstructions(reconstruct(network, to_float(some.images), some.labels), network.classes)
     path = subject.draw(command, "reconstructions", figure, ["reconstruct", *arguments])
-    assert found.errors is not None
     numbers = {
         "data": dataset.name,
         "split": command.split,
         "images": len(split),
         "wrong": len(wrong),
-        "reconstruction_error_right": _mean(found.errors[~found.wrong]),
-        "reconstruction_error_wrong": _mean(found.errors[found.wrong]),
+        **(
+            {}
+            if found.errors is None
+            else {
+                "reconstruction_error_right": _mean(found.errors[~found.wrong]),
+                "reconstruction_error_wrong": _mean(found.errors[found.wrong]),
+            }
+        ),
         "figure": str(path),
     }
     if command.json:
         print(json.dumps(numbers, indent=2))
         return 0
     print(f"{dataset.name} {command.split}: {len(wrong):,} of {len(split):,} images wrong")
-    for name in ("right", "wrong"):
+    for name in ("right", "wrong") if found.errors is not None else ():
         mean = numbers[f"reconstruction_error_{name}"]
         print(
             f"summed squared error of the reconstruction, mean of the {name} images: "

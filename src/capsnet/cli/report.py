@@ -39,7 +39,7 @@ def run(arguments: list[str]) -> int:
     from capsnet import runs
     from capsnet.report import metrics, report
 
-    subject = Subject(command.model)
+    subject = Subject(command.model, several=True)
     path = subject.place("report", command.out, suffix="html", overwrite=command.overwrite)
     if command.out is None and subject.is_run:
         path = subject.folder / "report.html"

@@ -55,6 +55,7 @@ class Subject:
 
     Args:
         model: run directory, folder with weights, or name of weights that come with the package.
+        several: whether its images may show several objects each.
 
     Attributes:
         model: as given.
@@ -68,11 +69,13 @@ class Subject:
     network: "Network"
     card: "Card"
 
-    def __init__(self, model: str) -> None:
+    def __init__(self, model: str, *, several: bool = False) -> None:
         from capsnet import runs
 
         self.model, self.folder = model, runs.folder_of(model)
         self.network, self.card = runs.load(model), runs.load_card(model)
+        if self.network.objects > 1 and not several:
+            raise InputError(f"{model} must be of images that show one object each; it finds {self.network.objects}")
         run = runs.Run(self.folder)
         self._config = run.config() if run.config_path.exists() else self.card.trained() if self.card.config else None
 
@@ -152,7 +155,7 @@ class Subject:
         Raises:
             InputError: there is no validation split.
         """
-        split: Split | None = getattr(dataset, name)
+        split = dataset.shown(name)
         if split is None:
             raise InputError(f"data set {dataset.name} must have a validation split; the run trained on all images")
         return split

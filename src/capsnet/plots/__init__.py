@@ -3,12 +3,13 @@
 Each function returns a figure; `save` writes it, with the command that made it in the file's metadata.
 """
 
-from capsnet.plots.capsules import couplings, factors, perturbations, reconstructions, sweep
+from capsnet.plots.capsules import couplings, factors, perturbations, reconstructions, separations, sweep
 from capsnet.plots.figure import FORMATS, picture, rendered, save
 from capsnet.plots.results import (
     class_errors,
     confusion,
     curves,
+    errors_by_factor,
     gallery,
     lengths,
     reliability,
@@ -20,6 +21,7 @@ __all__ = [
     "confusion",
     "couplings",
     "curves",
+    "errors_by_factor",
     "factors",
     "gallery",
     "lengths",
@@ -29,5 +31,6 @@ __all__ = [
     "reliability",
     "rendered",
     "save",
+    "separations",
     "sweep",
 ]

@@ -1,6 +1,7 @@
 """Figures of what capsules hold: reconstructions, perturbations, couplings, pose factors."""
 
 import io
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
@@ -9,7 +10,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from capsnet.analysis.couplings import Evidence
-from capsnet.analysis.drawing import Perturbation, Reconstruction
+from capsnet.analysis.drawing import Perturbation, Reconstruction, Separation
 from capsnet.analysis.factors import PoseExplained
 from capsnet.plots.figure import ORDER, new, picture, pixels, short, show_sheet, styled
 
@@ -17,7 +18,10 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-__all__ = ["couplings", "factors", "perturbations", "reconstructions", "sweep"]
+__all__ = ["couplings", "factors", "perturbations", "reconstructions", "separations", "sweep"]
+
+FIRST, SECOND = (1.0, 0.62, 0.10), (0.12, 0.47, 1.0)
+"""Colours of two objects drawn over each other, of different lightness; both together are nearly white."""
 
 
 @styled
@@ -60,6 +64,42 @@ def _verdict(label: int, prediction: int, classes: tuple[str, ...], length: floa
     if label == prediction:
         return f"{short(classes[label])}\n{length:.2f}"
     return f"{short(classes[label])}, not\n{short(classes[prediction])} {length:.2f}"
+
+
+@styled
+def separations(parts: Mapping[str, tuple[Separation, Tensor]], classes: tuple[str, ...]) -> "Figure":
+    """Two overlapping objects, each drawn alone from its capsule, in two colours (Figure 5 of the paper).
+
+    Args:
+        parts: by their headings, images with the classes that are truly there, `[batch, 2]`. The name of a drawn
+            class that is not there gets a star.
+        classes: names of the classes.
+    """
+    parts = {heading: part for heading, part in parts.items() if len(part[1])}
+    columns = max(len(labels) for _, labels in parts.values())
+    figure = new(1.0 * columns + 1.2, 4.3 * len(parts) + 0.4)
+    grid = figure.subplots(len(parts), 1, squeeze=False)[:, 0]
+    names = ["input", "both drawn", "first", "second"]
+    for axes, (heading, (found, labels)) in zip(grid, parts.items(), strict=True):
+        first, second = (_tinted(found.drawn[:, k], colour) for k, colour in enumerate((FIRST, SECOND)))
+        grey = found.images.mean(1, keepdim=True).expand(-1, 3, -1, -1)
+        shown = torch.stack([grey, (first + second).clamp(max=1), first, second])
+        blank = shown.new_ones(len(names), columns - shown.shape[1], *shown.shape[2:])
+        told = [_pair_told(*one, classes) for one in zip(labels.tolist(), found.classes.tolist(), strict=True)]
+        show_sheet(axes, torch.cat([shown, blank], 1), rows=names, columns=told)
+        axes.set_title(heading, loc="left", weight="bold")
+    figure.suptitle("Overlapping objects drawn apart, under each input what is there (T) and what is drawn (D)")
+    return figure
+
+
+def _tinted(images: Tensor, colour: tuple[float, float, float]) -> Tensor:
+    """Grey of images `[n, channels, height, width]` as a colour."""
+    return images.mean(1, keepdim=True) * torch.tensor(colour)[:, None, None]
+
+
+def _pair_told(labels: list[int], drawn: list[int], classes: tuple[str, ...]) -> str:
+    true = ", ".join(short(classes[k], 9) for k in labels)
+    return f"T {true}\nD " + ", ".join(short(classes[k], 9) + "*" * (k not in labels) for k in drawn)
 
 
 @styled

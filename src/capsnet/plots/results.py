@@ -5,15 +5,17 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from capsnet.analysis.outcomes import Calibration, Outcomes
+from capsnet.analysis.significance import wilson_interval
 from capsnet.data.dataset import Split, to_float
 from capsnet.plots.figure import ORDER, new, pixels, short, styled
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-__all__ = ["class_errors", "confusion", "curves", "gallery", "lengths", "reliability"]
+__all__ = ["class_errors", "confusion", "curves", "errors_by_factor", "gallery", "lengths", "reliability"]
 
 
 @styled
@@ -43,6 +45,50 @@ def curves(rows: Sequence[Mapping[str, Any]]) -> "Figure":
         axes.set_ylim(bottom=0)
         axes.xaxis.get_major_locator().set_params(integer=True)
     axes.legend()
+    return figure
+
+
+@styled
+def errors_by_factor(wrong: Mapping[str, Tensor], factors: Mapping[str, Tensor], *, bins: int = 8) -> "Figure":
+    """Error of several networks against each true pose factor of the same images, with 95 % intervals.
+
+    Args:
+        wrong: by name of a network, whether each image is wrong, `bool [n]`.
+        factors: by name with its unit, values of the images `[n]`; a factor that does not vary is left out.
+        bins: of equal width over each factor's range.
+    """
+    varying = {name: values for name, values in factors.items() if float(values.max() - values.min()) > 0}
+    across = min(3, len(varying))
+    down = -(-len(varying) // across)
+    figure = new(3.4 * across, 2.7 * down + 0.6)
+    grid = figure.subplots(down, across, squeeze=False, sharey=True).flat
+    for axes, (name, values) in zip(grid, varying.items(), strict=False):
+        low, high = float(values.min()), float(values.max())
+        index = ((values - low) / (high - low) * bins).long().clamp(max=bins - 1)
+        centres = [low + (k + 0.5) * (high - low) / bins for k in range(bins)]
+        counts = index.bincount(minlength=bins).tolist()
+        for k, (title, mask) in enumerate(wrong.items()):
+            bad = index[mask].bincount(minlength=bins).tolist()
+            kept = [(x, b, n) for x, b, n in zip(centres, bad, counts, strict=True) if n]
+            middle = [100 * b / n for _, b, n in kept]
+            ends = [wilson_interval(b, n) for _, b, n in kept]
+            spread = [
+                [y - 100 * end[0] for y, end in zip(middle, ends, strict=True)],
+                [100 * end[1] - y for y, end in zip(middle, ends, strict=True)],
+            ]
+            style = ("o-", "s--", "^:", "d-.")[k % 4]
+            where = [x for x, _, _ in kept]
+            axes.errorbar(where, middle, spread, fmt=style, color=ORDER[k % 4], label=title, markersize=3, capsize=2)
+        axes.set_xlabel(name.replace("_", " "))
+        axes.set_ylim(bottom=0)
+    for axes in list(grid)[len(varying) :]:
+        axes.set_axis_off()
+    first = figure.axes[0]
+    for axes in figure.axes[::across]:
+        axes.set_ylabel("wrong images, %")
+    figure.legend(*first.get_legend_handles_labels(), loc="outside lower center", ncols=len(wrong))
+    count = len(next(iter(varying.values())))
+    figure.suptitle(f"Error by true pose factor, {count:,} images; bars are 95 % intervals")
     return figure
 
 

@@ -1,0 +1,347 @@
+"""How far a difference between errors can be chance: over training seeds, and over test images.
+
+Errors are in percent, differences in percentage points, p values two-sided, intervals 95 %. Over seeds: Student's t
+tests. Over the images of one test: McNemar's. Neither sees what the other does, for one test set is drawn once and a
+single training has one seed.
+"""
+
+import math
+import statistics
+from collections.abc import Sequence
+from collections.abc import Set as AbstractSet
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from jaxtyping import Bool
+from torch import Tensor
+
+from capsnet.errors import InputError
+
+__all__ = [
+    "McNemar",
+    "Summary",
+    "TTest",
+    "critical_t",
+    "mcnemar",
+    "one_sample",
+    "paired_t",
+    "sampling_error",
+    "summarise",
+    "two_sided_p",
+    "welch_t",
+    "wilson_interval",
+]
+
+ROUNDING = 1e-12
+"""A spread below this share of the numbers it is of is that of their rounding."""
+
+
+@dataclass(frozen=True)
+class Summary:
+    """Errors of several runs in two numbers.
+
+    Attributes:
+        mean: in percent.
+        sd: sample standard deviation (n - 1), in points; None for one run.
+        n: number of runs.
+    """
+
+    mean: float
+    sd: float | None
+    n: int
+
+    @property
+    def standard_error(self) -> float | None:
+        """Of the mean, in points: sd / sqrt(n); None for one run."""
+        return None if self.sd is None else self.sd / math.sqrt(self.n)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Everything as JSON can hold it."""
+        return {**asdict(self), "standard_error": self.standard_error}
+
+    def summary(self) -> str:
+        """One line: `mean 0.410 %, standard deviation 0.030 over 3 runs`."""
+        if self.sd is None:
+            return f"{self.mean:.3f} %, one run"
+        return f"mean {self.mean:.3f} %, standard deviation {self.sd:.3f} over {self.n} runs"
+
+
+@dataclass(frozen=True)
+class TTest:
+    """Student's t test of a difference.
+
+    Attributes:
+        test: which test, and over what.
+        difference: of the means, ours less theirs, in points: negative where ours are better.
+        standard_error: of the difference, in points; 0 where nothing varies, None where it cannot be known.
+        t: difference / standard error; 0 for no difference; None without a spread to compare a difference with.
+        df: degrees of freedom.
+        p: chance of a difference at least as large, to either side, where there truly is none; None as t.
+        interval: 95 % confidence interval of the difference, in points; None as t.
+    """
+
+    test: str
+    difference: float
+    standard_error: float | None
+    t: float | None
+    df: float
+    p: float | None
+    interval: tuple[float, float] | None
+
+    def to_dict(self) -> dict[str, Any]:
+        """Everything as JSON can hold it."""
+        return {**asdict(self), "interval": None if self.interval is None else list(self.interval)}
+
+    def summary(self) -> str:
+        """One line: `paired t test over 3 seeds: -0.050 +- 0.020 points, 95 % interval -0.136 to 0.036, p = 0.13`.
+
+        The number after +- is the standard error of the difference.
+        """
+        if self.standard_error is None:
+            return f"{self.test}: {self.difference:+.3f} points; no p, for the spread of one run is not known"
+        told = f"{self.test}: {self.difference:+.3f} +- {self.standard_error:.3f} points"
+        if self.p is None or self.interval is None:
+            return f"{told}; no p, for nothing varies"
+        low, high = self.interval
+        return f"{told}, 95 % interval {low:+.3f} to {high:+.3f}, p = {self.p:.2g}"
+
+
+@dataclass(frozen=True)
+class McNemar:
+    """Exact McNemar test of two models on the same images.
+
+    Attributes:
+        b: number of images that only the first model gets wrong.
+        c: number of those that only the second gets wrong.
+        p: chance of counts at least as unequal where each of these images is as likely to be either's.
+    """
+
+    b: int
+    c: int
+    p: float
+
+    def to_dict(self) -> dict[str, Any]:
+        """Everything as JSON can hold it."""
+        return {"test": "exact McNemar test", **asdict(self)}
+
+    def summary(self, first: str = "by the first", second: str = "by the second") -> str:
+        """One line: `exact McNemar test: 12 images mistaken only by the first, 8 only by the second, p = 0.5`."""
+        images = "image" if self.b == 1 else "images"
+        return (
+            f"exact McNemar test: {self.b:,} {images} mistaken only {first}, {self.c:,} only {second}, p = {self.p:.2g}"
+        )
+
+
+def summarise(errors: Sequence[float]) -> Summary:
+    """Mean and standard deviation of errors in percent.
+
+    Raises:
+        InputError: no errors, or one that is not finite.
+    """
+    _check("errors", errors, at_least=1)
+    return Summary(statistics.fmean(errors), _sd(errors) if len(errors) > 1 else None, len(errors))
+
+
+def paired_t(ours: Sequence[float], theirs: Sequence[float]) -> TTest:
+    """Paired t test (Student 1908) of runs that have their seeds in common.
+
+    Args:
+        ours: errors in percent, one for each seed.
+        theirs: those of the other runs, in the same order of seeds.
+
+    Raises:
+        InputError: fewer than 2 pairs, lists of different lengths, or an error that is not finite.
+    """
+    _check("ours", ours, at_least=2)
+    _check("theirs", theirs, at_least=2)
+    if len(ours) != len(theirs):
+        raise InputError(f"theirs must be as many as the {len(ours)} of ours, to be paired; got {len(theirs)}")
+    pairs, scale = len(ours), _scale([*ours, *theirs])
+    differences = [one - other for one, other in zip(ours, theirs, strict=True)]
+    error = _sd(differences, scale=scale) / math.sqrt(pairs)
+    return _t_test(f"paired t test over {pairs} seeds", statistics.fmean(differences), error, pairs - 1.0, scale=scale)
+
+
+def welch_t(ours: Sequence[float], theirs: Sequence[float]) -> TTest:
+    """Welch's t test (Welch 1947, Biometrika 34, 28-35) of runs that cannot be paired; their spreads may differ.
+
+    Args:
+        ours: errors in percent.
+        theirs: those of the other runs.
+
+    Raises:
+        InputError: fewer than 2 runs on a side, or an error that is not finite.
+    """
+    _check("ours", ours, at_least=2)
+    _check("theirs", theirs, at_least=2)
+    difference = statistics.fmean(ours) - statistics.fmean(theirs)
+    one, other = (_sd(errors) ** 2 / len(errors) for errors in (ours, theirs))
+    spread = one + other
+    df = (  # Welch-Satterthwaite; shares of the spread, so that no square is too small for a float
+        1 / ((one / spread) ** 2 / (len(ours) - 1) + (other / spread) ** 2 / (len(theirs) - 1))
+        if spread
+        else len(ours) + len(theirs) - 2.0
+    )
+    return _t_test(
+        f"Welch's t test over {len(ours)} and {len(theirs)} runs",
+        difference,
+        math.sqrt(spread),
+        df,
+        scale=_scale([*ours, *theirs]),
+    )
+
+
+def one_sample(ours: Sequence[float], reference: float) -> TTest:
+    """One-sample t test against a published number, taken as exact for want of its own spread.
+
+    Args:
+        ours: errors in percent; with one alone there is a difference, but no standard error.
+        reference: the published error in percent.
+
+    Raises:
+        InputError: no errors, or one that is not finite.
+    """
+    _check("ours", ours, at_least=1)
+    _check("reference", [reference], at_least=1)
+    n = len(ours)
+    test = f"one-sample t test over {n} run{'s' * (n > 1)} against {reference:g} %, taken as exact"
+    difference = statistics.fmean(ours) - reference
+    if n == 1:
+        return TTest(test, difference, None, None, 0.0, None, None)
+    return _t_test(test, difference, _sd(ours) / math.sqrt(n), n - 1.0, scale=_scale([*ours, reference]))
+
+
+def mcnemar(wrong_a: AbstractSet[int] | Bool[Tensor, "n"], wrong_b: AbstractSet[int] | Bool[Tensor, "n"]) -> McNemar:
+    """Exact two-sided McNemar test (McNemar 1947, Psychometrika 12, 153-157): b ~ binomial(b + c, 1/2).
+
+    Args:
+        wrong_a: images that the first model gets wrong: their indices, or a mask of all images.
+        wrong_b: those of the second model, of the same images.
+
+    Raises:
+        InputError: masks of different lengths.
+    """
+    if isinstance(wrong_a, Tensor) and isinstance(wrong_b, Tensor) and wrong_a.shape != wrong_b.shape:
+        raise InputError(f"wrong_b must be of the same {len(wrong_a)} images as wrong_a; got {len(wrong_b)}")
+    one, other = _indices(wrong_a), _indices(wrong_b)
+    b, c = len(one - other), len(other - one)
+    term = tail = 1  # binomial coefficients, exact
+    for k in range(min(b, c)):
+        term = term * (b + c - k) // (k + 1)
+        tail += term
+    return McNemar(b, c, min(1.0, 2 * tail / 2 ** (b + c)))
+
+
+def sampling_error(wrong: int, total: int) -> float:
+    """Binomial standard error of an error rate, in points: what another test set of this size would change.
+
+    Args:
+        wrong: images given a wrong class.
+        total: all images, at least 1.
+
+    Raises:
+        InputError: no images, or more wrong ones than there are.
+    """
+    if total < 1:
+        raise InputError(f"total must be at least 1; got {total}")
+    if not 0 <= wrong <= total:
+        raise InputError(f"wrong must be 0 to the {total} images; got {wrong}")
+    p = wrong / total
+    return 100 * math.sqrt(p * (1 - p) / total)
+
+
+def wilson_interval(wrong: int, total: int, z: float = 1.959964) -> tuple[float, float]:
+    """Wilson's score interval of a proportion (Wilson 1927, JASA 22, 209-212), both ends in [0, 1].
+
+    Args:
+        wrong: successes.
+        total: trials, at least 1.
+        z: normal quantile; the default is that of 95 %.
+    """
+    p = wrong / total
+    centre = (p + z * z / (2 * total)) / (1 + z * z / total)
+    half = z / (1 + z * z / total) * math.sqrt(p * (1 - p) / total + z * z / (4 * total * total))
+    return max(0.0, centre - half), min(1.0, centre + half)
+
+
+def two_sided_p(t: float, df: float) -> float:
+    """Chance that Student's t is at least as far from 0, to either side: I_x(df / 2, 1 / 2) with x = df / (df + t^2).
+
+    Args:
+        t: any finite number.
+        df: degrees of freedom, above 0; not necessarily whole.
+
+    Raises:
+        InputError: degrees of freedom that are not above 0.
+    """
+    if not 0 < df < math.inf:
+        raise InputError(f"df must be above 0 and finite; got {df:g}")
+    square = t * t
+    return _beta(df / (df + square), square / (df + square), df / 2, 0.5)
+
+
+def critical_t(df: float, *, level: float = 0.95) -> float:
+    """The t that is exceeded, to either side, with a chance of 1 - `level`.
+
+    Args:
+        df: degrees of freedom, above 0.
+        level: in (0, 1).
+
+    Raises:
+        InputError: either is out of its range.
+    """
+    if not 0 < level < 1:
+        raise InputError(f"level must be in (0, 1); got {level:g}")
+    low, high = 0.0, 1.0
+    while two_sided_p(high, df) > 1 - level:
+        low, high = high, 2 * high
+    while low < (middle := (low + high) / 2) < high:  # until no float lies between
+        low, high = (middle, high) if two_sided_p(middle, df) > 1 - level else (low, middle)
+    return high
+
+
+def _beta(x: float, y: float, a: float, b: float) -> float:
+    """Regularised incomplete beta function I_x(a, b) for y = 1 - x: the continued fraction DLMF 8.17.22."""
+    if x <= 0 or y <= 0:
+        return 0.0 if x <= 0 else 1.0
+    if x > (a + 1) / (a + b + 2):  # slow there; I_x(a, b) = 1 - I_y(b, a)
+        return 1 - _beta(y, x, b, a)
+    fraction = 1.0
+    for m in range(20 + 10 * math.isqrt(1 + int(max(a, b))), 0, -1):  # it needs O(sqrt(max(a, b))) terms
+        even = m * (b - m) * x / ((a + 2 * m - 1) * (a + 2 * m))
+        odd = -(a + m - 1) * (a + b + m - 1) * x / ((a + 2 * m - 2) * (a + 2 * m - 1))
+        fraction = 1 + odd / (1 + even / fraction)
+    logarithm = math.lgamma(a + b) - math.lgamma(a) - math.lgamma(b) + a * math.log(x) + b * math.log(y)
+    return math.exp(logarithm) / (a * fraction)
+
+
+def _t_test(test: str, difference: float, standard_error: float, df: float, *, scale: float) -> TTest:
+    if standard_error == 0:
+        if abs(difference) <= ROUNDING * scale:
+            return TTest(test, 0.0, 0.0, 0.0, df, 1.0, (0.0, 0.0))
+        return TTest(test, difference, 0.0, None, df, None, None)
+    t, half = difference / standard_error, critical_t(df) * standard_error
+    return TTest(test, difference, standard_error, t, df, two_sided_p(t, df), (difference - half, difference + half))
+
+
+def _sd(values: Sequence[float], *, scale: float | None = None) -> float:
+    """Sample standard deviation; 0 where only rounding differs, of `values` or of what they are differences of."""
+    sd = statistics.stdev(values)
+    return sd if sd > ROUNDING * (_scale(values) if scale is None else scale) else 0.0
+
+
+def _scale(values: Sequence[float]) -> float:
+    return max(map(abs, values))
+
+
+def _indices(wrong: AbstractSet[int] | Tensor) -> set[int]:
+    return set(wrong.nonzero()[:, 0].tolist()) if isinstance(wrong, Tensor) else set(wrong)
+
+
+def _check(name: str, errors: Sequence[float], *, at_least: int) -> None:
+    if len(errors) < at_least:
+        raise InputError(
+            f"{name} must be the errors of at least {at_least} run{'s' * (at_least > 1)}; got {len(errors)}"
+        )
+    if not all(map(math.isfinite, errors)):
+        raise InputError(f"{name} must be finite; got {', '.join(f'{error:g}' for error in errors)}")

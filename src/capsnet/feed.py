@@ -1,0 +1,59 @@
+"""Batches of a training, made on its device: augmented images, or pairs of them laid over each other."""
+
+import torch
+from torch import Tensor
+
+from capsnet.config import Config
+from capsnet.data import Dataset
+from capsnet.data.augment import Augmentation, augment
+from capsnet.data.dataset import to_float
+from capsnet.data.overlay import overlay, partners
+from capsnet.objective import Batch
+
+__all__ = ["Feed"]
+
+
+class Feed:
+    """The training images of a data set on a device, and how batches are made of them.
+
+    Args:
+        dataset: what is trained on. Where its images show two objects, every image of a batch is laid over a random one
+            of another class, each augmented for itself (Section 6 of Sabour et al. 2017).
+        config: the augmentation.
+        device: where the images are kept and the batches made.
+    """
+
+    def __init__(self, dataset: Dataset, config: Config, device: torch.device) -> None:
+        self.augmentation = Augmentation(
+            shift=dataset.shift if config.shift is None else config.shift,
+            flip=config.flip,
+            rotation=config.rotation,
+            scale=config.scale,
+            shear=config.shear,
+            crop=dataset.crop,
+            brightness=config.brightness,
+            contrast=config.contrast,
+        )
+        self.objects = dataset.objects
+        self.images, self.labels = dataset.train.images.to(device), dataset.train.labels.to(device)
+        self.classes = dataset.train.labels.cpu()
+
+    def __call__(self, batch: Tensor, mine: Tensor, *, generator: torch.Generator) -> Batch:
+        """One process's share of a batch.
+
+        Args:
+            batch: training images of the batch over all processes, `int64 [n]`.
+            mine: which of these are this process's.
+            generator: of everything random in the batch, the same in all processes.
+        """
+        images, labels = self._augmented(batch, mine, generator)
+        if self.objects == 1:
+            return Batch(images, labels)
+        others, their_labels = self._augmented(partners(self.classes, batch, generator=generator), mine, generator)
+        objects = torch.stack([images, others], dim=1)
+        return Batch(overlay(objects), torch.stack([labels, their_labels], dim=1), objects)
+
+    def _augmented(self, batch: Tensor, mine: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+        drawn = self.augmentation.draw(len(batch), generator=generator)
+        index = batch[mine].to(self.images.device, non_blocking=True)
+        return augment(to_float(self.images[index]), drawn[mine]), self.labels[index]

@@ -1,0 +1,254 @@
+import json
+import math
+
+import pytest
+import torch
+
+from capsnet.analysis.significance import (
+    McNemar,
+    critical_t,
+    mcnemar,
+    one_sample,
+    paired_t,
+    sampling_error,
+    summarise,
+    two_sided_p,
+    welch_t,
+)
+from capsnet.errors import InputError
+
+# Student 1908, Biometrika 6, 1-25: hours of sleep gained by ten patients with either drug; t, df, p and intervals
+# below are those that t.test of R prints for its copy of these data (`sleep`)
+SLEEP = (
+    [0.7, -1.6, -0.2, -1.2, -0.1, 3.4, 3.7, 0.8, 0.0, 2.0],
+    [1.9, 0.8, 1.1, 0.1, -0.1, 4.4, 5.5, 1.6, 4.6, 3.4],
+)
+
+
+@pytest.mark.parametrize(
+    ("df", "level", "t"),
+    [  # the table of Student's t: Fisher and Yates 1963, table III
+        (1.0, 0.95, 12.706),
+        (2.0, 0.95, 4.303),
+        (3.0, 0.99, 5.841),
+        (4.0, 0.95, 2.776),
+        (5.0, 0.90, 2.015),
+        (9.0, 0.999, 4.781),
+        (10.0, 0.95, 2.228),
+        (30.0, 0.95, 2.042),
+        (120.0, 0.95, 1.980),
+        (1e6, 0.95, 1.960),
+    ],
+)
+def test_critical_t_is_that_of_the_published_table(df: float, level: float, t: float) -> None:
+    assert critical_t(df, level=level) == pytest.approx(t, abs=6e-4)
+    assert two_sided_p(critical_t(df, level=level), df) == pytest.approx(1 - level, rel=1e-9)
+
+
+@pytest.mark.parametrize("t", [0.0, 1e-9, 0.1, 0.7, 1.5, 4.0, 33.0, 1e4, 1e160])
+def test_p_is_the_closed_form_where_there_is_one(t: float) -> None:
+    cosine = 1 / math.hypot(1, t / 2)
+    closed = {
+        1.0: 2 / math.pi * math.atan2(1, t),
+        2.0: 1 - t / math.hypot(math.sqrt(2), t),
+        4.0: 1 - math.sqrt(1 - cosine**2) * (1 + cosine**2 / 2),
+    }
+    for df, p in closed.items():
+        assert two_sided_p(t, df) == two_sided_p(-t, df) == pytest.approx(p, rel=1e-9, abs=1e-12)
+
+
+def test_p_is_that_of_scipy() -> None:
+    stats = pytest.importorskip("scipy.stats")
+    for df in (0.5, 1.0, 2.7, 17.776, 300.0, 1e6):
+        for t in (1e-6, 0.3, 1.0, 1.9, 5.0, 12.0):
+            assert two_sided_p(t, df) == pytest.approx(2 * float(stats.t.sf(t, df)), rel=1e-7)
+        assert critical_t(df) == pytest.approx(float(stats.t.ppf(0.975, df)), rel=1e-7)
+
+
+def test_tests_are_those_of_scipy() -> None:
+    stats = pytest.importorskip("scipy.stats")
+    ours, theirs = [0.41, 0.38, 0.45, 0.40], [0.44, 0.47, 0.43, 0.52]
+    found = stats.ttest_rel(ours, theirs)
+    assert (paired_t(ours, theirs).t, paired_t(ours, theirs).p) == pytest.approx((found.statistic, found.pvalue))
+    found = stats.ttest_ind(ours, theirs[:3], equal_var=False)
+    assert (welch_t(ours, theirs[:3]).t, welch_t(ours, theirs[:3]).p) == pytest.approx((found.statistic, found.pvalue))
+    for b, c in ((0, 3), (4, 9), (150, 86), (7, 7)):
+        expected = float(stats.binomtest(b, b + c, 0.5).pvalue)
+        assert mcnemar(set(range(b)), set(range(b, b + c))).p == pytest.approx(expected)
+
+
+def test_paired_t_of_the_sleep_data() -> None:
+    found = paired_t(*SLEEP)
+    assert found.t == pytest.approx(-4.0621, abs=5e-5)
+    assert found.df == 9
+    assert found.p == pytest.approx(0.002833, abs=5e-7)
+    assert found.interval == pytest.approx((-2.4598858, -0.7001142), abs=5e-8)
+    assert found.difference == pytest.approx(-1.58)
+    assert found.standard_error == pytest.approx(-1.58 / -4.0621, rel=2e-5)
+    assert found.summary() == (
+        "paired t test over 10 seeds: -1.580 +- 0.389 points, 95 % interval -2.460 to -0.700, p = 0.0028"
+    )
+    swapped = paired_t(*reversed(SLEEP))
+    assert swapped.difference == pytest.approx(1.58)
+    assert swapped.p == pytest.approx(found.p)
+
+
+def test_welch_t_of_the_sleep_data() -> None:
+    found = welch_t(*SLEEP)
+    assert found.t == pytest.approx(-1.8608, abs=5e-5)
+    assert found.df == pytest.approx(17.776, abs=5e-4)
+    assert found.p == pytest.approx(0.07939, abs=5e-6)
+    assert found.interval == pytest.approx((-3.3654832, 0.2054832), abs=5e-8)
+    assert found.summary().startswith("Welch's t test over 10 and 10 runs: -1.580 +- 0.849 points, 95 % interval ")
+
+
+def test_one_sample_t_of_the_sleep_data() -> None:
+    found = one_sample(SLEEP[1], 0.0)
+    assert found.t == pytest.approx(3.6799, abs=5e-5)
+    assert found.df == 9
+    assert found.p == pytest.approx(0.005076, abs=5e-7)
+    assert found.interval == pytest.approx((0.8976775, 3.7623225), abs=5e-8)
+    shifted = one_sample(SLEEP[1], 0.25)
+    assert shifted.difference == pytest.approx(found.difference - 0.25)
+    assert shifted.standard_error == found.standard_error
+    assert "one-sample t test over 10 runs against 0.25 %, taken as exact: +2.080 +- 0.633 points" in shifted.summary()
+
+
+def test_one_run_has_a_difference_from_a_published_number_but_no_p() -> None:
+    found = one_sample([0.41], 0.25)
+    assert found.difference == pytest.approx(0.16)
+    assert (found.standard_error, found.t, found.p, found.interval) == (None, None, None, None)
+    assert found.summary() == (
+        "one-sample t test over 1 run against 0.25 %, taken as exact: +0.160 points; "
+        "no p, for the spread of one run is not known"
+    )
+
+
+def test_unequal_numbers_of_runs_have_their_own_degrees_of_freedom() -> None:
+    # variances 1 and 4; s1^2 / n1 = 1 / 3, s2^2 / n2 = 4 / 2; df = (7 / 3)^2 / ((1 / 3)^2 / 2 + 2^2 / 1)
+    found = welch_t([1.0, 2.0, 3.0], [5.0 - math.sqrt(2), 5.0 + math.sqrt(2)])
+    assert found.df == pytest.approx((7 / 3) ** 2 / (1 / 18 + 4))
+    assert found.standard_error == pytest.approx(math.sqrt(7 / 3))
+    assert found.difference == pytest.approx(-3)
+
+
+def test_what_does_not_vary_and_does_not_differ_has_p_1() -> None:
+    same = [0.25, 0.25, 0.25]
+    for found in (paired_t(same, same), welch_t(same, same[:2]), one_sample(same, 0.25)):
+        assert (found.difference, found.standard_error, found.t, found.p, found.interval) == (0, 0, 0, 1, (0, 0))
+        assert found.summary().endswith(": +0.000 +- 0.000 points, 95 % interval +0.000 to +0.000, p = 1")
+    varied = [0.3, 0.1, 0.2]
+    assert paired_t(varied, varied).p == 1
+    rounded = [0.1 + 0.2, 0.1, 0.2]
+    assert rounded != varied
+    assert paired_t(varied, rounded).p == 1
+
+
+def test_what_differs_without_varying_has_no_p() -> None:
+    ours, theirs = [0.3, 0.2, 0.1], [0.4, 0.3, 0.2]  # differences of -0.1 but for rounding
+    assert len({one - other for one, other in zip(ours, theirs, strict=True)}) > 1
+    found = paired_t(ours, theirs)
+    assert found.difference == pytest.approx(-0.1)
+    assert (found.standard_error, found.t, found.p, found.interval) == (0, None, None, None)
+    assert found.summary() == "paired t test over 3 seeds: -0.100 +- 0.000 points; no p, for nothing varies"
+    assert welch_t([0.1, 0.1], [0.2, 0.2]).p is None
+    assert one_sample([0.1, 0.1], 0.2).p is None
+    assert welch_t([0.1, 0.1], [0.2, 0.3]).df == pytest.approx(1)
+
+
+def test_summary_by_hand() -> None:
+    found = summarise([0.40, 0.44, 0.36, 0.40])
+    assert found.mean == pytest.approx(0.40)
+    assert found.n == 4
+    assert found.sd == pytest.approx(math.sqrt(2 * 0.04**2 / 3))
+    assert found.standard_error == pytest.approx(math.sqrt(2 * 0.04**2 / 3) / 2)
+    assert found.summary() == "mean 0.400 %, standard deviation 0.033 over 4 runs"
+    assert found.to_dict() == {"mean": found.mean, "sd": found.sd, "n": 4, "standard_error": found.standard_error}
+    alone = summarise([0.4])
+    assert (alone.mean, alone.sd, alone.standard_error) == (0.4, None, None)
+    assert alone.summary() == "0.400 %, one run"
+
+
+@pytest.mark.parametrize(
+    ("b", "c", "p"),
+    [
+        (0, 0, 1.0),
+        (0, 1, 1.0),
+        (0, 5, 2 / 32),
+        (1, 8, 2 * (1 + 9) / 2**9),
+        (8, 1, 2 * (1 + 9) / 2**9),
+        (2, 4, 2 * (1 + 6 + 15) / 2**6),
+        (3, 3, 1.0),
+    ],
+)
+def test_mcnemar_by_hand(b: int, c: int, p: float) -> None:
+    both, n = 4, 20
+    wrong_a = torch.zeros(n, dtype=torch.bool)
+    wrong_a[: both + b] = True
+    wrong_b = torch.zeros(n, dtype=torch.bool)
+    wrong_b[:both] = True
+    wrong_b[both + b : both + b + c] = True
+    assert mcnemar(wrong_a, wrong_b) == McNemar(b, c, p)
+    assert mcnemar(set(wrong_a.nonzero()[:, 0].tolist()), wrong_b) == McNemar(b, c, p)
+
+
+def test_mcnemar_of_many_images_is_close_to_the_chi_square_test() -> None:
+    # 5,000 and 5,200: McNemar's statistic with continuity correction, (|b - c| - 1)^2 / (b + c)
+    found = mcnemar(set(range(5000)), set(range(5000, 10_200)))
+    assert found.p == pytest.approx(math.erfc(math.sqrt(199**2 / 10_200 / 2)), rel=1e-3)
+
+
+def test_mcnemar_names_the_test_and_whose_errors_are_whose() -> None:
+    found = mcnemar({0, 1}, {1, 2, 3})
+    assert found.summary() == "exact McNemar test: 1 image mistaken only by the first, 2 only by the second, p = 1"
+    assert found.summary("with", "without").startswith("exact McNemar test: 1 image mistaken only with, 2 only without")
+    assert found.to_dict() == {"test": "exact McNemar test", "b": 1, "c": 2, "p": 1.0}
+
+
+def test_sampling_error_by_hand() -> None:
+    assert sampling_error(25, 10_000) == pytest.approx(0.05, abs=1e-4)
+    assert sampling_error(1, 4) == pytest.approx(100 * math.sqrt(0.25 * 0.75 / 4))
+    assert sampling_error(0, 7) == sampling_error(7, 7) == 0
+
+
+def test_every_result_is_json() -> None:
+    constant = paired_t([0.1, 0.1], [0.2, 0.2])
+    for found in (
+        paired_t(*SLEEP),
+        welch_t(*SLEEP),
+        one_sample([0.4], 0.2),
+        constant,
+        summarise([0.4]),
+        mcnemar({1}, {2}),
+    ):
+        told = json.dumps(found.to_dict(), allow_nan=False)
+        assert json.loads(told) == found.to_dict()
+
+
+def test_what_cannot_be_tested_is_refused() -> None:
+    with pytest.raises(InputError, match=r"^ours must be the errors of at least 2 runs; got 1$"):
+        paired_t([0.1], [0.2])
+    with pytest.raises(InputError, match=r"^theirs must be the errors of at least 2 runs; got 1$"):
+        welch_t([0.1, 0.2], [0.2])
+    with pytest.raises(InputError, match=r"^theirs must be as many as the 2 of ours, to be paired; got 3$"):
+        paired_t([0.1, 0.2], [0.2, 0.3, 0.4])
+    with pytest.raises(InputError, match=r"^errors must be the errors of at least 1 run; got 0$"):
+        summarise([])
+    with pytest.raises(InputError, match=r"^ours must be finite; got 0.1, nan$"):
+        one_sample([0.1, math.nan], 0.2)
+    with pytest.raises(InputError, match=r"^wrong must be 0 to the 4 images; got 5$"):
+        sampling_error(5, 4)
+    with pytest.raises(InputError, match=r"^total must be at least 1; got 0$"):
+        sampling_error(0, 0)
+    for df in (0.0, -1.0, math.inf, math.nan):
+        with pytest.raises(InputError, match=r"^df must be above 0 and finite; got "):
+            critical_t(df)
+    for level in (0.0, 1.0):
+        with pytest.raises(InputError, match=r"^level must be in \(0, 1\); got "):
+            critical_t(2.0, level=level)
+
+
+@pytest.mark.usefixtures("unchecked")
+def test_masks_of_other_images_are_refused() -> None:
+    with pytest.raises(InputError, match=r"^wrong_b must be of the same 3 images as wrong_a; got 4$"):
+        mcnemar(torch.ones(3).bool(), torch.ones(4).bool())
