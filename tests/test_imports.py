@@ -23,6 +23,7 @@ LEVELS: tuple[tuple[str, ...], ...] = (
         "card",
         "config",
         "data",
+        "feed",
         "graph",
         "machine",
         "models",
@@ -32,7 +33,8 @@ LEVELS: tuple[tuple[str, ...], ...] = (
         "runs",
         "session",
     ),
-    ("bench", "demo", "evaluation", "export", "prediction", "report", "summary", "train"),
+    ("bench", "demo", "ensemble", "evaluation", "export", "prediction", "report", "summary", "train"),
+    ("experiments",),
     ("cli",),
     ("__main__",),
 )
@@ -126,6 +128,7 @@ def test_the_leaves_are_leaves() -> None:
         ("lightning_fabric", {"machine", "session", "train"}),
         ("pooch", {"data.fetch"}),
         ("tyro", {name for name in MODULES if part(name) == "cli"}),
+        ("scipy", {"data.matlab"}),
         ("onnx", {"export"}),
         ("onnxruntime", {"export"}),
         ("starlette", {"cli.demo", "demo.app", "demo.guard"}),
@@ -139,7 +142,14 @@ def test_a_heavy_package_has_one_home(package: str, homes: set[str]) -> None:
 
 def test_drawing_and_the_hub_are_imported_when_used_only() -> None:
     for name, path in MODULES.items():
-        eager = outside(path, top_level_only=True) & {"matplotlib", "huggingface_hub", "tensorboard", "PIL", "pooch"}
+        eager = outside(path, top_level_only=True) & {
+            "matplotlib",
+            "huggingface_hub",
+            "tensorboard",
+            "PIL",
+            "pooch",
+            "scipy",
+        }
         assert not eager, name
     assert "torch" not in outside(MODULES["cli"], top_level_only=True)
 

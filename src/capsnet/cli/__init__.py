@@ -19,6 +19,7 @@ __all__ = ["main"]
 VERBS = {
     "train": "train",
     "evaluate": "evaluate",
+    "compare": "compare",
     "predict": "predict",
     "demo": "demo",
     "export": "export",
@@ -30,6 +31,8 @@ VERBS = {
     "report": "report",
     "strangers": "strangers",
     "attack": "attack",
+    "reproduce": "reproduce",
+    "table": "table",
     "list": "listing",
     "bench": "bench",
 }
@@ -40,7 +43,8 @@ HELP = f"""capsnet {__version__}: capsule networks, "Dynamic Routing Between Cap
 usage: capsnet VERB [OPTIONS]     (capsnet VERB --help tells more)
 
   train        train a network on a data set or on your own images, and test it
-  evaluate     error, interval, per-class table and confusion matrix of a trained network
+  evaluate     error, interval, per-class table and confusion matrix of a network; several as an ensemble
+  compare      errors of some runs against those of others: the test, its p value and interval
 
   predict      what image files show: class, presence, reconstruction error
   demo         a page in the browser: draw, and see what the capsules see
@@ -55,6 +59,9 @@ usage: capsnet VERB [OPTIONS]     (capsnet VERB --help tells more)
 
   strangers    how well images of no known class are told by their bad reconstruction
   attack       white-box attacks (FGSM, PGD): how many succeed, how many are told
+
+  reproduce    an experiment of the papers by its name: what is missing is trained, and a table printed
+  table        README and docs from the records of these
 
   list         what there is: models, weights, data, presets
   bench        speed, memory and exactness of a network on this machine, and comparisons

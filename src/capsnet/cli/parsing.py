@@ -89,7 +89,9 @@ def _one_line(box: str, kind: type, prog: str) -> str:
 
 def as_options(text: str) -> str:
     """Fields of the configuration as they are typed: `batch_size must ...` is told as `--batch-size must ...`."""
-    names = "|".join([*(field.name for field in fields(Config)), "classes", "compare", "repeats", "span", "steps"])
+    names = "|".join(
+        [*(field.name for field in fields(Config)), "classes", "compare", "repeats", "seeds", "shifts", "span", "steps"]
+    )
     pattern = rf"(^|; and )({names})(?= must | of (?!model))"
     return re.sub(pattern, lambda found: f"{found[1]}--{found[2].replace('_', '-')}", text)
 

@@ -1,0 +1,177 @@
+"""Several networks as one, and the mean over shifted views of an image: scores, and how often they are wrong.
+
+Sabour et al. 2017 (Section 7) report an ensemble of 7 networks on CIFAR-10 without saying how they are combined; here
+it is the mean of their class capsules' lengths.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+from torch.nn.functional import pad
+
+from capsnet import functional as F
+from capsnet.data.dataset import Split, to_float
+from capsnet.errors import InputError
+from capsnet.evaluation import wilson_interval
+from capsnet.kernels.stem import constant_weights
+from capsnet.models import Network, Output
+
+__all__ = ["Ensemble", "check_alike", "check_shifts", "ensemble_scores", "shifted"]
+
+
+@dataclass(frozen=True, eq=False)
+class Ensemble:
+    """How often the largest scores are wrong.
+
+    Attributes:
+        wrong: for each image, whether it is given a wrong class, `bool [n]`; where it shows k objects, whether the k
+            classes are not exactly the true ones.
+        objects: how many objects of different classes every image shows.
+    """
+
+    wrong: Bool[Tensor, "n"]
+    objects: int = 1
+
+    @classmethod
+    def of(cls, scores: Float[Tensor, "n classes"], labels: Int[Tensor, "n *objects"]) -> "Ensemble":
+        """What `scores` get wrong.
+
+        Args:
+            scores: the largest is the prediction, or the k largest.
+            labels: true classes `[n]`, or `[n, k]` for k different ones in each image.
+
+        Raises:
+            InputError: no images, or as many labels as are not those of the scores.
+        """
+        if not 0 < len(scores) == len(labels):
+            raise InputError(f"labels must be those of the {len(scores)} images, at least one; got {len(labels)}")
+        present, predicted = F.found(scores, labels.to(scores.device))
+        return cls((present != predicted).any(-1).cpu(), labels[0].numel())
+
+    @property
+    def total(self) -> int:
+        """Number of images."""
+        return len(self.wrong)
+
+    @property
+    def count(self) -> int:
+        """Number of wrong images."""
+        return int(self.wrong.sum())
+
+    @property
+    def error_percent(self) -> float:
+        """Share of wrong images in percent."""
+        return 100 * self.count / self.total
+
+    @property
+    def interval(self) -> tuple[float, float]:
+        """95 % Wilson interval of the error in percent: what sampling this many images leaves open."""
+        low, high = wilson_interval(self.count, self.total)
+        return 100 * low, 100 * high
+
+    def to_dict(self) -> dict[str, Any]:
+        """Error, counts and interval as JSON can hold them."""
+        return {
+            "error_percent": self.error_percent,
+            "wrong": self.count,
+            "total": self.total,
+            "interval": list(self.interval),
+        }
+
+    def summary(self) -> str:
+        """One line: `error 0.41 % (41 of 10,000 wrong; 95 % interval 0.30 to 0.56 %)`."""
+        low, high = self.interval
+        counts = f"{self.count:,} of {self.total:,} wrong; 95 % interval {low:.2f} to {high:.2f} %"
+        return f"{'exact-set ' * (self.objects > 1)}error {self.error_percent:.2f} % ({counts})"
+
+
+@torch.inference_mode()
+def ensemble_scores(
+    networks: Sequence[Network], split: Split, *, shifts: int = 0, batch_size: int = 256
+) -> Float[Tensor, "n classes"]:
+    """Mean score of each class over networks and over shifted views of each image.
+
+    A network's score is the length of its class capsule; without capsules the softmax, or where images show several
+    objects the sigmoid, of its logits.
+
+    Args:
+        networks: one or more that know the same classes in images of the same shape, each put in evaluation mode for
+            the time and run in float32 on the device where its weights are.
+        split: images of that shape.
+        shifts: each image is seen at all shifts by up to this many pixels along both axes, (2 shifts + 1)^2 views, with
+            zeros moving in; 0 sees it as it is.
+        batch_size: images at a time; the result does not depend on it but by rounding.
+
+    Returns:
+        `[n, classes]` in [0, 1], on the CPU.
+
+    Raises:
+        InputError: no networks, networks that differ in classes or image shape, images of another shape, a batch size
+            below 1, or shifts that move an image out of itself.
+    """
+    check_alike({f"network {k} ({network.config['name']})": network for k, network in enumerate(networks, start=1)})
+    check_shifts(shifts, networks[0].image_shape)
+    networks[0].check_images(to_float(split.images[:1]))
+    if batch_size < 1:
+        raise InputError(f"batch_size must be at least 1; got {batch_size}")
+    return torch.stack([_scores(network, split, shifts, batch_size) for network in networks]).mean(0)
+
+
+def shifted(
+    images: Float[Tensor, "batch channels height width"], shifts: int
+) -> Iterator[Float[Tensor, "batch channels height width"]]:
+    """`images` at all (2 shifts + 1)^2 shifts by up to `shifts` pixels along both axes, with zeros moving in."""
+    height, width = images.shape[-2:]
+    framed = pad(images, (shifts,) * 4)
+    for top in range(2 * shifts + 1):
+        for left in range(2 * shifts + 1):
+            yield framed[..., top : top + height, left : left + width].contiguous()
+
+
+def check_shifts(shifts: int, image_shape: tuple[int, int, int]) -> None:
+    """Raise InputError unless something of an image (channels, height, width) stays in it."""
+    largest = min(image_shape[1:]) - 1
+    if not 0 <= shifts <= largest:
+        raise InputError(f"shifts must be 0 to {largest} pixels for these images; got {shifts}")
+
+
+def check_alike(networks: Mapping[str, Network]) -> None:
+    """Raise InputError, naming both, unless all networks know the same as the first; keys are what they are called."""
+    if not networks:
+        raise InputError("networks must be at least one; got none")
+    (first, model), *others = networks.items()
+    for name, other in others:
+        if other.image_shape != model.image_shape:
+            raise InputError(f"{name} must take images {model.image_shape} as {first}; got {other.image_shape}")
+        if len(other.classes) != len(model.classes):
+            raise InputError(f"{name} must know {len(model.classes)} classes as {first}; got {len(other.classes)}")
+        for k, (wanted, got) in enumerate(zip(model.classes, other.classes, strict=True), start=1):
+            if got != wanted:
+                raise InputError(f"{name} must know the classes of {first}, whose class {k} is {wanted}; got {got}")
+        if other.objects != model.objects:
+            raise InputError(f"{name} must look for {model.objects} objects an image as {first}; got {other.objects}")
+
+
+def _scores(network: Network, split: Split, shifts: int, batch_size: int) -> Tensor:
+    """Mean scores of one network over the views of each image, `[n, classes]` on the CPU."""
+    training, device = network.training, next(network.parameters()).device
+    network.eval()
+    means = []
+    with constant_weights():
+        for part in torch.split(split.images, batch_size):
+            views = [_presence(network, view) for view in shifted(to_float(part.to(device)), shifts)]
+            means.append(torch.stack(views).mean(0).cpu())
+    network.train(training)
+    return torch.cat(means)
+
+
+def _presence(network: Network, images: Tensor) -> Tensor:
+    """How surely each class is in the images, in [0, 1]."""
+    output: Output = network(images)
+    if output.pose is not None:
+        return output.scores
+    return output.scores.softmax(-1) if network.objects == 1 else output.scores.sigmoid()
