@@ -1,0 +1,10 @@
+"""The experiments of the papers by name: what each trains, what it found here, and tables made of the records.
+
+`plan` says what is to be trained, `reproduce` trains what is missing, `records` keeps what was measured as JSON lines,
+and `tables` writes README and docs from them.
+"""
+
+from capsnet.experiments.plan import BUDGETS, Experiment, Row, available, experiment
+from capsnet.experiments.records import Record, fingerprint, read
+
+__all__ = ["BUDGETS", "Experiment", "Record", "Row", "available", "experiment", "fingerprint", "read"]

@@ -1,0 +1,111 @@
+"""What was measured, as JSON lines: one line a trained network, or an ensemble of them."""
+
+import hashlib
+import json
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+from capsnet import runs
+from capsnet.config import Config
+from capsnet.errors import InputError
+
+__all__ = ["Record", "fingerprint", "path_of", "read", "write"]
+
+WITHOUT_EFFECT = (
+    "data_dir", "out", "overwrite", "log_every", "checkpoint_steps", "tensorboard", "report", "device", "devices",
+    "threads", "cuda_graph", "kernel", "seed",
+)  # fmt: skip
+"""Options that a measured number does not depend on (but for rounding), and the seed, which is kept apart."""
+
+
+@dataclass(frozen=True)
+class Record:
+    """A line of the records.
+
+    Attributes:
+        experiment: its name.
+        row: key of the row; `ensemble` for networks put together.
+        budget: `quick`, `cpu` or `full`.
+        fingerprint: of the configuration, see `fingerprint`.
+        seed: of the training; None for an ensemble.
+        members: seeds of an ensemble's networks.
+        epochs: passes over the training images that were made.
+        parameters: of the network.
+        results: by data set: error in percent, wrong and total test images, and for images of several objects those
+            missed.
+        wrong_images: by data set: which test images were wrong, rising.
+        seconds: of training.
+        config: every option that has an effect.
+        environment: versions, commit and hardware.
+    """
+
+    experiment: str
+    row: str
+    budget: str
+    fingerprint: str
+    seed: int | None
+    epochs: int
+    parameters: int
+    results: dict[str, dict[str, float]]
+    wrong_images: dict[str, list[int]]
+    seconds: float
+    config: dict[str, Any]
+    environment: dict[str, Any]
+    members: list[int] = field(default_factory=list)
+
+    def error(self, data: str) -> float:
+        """Error in percent on the test images of a data set."""
+        return self.results[data]["error_percent"]
+
+
+def fingerprint(config: Config) -> str:
+    """Twelve hexadecimal digits that differ where two configurations would train or measure differently.
+
+    The seed, the place and the machine are left out.
+    """
+    text = json.dumps(effective(config), sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:12]
+
+
+def effective(config: Config) -> dict[str, Any]:
+    """The options with an effect that differ from the defaults, so that a new option changes no old fingerprint."""
+    return {
+        option.name: getattr(config, option.name)
+        for option in fields(Config)
+        if option.name not in WITHOUT_EFFECT and getattr(config, option.name) != option.default
+    }
+
+
+def path_of(folder: Path, experiment: str, budget: str) -> Path:
+    """The file with the records of an experiment at a budget."""
+    return folder / f"{experiment}-{budget}.jsonl"
+
+
+def read(folder: Path, experiment: str, budget: str) -> list[Record]:
+    """The records of an experiment at a budget; none where there is no file.
+
+    Raises:
+        InputError: a line is no record.
+    """
+    path = path_of(folder, experiment, budget)
+    if not path.is_file():
+        return []
+    records = []
+    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+        try:
+            records.append(Record(**json.loads(line)))
+        except (ValueError, TypeError) as error:
+            raise InputError(f"{path}, line {number}, must be a record of capsnet reproduce; got: {error}") from None
+    return records
+
+
+def write(folder: Path, records: list[Record]) -> None:
+    """Replace the file of these records, which are of one experiment and budget, whole or not at all.
+
+    Raises:
+        InputError: it cannot be written.
+    """
+    lines = "".join(json.dumps(asdict(record)) + "\n" for record in records)
+    path = path_of(folder, records[0].experiment, records[0].budget)
+    runs.write_atomically(path, lambda place: place.write_text(lines, encoding="utf-8"))

@@ -1,0 +1,191 @@
+"""Train what an experiment still lacks, and keep what was measured."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from capsnet import functional as F
+from capsnet import machine, runs, train
+from capsnet.analysis.outcomes import outcomes
+from capsnet.config import Config
+from capsnet.data import Split
+from capsnet.ensemble import Ensemble, ensemble_scores
+from capsnet.errors import InputError
+from capsnet.experiments import records
+from capsnet.experiments.plan import Experiment, Row
+from capsnet.experiments.records import Record, fingerprint
+from capsnet.models import Network
+
+__all__ = ["ENSEMBLE", "RECORDS", "RUNS", "place_of", "reproduce", "split_of"]
+
+RECORDS = Path("results/experiments")
+RUNS = Path("runs/experiments")
+ENSEMBLE = "ensemble"
+ENVIRONMENT = ("capsnet", "commit", "python", "torch", "device", "threads", "platform", "precision", "processes")
+"""What a record keeps of the `result.json` of its training."""
+
+
+def reproduce(
+    experiment: Experiment,
+    *,
+    budget: str,
+    seeds: int,
+    rows: Sequence[str] = (),
+    folder: Path = RECORDS,
+    runs_folder: Path = RUNS,
+    say: Callable[[str], object] = print,
+    **machine_options: Any,
+) -> list[Record]:
+    """Train and measure what is not in the records yet; every network is kept as soon as it is done.
+
+    A stopped training is gone on with, by the same call. Seeds come first: one of every row before the second of any.
+
+    Args:
+        experiment: what to train.
+        budget: how much of it, one of `plan.BUDGETS`.
+        seeds: trainings of each row, with seeds 0, 1, ...
+        rows: keys of the rows to train; all if empty.
+        folder: of the records.
+        runs_folder: of the run directories.
+        say: is told what begins.
+        machine_options: fields of Config without effect on the numbers: device, threads, data_dir.
+
+    Returns:
+        All records of the experiment at this budget.
+
+    Raises:
+        InputError: an unknown row, or data that is not here.
+        Interrupted, Diverged: see `train.fit`.
+    """
+    if seeds < 1:
+        raise InputError(f"seeds must be at least 1; got {seeds}")
+    chosen = [experiment.row(key) for key in rows] or list(experiment.rows)
+    found = records.read(folder, experiment.name, budget)
+    for seed in range(seeds):
+        for row in chosen:
+            config = replace(experiment.config(row, budget, seed), **machine_options)
+            if _known(found, row.key, config):
+                continue
+            say(f"{experiment.name} {row.key}, seed {seed} ({budget}): {place_of(config, runs_folder)}")
+            directory = _trained(config, runs_folder)
+            found = [*found, _measured(experiment, row, budget, config, directory)]
+            records.write(folder, found)
+    if experiment.ensemble and seeds > 1 and experiment.ensemble[0] in [row.key for row in chosen]:
+        together = _together(experiment, budget, seeds, found, runs_folder, **machine_options)
+        if together is not None:
+            found = [*found, together]
+            records.write(folder, found)
+    return found
+
+
+def place_of(config: Config, runs_folder: Path = RUNS) -> Path:
+    """The run directory of a configuration: the same for all experiments that train it."""
+    return runs_folder / f"{config.data}-{config.model}-{fingerprint(config)}-seed{config.seed}"
+
+
+def _known(found: Sequence[Record], key: str, config: Config) -> bool:
+    print_ = fingerprint(config)
+    return any((one.row, one.fingerprint, one.seed) == (key, print_, config.seed) for one in found)
+
+
+def _trained(config: Config, runs_folder: Path) -> Path:
+    """The run directory of a finished training, which is begun, gone on with, or there already."""
+    directory = place_of(config, runs_folder)
+    run = runs.Run(directory)
+    if not run.exists():
+        train.fit(replace(config, out=str(directory)))
+        return directory
+    there = run.config()
+    if (fingerprint(there), there.seed) != (fingerprint(config), config.seed):
+        raise InputError(
+            f"run directory {directory} must hold the run that its name tells; its config.yaml is of another"
+        )
+    if not run.result_path.exists():
+        train.resume(directory, threads=config.threads, data_dir=config.data_dir)
+    return directory
+
+
+def _measured(experiment: Experiment, row: Row, budget: str, config: Config, directory: Path) -> Record:
+    """The record of a finished training, measured on all test images of each data set."""
+    network, result = runs.load(directory), runs.Run(directory).result()
+    device = machine.resolve_device(config)
+    precision = machine.resolve_precision(config, device, network)
+    network.to(device)
+    results, wrong_images = dict[str, dict[str, float]](), dict[str, list[int]]()
+    for name in (config.data, *experiment.also):
+        try:
+            split = split_of(config, name)
+        except InputError:
+            if name in (config.data, experiment.metric):
+                raise
+            continue  # one more, which this machine does not have
+        with torch.autocast(device.type, dtype=torch.bfloat16, enabled=precision == "bf16"):
+            wrong_images[name], results[name] = _judged(network, split)
+    return Record(
+        experiment=experiment.name,
+        row=row.key,
+        budget=budget,
+        fingerprint=fingerprint(config),
+        seed=config.seed,
+        epochs=result["epochs"],
+        parameters=network.parameter_count(),
+        results=results,
+        wrong_images=wrong_images,
+        seconds=result["seconds"],
+        config=records.effective(config),
+        environment={name: result.get(name) for name in ENVIRONMENT},
+    )
+
+
+def _together(
+    experiment: Experiment, budget: str, seeds: int, found: Sequence[Record], runs_folder: Path, **machine_options: Any
+) -> Record | None:
+    """The record of all seeds of a row as one ensemble; None where it is there already."""
+    assert experiment.ensemble is not None
+    row = experiment.row(experiment.ensemble[0])
+    configs = [replace(experiment.config(row, budget, seed), **machine_options) for seed in range(seeds)]
+    members, print_ = list(range(seeds)), fingerprint(configs[0])
+    if any((one.row, one.fingerprint, one.members) == (ENSEMBLE, print_, members) for one in found):
+        return None
+    device = machine.resolve_device(configs[0])
+    networks = [runs.load(place_of(config, runs_folder)).to(device) for config in configs]
+    split = split_of(configs[0], experiment.metric)
+    judged = Ensemble.of(ensemble_scores(networks, split), split.labels)
+    singles = [one for one in found if one.fingerprint == print_ and one.row == row.key and one.seed in members]
+    return replace(
+        singles[0],
+        row=ENSEMBLE,
+        seed=None,
+        members=members,
+        parameters=sum(one.parameters for one in singles),
+        results={
+            experiment.metric: {"error_percent": judged.error_percent, "wrong": judged.count, "total": judged.total}
+        },
+        wrong_images={experiment.metric: judged.wrong.nonzero().flatten().tolist()},
+        seconds=sum(one.seconds for one in singles),
+    )
+
+
+def split_of(config: Config, data: str, data_dir: str | None = None) -> Split:
+    """All test images of a data set, read as a training with `config` reads its own.
+
+    Raises:
+        InputError: they are not here.
+    """
+    options = replace(config, data=data, data_dir=data_dir or config.data_dir, validation=0, train_images=None)
+    return train.prepare_data(options).test
+
+
+def _judged(network: Network, split: Split) -> tuple[list[int], dict[str, float]]:
+    """Which images are wrong, and the counts; of several objects also how many were missed."""
+    found = outcomes(network, split)
+    wrong = found.wrong.nonzero().flatten().tolist()
+    counts = {"error_percent": 100 * len(wrong) / len(split), "wrong": len(wrong), "total": len(split)}
+    if network.objects > 1:
+        present, predicted = F.found(found.scores, found.labels)
+        missed = int((present & ~predicted).sum())
+        counts |= {"missed": missed, "missed_percent": 100 * missed / int(present.sum())}
+    return wrong, counts
