@@ -25,11 +25,14 @@ def board(directory: Path, *, first_epoch: int) -> Iterator[Callable[[dict[str, 
         for name, value in row.items():
             if name != "epoch":
                 writer.add_scalar(name, value, row["epoch"])
-        examples = to_float((dataset.validation or dataset.train).images[:8])
+        split = dataset.validation or dataset.shown("train")
+        assert split is not None
+        examples = to_float(split.images[:8])
         with torch.inference_mode():
             output = network(examples.to(next(network.parameters()).device))
         if output.reconstruction is not None:
-            sheet = torch.cat([examples, output.reconstruction.float().cpu()])
+            drawn = output.reconstruction.float().cpu()
+            sheet = torch.cat([examples, *(drawn.unbind(1) if network.objects > 1 else [drawn])])
             writer.add_images("inputs above, reconstructions below", sheet, row["epoch"])
         writer.flush()
 

@@ -89,7 +89,10 @@ def activation_bytes(network: Network, config: Config, batch_size: int, device: 
     weights = {parameter.untyped_storage()._cdata for parameter in objective.parameters()}
     images = torch.empty(batch_size, *network.image_shape, device="meta")
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        losses = objective(images, torch.zeros(batch_size, dtype=torch.int64, device="meta"))
+        each = (batch_size,) if network.objects == 1 else (batch_size, network.objects)
+        labels = torch.zeros(each, dtype=torch.int64, device="meta")
+        alone = None if network.objects == 1 else torch.empty(*each, *network.image_shape, device="meta")
+        losses = objective(images, labels, alone)
         del losses
     return sum(size for key, (_, size) in storages.items() if key not in weights)
 

@@ -43,7 +43,7 @@ def run(arguments: list[str]) -> int:
     found = {}
     for model, network in networks.items():
         name = network.config["name"] if not command.against else f"{network.config['name']} ({model})"
-        found[name] = pose_explained(network, dataset.train, subject.split(dataset, command.split))
+        found[name] = pose_explained(network, subject.split(dataset, "train"), subject.split(dataset, command.split))
     plain = [name.split(" (")[0] for name in found]
     if len(set(plain)) == len(plain):
         found = dict(zip(plain, found.values(), strict=True))

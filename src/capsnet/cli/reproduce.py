@@ -36,7 +36,7 @@ class _Reproduce:
     rows: tuple[str, ...] = ()
     """These rows only."""
     list: bool = False
-    """Print the rows and whether they are done, and train nothing."""
+    """Print the table of what there is, and train nothing."""
     results: str = "results/experiments"
     """Folder of the records."""
     runs: str = "runs/experiments"

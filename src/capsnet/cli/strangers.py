@@ -61,6 +61,10 @@ def run(arguments: list[str]) -> int:
 
     subject = Subject(command.model)
     network, _ = decoder_of(subject.network)
+    if network.image_shape[0] not in (1, 3):
+        raise InputError(
+            f"{command.model} must be of images in grey or colour; its own have {network.image_shape[0]} channels"
+        )
     place = subject.place("strangers", command.out, suffix="json", overwrite=command.overwrite) if command.out else None
     dataset = subject.dataset(command.data, command.data_dir)
     strange = {name: _strangers(name, network.image_shape, command.data_dir) for name in command.against}

@@ -87,7 +87,7 @@ _DESCRIPTIONS = (
         test=10_000,
         licence="that of mnist, of which its images are made",
         source="made of mnist by capsnet: digits at random places on black, for affnist, as in Sabour, Frosst, Hinton, "
-        "Dynamic Routing Between Capsules, NIPS 2017, Section 5.1",
+        "Dynamic Routing Between Capsules, NIPS 2017, Section 5.2",
     ),
     Description(
         name="affnist",

@@ -1,6 +1,6 @@
 """MNIST digits on black images of 40 x 40 pixels: placed at random, or under random affine transformations (affNIST).
 
-Section 5.1 of Sabour et al. 2017, "Robustness to Affine Transformations": a network is trained on MNIST digits "placed
+Section 5.2 of Sabour et al. 2017, "Robustness to Affine Transformations": a network is trained on MNIST digits "placed
 randomly on a black background of 40 x 40 pixels" and tested on affNIST, in which "each example is an MNIST digit with a
 random small affine transformation".
 

@@ -51,6 +51,7 @@ class Experiment:
     Attributes:
         name: for `capsnet reproduce`.
         title: of its table.
+        short: what the overview calls it; empty where it is not in there.
         rows: what is trained.
         metric: data set whose test images the table is about.
         measure: what is counted on it, in words.
@@ -63,6 +64,7 @@ class Experiment:
 
     name: str
     title: str
+    short: str
     rows: tuple[Row, ...]
     metric: str
     measure: str = "test error"
@@ -140,6 +142,7 @@ def _table1() -> Experiment:
     return Experiment(
         name="table1",
         title="MNIST, Table 1 of Sabour et al. 2017, and other numbers of routing iterations",
+        short="MNIST",
         rows=(
             capsules(3, True, 0.25),
             capsules(3, False, 0.35, main),
@@ -174,6 +177,7 @@ def _recipes() -> Experiment:
     return Experiment(
         name="recipes",
         title="MNIST, the paper's text and its first author's code, and each difference by itself",
+        short="",
         rows=(
             Row("paper", "`paper`: the text", base),
             Row(
@@ -197,6 +201,7 @@ def _multimnist() -> Experiment:
     return Experiment(
         name="multimnist",
         title="MultiMNIST, two overlapping digits in an image (Section 6)",
+        short="MultiMNIST, exact set",
         rows=(
             Row("capsnet-3", "CapsNet, 3 routing iterations", base, HALF, 5.2, "baseline"),
             Row(
@@ -221,7 +226,8 @@ def _affnist() -> Experiment:
     base = Config(data="expanded-mnist", epochs=50, stop_at=0.77)  # "99.23 % accuracy on the expanded MNIST test set"
     return Experiment(
         name="affnist",
-        title="affNIST, digits under small affine transformations after training without (Section 5.1)",
+        title="affNIST, digits under small affine transformations after training without (Section 5.2)",
+        short="affNIST, generated",
         rows=(
             Row("capsnet", "CapsNet", base, HALF, 21.0, "baseline"),
             Row(
@@ -259,6 +265,7 @@ def _cifar10() -> Experiment:
     return Experiment(
         name="cifar10",
         title="CIFAR-10, alone and as an ensemble (Section 7)",
+        short="CIFAR-10",
         rows=(Row("capsnet", "CapsNet, one network", config),),
         metric="cifar10",
         cpu={"epochs": 5, "conv_channels": 64, "capsule_types": 16},
@@ -285,6 +292,7 @@ def _others() -> tuple[Experiment, ...]:
         Experiment(
             "fashion-mnist",
             "Fashion-MNIST, which came after the paper",
+            "Fashion-MNIST",
             (Row("capsnet", "CapsNet, mirrored images", garments),),
             "fashion-mnist",
             cpu={"epochs": 20},
@@ -292,6 +300,7 @@ def _others() -> tuple[Experiment, ...]:
         Experiment(
             "svhn",
             "Street View House Numbers, 73,257 training images (Section 7)",
+            "SVHN",
             (Row("capsnet", "CapsNet, smaller", numbers, paper=4.3),),
             "svhn",
             cpu={"epochs": 5},
@@ -299,6 +308,7 @@ def _others() -> tuple[Experiment, ...]:
         Experiment(
             "smallnorb",
             "smallNORB, toys in other poses than those of training (Section 7)",
+            "smallNORB",
             (Row("capsnet", "CapsNet", toys, paper=2.7),),
             "smallnorb",
             cpu={"epochs": 5},

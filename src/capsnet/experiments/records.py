@@ -10,7 +10,7 @@ from capsnet import runs
 from capsnet.config import Config
 from capsnet.errors import InputError
 
-__all__ = ["Record", "fingerprint", "path_of", "read", "write"]
+__all__ = ["Record", "effective", "fingerprint", "path_of", "read", "write"]
 
 WITHOUT_EFFECT = (
     "data_dir", "out", "overwrite", "log_every", "checkpoint_steps", "tensorboard", "report", "device", "devices",
@@ -69,12 +69,16 @@ def fingerprint(config: Config) -> str:
 
 
 def effective(config: Config) -> dict[str, Any]:
-    """The options with an effect that differ from the defaults, so that a new option changes no old fingerprint."""
-    return {
+    """The options with an effect that differ from the defaults, as JSON holds them.
+
+    Without the defaults, so that a new option changes no old fingerprint.
+    """
+    chosen = {
         option.name: getattr(config, option.name)
         for option in fields(Config)
         if option.name not in WITHOUT_EFFECT and getattr(config, option.name) != option.default
     }
+    return {name: list(value) if isinstance(value, tuple) else value for name, value in chosen.items()}
 
 
 def path_of(folder: Path, experiment: str, budget: str) -> Path:

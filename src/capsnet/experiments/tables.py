@@ -40,38 +40,38 @@ def render(one: Experiment, folder: Path, *, budgets: Sequence[str] = SHOWN) -> 
     heads += [*(f"on {name}" for name in others), "epochs", "parameters", "difference to the paper"]
     lines = [_line(heads), _line(["---"] * len(heads))]
     for row in one.rows:
-        ours = rows[row.key]
-        cells = [row.title, _percent(row.paper), *_measured(ours, one.metric)]
-        cells += [_spread([r.results[one.metric]["missed_percent"] for r in ours])] if pairs else []
-        cells += [_spread([r.results[name]["error_percent"] for r in ours if name in r.results]) for name in others]
-        cells += [_range([r.epochs for r in ours]), _range([r.parameters for r in ours]), _gap(ours, row, one)]
-        lines.append(_line(cells))
+        lines.append(_line([row.title, *_cells(one, rows[row.key], row.paper, others, pairs=pairs)]))
     if one.ensemble:
-        lines += [_line(cells) for cells in _ensembles(one, folder, budgets, width=len(heads))]
+        ours = _together(one, folder, budgets)
+        title = _of_ensemble(one, ours)
+        lines.append(_line([title, *_cells(one, ours, one.ensemble[1], others, pairs=pairs)]))
     told = [f"- {line}" for line in comparisons(one, rows)]
     return "\n".join([*lines, "", *_said(one, shown), *([""] if told else []), *told]) + "\n"
 
 
 def overview(folder: Path) -> str:
-    """One table with the first row of every experiment that the papers have a number for, and of those that have none.
+    """One table of the paper's experiments: the first row of each, its baseline, and its ensemble.
 
     Args:
         folder: of the records.
+
+    Raises:
+        InputError: a damaged record.
     """
-    heads = ["experiment", "network", "paper", "here", "n", "epochs"]
+    heads = ["test images", "network", "paper", "here", "n", "epochs", "one command"]
     lines = [_line(heads), _line(["---"] * len(heads))]
-    for name in available():
-        one = experiment(name)
-        for row in one.rows:
-            ours = _found(one, row, folder, SHOWN)
-            if row is one.rows[0] or (ours and row.key == "baseline"):
-                here, n, _ = _measured(ours, one.metric)
-                small = "*" if ours and ours[0].budget == "cpu" and one.cpu_says else ""
-                lines.append(
-                    _line(
-                        [f"`{name}`", row.title, _percent(row.paper), here + small, n, _range([r.epochs for r in ours])]
-                    )
-                )
+    for one in filter(lambda one: one.short, map(experiment, available())):
+        chosen = [row for row in one.rows if row is one.rows[0] or row.key == "baseline"]
+        shown = [(row.title, row.paper, _found(one, row, folder, SHOWN)) for row in chosen]
+        if one.ensemble:
+            ours = _together(one, folder, SHOWN)
+            shown.append((_of_ensemble(one, ours), one.ensemble[1], ours))
+        for title, paper, ours in shown:
+            here, n, _ = _measured(ours, one.metric)
+            narrower = " \\*" if ours and ours[0].budget == "cpu" and one.cpu_says else ""
+            command = f"`capsnet reproduce {one.name}`" if title == one.rows[0].title else ""
+            epochs = _range([record.epochs for record in ours])
+            lines.append(_line([one.short, title, _percent(paper), here + narrower, n, epochs, command]))
     return "\n".join(lines) + "\n"
 
 
@@ -130,31 +130,28 @@ def _found(one: Experiment, row: Row, folder: Path, budgets: Sequence[str]) -> l
     return []
 
 
-def _ensembles(one: Experiment, folder: Path, budgets: Sequence[str], *, width: int) -> Iterator[list[str]]:
+def _together(one: Experiment, folder: Path, budgets: Sequence[str]) -> list[Record]:
+    """The record of the largest ensemble, or none."""
     assert one.ensemble is not None
-    key, paper = one.ensemble
-    single = _found(one, one.row(key), folder, budgets)
-    together = [
+    single = _found(one, one.row(one.ensemble[0]), folder, budgets)
+    found = [
         record
         for record in (records.read(folder, one.name, single[0].budget) if single else [])
-        if record.row == ENSEMBLE and record.fingerprint == single[0].fingerprint
+        if (record.row, record.fingerprint) == (ENSEMBLE, single[0].fingerprint)
     ]
-    if not together:
-        yield [f"The same, ensemble of {one.seeds}", _percent(paper), "not run", *[""] * (width - 3)]
-    for record in together:
-        error, wrong = record.error(one.metric), int(record.results[one.metric]["wrong"])
-        gap = "" if paper is None else f"{error - paper:+.2f}"
-        title = f"The same, ensemble of {len(record.members)}"
-        yield [
-            title,
-            _percent(paper),
-            f"{error:.2f} %",
-            "1",
-            f"{wrong:,}",
-            f"{record.epochs}",
-            f"{record.parameters:,}",
-            gap,
-        ]
+    return sorted(found, key=lambda record: len(record.members))[-1:]
+
+
+def _of_ensemble(one: Experiment, ours: list[Record]) -> str:
+    return f"The same, ensemble of {len(ours[0].members) if ours else one.seeds}"
+
+
+def _cells(one: Experiment, ours: list[Record], paper: float | None, others: list[str], *, pairs: bool) -> list[str]:
+    """What stands in a line after its name."""
+    cells = [_percent(paper), *_measured(ours, one.metric)]
+    cells += [_spread([r.results[one.metric]["missed_percent"] for r in ours])] if pairs else []
+    cells += [_spread([r.results[name]["error_percent"] for r in ours if name in r.results]) for name in others]
+    return [*cells, _range([r.epochs for r in ours]), _range([r.parameters for r in ours]), _gap(one, ours, paper)]
 
 
 def _measured(ours: list[Record], metric: str) -> list[str]:
@@ -173,11 +170,11 @@ def _spread(errors: list[float]) -> str:
     return f"{found.mean:.2f} %" if found.sd is None else f"{found.mean:.3f} ± {found.sd:.3f} %"
 
 
-def _gap(ours: list[Record], row: Row, one: Experiment) -> str:
+def _gap(one: Experiment, ours: list[Record], paper: float | None) -> str:
     """Difference to the paper's number with its standard error: over seeds, or of one seed that of sampling images."""
-    if not ours or row.paper is None:
+    if not ours or paper is None:
         return ""
-    found = one_sample([record.error(one.metric) for record in ours], row.paper)
+    found = one_sample([record.error(one.metric) for record in ours], paper)
     if found.standard_error is not None:
         return f"{found.difference:+.3f} ± {found.standard_error:.3f}"
     counts = ours[0].results[one.metric]

@@ -108,9 +108,9 @@ def rendered(figure: "Figure", *, format: str = "png", command: str = "") -> byt
 
 
 def pixels(image: Float[Tensor, "channels height width"]) -> np.ndarray:
-    """An image as matplotlib takes it: `[height, width]` if grey, else `[height, width, 3]`."""
+    """An image as matplotlib takes it: `[height, width, 3]` in colour, else the first channel, `[height, width]`."""
     array: np.ndarray = image.clamp(0, 1).permute(1, 2, 0).numpy(force=True)
-    return array[..., 0] if array.shape[-1] == 1 else array
+    return array if array.shape[-1] == 3 else array[..., 0]
 
 
 def sheet(images: Float[Tensor, "rows columns channels height width"]) -> Tensor:

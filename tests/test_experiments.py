@@ -1,0 +1,506 @@
+"""What the experiments train, the records they leave, and the tables made of these."""
+
+import json
+from collections.abc import Callable
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from capsnet import runs, train
+from capsnet.cli import main
+from capsnet.config import PRESETS, Config
+from capsnet.data import Dataset, Split
+from capsnet.ensemble import Ensemble, ensemble_scores
+from capsnet.errors import InputError
+from capsnet.experiments import BUDGETS, Experiment, Record, Row, available, experiment, fingerprint, read, records
+from capsnet.experiments import plan as plans
+from capsnet.experiments.reproduce import ENSEMBLE, place_of, reproduce, split_of
+from capsnet.experiments.tables import overview, render, rewritten
+from tiny import REAL, SIZES
+
+ROOT = Path(__file__).parent.parent
+RECORDS = ROOT / "results" / "experiments"
+PAGES = ("README.md", "docs/experiments.md")
+ALL = [
+    pytest.param(experiment(name), row, id=f"{name}-{row.key}") for name in available() for row in experiment(name).rows
+]
+
+
+# plan
+
+
+def test_the_numbers_are_those_of_the_paper() -> None:
+    numbers = {name: {row.key: row.paper for row in experiment(name).rows} for name in available()}
+    table1 = {key: value for key, value in numbers["table1"].items() if value is not None}
+    assert table1 == {  # Table 1
+        "baseline": 0.39,
+        "capsnet-1": 0.34,
+        "capsnet-1-reconstruction": 0.29,
+        "capsnet-3": 0.35,
+        "capsnet-3-reconstruction": 0.25,
+    }
+    assert numbers["multimnist"] == {"capsnet-3": 5.2, "capsnet-1": 7.5, "baseline": 8.1}  # Table 1
+    assert numbers["affnist"] == {"capsnet": 100 - 79, "baseline": 100 - 66}  # Section 5.2
+    assert experiment("cifar10").ensemble == ("capsnet", 10.6)  # Section 7
+    assert (numbers["svhn"], numbers["smallnorb"]) == ({"capsnet": 4.3}, {"capsnet": 2.7})
+    assert not any(numbers["recipes"].values()) and not any(numbers["fashion-mnist"].values())  # noqa: PT018
+
+
+@pytest.mark.parametrize(("one", "row"), ALL)
+def test_every_row_is_a_network_that_can_be_built_at_every_budget(one: Experiment, row: Row) -> None:
+    for budget in BUDGETS:
+        config = one.config(row, budget, 4)
+        assert config.seed == 4
+        sides = {"multimnist": 36, "expanded-mnist": 40, "cifar10": 32, "svhn": 32, "smallnorb": 48}
+        channels = {"cifar10": 3, "svhn": 3, "smallnorb": 2}.get(config.data, 1)
+        images = torch.zeros(1, channels, *2 * [config.crop or sides.get(config.data, 28)], dtype=torch.uint8)
+        split = Split(images, torch.zeros(1, dtype=torch.int64))
+        with torch.device("meta"):
+            network = train.build(config, Dataset("any", tuple("0123456789"), split, split))
+        assert budget != "quick" or network.parameter_count() < 2e6
+
+
+def test_networks_are_of_the_sizes_that_the_paper_states() -> None:
+    def parameters(name: str, key: str, side: int) -> int:
+        config = experiment(name).config(experiment(name).row(key), "full", 0)
+        split = Split(torch.zeros(1, 1, side, side, dtype=torch.uint8), torch.zeros(1, dtype=torch.int64))
+        with torch.device("meta"):
+            return train.build(config, Dataset("any", tuple("0123456789"), split, split)).parameter_count()
+
+    assert parameters("multimnist", "capsnet-3", 36) == 11_361_808  # "11.36M"
+    assert parameters("multimnist", "baseline", 36) == 24_563_978  # "24.56M"
+    ours, theirs = (parameters("affnist", key, 40) for key in ("capsnet", "baseline"))
+    assert theirs == pytest.approx(ours, rel=0.02)  # "a similar number of parameters"
+
+
+def test_every_difference_of_the_recipes_is_switched_alone() -> None:
+    recipes = experiment("recipes")
+    base = asdict(recipes.row("paper").config)
+    alone = [
+        {name: value for name, value in asdict(row.config).items() if value != base[name]} for row in recipes.rows[2:]
+    ]
+    schedule = {"lr_decay", "lr_decay_steps"}  # one choice, in two fields
+    assert all(len(changes) == 1 or set(changes) == schedule for changes in alone)
+    authors = {name: value for name, value in PRESETS["authors"].items() if value != base[name]}
+    switched = {name: value for changes in alone for name, value in changes.items()}
+    assert authors.items() <= switched.items()
+    assert {"detach_routing", "squash_epsilon", "shift"} <= switched.keys()
+
+
+def test_keys_and_runs_of_an_experiment_are_all_different() -> None:
+    for name in available():
+        one = experiment(name)
+        for budget in BUDGETS:
+            places = [place_of(one.config(row, budget, seed)) for row in one.rows for seed in range(2)]
+            assert len(set(places)) == 2 * len({row.key for row in one.rows}) == 2 * len(one.rows)
+
+
+@pytest.mark.parametrize(
+    ("ask", "told"),
+    [
+        (lambda: experiment("tabel1"), r"experiment must be one of table1, .*; got 'tabel1' \(did you mean table1\?\)"),
+        (lambda: experiment("table1").row("capsnet-9"), "rows of table1 must be among .*; got 'capsnet-9'"),
+        (lambda: experiment("svhn").config(experiment("svhn").rows[0], "fast", 0), "budget must be one of quick, cpu"),
+    ],
+)
+def test_unknown_names_are_refused(ask: Callable[[], object], told: str) -> None:
+    with pytest.raises(InputError, match=told):
+        ask()
+
+
+# records
+
+
+def test_a_fingerprint_is_of_what_has_an_effect() -> None:
+    config = Config(data="mnist", epochs=20)
+    for same in ({"seed": 3}, {"threads": 1, "device": "cpu"}, {"out": "there", "overwrite": True}, {"report": False}):
+        assert fingerprint(replace(config, **same)) == fingerprint(config)
+    for other in ({"epochs": 21}, {"lr": 0.002}, {"shift": 0}, {"routing_iterations": 1}, {"stem": "direct"}):
+        assert fingerprint(replace(config, **other)) != fingerprint(config)
+
+
+def test_the_fingerprint_of_the_main_row_stays() -> None:
+    """Records would not be found again, and their trainings run a second time."""
+    table1 = experiment("table1")
+    assert fingerprint(table1.config(table1.rows[0], "cpu", 0)) == "285094acfd8a"
+
+
+def record(row: str = "capsnet-3-reconstruction", seed: int | None = 0, wrong: int = 41, **changes: Any) -> Record:
+    """A record of table1 at the CPU budget."""
+    table1 = experiment("table1")
+    made = Record(
+        experiment="table1",
+        row=row,
+        budget="cpu",
+        fingerprint=fingerprint(table1.config(table1.row(row), "cpu", 0)),
+        seed=seed,
+        epochs=20,
+        parameters=8_215_568,
+        results={"mnist": {"error_percent": wrong / 100, "wrong": wrong, "total": 10_000}},
+        wrong_images={"mnist": list(range(wrong))},
+        seconds=1800.0,
+        config={"data": "mnist"},
+        environment={"device": "a CPU", "torch": "2.13.0"},
+    )
+    return replace(made, **changes)
+
+
+def test_records_are_read_as_they_were_written(tmp_path: Path) -> None:
+    assert read(tmp_path, "table1", "cpu") == []
+    kept = [record(), record(seed=1, wrong=38)]
+    records.write(tmp_path / "new", kept)
+    assert read(tmp_path / "new", "table1", "cpu") == kept
+    lines = (tmp_path / "new" / "table1-cpu.jsonl").read_text(encoding="utf-8").splitlines()
+    assert [json.loads(line)["seed"] for line in lines] == [0, 1]
+
+
+@pytest.mark.parametrize("line", ["no json", "{}", "[1]", '{"experiment": "table1"}'])
+def test_a_damaged_line_is_told_by_its_number(tmp_path: Path, line: str) -> None:
+    records.write(tmp_path, [record()])
+    path = tmp_path / "table1-cpu.jsonl"
+    path.write_text(path.read_text(encoding="utf-8") + line + "\n", encoding="utf-8")
+    with pytest.raises(InputError, match=r"table1-cpu.jsonl, line 2, must be a record of capsnet reproduce; got: "):
+        read(tmp_path, "table1", "cpu")
+
+
+# reproduce
+
+
+@pytest.fixture
+def small(workplace: Path, monkeypatch: pytest.MonkeyPatch) -> Experiment:
+    """An experiment of two rows and an ensemble, on 60 random images that any name of a data set stands for."""
+    draw = torch.Generator().manual_seed(0)
+
+    def made(name: str, **options: Any) -> Dataset:
+        if name == "absent":
+            raise InputError("data set absent must be on this machine")
+        images = torch.randint(256, (90, 1, 12, 13), dtype=torch.uint8, generator=draw.manual_seed(len(name)))
+        labels = torch.arange(90) % 3
+        whole = Split(images, labels)
+        return Dataset(name, ("a", "b", "c"), whole.take(torch.arange(60)), whole.take(torch.arange(60, 90)))
+
+    monkeypatch.setattr(train, "load", made)
+    config = Config(data="some", epochs=2, batch_size=16, precision="32", validation=0, **SIZES)
+    rows = (
+        Row("one", "One", config, paper=50.0),
+        Row("two", "Two", replace(config, routing_iterations=1), against="one"),
+    )
+    return Experiment(
+        "small", "Small", "", rows, "some", cpu={"epochs": 1}, also=("other", "absent"), ensemble=("one", 40.0)
+    )
+
+
+def test_what_is_missing_is_trained_and_what_is_there_is_not(
+    small: Experiment, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    told: list[str] = []
+    found = reproduce(small, budget="cpu", seeds=1, say=told.append)
+    assert [(one.row, one.seed, one.epochs) for one in found] == [("one", 0, 1), ("two", 0, 1)]
+    assert read(Path("results/experiments"), "small", "cpu") == found
+    assert len(told) == 2
+    assert "small one, seed 0 (cpu): runs/experiments/some-capsnet-" in told[0]
+    again = reproduce(small, budget="cpu", seeds=2, say=told.append)
+    assert again[:2] == found
+    assert [(one.row, one.seed) for one in again[2:]] == [("one", 1), ("two", 1), (ENSEMBLE, None)]
+    monkeypatch.setattr(train, "fit", None)
+    assert reproduce(small, budget="cpu", seeds=2, say=told.append) == again
+    assert len(told) == 4
+
+
+def test_a_record_says_what_the_weights_do(small: Experiment) -> None:
+    one = reproduce(small, budget="cpu", seeds=1, rows=["one"])[0]
+    config = small.config(small.row("one"), "cpu", 0)
+    network, result = runs.load(place_of(config)), runs.Run(place_of(config)).result()
+    assert set(one.results) == set(one.wrong_images) == {"some", "other"}  # absent is left out
+    for name in ("some", "other"):
+        split = split_of(config, name)
+        wrong = (network(split.images / 255).scores.argmax(-1) != split.labels).nonzero().flatten().tolist()
+        assert one.wrong_images[name] == wrong
+        assert one.results[name] == {"error_percent": 100 * len(wrong) / 30, "wrong": len(wrong), "total": 30}
+    assert one.results["some"]["wrong"] == result["test"]["wrong"]
+    assert one.results["some"] != one.results["other"]
+    assert (one.parameters, one.seconds) == (network.parameter_count(), result["seconds"])
+    assert one.config["data"] == "some"
+    assert one.environment["torch"] == torch.__version__
+
+
+def test_an_ensemble_is_of_the_networks_of_all_seeds(small: Experiment) -> None:
+    together = reproduce(small, budget="cpu", seeds=3, rows=["one"])[-1]
+    configs = [small.config(small.row("one"), "cpu", seed) for seed in range(3)]
+    split = split_of(configs[0], "some")
+    judged = Ensemble.of(ensemble_scores([runs.load(place_of(config)) for config in configs], split), split.labels)
+    assert (together.row, together.seed, together.members) == (ENSEMBLE, None, [0, 1, 2])
+    assert together.results["some"] == {"error_percent": judged.error_percent, "wrong": judged.count, "total": 30}
+    assert together.parameters == 3 * runs.load(place_of(configs[0])).parameter_count()
+
+
+def test_a_stopped_training_is_gone_on_with(small: Experiment, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = reproduce(small, budget="full", seeds=1, rows=["one"], folder=Path("whole"), runs_folder=Path("a"))
+    save, saved = runs.Run.save_checkpoint, [0]
+
+    def killed(run: runs.Run, state: Any) -> None:
+        save(run, state)
+        saved[0] += 1
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(runs.Run, "save_checkpoint", killed)
+        with pytest.raises(KeyboardInterrupt):
+            reproduce(small, budget="full", seeds=1, rows=["one"])
+    assert read(Path("results/experiments"), "small", "full") == []
+    monkeypatch.setattr(train, "fit", None)  # a new training would not be the same one
+    found = reproduce(small, budget="full", seeds=1, rows=["one"])
+    assert found[0].wrong_images == whole[0].wrong_images
+    assert saved == [1]
+    ours, theirs = (
+        runs.load(place_of(small.config(small.rows[0], "full", 0), Path(p))) for p in ("runs/experiments", "a")
+    )
+    assert all(torch.equal(one, other) for one, other in zip(ours.parameters(), theirs.parameters(), strict=True))
+
+
+def test_the_run_of_another_configuration_is_not_taken_for_it(small: Experiment) -> None:
+    reproduce(small, budget="cpu", seeds=1, rows=["one"])
+    one, two = (place_of(small.config(row, "cpu", 0)) for row in small.rows)
+    one.rename(two)
+    with pytest.raises(InputError, match=r"must hold the run that its name tells; its config\.yaml is of another"):
+        reproduce(small, budget="cpu", seeds=1, rows=["two"])
+
+
+def test_wrong_requests_are_refused_before_any_training(small: Experiment, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(train, "fit", None)
+    with pytest.raises(InputError, match="seeds must be at least 1; got 0"):
+        reproduce(small, budget="cpu", seeds=0)
+    with pytest.raises(InputError, match=r"rows of small must be among one, two; got 'on' \(did you mean one\?\)"):
+        reproduce(small, budget="cpu", seeds=1, rows=["two", "on"])
+    assert not Path("results").exists()
+
+
+def test_data_that_the_table_is_about_must_be_there(small: Experiment) -> None:
+    with pytest.raises(InputError, match="data set absent must be on this machine"):
+        reproduce(replace(small, metric="absent"), budget="cpu", seeds=1)
+
+
+# tables
+
+
+def lines_of(table: str) -> dict[str, list[str]]:
+    """Cells of each line by the first one."""
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in table.splitlines() if line[:1] == "|"]
+    return {cells[0]: cells[1:] for cells in rows}
+
+
+MAIN = "CapsNet, 3 routing iterations, with reconstruction"
+
+
+def test_a_table_has_means_deviations_and_what_was_not_run(tmp_path: Path) -> None:
+    records.write(tmp_path, [record(), record(seed=1, wrong=38), record("capsnet-3", wrong=50)])
+    lines = lines_of(render(experiment("table1"), tmp_path))
+    mean_sd = "0.395 ± 0.021 %"
+    assert lines[MAIN] == ["0.25 %", mean_sd, "2", "41, 38 of 10,000", "20", "8,215,568", "+0.145 ± 0.015"]
+    one = lines["CapsNet, 3 routing iterations, without reconstruction"]
+    assert one[:4] == ["0.35 %", "0.50 %", "1", "50 of 10,000"]
+    assert one[-1] == "+0.15 ± 0.07 (sampling)"
+    assert lines["Convolutional baseline"] == ["0.39 %", "not run", "", "", "", "", ""]
+    assert len(lines) == 2 + len(experiment("table1").rows)
+
+
+def test_the_full_budget_is_shown_before_the_smaller_one(tmp_path: Path) -> None:
+    table1 = experiment("table1")
+    print_ = fingerprint(table1.config(table1.rows[0], "full", 0))
+    records.write(tmp_path, [record()])
+    records.write(tmp_path, [record(budget="full", fingerprint=print_, wrong=25, epochs=70)])
+    records.write(tmp_path, [record(budget="quick", wrong=9000)])
+    assert lines_of(render(table1, tmp_path))[MAIN][1] == "0.25 %"
+    assert lines_of(render(table1, tmp_path, budgets=["cpu"]))[MAIN][1] == "0.41 %"
+    assert f"| MNIST | {MAIN} | 0.25 % | 0.25 % | 1 | 70 | `capsnet reproduce table1` |" in overview(tmp_path)
+
+
+def test_records_of_another_configuration_are_not_shown(tmp_path: Path) -> None:
+    records.write(tmp_path, [record(fingerprint="0" * 12)])
+    assert lines_of(render(experiment("table1"), tmp_path))[MAIN][1] == "not run"
+
+
+def test_rows_are_compared_over_seeds_or_else_over_images(tmp_path: Path) -> None:
+    ours, theirs = "capsnet-3-reconstruction", "capsnet-1-reconstruction"
+    pair = [record(ours, wrong=40), record(theirs, wrong_images={"mnist": [*range(35), 100, 101]}, wrong=37)]
+    records.write(tmp_path, pair)
+    table = render(experiment("table1"), tmp_path)
+    name = (
+        "CapsNet, 1 routing iteration, with reconstruction against CapsNet, 3 routing iterations, with reconstruction"
+    )
+    assert f"- {name}, seed 0: exact McNemar test: 2 images mistaken only by the first, 5 only by the second" in table
+    records.write(tmp_path, [*pair, record(ours, 1, 42), record(theirs, 1, 40)])
+    assert f"- {name}: paired t test over 2 seeds: -0.025 +- 0.005 points" in render(experiment("table1"), tmp_path)
+
+
+def test_measures_of_pairs_stand_in_columns_of_their_own(tmp_path: Path) -> None:
+    one = experiment("multimnist")
+    results = {
+        "multimnist": {"error_percent": 9.5, "wrong": 950, "total": 10_000, "missed": 1000, "missed_percent": 5.0}
+    }
+    print_ = fingerprint(one.config(one.rows[0], "cpu", 0))
+    wrong = {"multimnist": list(range(950))}
+    made = replace(record("capsnet-3"), experiment="multimnist", fingerprint=print_)
+    records.write(tmp_path, [replace(made, results=results, wrong_images=wrong)])
+    lines = lines_of(render(one, tmp_path))
+    assert lines["network"][4] == "missed digits"
+    assert lines["CapsNet, 3 routing iterations"][1:5] == ["9.50 %", "1", "950 of 10,000", "5.00 %"]
+    assert "all layers of half the width" in render(one, tmp_path)
+    first = overview(tmp_path).split("MultiMNIST, exact set | ")[1]
+    assert first.startswith("CapsNet, 3 routing iterations | 5.2 % | 9.50 % \\* | 1 | 20 |")
+
+
+def test_an_ensemble_has_a_line_of_its_own(tmp_path: Path) -> None:
+    one = experiment("cifar10")
+    print_ = fingerprint(one.config(one.rows[0], "cpu", 0))
+    results = {"cifar10": {"error_percent": 30.0, "wrong": 3000, "total": 10_000}}
+    single = replace(record(), experiment="cifar10", row="capsnet", fingerprint=print_, results=results)
+    assert lines_of(render(one, tmp_path))["The same, ensemble of 7"][1] == "not run"
+    records.write(tmp_path, [single, replace(single, row=ENSEMBLE, seed=None, members=[0, 1])])
+    assert lines_of(render(one, tmp_path))["The same, ensemble of 2"][:2] == ["10.6 %", "30.00 %"]
+    assert "| CIFAR-10 | The same, ensemble of 2 | 10.6 % | 30.00 % \\* | 1 |" in overview(tmp_path)
+
+
+def test_a_page_is_rewritten_between_its_marks_only(tmp_path: Path) -> None:
+    page = "above\n<!-- capsnet table table1 -->\nold\n<!-- end of table -->\nbelow\n"
+    fresh = rewritten(page, tmp_path, source="page")
+    assert fresh.startswith("above\n<!-- capsnet table table1 -->\n| network |")
+    assert fresh.endswith("<!-- end of table -->\nbelow\n")
+    assert "old" not in fresh
+    assert rewritten(fresh, tmp_path, source="page") == fresh
+    with pytest.raises(InputError, match=r"page: a table must be one of overview, table1, .*; got table9"):
+        rewritten(page.replace("table1", "table9"), tmp_path, source="page")
+
+
+# the pages of this repository
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_the_tables_of_the_pages_are_those_of_the_records(page: str) -> None:
+    text = (ROOT / page).read_text(encoding="utf-8")
+    assert "<!-- capsnet table " in text
+    assert rewritten(text, RECORDS, source=page) == text
+
+
+def test_every_experiment_has_its_table_in_the_docs() -> None:
+    text = (ROOT / "docs" / "experiments.md").read_text(encoding="utf-8")
+    for name in available():
+        assert f"<!-- capsnet table {name} -->" in text
+
+
+def test_every_record_is_of_a_row_as_it_is_now_and_counts_what_it_lists() -> None:
+    paths = sorted(RECORDS.glob("*.jsonl"))
+    kept = [path for path in paths if not path.stem.endswith("-quick")]
+    assert kept
+    for path in kept:
+        name, _, budget = path.stem.rpartition("-")
+        for one in read(RECORDS, name, budget):
+            assert (one.experiment, one.budget) == (name, budget)
+            key = experiment(name).ensemble[0] if one.row == ENSEMBLE else one.row  # type: ignore[index]
+            assert one.fingerprint == fingerprint(experiment(name).config(experiment(name).row(key), budget, 0))
+            for data, result in one.results.items():
+                assert len(one.wrong_images[data]) == result["wrong"]
+                assert result["error_percent"] == pytest.approx(100 * result["wrong"] / result["total"])
+
+
+# all of it
+
+
+@pytest.fixture
+def every_data_set(workplace: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The real MNIST, Fashion-MNIST and CIFAR-10, and random images in the official formats of the others."""
+    import test_data_smallnorb as norb
+    import test_data_svhn as numbers
+    from capsnet.data import smallnorb, svhn
+
+    place = tmp_path / "data"
+    place.mkdir()
+    for name in ("mnist", "fashion-mnist", "cifar10"):
+        if not (REAL / name).is_dir():
+            pytest.skip(f"no {name} in {REAL}; set CAPSNET_DATA")
+        (place / name).symlink_to(REAL / name)
+    for name in ("svhn", "smallnorb"):
+        (place / name).mkdir()
+    for split, name in svhn.FILES.items():
+        (place / "svhn" / name).write_bytes(numbers.official(1000, seed=len(split)))
+        monkeypatch.setitem(svhn.SHA256, name, None)
+    monkeypatch.setattr(smallnorb, "PAIRS", 1000)
+    monkeypatch.setattr(norb, "COUNT", 1000)
+    for files in smallnorb.FILES.values():
+        for name, content in zip(files, norb.official(0), strict=True):
+            (place / "smallnorb" / name).write_bytes(content)
+    return place
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize("name", available())
+def test_every_experiment_runs_from_its_name_to_its_table(
+    name: str, every_data_set: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    one, seeds = experiment(name), 2 if experiment(name).ensemble else 1
+    arguments = ["reproduce", name, "--budget", "quick", "--seeds", str(seeds), "--data-dir", str(every_data_set)]
+    assert main(arguments) == 0
+    out = capsys.readouterr().out
+    assert "not run" not in out
+    assert all(f"| {row.title} |" in out for row in one.rows)
+    found = read(Path("results/experiments"), name, "quick")
+    assert len(found) == seeds * len(one.rows) + (one.ensemble is not None)
+    figures = [path.name for path in Path("results/experiments").glob("*.png")]
+    assert figures == ([f"{name}-quick.png"] if name in ("multimnist", "affnist") else [])
+    assert main(arguments) == 0  # again, and nothing is trained
+    assert read(Path("results/experiments"), name, "quick") == found
+
+
+# the command line
+
+
+def test_table_writes_pages_and_checks_them(workplace: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    page = workplace / "page.md"
+    page.write_text("<!-- capsnet table svhn -->\n<!-- end of table -->\n", encoding="utf-8")
+    assert main(["table", "page.md", "--check"]) == 1
+    assert "page.md is not that of the records" in capsys.readouterr().err
+    assert "not run" not in page.read_text(encoding="utf-8")
+    assert main(["table", "page.md"]) == 0
+    assert capsys.readouterr().out == "written: page.md\n"
+    assert "| CapsNet, smaller | 4.3 % | not run |" in page.read_text(encoding="utf-8")
+    assert main(["table", "page.md", "--check"]) == 0
+    assert main(["table", "nowhere.md"]) == 2
+    assert "page nowhere.md must be a readable Markdown file" in capsys.readouterr().err
+
+
+def test_reproduce_prints_its_table(
+    small: Experiment, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(plans, "experiment", lambda name: small)
+    assert main(["reproduce", "small", "--budget", "cpu", "--seeds", "2", "--list"]) == 0
+    assert "| One | 50 % | not run |" in capsys.readouterr().out
+    assert main(["reproduce", "small", "--budget", "cpu", "--seeds", "2"]) == 0
+    out = capsys.readouterr().out
+    assert "Small\n\n| network | paper | here | n |" in out
+    assert "The same, ensemble of 2" in out
+    assert len(read(Path("results/experiments"), "small", "cpu")) == 5
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        (["nothing"], "experiment must be one of table1, recipes"),
+        (["table1", "--rows", "capsnet"], "rows of table1 must be among"),
+        (["table1", "--seeds", "0"], "--seeds must be at least 1; got 0"),
+        (["table1", "--budget", "huge"], "--budget must be one of quick, cpu, full; got 'huge'"),
+        (["svhn", "--budget", "quick"], "data set svhn must be on this machine or downloadable"),
+        ([], "NAME must be given; got none"),
+    ],
+)
+def test_wrong_input_is_one_line(
+    workplace: Path, capsys: pytest.CaptureFixture[str], arguments: list[str], told: str
+) -> None:
+    assert main(["reproduce", *arguments]) == 2
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert error.startswith("capsnet reproduce: error: ")
+    assert told in error
+    assert not (workplace / "results").exists()
