@@ -242,8 +242,8 @@ def _affnist() -> Experiment:
         metric="affnist-generated",
         measure="test error on generated transformations",
         cpu={"epochs": 10, "stop_at": 1.5},
-        cpu_says="convolutions of a quarter of the width and a baseline with as many parameters, both trained until 98.5 % "
-        "of the validation images are right",
+        cpu_says="convolutions of a quarter of the width and a baseline of as many parameters, both trained until "
+        "98.5 % of the validation images are right",
         also=("affnist-generated", "affnist"),
     )
 
