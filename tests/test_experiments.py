@@ -1,6 +1,7 @@
 """What the experiments train, the records they leave, and the tables made of these."""
 
 import json
+import math
 from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -17,12 +18,14 @@ from capsnet.ensemble import Ensemble, ensemble_scores
 from capsnet.errors import InputError
 from capsnet.experiments import BUDGETS, Experiment, Record, Row, available, experiment, fingerprint, read, records
 from capsnet.experiments import plan as plans
+from capsnet.experiments import reproduce as reproduction
 from capsnet.experiments.reproduce import ENSEMBLE, place_of, reproduce, split_of
 from capsnet.experiments.tables import overview, render, rewritten
 from tiny import REAL, SIZES
 
 ROOT = Path(__file__).parent.parent
 RECORDS = ROOT / "results" / "experiments"
+MAIN_KEY = "capsnet-3-reconstruction"
 PAGES = ("README.md", "docs/experiments.md")
 ALL = [
     pytest.param(experiment(name), row, id=f"{name}-{row.key}") for name in available() for row in experiment(name).rows
@@ -46,6 +49,8 @@ def test_the_numbers_are_those_of_the_paper() -> None:
     assert numbers["affnist"] == {"capsnet": 100 - 79, "baseline": 100 - 66}  # Section 5.2
     assert experiment("cifar10").ensemble == ("capsnet", 10.6)  # Section 7
     assert (numbers["svhn"], numbers["smallnorb"]) == ({"capsnet": 4.3}, {"capsnet": 2.7})
+    spreads = {row.key: row.spread for row in experiment("table1").rows if row.spread is not None}
+    assert spreads == {"capsnet-1": 0.032, "capsnet-1-reconstruction": 0.011, "capsnet-3": 0.036, MAIN_KEY: 0.005}
     assert not any(numbers["recipes"].values()) and not any(numbers["fashion-mnist"].values())  # noqa: PT018
 
 
@@ -144,7 +149,7 @@ def record(row: str = "capsnet-3-reconstruction", seed: int | None = 0, wrong: i
         wrong_images={"mnist": list(range(wrong))},
         seconds=1800.0,
         config={"data": "mnist"},
-        environment={"device": "a CPU", "torch": "2.13.0"},
+        environment={"device": "a CPU", "torch": "2.13.0", "precision": "32"},
     )
     return replace(made, **changes)
 
@@ -184,6 +189,7 @@ def small(workplace: Path, monkeypatch: pytest.MonkeyPatch) -> Experiment:
         return Dataset(name, ("a", "b", "c"), whole.take(torch.arange(60)), whole.take(torch.arange(60, 90)))
 
     monkeypatch.setattr(train, "load", made)
+    monkeypatch.setattr(reproduction, "is_here", lambda name, _: name != "absent")
     config = Config(data="some", epochs=2, batch_size=16, precision="32", validation=0, **SIZES)
     rows = (
         Row("one", "One", config, paper=50.0),
@@ -211,6 +217,11 @@ def test_what_is_missing_is_trained_and_what_is_there_is_not(
     assert len(told) == 4
 
 
+def test_one_seed_of_every_row_comes_before_the_second_of_any(small: Experiment) -> None:
+    found = reproduce(small, budget="cpu", seeds=2)
+    assert [(one.row, one.seed) for one in found[:4]] == [("one", 0), ("two", 0), ("one", 1), ("two", 1)]
+
+
 def test_a_record_says_what_the_weights_do(small: Experiment) -> None:
     one = reproduce(small, budget="cpu", seeds=1, rows=["one"])[0]
     config = small.config(small.row("one"), "cpu", 0)
@@ -226,6 +237,57 @@ def test_a_record_says_what_the_weights_do(small: Experiment) -> None:
     assert (one.parameters, one.seconds) == (network.parameter_count(), result["seconds"])
     assert one.config["data"] == "some"
     assert one.environment["torch"] == torch.__version__
+
+
+def test_a_data_set_that_came_later_is_measured_without_training(
+    small: Experiment, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first = reproduce(small, budget="cpu", seeds=1, rows=["one"])
+    monkeypatch.setattr(train, "fit", None)
+    later = reproduce(replace(small, also=("other", "third")), budget="cpu", seeds=1, rows=["one"])
+    assert len(later) == 1
+    assert set(later[0].results) == {"some", "other", "third"}
+    assert later[0].results["other"] == first[0].results["other"]
+
+
+def test_what_others_recorded_in_the_meantime_stays(small: Experiment, monkeypatch: pytest.MonkeyPatch) -> None:
+    fit = train.fit
+
+    def beside(config: Config) -> train.Result:
+        records.add(Path("results/experiments"), record(experiment="small", seed=9))
+        return fit(config)
+
+    monkeypatch.setattr(train, "fit", beside)
+    found = reproduce(small, budget="cpu", seeds=1)
+    assert [one.seed for one in found] == [0, 9, 0]
+    assert read(Path("results/experiments"), "small", "cpu") == found
+
+
+def test_a_row_that_diverges_does_not_hold_up_the_others(small: Experiment, monkeypatch: pytest.MonkeyPatch) -> None:
+    fit = train.fit
+
+    def diverging(config: Config) -> train.Result:
+        if config.routing_iterations == 3:
+            raise train.Diverged("loss became NaN")
+        return fit(config)
+
+    monkeypatch.setattr(train, "fit", diverging)
+    with pytest.raises(train.Diverged, match="of small these diverged: one, seed 0; one, seed 1"):
+        reproduce(small, budget="cpu", seeds=2)
+    assert [(one.row, one.seed) for one in read(Path("results/experiments"), "small", "cpu")] == [
+        ("two", 0),
+        ("two", 1),
+    ]
+
+
+def test_an_ensemble_whose_weights_are_gone_is_left_out(small: Experiment) -> None:
+    told: list[str] = []
+    reproduce(small, budget="cpu", seeds=1, rows=["one"])
+    gone = place_of(small.config(small.rows[0], "cpu", 0))
+    (gone / "model.safetensors").unlink()
+    found = reproduce(small, budget="cpu", seeds=2, rows=["one"], say=told.append)
+    assert [(one.row, one.seed) for one in found] == [("one", 0), ("one", 1)]
+    assert told[-1] == f"no ensemble of 2, for these weights are not here: {gone}"
 
 
 def test_an_ensemble_is_of_the_networks_of_all_seeds(small: Experiment) -> None:
@@ -299,13 +361,42 @@ MAIN = "CapsNet, 3 routing iterations, with reconstruction"
 def test_a_table_has_means_deviations_and_what_was_not_run(tmp_path: Path) -> None:
     records.write(tmp_path, [record(), record(seed=1, wrong=38), record("capsnet-3", wrong=50)])
     lines = lines_of(render(experiment("table1"), tmp_path))
-    mean_sd = "0.395 ± 0.021 %"
-    assert lines[MAIN] == ["0.25 %", mean_sd, "2", "41, 38 of 10,000", "20", "8,215,568", "+0.145 ± 0.015"]
+    theirs, ours = "0.25 ± 0.005 %", "0.395 ± 0.021 %"
+    main = [theirs, ours, "2", "41, 38 of 10,000", "20", "float32", "8,215,568", "+0.145 ± 0.015"]
+    assert lines[MAIN] == main
     one = lines["CapsNet, 3 routing iterations, without reconstruction"]
-    assert one[:4] == ["0.35 %", "0.50 %", "1", "50 of 10,000"]
-    assert one[-1] == "+0.15 ± 0.07 (sampling)"
-    assert lines["Convolutional baseline"] == ["0.39 %", "not run", "", "", "", "", ""]
+    assert one[:4] == ["0.35 ± 0.036 %", "0.50 %", "1", "50 of 10,000"]
+    assert one[-1] == "+0.15, one seed"
+    assert lines["Convolutional baseline"] == ["0.39 %", "not run", "", "", "", "", "", ""]
     assert len(lines) == 2 + len(experiment("table1").rows)
+
+
+def test_the_test_behind_a_difference_takes_the_spread_that_the_paper_states(tmp_path: Path) -> None:
+    records.write(tmp_path, [record(), record(seed=1, wrong=38)])
+    table = render(experiment("table1"), tmp_path)
+    se = math.sqrt(0.015**2 + 0.005**2 / 3)
+    assert f"- {MAIN} against the paper: Welch's t test over 2 and 3 runs: +0.145 +- {se:.3f} points, 95 %" in table
+    assert f"`capsnet reproduce table1 --budget cpu --seeds 2 --rows {MAIN_KEY}`, on a CPU, torch 2.13.0." in table
+
+
+def test_numbers_on_other_images_are_not_subtracted(tmp_path: Path) -> None:
+    one = experiment("affnist")
+    counts = {"error_percent": 30.0, "wrong": 3000, "total": 10_000}
+    made = replace(record(), experiment="affnist", row="capsnet", results={"affnist-generated": counts})
+    records.write(tmp_path, [replace(made, fingerprint=fingerprint(one.config(one.rows[0], "cpu", 0)))])
+    cells = lines_of(render(one, tmp_path))["CapsNet"]
+    assert cells[:2] == ["21 % (on affnist)", "30.00 %"]
+    assert cells[-1] == ""
+
+
+def test_budgets_side_by_side_are_told_apart(tmp_path: Path) -> None:
+    table1 = experiment("table1")
+    print_ = fingerprint(table1.config(table1.row("capsnet-3"), "full", 0))
+    records.write(tmp_path, [record()])
+    assert "budget" not in lines_of(render(table1, tmp_path))["network"]
+    records.write(tmp_path, [record("capsnet-3", budget="full", fingerprint=print_)])
+    lines = lines_of(render(table1, tmp_path))
+    assert [lines[name][4] for name in ("network", MAIN, MAIN.replace("with", "without"))] == ["budget", "cpu", "full"]
 
 
 def test_the_full_budget_is_shown_before_the_smaller_one(tmp_path: Path) -> None:
@@ -316,7 +407,7 @@ def test_the_full_budget_is_shown_before_the_smaller_one(tmp_path: Path) -> None
     records.write(tmp_path, [record(budget="quick", wrong=9000)])
     assert lines_of(render(table1, tmp_path))[MAIN][1] == "0.25 %"
     assert lines_of(render(table1, tmp_path, budgets=["cpu"]))[MAIN][1] == "0.41 %"
-    assert f"| MNIST | {MAIN} | 0.25 % | 0.25 % | 1 | 70 | `capsnet reproduce table1` |" in overview(tmp_path)
+    assert f"| MNIST | {MAIN} | 0.25 ± 0.005 % | 0.25 % | 1 | 70 |" in overview(tmp_path)
 
 
 def test_records_of_another_configuration_are_not_shown(tmp_path: Path) -> None:
@@ -349,7 +440,7 @@ def test_measures_of_pairs_stand_in_columns_of_their_own(tmp_path: Path) -> None
     lines = lines_of(render(one, tmp_path))
     assert lines["network"][4] == "missed digits"
     assert lines["CapsNet, 3 routing iterations"][1:5] == ["9.50 %", "1", "950 of 10,000", "5.00 %"]
-    assert "all layers of half the width" in render(one, tmp_path)
+    assert "half the width" in render(one, tmp_path)
     first = overview(tmp_path).split("MultiMNIST, exact set | ")[1]
     assert first.startswith("CapsNet, 3 routing iterations | 5.2 % | 9.50 % \\* | 1 | 20 |")
 
@@ -362,7 +453,7 @@ def test_an_ensemble_has_a_line_of_its_own(tmp_path: Path) -> None:
     assert lines_of(render(one, tmp_path))["The same, ensemble of 7"][1] == "not run"
     records.write(tmp_path, [single, replace(single, row=ENSEMBLE, seed=None, members=[0, 1])])
     assert lines_of(render(one, tmp_path))["The same, ensemble of 2"][:2] == ["10.6 %", "30.00 %"]
-    assert "| CIFAR-10 | The same, ensemble of 2 | 10.6 % | 30.00 % \\* | 1 |" in overview(tmp_path)
+    assert "| CIFAR-10 | The same, ensemble of 2 | 10.6 % | 30.00 % \\* |  | 20 |" in overview(tmp_path)
 
 
 def test_a_page_is_rewritten_between_its_marks_only(tmp_path: Path) -> None:
@@ -374,6 +465,16 @@ def test_a_page_is_rewritten_between_its_marks_only(tmp_path: Path) -> None:
     assert rewritten(fresh, tmp_path, source="page") == fresh
     with pytest.raises(InputError, match=r"page: a table must be one of overview, table1, .*; got table9"):
         rewritten(page.replace("table1", "table9"), tmp_path, source="page")
+
+
+@pytest.mark.parametrize(
+    ("lost", "got"),
+    [("<!-- end of table -->", "2 begun and 1 ended"), ("<!-- capsnet table table1 -->", "1 begun and 2 ended")],
+)
+def test_a_lost_mark_loses_nothing_else(tmp_path: Path, lost: str, got: str) -> None:
+    page = "".join(f"<!-- capsnet table {n} -->\n<!-- end of table -->\nprose\n" for n in ("table1", "svhn"))
+    with pytest.raises(InputError, match=f"page: each table must stand between its two marks; got {got}"):
+        rewritten(page.replace(lost, "", 1), tmp_path, source="page")
 
 
 # the pages of this repository
@@ -504,4 +605,4 @@ def test_wrong_input_is_one_line(
     error = capsys.readouterr().err.splitlines()[-1]
     assert error.startswith("capsnet reproduce: error: ")
     assert told in error
-    assert not (workplace / "results").exists()
+    assert not [path for path in workplace.rglob("*") if path.is_file()]

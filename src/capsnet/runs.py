@@ -118,7 +118,7 @@ class Run:
             )
         if self.exists():
             self.config()  # a config.yaml of something else is not ours to replace
-        elif self.directory.exists() and any(self.directory.iterdir()):
+        elif self.directory.exists() and set(self.directory.iterdir()) - set(self.directory.glob(".*.partial")):
             raise InputError(f"out directory {self.directory} must be empty or new; it holds other files")
 
     def _remove(self, *patterns: str) -> None:

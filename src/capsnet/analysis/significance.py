@@ -103,7 +103,7 @@ class TTest:
         if self.p is None or self.interval is None:
             return f"{told}; no p, for nothing varies"
         low, high = self.interval
-        return f"{told}, 95 % interval {low:+.3f} to {high:+.3f}, p = {self.p:.2g}"
+        return f"{told}, 95 % interval {low:+.3f} to {high:+.3f}, p {_p(self.p)}"
 
 
 @dataclass(frozen=True)
@@ -128,7 +128,7 @@ class McNemar:
         """One line: `exact McNemar test: 12 images mistaken only by the first, 8 only by the second, p = 0.5`."""
         images = "image" if self.b == 1 else "images"
         return (
-            f"exact McNemar test: {self.b:,} {images} mistaken only {first}, {self.c:,} only {second}, p = {self.p:.2g}"
+            f"exact McNemar test: {self.b:,} {images} mistaken only {first}, {self.c:,} only {second}, p {_p(self.p)}"
         )
 
 
@@ -262,6 +262,11 @@ def wilson_interval(wrong: int, total: int, z: float = 1.959964) -> tuple[float,
     centre = (p + z * z / (2 * total)) / (1 + z * z / total)
     half = z / (1 + z * z / total) * math.sqrt(p * (1 - p) / total + z * z / (4 * total * total))
     return max(0.0, centre - half), min(1.0, centre + half)
+
+
+def _p(p: float) -> str:
+    """A p value in words: `= 0.012`; below what a float holds, `< 1e-300`."""
+    return "< 1e-300" if p < 1e-300 else f"= {p:.2g}"
 
 
 def two_sided_p(t: float, df: float) -> float:

@@ -31,8 +31,8 @@ class _Reproduce:
     seeds: int | None = None
     """Trainings of each row, with seeds 0, 1, ...; default: as many as the paper's, or 3; 1 with --budget quick."""
     budget: Literal["quick", "cpu", "full"] = "full"
-    """full: the published sizes, for a GPU. cpu: fewer epochs, and smaller layers where the table says so. quick: tiny,
-    in a minute or two, to see that it works; its numbers mean nothing."""
+    """full: the published sizes, for a GPU. cpu: fewer epochs, and smaller layers where the table says so.
+    quick: tiny, in a minute or two, to see that it works; its numbers mean nothing."""
     rows: tuple[str, ...] = ()
     """These rows only."""
     list: bool = False
@@ -55,32 +55,35 @@ def run(arguments: list[str]) -> int:
     from capsnet import train
     from capsnet.experiments import figures, plan
     from capsnet.experiments.reproduce import reproduce
-    from capsnet.experiments.tables import render
+    from capsnet.experiments.tables import SHOWN, render
 
     experiment = plan.experiment(command.name)
-    folder = Path(command.results)
-    seeds = command.seeds if command.seeds is not None else 1 if command.budget == "quick" else experiment.seeds
+    folder, budget = Path(command.results), command.budget
+    if command.list:
+        budgets = [budget] if any(word.startswith("--budget") for word in arguments) else SHOWN
+        print(f"{experiment.title}\n\n{render(experiment, folder, budgets=budgets)}", end="")
+        return 0
+    seeds = command.seeds if command.seeds is not None else 1 if budget == "quick" else experiment.seeds
     try:
-        if not command.list:
-            reproduce(
-                experiment,
-                budget=command.budget,
-                seeds=seeds,
-                rows=command.rows,
-                folder=folder,
-                runs_folder=Path(command.runs),
-                say=say,
-                device=command.device,
-                threads=command.threads,
-                data_dir=command.data_dir,
-            )
-            for path in figures.draw(experiment, command.budget, folder, Path(command.runs), data_dir=command.data_dir):
-                say(f"figure: {path}")
+        reproduce(
+            experiment,
+            budget=budget,
+            seeds=seeds,
+            rows=command.rows,
+            folder=folder,
+            runs_folder=Path(command.runs),
+            say=say,
+            device=command.device,
+            threads=command.threads,
+            data_dir=command.data_dir,
+        )
+        for path in figures.draw(experiment, budget, folder, Path(command.runs), data_dir=command.data_dir):
+            say(f"figure: {path}")
     except train.Interrupted as stop:
         say(f"capsnet reproduce: {str(stop).partition(';')[0]}; the same command goes on")
         return 128 + stop.signal_number
     except train.Diverged as error:
         say(f"capsnet reproduce: error: {error}")
         return 1
-    print(f"{experiment.title}\n\n{render(experiment, folder, budgets=[command.budget])}", end="")
+    print(f"{experiment.title}\n\n{render(experiment, folder, budgets=[budget])}", end="")
     return 0

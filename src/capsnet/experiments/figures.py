@@ -59,8 +59,8 @@ def draw(
         yield plots.save(plots.errors_by_factor(masks, split.factors), path, command=command)
 
 
-def _of(found: list[Record], print_: str) -> Record | None:
-    return next((one for one in found if one.fingerprint == print_), None)
+def _of(found: list[Record], wanted: str) -> Record | None:
+    return next((one for one in found if one.fingerprint == wanted), None)
 
 
 def _mask(record: Record, data: str, split: Split) -> Tensor:

@@ -10,7 +10,7 @@ from capsnet import runs
 from capsnet.config import Config
 from capsnet.errors import InputError
 
-__all__ = ["Record", "effective", "fingerprint", "path_of", "read", "write"]
+__all__ = ["Record", "add", "effective", "fingerprint", "path_of", "read", "write"]
 
 WITHOUT_EFFECT = (
     "data_dir", "out", "overwrite", "log_every", "checkpoint_steps", "tensorboard", "report", "device", "devices",
@@ -36,7 +36,7 @@ class Record:
             missed.
         wrong_images: by data set: which test images were wrong, rising.
         seconds: of training.
-        config: every option that has an effect.
+        config: the options with an effect that differ from the defaults.
         environment: versions, commit and hardware.
     """
 
@@ -55,7 +55,13 @@ class Record:
     members: list[int] = field(default_factory=list)
 
     def error(self, data: str) -> float:
-        """Error in percent on the test images of a data set."""
+        """Error in percent on the test images of a data set.
+
+        Raises:
+            InputError: it was not measured there.
+        """
+        if data not in self.results:
+            raise InputError(f"record of {self.experiment} {self.row}, seed {self.seed}, must have results on {data}")
         return self.results[data]["error_percent"]
 
 
@@ -102,6 +108,25 @@ def read(folder: Path, experiment: str, budget: str) -> list[Record]:
         except (ValueError, TypeError) as error:
             raise InputError(f"{path}, line {number}, must be a record of capsnet reproduce; got: {error}") from None
     return records
+
+
+def add(folder: Path, record: Record) -> list[Record]:
+    """Add a record to its file, in place of one of the same network; what others wrote there in the meantime stays.
+
+    Returns:
+        All records of the file.
+
+    Raises:
+        InputError: it cannot be written, or a line is no record.
+    """
+
+    def network(one: Record) -> tuple[object, ...]:
+        return one.row, one.fingerprint, one.seed, tuple(one.members)
+
+    there = read(folder, record.experiment, record.budget)
+    kept = [*(one for one in there if network(one) != network(record)), record]
+    write(folder, kept)
+    return kept
 
 
 def write(folder: Path, records: list[Record]) -> None:

@@ -11,7 +11,7 @@ from capsnet import functional as F
 from capsnet import machine, runs, train
 from capsnet.analysis.outcomes import outcomes
 from capsnet.config import Config
-from capsnet.data import Split
+from capsnet.data import Split, describe
 from capsnet.ensemble import Ensemble, ensemble_scores
 from capsnet.errors import InputError
 from capsnet.experiments import records
@@ -57,28 +57,43 @@ def reproduce(
         All records of the experiment at this budget.
 
     Raises:
-        InputError: an unknown row, or data that is not here.
-        Interrupted, Diverged: see `train.fit`.
+        InputError: an unknown row, data that is not here, or a folder that cannot be written to.
+        Interrupted: see `train.fit`.
+        Diverged: some row did; the others were trained.
     """
     if seeds < 1:
         raise InputError(f"seeds must be at least 1; got {seeds}")
     chosen = [experiment.row(key) for key in rows] or list(experiment.rows)
-    found = records.read(folder, experiment.name, budget)
+    found, diverged = records.read(folder, experiment.name, budget), list[str]()
+    also = [name for name in experiment.also if is_here(name, machine_options.get("data_dir"))]
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"results must be a folder to write to; got {folder}: {error.strerror}") from None
     for seed in range(seeds):
         for row in chosen:
             config = replace(experiment.config(row, budget, seed), **machine_options)
-            if _known(found, row.key, config):
+            if _known(found, row.key, config, also):
                 continue
             say(f"{experiment.name} {row.key}, seed {seed} ({budget}): {place_of(config, runs_folder)}")
-            directory = _trained(config, runs_folder)
-            found = [*found, _measured(experiment, row, budget, config, directory)]
-            records.write(folder, found)
-    if experiment.ensemble and seeds > 1 and experiment.ensemble[0] in [row.key for row in chosen]:
-        together = _together(experiment, budget, seeds, found, runs_folder, **machine_options)
-        if together is not None:
-            found = [*found, together]
-            records.write(folder, found)
+            try:
+                directory = _trained(config, runs_folder)
+            except train.Diverged as error:
+                say(f"{row.key}, seed {seed}: {error}")
+                diverged.append(f"{row.key}, seed {seed}")
+                continue
+            found = records.add(folder, _measured(experiment, row, budget, config, directory, also))
+    if experiment.ensemble and seeds > 1 and experiment.ensemble[0] in [row.key for row in chosen] and not diverged:
+        together = _together(experiment, budget, seeds, found, runs_folder, say, **machine_options)
+        found = found if together is None else records.add(folder, together)
+    if diverged:
+        raise train.Diverged(f"of {experiment.name} these diverged: {'; '.join(diverged)}")
     return found
+
+
+def is_here(data: str, data_dir: str | None = None) -> bool:
+    """Whether the files of a data set are on this machine."""
+    return not describe(data, data_dir=data_dir).missing
 
 
 def place_of(config: Config, runs_folder: Path = RUNS) -> Path:
@@ -86,9 +101,10 @@ def place_of(config: Config, runs_folder: Path = RUNS) -> Path:
     return runs_folder / f"{config.data}-{config.model}-{fingerprint(config)}-seed{config.seed}"
 
 
-def _known(found: Sequence[Record], key: str, config: Config) -> bool:
-    print_ = fingerprint(config)
-    return any((one.row, one.fingerprint, one.seed) == (key, print_, config.seed) for one in found)
+def _known(found: Sequence[Record], key: str, config: Config, data: Sequence[str]) -> bool:
+    """Whether there is a record of this network, with results on all of `data`."""
+    wanted = key, fingerprint(config), config.seed
+    return any((one.row, one.fingerprint, one.seed) == wanted and set(data) <= set(one.results) for one in found)
 
 
 def _trained(config: Config, runs_folder: Path) -> Path:
@@ -103,27 +119,23 @@ def _trained(config: Config, runs_folder: Path) -> Path:
         raise InputError(
             f"run directory {directory} must hold the run that its name tells; its config.yaml is of another"
         )
-    if not run.result_path.exists():
+    if not (run.result_path.exists() and (directory / "model.safetensors").exists()):
         train.resume(directory, threads=config.threads, data_dir=config.data_dir)
     return directory
 
 
-def _measured(experiment: Experiment, row: Row, budget: str, config: Config, directory: Path) -> Record:
-    """The record of a finished training, measured on all test images of each data set."""
+def _measured(
+    experiment: Experiment, row: Row, budget: str, config: Config, directory: Path, also: Sequence[str]
+) -> Record:
+    """The record of a finished training, measured on all test images of its own data set, the metric's and `also`."""
     network, result = runs.load(directory), runs.Run(directory).result()
     device = machine.resolve_device(config)
     precision = machine.resolve_precision(config, device, network)
     network.to(device)
     results, wrong_images = dict[str, dict[str, float]](), dict[str, list[int]]()
-    for name in (config.data, *experiment.also):
-        try:
-            split = split_of(config, name)
-        except InputError:
-            if name in (config.data, experiment.metric):
-                raise
-            continue  # one more, which this machine does not have
+    for name in dict.fromkeys((config.data, experiment.metric, *also)):
         with torch.autocast(device.type, dtype=torch.bfloat16, enabled=precision == "bf16"):
-            wrong_images[name], results[name] = _judged(network, split)
+            wrong_images[name], results[name] = _judged(network, split_of(config, name))
     return Record(
         experiment=experiment.name,
         row=row.key,
@@ -141,20 +153,33 @@ def _measured(experiment: Experiment, row: Row, budget: str, config: Config, dir
 
 
 def _together(
-    experiment: Experiment, budget: str, seeds: int, found: Sequence[Record], runs_folder: Path, **machine_options: Any
+    experiment: Experiment,
+    budget: str,
+    seeds: int,
+    found: Sequence[Record],
+    runs_folder: Path,
+    say: Callable[[str], object],
+    **machine_options: Any,
 ) -> Record | None:
-    """The record of all seeds of a row as one ensemble; None where it is there already."""
+    """The record of all seeds of a row as one ensemble; None where it is there already, or weights are not here."""
     assert experiment.ensemble is not None
     row = experiment.row(experiment.ensemble[0])
     configs = [replace(experiment.config(row, budget, seed), **machine_options) for seed in range(seeds)]
-    members, print_ = list(range(seeds)), fingerprint(configs[0])
-    if any((one.row, one.fingerprint, one.members) == (ENSEMBLE, print_, members) for one in found):
+    members, wanted = list(range(seeds)), fingerprint(configs[0])
+    if any((one.row, one.fingerprint, one.members) == (ENSEMBLE, wanted, members) for one in found):
+        return None
+    places = [place_of(config, runs_folder) for config in configs]
+    gone = [str(place) for place in places if not (place / "model.safetensors").exists()]
+    if gone:
+        say(f"no ensemble of {seeds}, for these weights are not here: {', '.join(gone)}")
         return None
     device = machine.resolve_device(configs[0])
-    networks = [runs.load(place_of(config, runs_folder)).to(device) for config in configs]
+    networks = [runs.load(place).to(device) for place in places]
+    precision = machine.resolve_precision(configs[0], device, networks[0])
     split = split_of(configs[0], experiment.metric)
-    judged = Ensemble.of(ensemble_scores(networks, split), split.labels)
-    singles = [one for one in found if one.fingerprint == print_ and one.row == row.key and one.seed in members]
+    with torch.autocast(device.type, dtype=torch.bfloat16, enabled=precision == "bf16"):
+        judged = Ensemble.of(ensemble_scores(networks, split), split.labels)
+    singles = [one for one in found if one.fingerprint == wanted and one.row == row.key and one.seed in members]
     return replace(
         singles[0],
         row=ENSEMBLE,

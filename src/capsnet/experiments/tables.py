@@ -2,22 +2,23 @@
 
 import re
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 
-from capsnet.analysis.significance import mcnemar, one_sample, paired_t, sampling_error, summarise
+from capsnet.analysis.significance import TTest, mcnemar, one_sample, paired_t, summarise, welch_t
 from capsnet.errors import InputError
 from capsnet.experiments import records
 from capsnet.experiments.plan import Experiment, Row, available, experiment
 from capsnet.experiments.records import Record, fingerprint
 from capsnet.experiments.reproduce import ENSEMBLE
 
-__all__ = ["OVERVIEW", "comparisons", "overview", "render", "rewritten"]
+__all__ = ["OVERVIEW", "SHOWN", "comparisons", "overview", "render", "rewritten"]
 
 OVERVIEW = "overview"
 """Name of the table with the first row of every experiment."""
 SHOWN = ("full", "cpu")
 """Budgets whose numbers mean something; of each row those of the first are shown that there are any of."""
-MARK = re.compile(r"(<!-- capsnet table (\S+) -->\n).*?(<!-- end of table -->)", re.DOTALL)
+MARK = re.compile(r"(<!-- capsnet table (\S+) -->\n)((?:(?!<!-- capsnet table ).)*?)(<!-- end of table -->)", re.DOTALL)
 
 
 def render(one: Experiment, folder: Path, *, budgets: Sequence[str] = SHOWN) -> str:
@@ -35,17 +36,19 @@ def render(one: Experiment, folder: Path, *, budgets: Sequence[str] = SHOWN) -> 
     shown = [record for ours in rows.values() for record in ours]
     others = [name for name in dict.fromkeys((one.rows[0].config.data, *one.also)) if name != one.metric]
     others = [name for name in others if any(name in record.results for record in shown)]
-    pairs = any("missed_percent" in record.results[one.metric] for record in shown)
+    pairs = any("missed_percent" in record.results.get(one.metric, {}) for record in shown)
+    mixed = len({record.budget for record in shown}) > 1
     heads = ["network", "paper", "here", "n", "wrong images", *(["missed digits"] if pairs else [])]
-    heads += [*(f"on {name}" for name in others), "epochs", "parameters", "difference to the paper"]
+    heads += [*(f"on {name}" for name in others), *(["budget"] if mixed else [])]
+    heads += ["epochs", "precision", "parameters", "difference to the paper"]
     lines = [_line(heads), _line(["---"] * len(heads))]
     for row in one.rows:
-        lines.append(_line([row.title, *_cells(one, rows[row.key], row.paper, others, pairs=pairs)]))
+        lines.append(_line([row.title, *_cells(one, row, rows[row.key], others, pairs=pairs, mixed=mixed)]))
     if one.ensemble:
         ours = _together(one, folder, budgets)
-        title = _of_ensemble(one, ours)
-        lines.append(_line([title, *_cells(one, ours, one.ensemble[1], others, pairs=pairs)]))
-    told = [f"- {line}" for line in comparisons(one, rows)]
+        row = replace(one.row(one.ensemble[0]), title=_of_ensemble(one, ours), paper=one.ensemble[1])
+        lines.append(_line([row.title, *_cells(one, row, ours, others, pairs=pairs, mixed=mixed)]))
+    told = [f"- {line}" for line in (*_beside_paper(one, rows), *comparisons(one, rows))]
     return "\n".join([*lines, "", *_said(one, shown), *([""] if told else []), *told]) + "\n"
 
 
@@ -58,21 +61,28 @@ def overview(folder: Path) -> str:
     Raises:
         InputError: a damaged record.
     """
-    heads = ["test images", "network", "paper", "here", "n", "epochs", "one command"]
+    heads = ["test images", "network", "paper", "here", "n", "epochs"]
     lines = [_line(heads), _line(["---"] * len(heads))]
     for one in filter(lambda one: one.short, map(experiment, available())):
         chosen = [row for row in one.rows if row is one.rows[0] or row.key == "baseline"]
-        shown = [(row.title, row.paper, _found(one, row, folder, SHOWN)) for row in chosen]
+        shown = [(row.title, row.paper, row.spread, _found(one, row, folder, SHOWN)) for row in chosen]
         if one.ensemble:
             ours = _together(one, folder, SHOWN)
-            shown.append((_of_ensemble(one, ours), one.ensemble[1], ours))
-        for title, paper, ours in shown:
+            shown.append((_of_ensemble(one, ours), one.ensemble[1], None, ours))
+        for title, paper, spread, ours in shown:
             here, n, _ = _measured(ours, one.metric)
             narrower = " \\*" if ours and ours[0].budget == "cpu" and one.cpu_says else ""
-            command = f"`capsnet reproduce {one.name}`" if title == one.rows[0].title else ""
             epochs = _range([record.epochs for record in ours])
-            lines.append(_line([one.short, title, _percent(paper), here + narrower, n, epochs, command]))
+            lines.append(_line([one.short, title, _paper(one, paper, spread), here + narrower, n, epochs]))
     return "\n".join(lines) + "\n"
+
+
+def _beside_paper(one: Experiment, rows: dict[str, list[Record]]) -> Iterator[str]:
+    """The test behind each difference to the paper that has a standard error."""
+    for row in one.rows:
+        ours = rows[row.key]
+        if len(ours) > 1 and _gap(one, row, ours):
+            yield f"{row.title} against the paper: {_against_paper(one, row, ours).summary()}"
 
 
 def comparisons(one: Experiment, rows: dict[str, list[Record]]) -> Iterator[str]:
@@ -103,15 +113,20 @@ def rewritten(text: str, folder: Path, *, source: str) -> str:
         source: its name, for errors.
 
     Raises:
-        InputError: a mark names no table.
+        InputError: a mark names no table, or lacks its other one.
     """
+    begun, ended, whole = (
+        len(re.findall(mark, text)) for mark in ("<!-- capsnet table ", "<!-- end of table -->", MARK)
+    )
+    if not begun == ended == whole:
+        raise InputError(f"{source}: each table must stand between its two marks; got {begun} begun and {ended} ended")
 
     def fresh(match: re.Match[str]) -> str:
         name = match[2]
         if name not in (OVERVIEW, *available()):
             raise InputError(f"{source}: a table must be one of {', '.join((OVERVIEW, *available()))}; got {name}")
         table = overview(folder) if name == OVERVIEW else render(experiment(name), folder)
-        return f"{match[1]}{table}{match[3]}"
+        return f"{match[1]}{table}{match[4]}"
 
     return MARK.sub(fresh, text)
 
@@ -146,12 +161,20 @@ def _of_ensemble(one: Experiment, ours: list[Record]) -> str:
     return f"The same, ensemble of {len(ours[0].members) if ours else one.seeds}"
 
 
-def _cells(one: Experiment, ours: list[Record], paper: float | None, others: list[str], *, pairs: bool) -> list[str]:
+def _cells(one: Experiment, row: Row, ours: list[Record], others: list[str], *, pairs: bool, mixed: bool) -> list[str]:
     """What stands in a line after its name."""
-    cells = [_percent(paper), *_measured(ours, one.metric)]
+    cells = [_paper(one, row.paper, row.spread), *_measured(ours, one.metric)]
     cells += [_spread([r.results[one.metric]["missed_percent"] for r in ours])] if pairs else []
     cells += [_spread([r.results[name]["error_percent"] for r in ours if name in r.results]) for name in others]
-    return [*cells, _range([r.epochs for r in ours]), _range([r.parameters for r in ours]), _gap(one, ours, paper)]
+    cells += [", ".join(sorted({r.budget for r in ours}))] if mixed else []
+    precision = ", ".join(sorted({{"32": "float32"}.get(p, p) for p in (r.environment["precision"] for r in ours)}))
+    return [
+        *cells,
+        _range([r.epochs for r in ours]),
+        precision,
+        _range([r.parameters for r in ours]),
+        _gap(one, row, ours),
+    ]
 
 
 def _measured(ours: list[Record], metric: str) -> list[str]:
@@ -160,7 +183,8 @@ def _measured(ours: list[Record], metric: str) -> list[str]:
         return ["not run", "", ""]
     errors = [record.error(metric) for record in ours]
     wrong = ", ".join(f"{record.results[metric]['wrong']:,}" for record in ours)
-    return [_spread(errors), str(len(ours)), f"{wrong} of {ours[0].results[metric]['total']:,}"]
+    n = "" if ours[0].row == ENSEMBLE else str(len(ours))
+    return [_spread(errors), n, f"{wrong} of {ours[0].results[metric]['total']:,}"]
 
 
 def _spread(errors: list[float]) -> str:
@@ -170,15 +194,24 @@ def _spread(errors: list[float]) -> str:
     return f"{found.mean:.2f} %" if found.sd is None else f"{found.mean:.3f} ± {found.sd:.3f} %"
 
 
-def _gap(one: Experiment, ours: list[Record], paper: float | None) -> str:
-    """Difference to the paper's number with its standard error: over seeds, or of one seed that of sampling images."""
-    if not ours or paper is None:
+def _gap(one: Experiment, row: Row, ours: list[Record]) -> str:
+    """Difference to the paper's number, if that is of the same images, and with several seeds its standard error."""
+    if not ours or row.paper is None or one.paper_data not in ("", one.metric):
         return ""
-    found = one_sample([record.error(one.metric) for record in ours], paper)
-    if found.standard_error is not None:
-        return f"{found.difference:+.3f} ± {found.standard_error:.3f}"
-    counts = ours[0].results[one.metric]
-    return f"{found.difference:+.2f} ± {sampling_error(int(counts['wrong']), int(counts['total'])):.2f} (sampling)"
+    found = _against_paper(one, row, ours)
+    if found.standard_error is None:
+        return f"{found.difference:+.2f}, one seed"
+    return f"{found.difference:+.3f} ± {found.standard_error:.3f}"
+
+
+def _against_paper(one: Experiment, row: Row, ours: list[Record]) -> TTest:
+    """Welch's t test where the paper states the spread of its three trainings, else that of one sample."""
+    assert row.paper is not None
+    errors = [record.error(one.metric) for record in ours]
+    if row.spread is None or len(errors) < 2:
+        return one_sample(errors, row.paper)
+    theirs = [row.paper - row.spread, row.paper, row.paper + row.spread]  # three numbers of that mean and deviation
+    return welch_t(errors, theirs)
 
 
 def _said(one: Experiment, shown: list[Record]) -> Iterator[str]:
@@ -191,14 +224,24 @@ def _said(one: Experiment, shown: list[Record]) -> Iterator[str]:
         ours = [record for record in shown if record.budget == budget]
         if not ours:
             continue
-        seeds = max(record.seed or 0 for record in ours) + 1
         machines = sorted({f"{record.environment['device']}, torch {record.environment['torch']}" for record in ours})
-        hours = sum(record.seconds for record in ours) / 3600
         small = f" ({one.cpu_says})" if one.cpu_says and budget == "cpu" else ""
-        yield (
-            f"`capsnet reproduce {one.name} --budget {budget} --seeds {seeds}`{small}; {hours:.1f} hours of training "
-            f"on {'; '.join(machines)}."
-        )
+        nothing = " Quick: these numbers mean nothing." if budget == "quick" else ""
+        yield f"`{_command(one, ours)}`{small}, on {'; '.join(machines)}.{nothing}"
+
+
+def _command(one: Experiment, ours: list[Record]) -> str:
+    """What makes these records, which are of one budget."""
+    there = {record.row for record in ours}
+    keys = [row.key for row in one.rows]
+    rows = [] if there == set(keys) else ["--rows", *(key for key in keys if key in there)]
+    seeds = str(max(record.seed or 0 for record in ours) + 1)
+    return " ".join(["capsnet", "reproduce", one.name, "--budget", ours[0].budget, "--seeds", seeds, *rows])
+
+
+def _paper(one: Experiment, value: float | None, spread: float | None = None) -> str:
+    told = _percent(value) if spread is None else f"{value:g} ± {spread:g} %"
+    return f"{told} (on {one.paper_data})" if told and one.paper_data not in ("", one.metric) else told
 
 
 def _percent(value: float | None) -> str:
