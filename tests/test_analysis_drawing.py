@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from capsnet.analysis.drawing import perturb, reconstruct
+from capsnet.analysis.drawing import perturb, reconstruct, separate
 from capsnet.errors import InputError
 from capsnet.models import CapsNet, create
 from tiny import SIZES
@@ -82,3 +82,19 @@ def test_it_needs_a_decoder(images: torch.Tensor) -> None:
         perturb(bare, images)
     with pytest.raises(InputError, match=r"model must have capsules; got baseline"):
         reconstruct(create("baseline", image_shape=(3, 12, 15), num_classes=5), images, torch.zeros(7).long())
+    with pytest.raises(InputError, match=r"model must have a decoder to draw"):
+        separate(bare, images, torch.zeros(7, 2).long())
+
+
+def test_separate_draws_each_asked_capsule_alone_with_its_length(network: CapsNet, images: torch.Tensor) -> None:
+    classes = torch.tensor([[0, 4, 2], [3, 1, 0], [1, 2, 3], [4, 4, 0], [2, 0, 1], [0, 1, 4], [3, 2, 1]])
+    found = separate(network, images, classes)
+    assert torch.equal(found.images, images)
+    assert torch.equal(found.classes, classes)
+    assert found.drawn.shape == (7, 3, 3, 12, 15)
+    with torch.no_grad():
+        scores = network(images).scores
+        for k in range(3):
+            torch.testing.assert_close(found.drawn[:, k], network(images, classes[:, k]).reconstruction)
+    for n in range(7):
+        assert found.lengths[n].tolist() == scores[n, classes[n]].tolist()

@@ -2,9 +2,10 @@ import pytest
 import torch
 
 from capsnet.analysis.outcomes import Outcomes, calibration, outcomes
-from capsnet.data.dataset import Split
+from capsnet.data.dataset import Split, to_float
+from capsnet.errors import InputError
 from capsnet.models import create
-from tiny import SIZES
+from tiny import SIZES, pairs
 
 
 def split(count: int = 11) -> Split:
@@ -56,3 +57,40 @@ def test_calibration_by_hand() -> None:
 
 def test_perfect_calibration_has_no_error() -> None:
     assert calibration(torch.ones(4), torch.ones(4).bool()).error == 0
+
+
+@pytest.mark.parametrize("model", ["capsnet", "baseline"])
+def test_of_several_objects_sets_are_compared(model: str) -> None:
+    torch.manual_seed(0)
+    sizes = SIZES if model == "capsnet" else {"width": 0.05}
+    network = create(model, image_shape=(1, 12, 13), num_classes=4, objects=2, **sizes).eval()
+    test = pairs(test=23).test
+    found = outcomes(network, test, batch_size=5)
+    with torch.no_grad():
+        scores = network(to_float(test.images)).scores
+    torch.testing.assert_close(found.scores, scores if model == "capsnet" else scores.sigmoid(), atol=1e-6, rtol=1e-4)
+    assert found.errors is None
+    assert found.labels.shape == found.predictions.shape == (23, 2)
+    wrong = 0
+    for k in range(23):
+        assert found.labels[k].tolist() == sorted(test.labels[k].tolist())
+        largest = sorted(range(4), key=lambda c: float(scores[k, c]), reverse=True)[:2]
+        assert found.predictions[k].tolist() == sorted(largest)
+        assert bool(found.wrong[k]) == (set(largest) != set(test.labels[k].tolist()))
+        wrong += bool(found.wrong[k])
+        assert float(found.winning[k]) == float(found.scores[k].max())
+    assert 0 < wrong < 23
+
+
+def test_one_wrong_object_of_two_makes_the_image_wrong() -> None:
+    labels, predictions = torch.tensor([[0, 1], [0, 2], [1, 2]]), torch.tensor([[0, 1], [0, 1], [0, 2]])
+    assert Outcomes(torch.eye(3), labels, predictions, None).wrong.tolist() == [False, True, True]
+
+
+def test_images_of_another_number_of_objects_are_refused() -> None:
+    made = pairs()
+    one, two = (create("capsnet", image_shape=(1, 12, 13), num_classes=4, objects=k, **SIZES) for k in (1, 2))
+    with pytest.raises(InputError, match=r"^images must show 1 object each; got 2$"):
+        outcomes(one, made.test)
+    with pytest.raises(InputError, match=r"^images must show 2 objects each; got 1$"):
+        outcomes(two, made.train)

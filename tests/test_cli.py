@@ -334,14 +334,17 @@ def test_list(capsys: pytest.CaptureFixture[str], what: str) -> None:
     rows: list[dict[str, Any]] = json.loads(run(capsys, "list", what, "--json")[1])
     names = [row["name"] for row in rows]
     expected = {
-        "models": ["baseline", "capsnet"],
-        "data": ["strokes", "mnist", "fashion-mnist", "kmnist", "cifar10"],
+        "models": ["baseline", "baseline-multimnist", "capsnet"],
+        "data": [
+            *("strokes", "mnist", "multimnist", "expanded-mnist", "affnist", "affnist-generated", "fashion-mnist"),
+            *("kmnist", "cifar10", "svhn", "smallnorb"),
+        ],
         "presets": ["paper", "authors"],
     }
     assert names == expected[what]
     assert [line for line in out.splitlines() if not line.startswith(" ")] == names
     if what == "models":
-        assert rows[1]["parameters on MNIST"] == "8,215,568"
+        assert rows[2]["parameters on MNIST"] == "8,215,568"
 
 
 def test_the_flag_of_a_running_module() -> None:

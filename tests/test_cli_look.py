@@ -6,6 +6,7 @@ import json
 import shlex
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -16,7 +17,7 @@ from capsnet.analysis.strangers import auroc, reconstruction_errors
 from capsnet.cli import main
 from capsnet.data.strokes import strokes
 from capsnet.train import fit
-from tiny import files, tiny
+from tiny import files, pairs, tiny
 
 Capture = pytest.CaptureFixture[str]
 
@@ -284,3 +285,87 @@ def test_list_weights(capsys: Capture) -> None:
     assert [row["name"] for row in rows] == runs.shipped()
     assert all("95 % interval" in row["test error"] for row in rows)
     assert all(row["command"].startswith("capsnet train --data") for row in rows)
+
+
+# images of several objects
+
+
+@pytest.fixture(scope="module")
+def trained_on_pairs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    place = tmp_path_factory.mktemp("look") / "run"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(report, "write", lambda path, *arguments, **about: path.write_text("", encoding="utf-8"))
+        fit(tiny(Path("pairs"), out=str(place), epochs=5, lr=0.01), pairs(train=80, test=30))
+    return place
+
+
+@pytest.fixture
+def pair_run(trained_on_pairs: Path, workplace: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A copy of that run, called `run`."""
+    monkeypatch.setattr("capsnet.train.load", lambda *arguments, **options: pairs(train=80, test=30))
+    shutil.copytree(trained_on_pairs, workplace / "run")
+    return Path("run")
+
+
+def test_reconstruct_draws_overlapping_objects_apart(
+    pair_run: Path, capsys: Capture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from capsnet import plots
+
+    drawn: list[dict[str, int]] = []
+    real = plots.separations
+
+    def separations(parts: Any, classes: tuple[str, ...]) -> object:
+        drawn.append({heading: len(there) for heading, (_, there) in parts.items()})
+        return real(parts, classes)
+
+    monkeypatch.setattr(plots, "separations", separations)
+    found = json.loads((pair_run / "result.json").read_text(encoding="utf-8"))["test"]
+    wrong = found["wrong"]
+    out = told(capsys, "reconstruct run --right 3 --wrong 5")
+    assert out == f"pairs test: {wrong} of 30 images wrong\nfigure: run/figures/reconstructions.png\n"
+    with Image.open("run/figures/reconstructions.png") as picture:
+        assert picture.info["Description"] == "capsnet reconstruct run --right 3 --wrong 5"
+    assert 5 < wrong < 27, "or right and wrong are not told apart"
+    assert drawn[-1] == {
+        "Right": 3,
+        "Wrong, drawn as predicted": 5,
+        "Wrong, drawn as what is there": 5,
+        "Told of an object that is not there": 3,
+    }
+    numbers = json.loads(told(capsys, "reconstruct run --json --right 0 --wrong 2 --split validation --format svg"))
+    assert set(numbers) == {"data", "split", "images", "wrong", "figure"}
+    assert (numbers["split"], numbers["images"]) == ("validation", 8)
+    assert all("Right" not in heading for heading in drawn[-1])
+    code, out, err = typed(capsys, "reconstruct run --split train")  # which show one object each
+    assert (code, out) == (2, "")
+    assert err == "capsnet reconstruct: error: images must show 2 objects each; got 1\n"
+
+
+def test_report_of_pairs(pair_run: Path, capsys: Capture) -> None:
+    assert told(capsys, "report run") == "report: run/report.html\n"
+    page = (pair_run / "report.html").read_text(encoding="utf-8")
+    assert "exact-set test error" in page
+    assert "<h2>Overlapping objects</h2>" in page
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "perturb run",
+        "couplings run",
+        "factors run",
+        "figures run",
+        "strangers run --against noise",
+        "attack run",
+        "predict run image.png",
+    ],
+)
+def test_verbs_of_single_objects_refuse_a_network_of_pairs(pair_run: Path, capsys: Capture, line: str) -> None:
+    Image.new("L", (13, 12)).save("image.png")
+    before = files(".")
+    code, out, err = typed(capsys, line)
+    assert (code, out) == (2, "")
+    verb = line.split()[0]
+    assert err == f"capsnet {verb}: error: run must be of images that show one object each; it finds 2\n"
+    assert files(".") == before

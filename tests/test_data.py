@@ -1,5 +1,6 @@
 import gzip
 import hashlib
+import re
 import struct
 import subprocess
 import sys
@@ -12,9 +13,11 @@ from typing import Any
 import pytest
 import torch
 from PIL import Image
+from torch import Tensor
 
 from capsnet import data
-from capsnet.data import cifar
+from capsnet.data import Dataset, Split, cifar
+from capsnet.data.augment import Augmentation, move
 from capsnet.errors import InputError
 from tiny import REAL
 
@@ -262,3 +265,183 @@ def test_real_cifar_is_unpacked_once(tmp_path: Path) -> None:
     start = time.perf_counter()
     data.load("cifar10", data_dir=REAL)
     assert time.perf_counter() - start < 4  # about 1 s; unpacking takes 7 to 10
+
+
+# Split and Dataset
+
+
+def singles(count: int, *, classes: int = 4, first: int = 0) -> Split:
+    """Different images of 9 x 11 pixels, whose factor is their number."""
+    values = torch.randint(1, 256, (count, 2, 9, 11), dtype=torch.uint8, generator=torch.Generator().manual_seed(first))
+    number = torch.arange(first, first + count)
+    return Split(values, number % classes, {"number": number.float()})
+
+
+def dataset_of(*, objects: int = 1, train: int = 40, **options: Any) -> Dataset:
+    test = singles(15, first=100)
+    test = test if objects == 1 else test.paired(shift=2, seed=0)
+    return Dataset("mine", tuple("abcd"), singles(train), test, objects=objects, **options)
+
+
+def numbers(split: Split) -> list[int]:
+    return split.factors["number"].int().tolist()
+
+
+def test_a_split_holds_each_object_where_its_labels_are_several() -> None:
+    one, pair = singles(6), singles(6).paired(shift=1, seed=0)
+    assert pair.objects is not None
+    taken = pair.take(torch.tensor([4, 1]))
+    assert taken.objects is not None
+    assert torch.equal(taken.objects, pair.objects[[4, 1]])
+    assert torch.equal(taken.labels, pair.labels[[4, 1]])
+    assert len(pair) == 6
+    wrong: tuple[tuple[Tensor, Tensor | None], ...] = (
+        (pair.labels, None),
+        (one.labels, pair.objects),
+        (pair.labels, pair.objects[:, :1]),
+        (pair.labels, pair.objects[:5]),
+        (pair.labels, pair.objects[..., :-1]),
+    )
+    for labels, objects in wrong:
+        got = re.escape(str(None if objects is None else list(objects.shape)))
+        message = rf"^objects must be \[N, k, C, H, W\] where labels are \[N, k\], and absent elsewhere; got {got}$"
+        with pytest.raises(InputError, match=message):
+            Split(pair.images, labels, objects=objects)
+    with pytest.raises(InputError, match=r"^labels must be int64 \[N\] or \[N, k\]; got torch.int64 \[6, 2, 1\]$"):
+        Split(pair.images, pair.labels[..., None])
+
+
+@pytest.mark.parametrize("objects", [1, 2])
+def test_cropped_images_are_whole_for_training_and_the_middle_elsewhere(objects: int) -> None:
+    whole = dataset_of(objects=objects, shift=2)
+    whole = replace(whole, validation=whole.test.take(torch.arange(5)))
+    made = whole.cropped(6)
+    assert (whole.image_shape, made.image_shape, made.crop) == ((2, 9, 11), (2, 6, 6), 6)
+    assert made.train is whole.train
+    before: Any
+    after: Any
+    rows, columns = slice(1, 7), slice(2, 8)
+    for name in ("test", "validation"):
+        before, after = getattr(whole, name), getattr(made, name)
+        assert made.shown(name) is getattr(made, name)
+        assert torch.equal(after.images, before.images[..., rows, columns])
+        assert torch.equal(after.labels, before.labels)
+        assert after.factors.keys() == before.factors.keys()
+        if objects == 2:
+            assert torch.equal(after.objects, before.objects[..., rows, columns])
+    shown = made.shown("train")
+    assert shown is not None
+    assert torch.equal(shown.images, whole.train.images[..., rows, columns])
+    assert torch.equal(shown.labels, whole.train.labels)
+    assert whole.shown("train") is whole.train
+    assert dataset_of().cropped(6).shown("validation") is None
+
+
+@pytest.mark.parametrize("size", [0, 10])
+def test_a_crop_must_fit_into_the_images(size: int) -> None:
+    with pytest.raises(InputError, match=rf"^crop must be 1 to 9 pixels for images of 9 x 11; got {size}$"):
+        dataset_of().cropped(size)
+
+
+@pytest.mark.parametrize("kind", ["plain", "pairs", "placed"])
+@pytest.mark.parametrize("crop", [None, 6])
+def test_validation_images_are_as_those_of_the_test(kind: str, crop: int | None) -> None:
+    """Held out of the training images, laid over each other or moved as the test images were, then cropped as they."""
+    whole = dataset_of(objects=2 if kind == "pairs" else 1, placed=kind == "placed", shift=2)
+    made = (whole.cropped(crop) if crop else whole).with_validation(12, seed=3)
+    order = torch.randperm(40, generator=torch.Generator().manual_seed(3))
+    held_out, kept = order[:12].sort().values, order[12:].sort().values
+    assert numbers(made.train) == kept.tolist()
+    assert torch.equal(made.train.images, whole.train.images[kept])
+    validation = made.validation
+    assert validation is not None
+    wanted = whole.train.take(held_out)
+    if kind == "pairs":
+        wanted = wanted.paired(shift=2, seed=3)
+        assert torch.equal(validation.labels[:, 0], whole.train.labels[held_out])
+    elif kind == "placed":
+        assert numbers(validation) == held_out.tolist()
+        drawn = Augmentation(shift=2).draw(12, generator=torch.Generator().manual_seed(3))
+        assert (drawn.dx != 0).any()
+        wanted = replace(wanted, images=move(wanted.images, drawn))
+    wanted = wanted.cropped(crop) if crop else wanted
+    assert torch.equal(validation.images, wanted.images)
+    assert torch.equal(validation.labels, wanted.labels)
+    assert (validation.objects is None) == (wanted.objects is None) == (kind != "pairs")
+    if validation.objects is not None and wanted.objects is not None:
+        assert torch.equal(validation.objects, wanted.objects)
+        assert torch.equal(validation.images.int(), validation.objects.int().sum(1).clamp(max=255))
+
+
+def test_fewer_training_images_are_among_more_and_follow_the_seed() -> None:
+    whole = dataset_of()
+    few, more, again, other = (
+        whole.with_train(count, seed=seed).train for count, seed in ((7, 1), (20, 1), (7, 1), (7, 2))
+    )
+    assert len(few) == 7
+    assert set(numbers(few)) < set(numbers(more))
+    assert numbers(few) == numbers(again) == sorted(numbers(few))
+    assert numbers(few) != numbers(other)
+    assert numbers(few) != list(range(7))
+    assert torch.equal(few.images, whole.train.images[numbers(few)])
+    assert whole.with_train(40, seed=0).train.labels.tolist() == whole.train.labels.tolist()
+    held_out = whole.with_validation(10, seed=1).with_train(12, seed=1)
+    assert held_out.validation is not None
+    assert not set(numbers(held_out.train)) & set(numbers(held_out.validation))
+
+
+@pytest.mark.parametrize("count", [0, 41])
+def test_there_are_not_more_training_images_than_there_are(count: int) -> None:
+    with pytest.raises(InputError, match=rf"^train_images must be 1 to the 40 there are; got {count}$"):
+        dataset_of().with_train(count, seed=0)
+
+
+def test_a_set_of_pairs_must_be_one() -> None:
+    one, pair = singles(8), singles(8).paired(shift=1, seed=0)
+    assert pair.objects is not None
+    twice = Split(pair.images, pair.labels[:, :1].expand(-1, 2), objects=pair.objects)
+    alike = one.take((one.labels == 2).nonzero().flatten())
+    faults: dict[str, dict[str, Any]] = {
+        "train images must show 1 object each; got 2": {"train": pair},
+        "test images must show 2 objects each; got 1": {"test": one},
+        "validation images must show 2 objects each; got 1": {"validation": one},
+        "test images must show objects of different classes; got one class twice": {"test": twice},
+        "training images to be paired must be of at least 2 classes; got 2 of one class": {"train": alike},
+        "objects must be 1 or 2; got 3": {"objects": 3},
+        "labels of the test split must be 0 to 2; got 0 to 3": {
+            "classes": tuple("abc"),
+            "train": one.take(torch.arange(3)),
+        },
+    }
+    for message, options in faults.items():
+        fields = {"classes": tuple("abcd"), "train": one, "test": pair, "objects": 2, **options}
+        with pytest.raises(InputError, match=rf"^data set mine: {message}$"):
+            Dataset("mine", **fields)
+    with pytest.raises(InputError, match=r"^data set mine: test images must show 1 object each; got 2$"):
+        Dataset("mine", tuple("abcd"), one, pair)
+    with pytest.raises(InputError, match=r"must be of at least 2 classes; got 1 of one class$"):
+        dataset_of(objects=2).with_train(1, seed=0)
+    Dataset("mine", tuple("abcd"), alike, alike)  # one class is enough for single objects
+
+
+def test_multimnist_has_one_size() -> None:
+    shapes: tuple[dict[str, Any], ...] = ({"image_size": 28}, {"channels": 3})
+    for shape in shapes:
+        with pytest.raises(InputError, match=r"^image_size and channels of multimnist must be 36 and 1; got"):
+            data.load("multimnist", **shape)
+    with pytest.raises(InputError, match=r"^split must be train or test of a published data set; got test of multim"):
+        data.load_split("multimnist", "test")
+
+
+@real("mnist")
+def test_real_multimnist() -> None:
+    made = data.load("multimnist", data_dir=REAL)
+    about = data.describe("multimnist", data_dir=REAL)
+    assert made.image_shape == about.image_shape == (1, 36, 36)
+    assert (made.classes, len(made.train), len(made.test)) == (about.classes, about.train, about.test)
+    assert (made.objects, made.shift) == (2, 4)
+    assert made.test.labels[:4, 0].tolist() == [7, 2, 1, 0]
+    assert made.test.objects is not None
+    assert made.test.labels[:, 1].bincount(minlength=10).min() > 800  # partners are of all classes
+    digits = data.load_split("mnist", "test", data_dir=REAL).images.sum((1, 2, 3))
+    assert torch.equal(made.test.objects[:, 0].sum((1, 2, 3)), digits)

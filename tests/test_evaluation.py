@@ -1,5 +1,8 @@
+from typing import Any
+
 import pytest
 import torch
+from torch import Tensor, nn
 
 from capsnet import functional as F
 from capsnet.analysis.significance import wilson_interval
@@ -8,9 +11,9 @@ from capsnet.data import Split
 from capsnet.data.dataset import to_float
 from capsnet.errors import InputError
 from capsnet.evaluation import Evaluation, evaluate, from_sums, measure
-from capsnet.models import Network, create
-from capsnet.objective import Objective
-from tiny import SIZES
+from capsnet.models import Network, Output, create
+from capsnet.objective import Losses, Objective
+from tiny import SIZES, pairs
 
 
 @pytest.fixture
@@ -120,3 +123,156 @@ def test_an_unknown_precision_is_refused() -> None:
     split = Split(torch.zeros(2, 3, 12, 13, dtype=torch.uint8), torch.zeros(2, dtype=torch.int64))
     with pytest.raises(InputError, match=r"^precision must be 32 or bf16; got 'bf17'$"):
         evaluate(network, split, precision="bf17")
+
+
+# several objects in each image
+
+
+class Told(nn.Module):
+    """Stands for an Objective: the scores of an image are the row of `scores` that its first pixel names."""
+
+    def __init__(self, scores: list[list[float]]) -> None:
+        super().__init__()
+        self.scores = torch.tensor(scores)
+
+    def forward(self, images: Tensor, labels: Tensor, objects: Tensor | None = None) -> Losses:
+        rows = (images[:, 0, 0, 0] * 255).round().long()
+        each = rows.float()
+        return Losses(each + 1, each + 2, each + 3, Output(self.scores[rows]))
+
+
+def numbered(labels: list[Any]) -> Split:
+    """Images of 1 x 2 x 3 pixels, the k-th of intensity k."""
+    images = torch.arange(len(labels), dtype=torch.uint8).view(-1, 1, 1, 1).expand(-1, 1, 2, 3)
+    truth = torch.tensor(labels)
+    objects = images[:, None].expand(-1, truth.shape[1], -1, -1, -1) if truth.ndim == 2 else None
+    return Split(images, truth, objects=objects)
+
+
+def measured(scores: list[list[float]], labels: list[Any], *, batch_size: int = 2, **options: int) -> Evaluation:
+    split, classes = numbered(labels), tuple("abcdefg"[: len(scores[0])])
+    sums = measure(
+        Told(scores), split, classes=len(classes), device=torch.device("cpu"), batch_size=batch_size, **options
+    )
+    return from_sums(*sums, classes=classes, objects=1 if isinstance(labels[0], int) else len(labels[0]))
+
+
+def test_objects_found_are_on_the_diagonal_and_each_missed_one_beside_one_claimed() -> None:
+    scores = [
+        [0.9, 0.1, 0.2, 0.8, 0.0],  # says 0 and 3, and both are there
+        [0.9, 0.1, 0.2, 0.8, 0.0],  # the same, where 3 and 4 are: 4 is missed, 0 claimed
+        [0.0, 0.9, 0.8, 0.1, 0.2],  # says 1 and 2, where 0 and 3 are: both missed
+        [0.1, 0.0, 0.7, 0.2, 0.6],  # says 2 and 4, and both are there
+    ]
+    result = measured(scores, [[3, 0], [3, 4], [3, 0], [2, 4]], batch_size=3)
+    assert result.confusion == (
+        (1, 1, 0, 0, 0),
+        (0, 0, 0, 0, 0),
+        (0, 0, 1, 0, 0),
+        (0, 0, 1, 2, 0),
+        (1, 0, 0, 0, 1),
+    )
+    assert (result.total, result.wrong, result.missed) == (4, 2, 3)
+    assert (result.error_percent, result.missed_percent) == (50.0, 37.5)
+    assert result.interval == pytest.approx([100 * x for x in wilson_interval(2, 4)])
+    assert (result.loss, result.classification_loss, result.reconstruction_loss) == (2.5, 3.5, 4.5)  # of an image
+    rows = {row["class"]: row for row in result.per_class()}
+    assert rows["d"] == {
+        "class": "d",
+        "images": 3,
+        "wrong": 1,
+        "error_percent": pytest.approx(100 / 3),
+        "taken_for_it": 0,
+    }
+    assert rows["b"]["taken_for_it"] == 1
+    assert result.summary() == (
+        "exact-set error 50.00 % (2 of 4 wrong; 95 % interval 15.00 to 85.00 %); missed objects 37.50 %"
+    )
+    told = result.to_dict()
+    assert (told["objects"], told["missed"], told["missed_percent"], told["total"]) == (2, 3, 37.5, 4)
+
+
+def test_of_single_objects_nothing_is_told_of_sets() -> None:
+    result = measured([[0.9, 0.1], [0.2, 0.8], [0.7, 0.3]], [0, 1, 1])
+    assert (result.total, result.wrong, result.missed, result.objects) == (3, 1, 1, 1)
+    assert result.missed_percent == result.error_percent
+    assert {"objects", "missed", "missed_percent"}.isdisjoint(result.to_dict())
+    assert "missed" not in result.summary()
+
+
+def test_of_equal_scores_a_single_object_is_the_first_class_as_ever() -> None:
+    scores = [[0.0] * 5, [0.1, 0.4, 0.2, 0.4, 0.4], [0.3, 0.3, 0.3, 0.3, 0.3]]
+    result = measured(scores, [0, 1, 4])
+    assert result.wrong == 1
+    assert result.confusion[4][0] == result.confusion[0][0] == result.confusion[1][1] == 1
+
+
+@pytest.mark.parametrize("k", [2, 3])
+def test_the_confusion_of_several_objects_is_that_of_loops(k: int) -> None:
+    draw = torch.Generator().manual_seed(k)
+    scores = torch.rand(50, 6, generator=draw)
+    labels = torch.rand(50, 6, generator=draw).argsort(-1)[:, :k]
+    expected, wrong = [[0] * 6 for _ in range(6)], 0
+    for row, truth in zip(scores.tolist(), labels.tolist(), strict=True):
+        said = sorted(range(6), key=lambda c: row[c], reverse=True)[:k]
+        for c in set(truth) & set(said):
+            expected[c][c] += 1
+        for missed, claimed in zip(sorted(set(truth) - set(said)), sorted(set(said) - set(truth)), strict=True):
+            expected[missed][claimed] += 1
+        wrong += set(truth) != set(said)
+    result = measured(scores.tolist(), labels.tolist(), batch_size=7)
+    assert [list(row) for row in result.confusion] == expected
+    assert sum(map(sum, result.confusion)) == k * result.total == 50 * k
+    assert result.wrong == wrong
+    assert result.missed == sum(sum(row) for row in expected) - sum(expected[c][c] for c in range(6))
+
+
+@pytest.mark.parametrize("world_size", [2, 3])
+def test_the_sums_of_all_processes_are_those_of_the_pairs(world_size: int) -> None:
+    torch.manual_seed(0)
+    network = create("capsnet", image_shape=(1, 12, 13), num_classes=4, objects=2, **SIZES)
+    split = pairs().test
+    sums = [
+        measure(
+            Objective(network, Config()),
+            split,
+            classes=4,
+            device=torch.device("cpu"),
+            batch_size=4,
+            rank=rank,
+            world_size=world_size,
+        )
+        for rank in range(world_size)
+    ]
+    confusion, losses = (torch.stack(parts).sum(0) for parts in zip(*sums, strict=True))
+    found, whole = from_sums(confusion, losses, classes=network.classes, objects=2), evaluate(network, split)
+    assert (found.confusion, found.wrong, found.total) == (whole.confusion, whole.wrong, len(split))
+    for name in ("loss", "classification_loss", "reconstruction_loss"):
+        assert getattr(found, name) == pytest.approx(getattr(whole, name), rel=1e-5)
+
+
+def test_evaluate_of_pairs_is_the_mean_over_the_images() -> None:
+    torch.manual_seed(0)
+    network = create("capsnet", image_shape=(1, 12, 13), num_classes=4, objects=2, **SIZES)
+    split = pairs().test
+    assert split.objects is not None
+    result = evaluate(network, split, batch_size=4)
+    with torch.no_grad():
+        losses = Objective(network, Config()).eval()(to_float(split.images), split.labels, to_float(split.objects))
+    assert result.objects == 2
+    assert result.loss == pytest.approx(float(losses.total.mean()), rel=1e-5)
+    assert result.classification_loss == pytest.approx(float(losses.classification.mean()), rel=1e-5)
+    assert result.reconstruction_loss == pytest.approx(float(losses.reconstruction.mean()), rel=1e-5)
+
+
+@pytest.mark.parametrize("reconstruction", [True, False])
+def test_images_of_another_number_of_objects_are_refused(reconstruction: bool) -> None:
+    made = pairs()
+    one, two = (
+        create("capsnet", image_shape=(1, 12, 13), num_classes=4, objects=k, reconstruction=reconstruction, **SIZES)
+        for k in (1, 2)
+    )
+    with pytest.raises(InputError, match=r"^images must show 1 object each; got 2$"):
+        evaluate(one, made.test)
+    with pytest.raises(InputError, match=r"^images must show 2 objects each; got 1$"):
+        evaluate(two, made.train)

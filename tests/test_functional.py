@@ -249,3 +249,77 @@ def test_one_index_and_one_presence_for_each_example() -> None:
         F.mask(torch.zeros(3, 5, 7), torch.tensor([2]))
     with pytest.raises(InputError, match=r"^presence must have the lengths' shape \(3, 5\); got \(3,\)$"):
         F.margin_loss(torch.zeros(3, 5), torch.zeros(3))
+
+
+# squash with an epsilon
+
+
+@pytest.mark.parametrize("epsilon", [1e-9, 1e-3, 0.7])
+def test_with_an_epsilon_squash_divides_by_the_root_of_the_squared_length_and_it(epsilon: float) -> None:
+    for s in (random(2, 3, 5), random(2, 5) * 1e-4, torch.zeros(2, 5, dtype=torch.float64)):
+        squared = s.square().sum(-1, keepdim=True)
+        expected = squared / (1 + squared) * s / (squared + epsilon).sqrt()
+        torch.testing.assert_close(F.squash(s, epsilon=epsilon), expected, rtol=1e-13, atol=1e-300)
+        assert torch.autograd.gradcheck(lambda x: F.squash(x, epsilon=epsilon), s.requires_grad_())
+
+
+def test_an_epsilon_shortens_and_without_one_nothing_changes() -> None:
+    s = torch.tensor([0.0, 1e-4], dtype=torch.float64)
+    assert float(F.squash(s, epsilon=1e-8)[1]) == pytest.approx(float(F.squash(s)[1]) / math.sqrt(2), rel=1e-6)
+    x = random(7, 5).float()
+    n = x.norm(dim=-1, keepdim=True)
+    assert torch.equal(F.squash(x, epsilon=0.0), x * (n / (1 + n * n)))
+
+
+@pytest.mark.parametrize("dtype", HALF, ids=str)
+def test_squash_with_an_epsilon_is_safe_in_half_precision(dtype: torch.dtype) -> None:
+    s = torch.tensor([[400.0, -800.0], [0.0, 0.0], [1e-3, 2e-3]]).to(dtype)
+    expected = F.squash(s.double(), epsilon=1e-9).to(dtype)
+    torch.testing.assert_close(F.squash(s, epsilon=1e-9), expected, rtol=2 * torch.finfo(dtype).eps, atol=1e-7)
+
+
+# found
+
+
+@leading_axes
+@pytest.mark.parametrize("k", [0, 1, 2, 3], ids=lambda k: f"{k or 'plain'}")
+def test_found_are_the_true_classes_and_as_many_of_the_largest_scores(leading: tuple[int, ...], k: int) -> None:
+    scores = random(*leading, 7)
+    labels = random(*leading, 7, seed=1).argsort(-1)[..., : max(k, 1)]
+    present, predicted = F.found(scores, labels if k else labels[..., 0])
+    assert present.shape == predicted.shape == scores.shape
+    assert present.dtype == predicted.dtype == torch.bool
+    rows = zip(*(x.reshape(-1, x.shape[-1]) for x in (scores, labels, present, predicted)), strict=True)
+    for score, label, true, said in rows:
+        assert set(true.nonzero().flatten().tolist()) == set(label.tolist())
+        largest = sorted(range(7), key=lambda c: float(score[c]), reverse=True)[: max(k, 1)]
+        assert set(said.nonzero().flatten().tolist()) == set(largest)
+
+
+def test_of_equal_scores_one_object_is_the_first_class() -> None:
+    """As argmax has it; topk takes another."""
+    scores = torch.tensor([[0.0, 0.0, 0.0, 0.0, 0.0], [0.1, 0.3, 0.2, 0.3, 0.3]])
+    _, predicted = F.found(scores, torch.tensor([1, 1]))
+    assert predicted.nonzero().tolist() == [[0, 0], [1, 1]]
+
+
+# standardized
+
+
+@leading_axes
+def test_standardized_images_have_mean_0_and_deviation_1_over_pixels_and_channels(leading: tuple[int, ...]) -> None:
+    images = random(*leading, 2, 3, 5) + 0.4
+    images[..., 0, :, :] += 3  # channels of another brightness stay so
+    found = F.standardized(images)
+    for one, image in zip(found.reshape(-1, 2, 3, 5), images.reshape(-1, 2, 3, 5), strict=True):
+        values = image.numpy()
+        np.testing.assert_allclose(one, (values - values.mean()) / values.std(), rtol=1e-12, atol=1e-13)
+        assert float(one[0].mean()) > float(one[1].mean())
+
+
+def test_the_deviation_is_at_least_that_of_one_over_the_root_of_the_intensities() -> None:
+    plain = torch.full((1, 2, 5, 10), 0.3, dtype=torch.float64)
+    torch.testing.assert_close(F.standardized(plain), torch.zeros_like(plain), rtol=0, atol=1e-14)
+    faint = plain.clone()
+    faint[0, 0, 0, 0] += 0.01  # a deviation of 0.001, below 0.1
+    assert float(F.standardized(faint)[0, 0, 0, 0]) == pytest.approx(0.01 * 0.99 / 0.1, rel=1e-9)

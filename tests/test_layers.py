@@ -12,6 +12,7 @@ from capsnet import reference
 from capsnet.errors import InputError
 from capsnet.kernels import fused, gpu
 from capsnet.layers import KERNELS, SMALL_BATCH, ClassCapsules, Convolution, Decoder, PrimaryCapsules, resolve_kernel
+from capsnet.routing import dynamic_routing
 
 CPU, CUDA, META = (torch.device(name) for name in ("cpu", "cuda", "meta"))
 
@@ -300,3 +301,49 @@ def test_layers_use_the_functions(monkeypatch: pytest.MonkeyPatch) -> None:
     layer = PrimaryCapsules(2, types=3, dim=5, kernel=3, in_size=(7, 7))
     monkeypatch.setattr(F, "squash", lambda s, epsilon: s * 0 + 7)
     assert (layer(torch.rand(2, 2, 7, 7)) == 7).all()
+
+
+def test_the_decoder_draws_each_of_several_capsules_alone() -> None:
+    decoder = Decoder(5, 3, (2, 3, 7), (11,)).double()
+    pose = random(4, 5, 3)
+    index = torch.tensor([[0, 4, 1], [4, 0, 2], [2, 3, 4], [1, 0, 3]])
+    with torch.no_grad():
+        found = decoder(pose, index)
+        alone = torch.stack([decoder(pose, column) for column in index.unbind(1)], dim=1)
+    assert found.shape == (4, 3, 2, 3, 7)
+    torch.testing.assert_close(found, alone, rtol=1e-13, atol=0)
+    assert not torch.allclose(found[:, 0], found[:, 1])
+
+
+# epsilon
+
+
+def test_the_layers_pass_the_epsilon_on_to_squash() -> None:
+    epsilon = 0.3
+    primary = PrimaryCapsules(2, types=3, dim=5, kernel=3, in_size=(7, 7), epsilon=epsilon).double()
+    images = random(2, 2, 7, 7)
+    with torch.no_grad():
+        grid = primary.conv(images).permute(0, 2, 3, 1) + primary.bias
+        expected = F.squash(grid.reshape(2, -1, 5), epsilon=epsilon)
+        torch.testing.assert_close(primary(images), expected, rtol=1e-12, atol=1e-14)
+    layer = ClassCapsules(7, 3, 5, 2, bias=True, leaky=True, epsilon=epsilon).double()
+    u = random(2, 7, 3)
+    with torch.no_grad():
+        layer.weight.mul_(10)
+        found = layer(u)
+        votes = torch.einsum("nip,ipjd->nijd", u, layer.weight)
+        routed = dynamic_routing(votes, bias=layer.bias, leaky=True, epsilon=epsilon)
+        plain = dynamic_routing(votes, bias=layer.bias, leaky=True)
+    torch.testing.assert_close(found.pose, routed.pose, rtol=1e-12, atol=1e-14)
+    assert not torch.allclose(found.pose, plain.pose)
+
+
+def test_an_epsilon_is_for_the_plain_kernel_only() -> None:
+    assert [ClassCapsules(7, 3, 5, kernel=kernel, epsilon=1e-9).kernel for kernel in ("auto", "plain")] == [
+        "plain",
+        "plain",
+    ]
+    assert ClassCapsules(7, 3, 5).kernel == "auto"
+    message = r"^kernel must be plain or auto with an epsilon in squash, here 1e-09; got fused$"
+    with pytest.raises(InputError, match=message):
+        ClassCapsules(7, 3, 5, kernel="fused", epsilon=1e-9)

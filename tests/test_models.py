@@ -1,5 +1,6 @@
 import math
 import re
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -8,7 +9,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from capsnet import reference
+from capsnet import functional as F
+from capsnet import reference, runs
 from capsnet.errors import InputError
 from capsnet.models import CapsNet, Network, available, builder_options, create
 
@@ -432,3 +434,132 @@ def test_a_compiled_network_is_the_same_network() -> None:
     assert dict(network.named_parameters())["class_capsules.weight"].grad is not None
     with torch.no_grad():
         torch.testing.assert_close(compiled(images[:2]).scores, network(images[:2]).scores, rtol=1e-4, atol=1e-6)
+
+
+# images of several objects
+
+
+@pytest.mark.parametrize(("model", "count"), [("baseline-multimnist", 24_563_978), ("capsnet", 11_361_808)])
+def test_multimnist_networks_have_the_published_number_of_parameters(model: str, count: int) -> None:
+    with torch.device("meta"):
+        assert create(model, image_shape=(1, 36, 36), objects=2).parameter_count() == count
+
+
+def test_the_baseline_of_multimnist_is_two_convolutions_with_pooling_and_two_linear_layers() -> None:
+    network = create("baseline-multimnist", image_shape=(3, 11, 6), num_classes=4, width=0.01, dropout=0.25)
+    layers = [layer for layer in network.modules() if isinstance(layer, nn.Conv2d | nn.Linear)]
+    assert [tuple(layer.weight.shape) for layer in layers] == [(5, 3, 9, 9), (3, 5, 5, 5), (10, 3 * 2), (4, 10)]
+    assert [layer.p for layer in network.modules() if isinstance(layer, nn.Dropout)] == [0.25]
+    images = images_for(network, 2)
+    with torch.no_grad():
+        x = nn.functional.max_pool2d(layers[0](images).relu(), 2)
+        x = nn.functional.max_pool2d(layers[1](x).relu(), 2)
+        x = layers[3](layers[2](x.flatten(1)).relu())
+        torch.testing.assert_close(network.eval()(images).scores, x)
+
+
+def test_the_width_is_a_factor_on_every_layer_of_a_baseline() -> None:
+    with torch.device("meta"):
+        for name, sizes in (
+            ("baseline", (128, 128, 64, 164, 96)),
+            ("baseline-multimnist", (256, 128, 512)),
+        ):
+            network = create(name, image_shape=(1, 8, 8), width=0.5)
+            layers = [layer for layer in network.modules() if isinstance(layer, nn.Conv2d | nn.Linear)]
+            assert tuple(len(layer.weight) for layer in layers) == (*sizes, 10)
+        least = create("baseline-multimnist", image_shape=(1, 8, 8), width=1e-6)
+        assert min(len(parameter) for parameter in least.parameters()) == 1
+    for width in (0.0, -1.0, math.inf, math.nan):
+        with pytest.raises(InputError, match=rf"^width must be above 0; got {width}$"):
+            create("baseline-multimnist", width=width)
+    with pytest.raises(InputError, match=r"^dropout must be in \[0, 1\); got -0.1$"):
+        create("baseline-multimnist", dropout=-0.1)
+
+
+@pytest.mark.parametrize("shape", [(1, 3, 9), (1, 9, 3)], ids=str)
+def test_an_image_too_small_to_pool_twice_is_refused(shape: tuple[int, int, int]) -> None:
+    message = rf"^images of baseline-multimnist must be at least 4 x 4 pixels; got {shape[1]} x {shape[2]}$"
+    with pytest.raises(InputError, match=message):
+        create("baseline-multimnist", image_shape=shape)
+    create("baseline-multimnist", image_shape=(1, 4, 4), width=0.01)
+
+
+@pytest.mark.parametrize("k", [2, 3])
+def test_of_several_objects_each_is_drawn_from_one_of_the_longest_capsules_or_of_the_labels(k: int) -> None:
+    network = small(objects=k)
+    fill(network)
+    assert network.objects == network.config["objects"] == k
+    assert network.decoder is not None
+    images = images_for(network)
+    labels = torch.tensor([[6, 0, 3], [1, 2, 0], [0, 5, 6]])[:, :k]
+    with torch.no_grad():
+        output, by_label = network(images), network(images, labels)
+        assert output.pose is not None
+        longest = output.scores.argsort(-1, descending=True)[:, :k]
+        for found, index in ((output, longest), (by_label, labels)):
+            assert found.reconstruction is not None
+            assert found.reconstruction.shape == (3, k, *SHAPE)
+            torch.testing.assert_close(found.reconstruction, network.decoder(output.pose, index))
+
+
+@pytest.mark.parametrize("objects", [0, 8])
+def test_there_are_not_more_objects_than_classes(objects: int) -> None:
+    with pytest.raises(InputError, match=rf"^objects must be 1 to the 7 classes; got {objects}$"):
+        small(objects=objects)
+
+
+@every_model
+def test_objects_and_every_option_come_back_from_disk(name: str, tmp_path: Path) -> None:
+    sizes: dict[str, Any] = {"squash_epsilon": 1e-7, **SMALL} if name == "capsnet" else {"width": 0.02}
+    network = create(name, image_shape=SHAPE, num_classes=5, objects=2, standardize=True, **sizes).eval()
+    runs.save_pretrained(network, tmp_path / "net")
+    again = runs.load(tmp_path / "net")
+    assert again.objects == 2
+    assert again.config == network.config
+    images = images_for(network)
+    with torch.no_grad():
+        assert torch.equal(again(images).scores, network(images).scores)
+
+
+def test_labels_must_tell_as_many_objects_as_the_network_looks_for() -> None:
+    one, two = small(), small(objects=2)
+    one.check_labels(torch.zeros(5, dtype=torch.int64))
+    two.check_labels(torch.zeros(5, 2, dtype=torch.int64))
+    with pytest.raises(InputError, match=r"^images must show 1 object each; got 2$"):
+        one.check_labels(torch.zeros(5, 2, dtype=torch.int64))
+    with pytest.raises(InputError, match=r"^images must show 2 objects each; got 1$"):
+        two.check_labels(torch.zeros(5, dtype=torch.int64))
+
+
+# standardize
+
+
+@every_model
+def test_standardized_images_are_what_a_network_sees_that_standardizes(name: str) -> None:
+    sizes: dict[str, Any] = SMALL if name == "capsnet" else {"width": 0.02}
+    plain, ours = (
+        create(name, image_shape=SHAPE, num_classes=5, standardize=on, **sizes).eval() for on in (False, True)
+    )
+    ours.load_state_dict(plain.state_dict())
+    images = images_for(plain)
+    with torch.no_grad():
+        found, expected = ours(images), plain(F.standardized(images))
+        torch.testing.assert_close(found.scores, expected.scores)
+        assert not torch.allclose(found.scores, plain(images).scores)
+        torch.testing.assert_close(ours(images * 0.5 + 0.5).scores, found.scores, rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.parametrize("stem", ["direct", "minimal"])
+def test_both_stems_standardize(stem: str) -> None:
+    ours = small(standardize=True, stem=stem).double()
+    plain = small(stem=stem).double()
+    plain.load_state_dict(ours.state_dict())
+    images = images_for(ours, dtype=torch.float64)
+    with torch.no_grad():
+        torch.testing.assert_close(ours(images).scores, plain(F.standardized(images)).scores, rtol=1e-10, atol=1e-12)
+
+
+def test_the_epsilon_of_squash_reaches_both_layers_of_capsules() -> None:
+    network = small(squash_epsilon=1e-3)
+    assert (network.primary.epsilon, network.class_capsules.epsilon) == (1e-3, 1e-3)
+    assert (small().primary.epsilon, small().class_capsules.epsilon) == (0.0, 0.0)

@@ -10,9 +10,10 @@ from PIL import Image, ImageSequence
 
 from capsnet import plots
 from capsnet.analysis.couplings import evidence
-from capsnet.analysis.drawing import perturb, reconstruct
+from capsnet.analysis.drawing import Separation, perturb, reconstruct
 from capsnet.analysis.factors import PoseExplained
 from capsnet.analysis.outcomes import Outcomes, calibration
+from capsnet.analysis.significance import wilson_interval
 from capsnet.data import Split
 from capsnet.errors import InputError
 from capsnet.models import CapsNet, create
@@ -83,7 +84,7 @@ def test_perturbations_has_a_row_for_each_dimension(count: int, steps: int) -> N
     figure = plots.perturbations(result, NAMES)
     opened(figure)
     told = texts(figure)
-    assert told.count("change of the dimension") == count
+    assert told.count("change of the dimension") == sum(axes.axison for axes in figure.axes) == count
     assert told.count("+0.50") == count
 
 
@@ -188,3 +189,81 @@ def test_the_style_of_the_process_is_left_alone() -> None:
     before = dict(mpl.rcParams)
     plots.rendered(plots.lengths(found(3)))
     assert dict(mpl.rcParams) == before
+
+
+def separation(count: int, classes: list[list[int]], channels: int = 1) -> Separation:
+    generator = torch.Generator().manual_seed(7)
+    drawn = torch.rand(count, 2, channels, 12, 13, generator=generator)
+    return Separation(images(count, channels), torch.tensor(classes), drawn, torch.rand(count, 2))
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_separations_shows_input_both_and_each_object_in_its_colour(channels: int) -> None:
+    found = separation(2, [[0, 1], [1, 2]], channels)
+    figure = plots.separations({"Some": (found, found.classes)}, NAMES)
+    opened(figure)
+    (axes,) = figure.axes
+    shown = np.asarray(axes.images[0].get_array())
+    assert shown.shape == (4 * 12 + 3 * 2, 2 * 13 + 2, 3)
+    rows = [slice(14 * k, 14 * k + 12) for k in range(4)]
+    orange, blue = np.array([1.0, 0.62, 0.10]), np.array([0.12, 0.47, 1.0])
+    for n, columns in enumerate((slice(0, 13), slice(15, 28))):
+        grey = found.images[n].mean(0).numpy()[..., None]
+        one, two = (found.drawn[n, k].mean(0).numpy()[..., None] for k in (0, 1))
+        expected = (grey * np.ones(3), np.minimum(one * orange + two * blue, 1), one * orange, two * blue)
+        for row, picture in zip(rows, expected, strict=True):
+            np.testing.assert_allclose(shown[row, columns], picture, atol=1e-6)
+    assert [label.get_text() for label in axes.get_yticklabels()] == ["input", "both drawn", "first", "second"]
+
+
+def test_separations_stars_the_classes_that_are_not_there() -> None:
+    right, wrong = separation(1, [[1, 0]]), separation(3, [[0, 2], [2, 1], [1, 2]])
+    there = torch.tensor([[0, 1], [1, 2], [0, 2]])
+    none = (separation(1, [[0, 1]]), torch.zeros(0, 2, dtype=torch.int64))
+    names = ("a $5", "b", "a very long name")
+    figure = plots.separations({"Right": (right, torch.tensor([[0, 1]])), "None": none, "Wrong": (wrong, there)}, names)
+    opened(figure)
+    one, other = figure.axes
+    assert (one.get_title(loc="left"), other.get_title(loc="left")) == ("Right", "Wrong")
+    assert [label.get_text() for label in one.get_xticklabels()] == ["T a $5, b\nD b, a $5"]
+    assert [label.get_text() for label in other.get_xticklabels()] == [
+        "T a $5, b\nD a $5, a very l…*",
+        "T b, a very l…\nD a very l…, b",
+        "T a $5, a very l…\nD b*, a very l…",
+    ]
+    blank = np.asarray(one.images[0].get_array())[:, 15:]
+    assert (blank == 1).all(), "fewer images than in the widest part leave white"
+
+
+def test_errors_by_factor_are_those_of_each_bin_with_their_intervals() -> None:
+    shift = torch.tensor([-4.0, -4.0, -3.5, -1.0, -0.5, 3.0, 4.0, 4.0])
+    wrong = {
+        "capsnet": torch.tensor([True, False, False, False, False, True, True, True]),
+        "baseline": torch.tensor([True, True, True, True, True, False, False, False]),
+    }
+    factors = {"shift_pixels": shift, "constant": torch.ones(8), "scale": torch.arange(8.0)}
+    figure = plots.errors_by_factor(wrong, factors, bins=4)
+    opened(figure)
+    drawn = [axes for axes in figure.axes if axes.axison]
+    assert [axes.get_xlabel() for axes in drawn] == ["shift pixels", "scale"]
+    for (line, _, (bars,)), (right, percent) in zip(
+        drawn[0].containers,
+        (([(1, 3), (0, 2), (3, 3)], [100 / 3, 0, 100]), ([(3, 3), (2, 2), (0, 3)], [100, 100, 0])),
+        strict=True,
+    ):  # no image is in the third bin, from 0 to 2
+        assert line.get_xdata().tolist() == [-3.0, -1.0, 3.0]
+        assert line.get_ydata().tolist() == pytest.approx(percent)
+        ends = [(low[1], high[1]) for low, high in bars.get_segments()]
+        assert ends == [pytest.approx([100 * end for end in wilson_interval(*counts)]) for counts in right]
+    told = texts(figure)
+    assert "Error by true pose factor, 8 images" in told
+    assert told.count("capsnet</text>") == told.count("baseline</text>") == 1
+    assert "constant" not in told
+
+
+def test_errors_by_factor_fill_rows_of_three() -> None:
+    factors = {f"factor_{k}": torch.rand(9) for k in range(4)}
+    figure = plots.errors_by_factor({"one": torch.arange(9) > 4}, factors)
+    opened(figure)
+    assert [axes.get_xlabel() for axes in figure.axes if axes.axison] == [f"factor {k}" for k in range(4)]
+    assert [axes.get_ylabel() for axes in figure.axes if axes.axison] == ["wrong images, %", "", "", "wrong images, %"]

@@ -7,13 +7,14 @@ import pytest
 import torch
 
 from capsnet import report
+from capsnet.analysis.outcomes import Outcomes, outcomes
 from capsnet.analysis.strangers import Threshold
 from capsnet.card import Card
 from capsnet.config import Config
 from capsnet.data import Dataset, Split
 from capsnet.data.strokes import strokes
 from capsnet.models import Network, create
-from tiny import SIZES
+from tiny import SIZES, pairs
 
 CARD = Card(threshold=Threshold(50.0, 0.05, 77, "validation"), epochs=2, train_images=120)
 ROWS = [
@@ -106,3 +107,101 @@ def test_write_and_metrics(dataset: Dataset, tmp_path: Path) -> None:
 def test_draw_reconstructions(dataset: Dataset, tmp_path: Path) -> None:
     report.draw_reconstructions(network(), dataset.test, tmp_path / "new" / "a.png")
     assert (tmp_path / "new" / "a.png").read_bytes()[:4] == b"\x89PNG"
+
+
+def test_the_pose_is_measured_on_cropped_images_too(dataset: Dataset) -> None:
+    told = "".join(report._pose(network(image_shape=(1, 20, 20)), dataset.cropped(20)))
+    assert "linear regression for each class on 120 training images" in told
+
+
+# images of several objects
+
+
+def of_pairs(name: str = "capsnet", classes: int = 4) -> Network:
+    options = {"width": 0.05} if name == "baseline-multimnist" else {}
+    return network(name, image_shape=(1, 12, 13), num_classes=classes, objects=2, **options)
+
+
+def test_the_report_of_pairs_tells_the_exact_set_error_and_draws_objects_apart() -> None:
+    made, one = pairs(), of_pairs()
+    found = outcomes(one, made.test)
+    wrong = int(found.wrong.sum())
+    told = page(one, made, rows=ROWS, result=RESULT)
+    assert f"{100 * wrong / 15:.2f} % exact-set test error" in told
+    assert f"{wrong} of 15 test images wrong" in told
+    for heading, there in {"Training": True, "Overlapping objects": True, "Errors": False, "Routing": False}.items():
+        assert (f"<h2>{heading}</h2>" in told) == there
+    assert 'alt="Each of two overlapping objects drawn alone"' in told
+    assert told.count("alt=") == 2
+    assert "summed squared error a test image" not in told
+    bare = page(of_pairs("baseline-multimnist"), made)
+    assert "exact-set test error" in bare
+    assert "alt=" not in bare
+
+
+def all_pairs(classes: int) -> tuple[Split, Outcomes]:
+    """An image of every ordered pair of classes; in every third the second object is taken for another."""
+    labels = torch.tensor([[a, b] for a in range(classes) for b in range(classes) if a != b])
+    generator = torch.Generator().manual_seed(0)
+    objects = torch.randint(0, 256, (len(labels), 2, 1, 12, 13), dtype=torch.uint8, generator=generator)
+    split = Split(objects.amax(1), labels, objects=objects)
+    said = labels.clone()
+    if classes > 2:
+        for n in range(0, len(labels), 3):
+            said[n, 1] = next(k for k in range(classes) if k not in labels[n].tolist())
+    return split, Outcomes(torch.zeros(len(labels), classes), labels.sort(-1).values, said.sort(-1).values, None)
+
+
+@pytest.mark.parametrize("classes", [3, 4, 7])
+def test_objects_are_drawn_as_they_are_as_predicted_and_as_one_that_is_not_there(classes: int) -> None:
+    split, found = all_pairs(classes)
+    parts = report.drawn_apart(of_pairs(classes=classes), split, found, count=1000)
+    right, wrong = (~found.wrong).nonzero().flatten(), found.wrong.nonzero().flatten()
+    assert len(wrong) == -(-len(split) // 3)
+    asked = {
+        "Right": (right, split.labels[right]),
+        "Wrong, drawn as predicted": (wrong, found.predictions[wrong]),
+        "Wrong, drawn as what is there": (wrong, split.labels[wrong]),
+    }
+    absent = "Told of an object that is not there"
+    assert list(parts) == [*asked, absent]
+    for heading, (index, drawn) in asked.items():
+        part, there = parts[heading]
+        assert torch.equal(part.classes, drawn)
+        assert torch.equal(there, split.labels[index])
+        assert torch.equal(part.images, split.images[index] / 255)
+    part, there = parts[absent]
+    assert torch.equal(there, split.labels[right])
+    assert torch.equal(part.classes[:, 0], there[:, 0])
+    assert (part.classes[:, 1:] != there).all(), "the starred class must not be there"
+    assert int(part.classes.min()) >= 0
+    assert int(part.classes.max()) < classes
+
+
+def test_of_two_classes_none_is_absent_and_of_right_images_none_is_wrong() -> None:
+    split, found = all_pairs(2)
+    assert list(report.drawn_apart(of_pairs(classes=2), split, found)) == ["Right"]
+
+
+def test_objects_of_the_first_images_of_each_kind_are_drawn() -> None:
+    split, found = all_pairs(5)
+    parts = report.drawn_apart(of_pairs(classes=5), split, found, count=3)
+    assert [len(there) for _, there in parts.values()] == [3, 3, 3, 3]
+    assert torch.equal(parts["Right"][1], split.labels[[1, 2, 4]])
+
+
+def test_the_picture_of_a_run_of_pairs_is_of_objects_drawn_apart(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[int] = []
+    real = report.drawn_apart
+
+    def counted(one: Network, split: Split, found: Outcomes, *, count: int) -> object:
+        seen.append(len(split))
+        assert len(found.predictions) == len(split)
+        return real(one, split, found, count=count)
+
+    monkeypatch.setattr(report, "drawn_apart", counted)
+    report.draw_reconstructions(of_pairs(), pairs().test, tmp_path / "a.png", count=4)
+    assert (tmp_path / "a.png").read_bytes()[:4] == b"\x89PNG"
+    assert seen == [4]

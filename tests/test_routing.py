@@ -388,3 +388,26 @@ def test_votes_without_all_their_axes_are_refused() -> None:
 
 def test_one_iteration_is_enough() -> None:
     check_iterations(1)
+
+
+@every_r
+@leaky_or_not
+def test_an_epsilon_reaches_every_squash(r: int, leaky: bool) -> None:
+    """Procedure 1 written out, with `v = |s|^2 / (1 + |s|^2) * s / sqrt(|s|^2 + epsilon)`."""
+    u, weight, bias = inputs()
+    u_hat = np.einsum("nip,ipjd->nijd", u.numpy(), weight.numpy())
+    epsilon = 0.3
+    b = np.zeros(u_hat.shape[:-1])
+    for iteration in range(r):
+        e = np.exp(b)
+        c = e / (e.sum(-1, keepdims=True) + leaky)
+        s = np.einsum("nij,nijd->njd", c, u_hat) + bias.numpy()
+        squared = (s**2).sum(-1, keepdims=True)
+        v = squared / (1 + squared) * s / np.sqrt(squared + epsilon)
+        if iteration < r - 1:
+            b = b + np.einsum("nijd,njd->nij", u_hat, v)
+    found = dynamic_routing(votes(u, weight), iterations=r, bias=bias, leaky=leaky, epsilon=epsilon)
+    np.testing.assert_allclose(found.pose, v, rtol=1e-11, atol=1e-13)
+    np.testing.assert_allclose(found.couplings, c, rtol=1e-11, atol=1e-13)
+    without = dynamic_routing(votes(u, weight), iterations=r, bias=bias, leaky=leaky)
+    assert float((found.pose - without.pose).abs().max()) > 0.01

@@ -91,7 +91,7 @@ def test_weights_that_do_not_fit_name_the_first_wrong_one(network: Network) -> N
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"name": "resnet"}, "model must be one of baseline, capsnet; got 'resnet'"),
+        ({"name": "resnet"}, "model must be one of baseline, baseline-multimnist, capsnet; got 'resnet'"),
         ({"bogus": 1}, "options of model capsnet must be among"),
         ({"conv_channels": 0}, "conv_channels must be at least 1; got 0"),
         ({"conv_channels": "x"}, "must be the JSON that capsnet writes"),

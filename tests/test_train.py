@@ -18,9 +18,10 @@ from capsnet.config import Config, preset
 from capsnet.data import Dataset, load
 from capsnet.data.augment import augment
 from capsnet.errors import InputError
-from capsnet.evaluation import measure
+from capsnet.evaluation import Evaluation, evaluate, from_sums, measure
+from capsnet.session import Session
 from capsnet.train import Diverged, Interrupted, fit, resume
-from tiny import REAL, SIZES, files, metrics, same_weights, tiny, weights
+from tiny import REAL, SIZES, files, metrics, pairs, same_weights, tiny, weights
 
 pytestmark = pytest.mark.usefixtures("workplace", "blank_figure")
 
@@ -629,3 +630,250 @@ def test_a_cuda_graph_trains_the_same_network(photos: Path, kernel: str) -> None
     three = resume("resumed", epochs=6)
     assert one.test.loss == pytest.approx(two.test.loss, rel=1e-3)
     assert two.test.loss == pytest.approx(three.test.loss, rel=1e-3)
+
+
+# stop_at
+
+
+def script(monkeypatch: pytest.MonkeyPatch, *wrong: int) -> list[int]:
+    """The next evaluations find so many wrong images, of 10 for validation; what is left of the list."""
+    left = list(wrong)
+
+    def told(*sums: Any, **options: Any) -> Evaluation:
+        return replace(from_sums(*sums, **options), wrong=left.pop(0))
+
+    monkeypatch.setattr(train, "from_sums", told)
+    return left
+
+
+def selection(run: str) -> str:
+    told: str = json.loads(Path(run, "result.json").read_text(encoding="utf-8"))["selection"]
+    return told
+
+
+def test_a_run_stops_at_the_first_epoch_that_is_good_enough(photos: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    fit(tiny(photos, out="three", epochs=3, validation=10))
+    left = script(monkeypatch, 8, 4, 3, 9)  # three epochs, then the test images
+    result = fit(tiny(photos, out="run", epochs=6, validation=10, stop_at=30.0))
+    assert left == []
+    assert result.epochs == 3
+    assert (result.validation and result.validation.wrong, result.test.wrong) == (3, 9)
+    assert same_weights("three", "run")
+    assert [row["validation_error_percent"] for row in metrics("run")] == ["80.0", "40.0", "30.0"]
+    assert json.loads(Path("run/result.json").read_text(encoding="utf-8"))["epochs"] == 3
+    assert selection("run") == (
+        "weights after the first epoch with a validation error of at most 30 %, or after 6 epochs; "
+        "no choice was made on the test images"
+    )
+    assert selection("three") == "none: weights after the last epoch, and no choice was made on the test images"
+    monkeypatch.setattr(train, "from_sums", from_sums)
+    at_step(monkeypatch, 1, lambda: pytest.fail("trained"))
+    assert resume("run", epochs=9).epochs == 3  # what was reached stays so
+
+
+def test_a_run_that_is_never_good_enough_takes_all_its_epochs(photos: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    left = script(monkeypatch, 4, 4, 0)  # the test images, which are all right, stop nothing
+    assert fit(tiny(photos, validation=10, stop_at=39.9)).epochs == 2
+    assert left == []
+
+
+@pytest.mark.parametrize("step", [3, 8, 15])
+def test_a_resumed_run_stops_there_too(photos: Path, monkeypatch: pytest.MonkeyPatch, step: int) -> None:
+    config = tiny(photos, epochs=6, validation=10, stop_at=30.0)  # 65 images: 5 steps an epoch
+    with monkeypatch.context() as patch:
+        script(patch, 8, 4, 3, 9)
+        fit(replace(config, out="whole"))
+    with monkeypatch.context() as patch:
+        script(patch, 8, 4, 3, 9)
+        at_step(patch, step, lambda: send(signal.SIGTERM))
+        with pytest.raises(Interrupted):
+            fit(replace(config, out="run"))
+    script(monkeypatch, *[8, 4, 3, 9][(step - 1) // 5 :])
+    assert resume("run").epochs == 3
+    assert same_weights("whole", "run")
+    assert metrics("whole") == metrics("run")
+    assert selection("run") == selection("whole")
+
+
+def test_a_run_stopped_while_its_test_is_read_does_not_train_on(photos: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    measured = [0]
+
+    def at_the_test(*arguments: Any, **options: Any) -> Any:
+        measured[0] += 1
+        if measured[0] == 3:  # two epochs' validation, then the test
+            raise Killed
+        return measure(*arguments, **options)
+
+    with monkeypatch.context() as patch:
+        script(patch, 8, 3, 9)
+        patch.setattr(train, "measure", at_the_test)
+        with pytest.raises(Killed):
+            fit(tiny(photos, out="run", epochs=6, validation=10, stop_at=30.0))
+    at_step(monkeypatch, 1, lambda: pytest.fail("trained"))
+    result = resume("run")
+    assert result.epochs == 2
+    assert result.validation is not None
+
+
+def test_stop_at_is_refused_without_validation_and_on_resuming(photos: Path, workplace: Path) -> None:
+    message = r"^stop_at must be given with validation images to judge by; got 5.0 without any$"
+    with pytest.raises(InputError, match=message):
+        fit(tiny(photos, stop_at=5.0, validation=0))
+    assert files(workplace) == set()
+    fit(tiny(photos, out="run", epochs=1))
+    with pytest.raises(InputError, match=r"^stop_at of a resumed run must stay None; got 5.0 "):
+        resume("run", stop_at=5.0, epochs=2)
+
+
+# train_images and crop
+
+
+def test_some_training_images_leave_the_others_where_they_are(photos: Path) -> None:
+    result = fit(tiny(photos, out="run", epochs=1, train_images=20))
+    told = json.loads(Path("run/result.json").read_text(encoding="utf-8"))
+    assert (told["train_images"], told["validation"]["total"], told["test"]["total"]) == (20, 7, 15)
+    assert runs.load_card("run").train_images == 20
+    whole, few = (train.prepare_data(tiny(photos, train_images=count)) for count in (None, 20))
+    assert whole.validation is not None
+    assert few.validation is not None
+    assert torch.equal(few.validation.images, whole.validation.images)
+    every = {image.numpy().tobytes() for image in whole.train.images}
+    assert {image.numpy().tobytes() for image in few.train.images} < every
+    assert result.epochs == 1
+    with pytest.raises(InputError, match=r"^train_images must be 1 to the 68 there are; got 69$"):
+        fit(tiny(photos, train_images=69))
+
+
+def test_a_crop_is_what_the_network_sees(photos: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = tiny(photos, crop=11, shift=0)
+    seen: list[tuple[int, ...]] = []
+
+    def augmented(*arguments: Any) -> Any:
+        made = augment(*arguments)
+        seen.append(tuple(made.shape[1:]))
+        return made
+
+    with monkeypatch.context() as patch:
+        patch.setattr(feed, "augment", augmented)
+        result = fit(replace(config, out="whole"))
+    assert set(seen) == {(3, 11, 11)}
+    assert result.network.image_shape == (3, 11, 11)
+    assert files("whole") == WRITTEN
+    dataset = train.prepare_data(config)
+    assert evaluate(runs.load("whole"), dataset.test, config=config).confusion == result.test.confusion
+    threshold = runs.load_card("whole").threshold
+    assert threshold is not None
+    assert threshold.images == 7
+    with monkeypatch.context() as patch:
+        at_step(patch, 7, lambda: send(signal.SIGTERM))
+        with pytest.raises(Interrupted):
+            fit(replace(config, out="run"))
+    resume("run")
+    assert same_weights("whole", "run")
+    with pytest.raises(InputError, match=r"^crop must be 1 to 12 pixels for images of 12 x 13; got 13$"):
+        fit(tiny(photos, crop=13))
+
+
+def test_without_validation_the_threshold_is_of_cropped_training_images(photos: Path) -> None:
+    fit(tiny(photos, epochs=1, out="run", validation=0, crop=11))
+    threshold = runs.load_card("run").threshold
+    assert threshold is not None
+    assert (threshold.split, threshold.images) == ("train", 75)
+
+
+# images of several objects
+
+
+def test_a_run_of_pairs_writes_finds_and_evaluates_the_same_again() -> None:
+    made = pairs()
+    result = fit(tiny(Path("pairs"), out="run"), made)
+    assert files("run") == WRITTEN
+    told = json.loads(Path("run/result.json").read_text(encoding="utf-8"))
+    assert told["test"] == result.test.to_dict()
+    assert (told["data"], told["train_images"], told["test"]["objects"]) == ("pairs", 54, 2)
+    assert (told["test"]["total"], told["validation"]["total"]) == (15, 6)
+    assert {"missed", "missed_percent"} <= told["test"].keys()
+    assert runs.load_card("run").threshold is None  # an image has no one reconstruction error
+    network = runs.load("run")
+    assert network.objects == 2
+    again = evaluate(network, made.test, config=runs.Run("run").config())
+    assert again.confusion == result.test.confusion
+    assert again.wrong == result.test.wrong
+    for name in ("loss", "classification_loss", "reconstruction_loss"):
+        assert getattr(again, name) == pytest.approx(getattr(result.test, name), rel=1e-5)
+
+
+def test_pairs_are_learnt() -> None:
+    result = fit(tiny(Path("pairs"), epochs=20, lr=0.01), pairs(train=120, test=40))
+    assert result.test.error_percent < 55  # chance is 83
+    assert result.test.missed_percent < 30  # chance is 50
+
+
+@pytest.mark.parametrize("changes", [{}, {"crop": 11, "shift": 2, "flip": True, "standardize": True}], ids=str)
+@pytest.mark.parametrize("step", [2, 7])
+def test_a_run_of_pairs_resumes_bit_for_bit(
+    monkeypatch: pytest.MonkeyPatch, changes: dict[str, Any], step: int
+) -> None:
+    made, config = pairs(), tiny(Path("pairs"), **changes)  # 54 images: 4 steps an epoch of 2 augmentations each
+    fit(replace(config, out="whole"), made)
+    with monkeypatch.context() as patch:
+        at_step(patch, 2 * step, lambda: send(signal.SIGTERM))
+        with pytest.raises(Interrupted, match=rf"in epoch {1 + step // 5} after step {(step - 1) % 4 + 1} of 4"):
+            fit(replace(config, out="run"), made)
+    resume("run", made)
+    assert same_weights("whole", "run")
+    assert metrics("whole") == metrics("run")
+
+
+def test_pairs_are_others_in_every_step_and_the_same_for_the_same_seed(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[list[torch.Tensor]] = []
+    real = feed.Feed.__call__
+
+    def fed(self: feed.Feed, *arguments: Any, **options: Any) -> Any:
+        batch = real(self, *arguments, **options)
+        seen[-1].append(batch.labels)
+        return batch
+
+    monkeypatch.setattr(feed.Feed, "__call__", fed)
+    for seed in (0, 0, 1):
+        seen.append([])
+        fit(tiny(Path("pairs"), seed=seed, batch_size=54), pairs())
+    first, again, other = seen
+    assert all(torch.equal(one, two) for one, two in zip(first, again, strict=True))
+    assert not torch.equal(first[0], other[0])
+    partners = [sorted(map(tuple, labels.sort(-1).values.tolist())) for labels in first]
+    assert partners[0] != partners[1], "the same images with other partners"
+
+
+def test_the_training_error_of_pairs_is_that_of_exact_sets(monkeypatch: pytest.MonkeyPatch) -> None:
+    wrong = [0]
+    real = Session.record
+
+    def record(self: Session, losses: Any, targets: torch.Tensor, **options: Any) -> None:
+        for scores, truth in zip(losses.output.scores, targets.tolist(), strict=True):
+            wrong[0] += set(scores.argsort(descending=True)[:2].tolist()) != set(truth)
+        real(self, losses, targets, **options)
+
+    monkeypatch.setattr(Session, "record", record)
+    fit(tiny(Path("pairs"), epochs=1, out="run"), pairs())
+    assert float(metrics("run")[0]["train_error_percent"]) == pytest.approx(100 * wrong[0] / 54)
+
+
+def test_a_baseline_of_pairs_trains_too() -> None:
+    config = Config(model="baseline-multimnist", width=0.03, dropout=0.0, batch_size=16, epochs=1, out="run")
+    result = fit(config, pairs())
+    assert files("run") == WRITTEN - {"figures/reconstructions.png"}
+    assert result.test.objects == 2
+    assert (result.test.reconstruction_loss, result.test.loss) == (0, result.test.classification_loss)
+
+
+def test_other_options_of_networks_train_too(photos: Path) -> None:
+    fit(tiny(photos, epochs=1, out="run", standardize=True, squash_epsilon=1e-7, brightness=0.2, contrast=0.5))
+    network = runs.load("run")
+    assert (network.config["standardize"], network.config["squash_epsilon"]) == (True, 1e-7)
+
+
+def test_pairs_of_one_class_are_refused_before_anything_is_written(workplace: Path) -> None:
+    with pytest.raises(InputError, match=r"to be paired must be of at least 2 classes; got 1 of one class$"):
+        fit(tiny(Path("pairs"), train_images=1), pairs())
+    assert files(workplace) == set()

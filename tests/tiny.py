@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from capsnet.config import Config
+from capsnet.data import Dataset, Split
 
 SIZES: dict[str, Any] = {
     "conv_channels": 8,
@@ -37,6 +38,24 @@ def photos(root: Path, *, count: int = 30, size: tuple[int, int] = (12, 13), cla
             pixels[..., k % 3] += 150
             Image.fromarray(pixels).save(root / name / f"{number}.png")
     return root
+
+
+def pairs(train: int = 60, test: int = 15, *, shift: int = 1) -> Dataset:
+    """Images of 12 x 13 pixels, to be paired, of 4 classes: a bright bar at one of four edges of dark noise."""
+    generator = torch.Generator().manual_seed(5)
+    whole, first, last = slice(2, -2), slice(2, 4), slice(-4, -2)
+    bars = (first, whole), (last, whole), (whole, first), (whole, last)
+
+    def singles(count: int) -> Split:
+        images, labels = torch.zeros(count, 1, 12, 13, dtype=torch.uint8), torch.arange(count) % 4
+        images[..., 2:-2, 2:-2] = torch.randint(1, 60, (count, 1, 8, 9), dtype=torch.uint8, generator=generator)
+        for k, (rows, columns) in enumerate(bars):
+            images[:, :, rows, columns] += (180 * (labels == k)).to(torch.uint8).view(-1, 1, 1, 1)
+        return Split(images, labels)
+
+    return Dataset(
+        "pairs", tuple("tblr"), singles(train), singles(test).paired(shift=shift, seed=0), shift=shift, objects=2
+    )
 
 
 def tiny(data: Path, **changes: Any) -> Config:

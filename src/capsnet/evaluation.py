@@ -129,19 +129,20 @@ def evaluate(
 
     Args:
         network: put in evaluation mode for the time.
-        split: images of the shape it was built for.
+        split: images of the shape it was built for, of as many objects each.
         config: the weights of the losses; the paper's if not given.
         batch_size: images at a time; the result does not depend on it but by rounding.
         precision: `32`, or `bf16` for convolutions and decoder.
 
     Raises:
-        InputError: images of another shape, or an unknown precision.
+        InputError: images of another shape or of another number of objects, or an unknown precision.
     """
     if precision not in ("32", "bf16"):
         raise InputError(f"precision must be 32 or bf16; got {precision!r}")
     objective = Objective(network, config or Config()).train(network.training)
     device = next(network.parameters()).device
     network.check_images(to_float(split.images[:1]))
+    network.check_labels(split.labels)
     with torch.autocast(device.type, dtype=torch.bfloat16, enabled=precision == "bf16"):
         sums = measure(objective, split, classes=len(network.classes), device=device, batch_size=batch_size)
     return from_sums(*sums, classes=network.classes, objects=network.objects)

@@ -76,6 +76,12 @@ class Network(nn.Module, ABC):
                 f"got {list(images.shape)}"
             )
 
+    def check_labels(self, labels: Tensor) -> None:
+        """Raise InputError unless `labels` tell as many objects of each image as the network looks for."""
+        told = 1 if labels.ndim == 1 else labels.shape[1]
+        if told != self.objects:
+            raise InputError(f"images must show {self.objects} object{'s' * (self.objects > 1)} each; got {told}")
+
     def parameter_count(self) -> int:
         """Number of trained parameters."""
         return sum(parameter.numel() for parameter in self.parameters())
@@ -331,7 +337,7 @@ def baseline_multimnist(
     dropout: float = 0.5,
     standardize: bool = False,
 ) -> ConvNet:
-    """The paper's convolutional baseline for overlapping digits (Section 6.1): two convolutions, each with pooling.
+    """The paper's convolutional baseline for overlapping digits (Section 6.2): two convolutions, each with pooling.
 
     512 channels of 9x9 and 256 of 5x5, each followed by 2x2 pooling, then 1,024 units, dropout, and one logit a class.
     Its 24.56 M parameters on MultiMNIST are those of padding `same` (24,563,978). Of affNIST the paper says "a

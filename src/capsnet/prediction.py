@@ -84,6 +84,8 @@ def predict(
     Yields:
         In the order of `sources`: a prediction, or the InputError of a file that is no readable image.
     """
+    if network.objects > 1:
+        raise InputError(f"network must be of images that show one object each; got one that finds {network.objects}")
     card = card or Card()
     waiting = iter(sources)
     while batch := list(islice(waiting, batch_size)):

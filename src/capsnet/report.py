@@ -137,7 +137,7 @@ def report(
     elif isinstance(network, CapsNet) and network.decoder is not None:
         figure = plots.separations(drawn_apart(network, split, found), classes)
         body += ["<h2>Overlapping objects</h2>", _figure(figure, "Each of two overlapping objects drawn alone", "png")]
-    if split.factors and set(dataset.train.factors) == set(split.factors):
+    if split.factors and set(dataset.train.factors) == set(split.factors) and network.objects == 1:
         body += _pose(network, dataset)
     if network.objects == 1:
         body += _errors(figures)
@@ -218,8 +218,9 @@ def drawn_apart(
         "Right": (right, true[right]),
         "Wrong, drawn as predicted": (wrong, said[wrong]),
         "Wrong, drawn as what is there": (wrong, true[wrong]),
-        "Told of an object that is not there": (right, torch.stack([true[right, 0], absent], dim=1)),
     }
+    if len(network.classes) > 2:
+        asked["Told of an object that is not there"] = (right, torch.stack([true[right, 0], absent], dim=1))
     return {
         heading: (separate(network, to_float(split.images[index]), classes), true[index])
         for heading, (index, classes) in asked.items()
@@ -282,7 +283,9 @@ def _capsules(network: CapsNet, split: Split, found: Outcomes) -> list[str]:
 
 
 def _pose(network: Network, dataset: Dataset) -> list[str]:
-    fitted = dataset.train.take(torch.arange(min(REGRESSED, len(dataset.train))))
+    train = dataset.shown("train")
+    assert train is not None
+    fitted = train.take(torch.arange(min(REGRESSED, len(train))))
     try:
         explained = pose_explained(network, fitted, dataset.test)
     except InputError as error:  # too few images of a class: the rest of the report is as good without

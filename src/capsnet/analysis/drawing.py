@@ -106,7 +106,7 @@ def reconstruct(
 def separate(
     network: Network, images: Float[Tensor, "batch channels height width"], classes: Int[Tensor, "batch k"]
 ) -> Separation:
-    """Draw objects that overlap, each alone (Section 6.1 and Figure 5 of the paper).
+    """Draw objects that overlap, each alone (Section 6.2 and Figure 5 of the paper).
 
     Args:
         network: with a decoder.

@@ -14,6 +14,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from capsnet import functional as F
 from capsnet.data.dataset import Split, to_float
 from capsnet.errors import InputError
 from capsnet.kernels.stem import constant_weights
@@ -99,6 +100,7 @@ def features(network: Network, split: Split, *, batch_size: int = 256) -> Float[
             inputs = to_float(images.to(device))
             if isinstance(network, ConvNet):
                 network.check_images(inputs)
+                inputs = F.standardized(inputs) if network.standardize else inputs
                 found.append(network.layers[:-1](inputs).float().cpu())
             else:
                 pose = network(inputs).pose

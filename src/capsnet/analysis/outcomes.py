@@ -56,12 +56,13 @@ def outcomes(network: Network, split: Split, *, batch_size: int = 256) -> Outcom
 
     Args:
         network: put in evaluation mode for the time.
-        split: images of the shape it was built for.
+        split: images of the shape it was built for, of as many objects each.
         batch_size: images at a time.
 
     Raises:
-        InputError: images of another shape.
+        InputError: images of another shape or of another number of objects.
     """
+    network.check_labels(split.labels)
     training, device = network.training, next(network.parameters()).device
     objects = network.objects
     network.eval()

@@ -85,14 +85,15 @@ class Dataset:
         test: the test split; read once, at the end of a run.
         validation: None where a part of `train` has to serve, see `with_validation`.
         shift: how far a training moves its images, in pixels, unless it is told otherwise.
-        objects: how many objects an image shows. With 2, a training lays its images over each other anew in every step,
-            so those of `train` show one each, and those of the other splits two.
+        objects: how many objects an image shows, 1 or 2. With 2, a training lays its images over each other anew in
+            every step, so those of `train` show one each, and those of the other splits two.
         crop: side in pixels of the random square that a training cuts out of each image, anew in every step; the other
             splits hold the central one. None where images are used whole.
         placed: whether images held out for validation are moved once by up to `shift`, as those of the test are.
 
     Raises:
-        InputError: a label outside `[0, len(classes))`, a split without images, or splits that differ in shape.
+        InputError: a label outside `[0, len(classes))`, a split without images, splits that differ in shape, an image
+            that shows one class twice, or pairs of images that are all of one class.
     """
 
     name: str
@@ -106,6 +107,8 @@ class Dataset:
     placed: bool = False
 
     def __post_init__(self) -> None:
+        if self.objects not in (1, 2):
+            raise InputError(f"data set {self.name}: objects must be 1 or 2; got {self.objects}")
         for name in ("train", "validation", "test"):
             split: Split | None = getattr(self, name)
             if split is None:
@@ -128,6 +131,15 @@ class Dataset:
                 raise InputError(
                     f"data set {self.name}: {name} images must show {shown} object{'s' * (shown > 1)} each; "
                     f"got {split.labels[0].numel()}"
+                )
+            if shown > 1 and bool((split.labels[:, 0] == split.labels[:, 1]).any()):
+                raise InputError(
+                    f"data set {self.name}: {name} images must show objects of different classes; got one class twice"
+                )
+            if shown < self.objects and low == high:
+                raise InputError(
+                    f"data set {self.name}: training images to be paired must be of at least 2 classes; "
+                    f"got {len(split)} of one class"
                 )
 
     @property
@@ -197,7 +209,7 @@ class Dataset:
         elif self.placed:
             drawn = Augmentation(shift=self.shift).draw(count, generator=torch.Generator().manual_seed(seed))
             validation = replace(validation, images=move(validation.images, drawn))
-        elif self.crop:
+        if self.crop:
             validation = validation.cropped(self.crop)
         return replace(self, train=self.train.take(kept), validation=validation)
 

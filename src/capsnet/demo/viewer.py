@@ -37,13 +37,15 @@ class Viewer:
         threshold: above which reconstruction error an image belongs to none of the classes, if known.
 
     Raises:
-        InputError: no capsules, no decoder, or images that are neither grey nor in colour.
+        InputError: no capsules, no decoder, or images that are neither grey nor in colour, or of several objects.
     """
 
     def __init__(self, network: Network, name: str, *, frame: Frame | None, threshold: Threshold | None) -> None:
         self.network, self.decoder = decoder_of(network)
         if network.image_shape[0] not in (1, 3):
             raise InputError(f"model must take images of 1 or 3 channels; got {network.image_shape[0]}")
+        if network.objects > 1:
+            raise InputError(f"model must be of images that show one object each; got one that finds {network.objects}")
         self.name, self.frame, self.threshold = name, frame, threshold
         self.classes, self.image_shape = network.classes, network.image_shape
         self.dim = network.config["class_dim"]

@@ -114,13 +114,13 @@ def perturbations(found: Perturbation, classes: tuple[str, ...]) -> "Figure":
     across = min(count, 2)
     down = -(-count // across)
     figure = new((0.52 * steps + 0.9) * across, (0.52 * dim + 0.8) * down)
-    grid = figure.subplots(down, across, squeeze=False).flat
+    grid = list(figure.subplots(down, across, squeeze=False).flat)
     values = [f"{delta:+.2f}" if delta else "0" for delta in found.deltas.tolist()]
     for axes, images, k in zip(grid, found.images, found.classes.tolist(), strict=False):
         show_sheet(axes, images, rows=[f"{d + 1}" for d in range(dim)], columns=values)
         axes.set_ylabel("dimension of the class capsule")
         axes.set_title(f"{short(classes[k], 30)}: change of the dimension", parse_math=False)
-    for axes in list(grid)[count:]:
+    for axes in grid[count:]:
         axes.set_axis_off()
     return figure
 

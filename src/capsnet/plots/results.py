@@ -61,7 +61,7 @@ def errors_by_factor(wrong: Mapping[str, Tensor], factors: Mapping[str, Tensor],
     across = min(3, len(varying))
     down = -(-len(varying) // across)
     figure = new(3.4 * across, 2.7 * down + 0.6)
-    grid = figure.subplots(down, across, squeeze=False, sharey=True).flat
+    grid = list(figure.subplots(down, across, squeeze=False, sharey=True).flat)
     for axes, (name, values) in zip(grid, varying.items(), strict=False):
         low, high = float(values.min()), float(values.max())
         index = ((values - low) / (high - low) * bins).long().clamp(max=bins - 1)
@@ -72,16 +72,16 @@ def errors_by_factor(wrong: Mapping[str, Tensor], factors: Mapping[str, Tensor],
             kept = [(x, b, n) for x, b, n in zip(centres, bad, counts, strict=True) if n]
             middle = [100 * b / n for _, b, n in kept]
             ends = [wilson_interval(b, n) for _, b, n in kept]
-            spread = [
-                [y - 100 * end[0] for y, end in zip(middle, ends, strict=True)],
-                [100 * end[1] - y for y, end in zip(middle, ends, strict=True)],
+            spread = [  # at 0 and 100 %, rounding may leave the middle outside
+                [max(y - 100 * end[0], 0.0) for y, end in zip(middle, ends, strict=True)],
+                [max(100 * end[1] - y, 0.0) for y, end in zip(middle, ends, strict=True)],
             ]
             style = ("o-", "s--", "^:", "d-.")[k % 4]
             where = [x for x, _, _ in kept]
             axes.errorbar(where, middle, spread, fmt=style, color=ORDER[k % 4], label=title, markersize=3, capsize=2)
         axes.set_xlabel(name.replace("_", " "))
         axes.set_ylim(bottom=0)
-    for axes in list(grid)[len(varying) :]:
+    for axes in grid[len(varying) :]:
         axes.set_axis_off()
     first = figure.axes[0]
     for axes in figure.axes[::across]:
