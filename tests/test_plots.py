@@ -261,6 +261,18 @@ def test_errors_by_factor_are_those_of_each_bin_with_their_intervals() -> None:
     assert "constant" not in told
 
 
+def test_errors_by_factor_share_an_axis_that_holds_them_all() -> None:
+    ramp = torch.linspace(0, 1, 1000)
+    wrong = ramp > 0.9  # by the second factor all or nothing, by the first a tenth everywhere
+    factors = {"noise": torch.rand(1000, generator=torch.Generator().manual_seed(0)), "ramp": ramp}
+    figure = plots.errors_by_factor({"one": wrong}, factors, bins=10)
+    opened(figure)
+    limits = {axes.get_ylim() for axes in figure.axes}
+    assert len(limits) == 1
+    assert min(limits)[0] == 0
+    assert min(limits)[1] > 100
+
+
 def test_errors_by_factor_fill_rows_of_three() -> None:
     factors = {f"factor_{k}": torch.rand(9) for k in range(4)}
     figure = plots.errors_by_factor({"one": torch.arange(9) > 4}, factors)

@@ -80,10 +80,10 @@ def errors_by_factor(wrong: Mapping[str, Tensor], factors: Mapping[str, Tensor],
             where = [x for x, _, _ in kept]
             axes.errorbar(where, middle, spread, fmt=style, color=ORDER[k % 4], label=title, markersize=3, capsize=2)
         axes.set_xlabel(name.replace("_", " "))
-        axes.set_ylim(bottom=0)
     for axes in grid[len(varying) :]:
         axes.set_axis_off()
     first = figure.axes[0]
+    first.set_ylim(bottom=0)  # of all, which share it; before all were drawn it would cut the others off
     for axes in figure.axes[::across]:
         axes.set_ylabel("wrong images, %")
     figure.legend(*first.get_legend_handles_labels(), loc="outside lower center", ncols=len(wrong))
