@@ -327,7 +327,7 @@ def test_a_wrong_result_has_exit_code_1_and_no_number(
     assert not Path("bench.json").exists()
 
 
-@pytest.mark.parametrize("what", ["models", "data", "presets"])
+@pytest.mark.parametrize("what", ["models", "data", "presets", "experiments"])
 def test_list(capsys: pytest.CaptureFixture[str], what: str) -> None:
     code, out, err = run(capsys, "list", what)
     assert (code, err) == (0, "")
@@ -340,6 +340,9 @@ def test_list(capsys: pytest.CaptureFixture[str], what: str) -> None:
             *("kmnist", "cifar10", "svhn", "smallnorb"),
         ],
         "presets": ["paper", "authors"],
+        "experiments": [
+            *("table1", "recipes", "multimnist", "affnist", "cifar10", "fashion-mnist", "svhn", "smallnorb"),
+        ],
     }
     assert names == expected[what]
     assert [line for line in out.splitlines() if not line.startswith(" ")] == names

@@ -63,7 +63,7 @@ usage: capsnet VERB [OPTIONS]     (capsnet VERB --help tells more)
   reproduce    an experiment of the papers by its name: what is missing is trained, and a table printed
   table        README and docs from the records of these
 
-  list         what there is: models, weights, data, presets
+  list         what there is: models, weights, data, presets, experiments
   bench        speed, memory and exactness of a network on this machine, and comparisons
 
 examples:

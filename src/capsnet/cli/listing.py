@@ -21,7 +21,7 @@ class _List:
       capsnet list models --json
     """
 
-    what: Positional[Literal["models", "weights", "data", "presets"]]
+    what: Positional[Literal["models", "weights", "data", "presets", "experiments"]]
     """Of what."""
     data_dir: str | None = None
     """Look for data files here first."""
@@ -32,9 +32,14 @@ class _List:
 def run(arguments: list[str]) -> int:
     """Print what there is."""
     command = parse(_List, arguments, prog="capsnet list")
-    rows = {"models": _models, "weights": _weights, "data": lambda: _data(command.data_dir), "presets": _presets}[
-        command.what
-    ]()
+    makers = {
+        "models": _models,
+        "weights": _weights,
+        "data": lambda: _data(command.data_dir),
+        "presets": _presets,
+        "experiments": _experiments,
+    }
+    rows = makers[command.what]()
     if command.json:
         print(json.dumps(rows, indent=2))
         return 0
@@ -105,6 +110,13 @@ def _data(data_dir: str | None) -> list[dict[str, Any]]:
             }
         )
     return rows
+
+
+def _experiments() -> list[dict[str, Any]]:
+    from capsnet import experiments
+
+    found = [experiments.experiment(name) for name in experiments.available()]
+    return [{"name": one.name, "what": one.title, "rows": ", ".join(row.key for row in one.rows)} for one in found]
 
 
 def _presets() -> list[dict[str, Any]]:
