@@ -167,7 +167,7 @@ def test_bad_input_is_one_line(
         ("bench step --out RUN/config.yaml", "--out must be a new file; "),
         ("bench step --stem minimal --precision bf16", "stem minimal got bf16 convolutions"),
         ("list", "WHAT must be given; got none"),
-        ("list dogs", "must be one of models, weights, data, presets; got 'dogs'"),
+        ("list dogs", "must be one of models, weights, data, presets, experiments; got 'dogs'"),
         ("trian", f"verb must be one of {', '.join(VERBS)}; got 'trian' (did you mean train?)"),
     ],
 )

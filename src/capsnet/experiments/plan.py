@@ -11,7 +11,7 @@ from capsnet.errors import InputError
 __all__ = ["BUDGETS", "Experiment", "Row", "available", "experiment"]
 
 BUDGETS = ("quick", "cpu", "full")
-"""From a proof that it works, in minutes, to the published sizes and as many epochs as the learning rate needs."""
+"""From a proof that it works, in minutes, to the published sizes."""
 QUICK: dict[str, Any] = {"epochs": 1, "train_images": 1000}
 TINY: dict[str, dict[str, Any]] = {
     "capsnet": {"conv_channels": 16, "capsule_types": 4, "decoder_sizes": (64, 64)},
