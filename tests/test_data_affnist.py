@@ -364,7 +364,8 @@ def test_real_mnist_is_trained_on_centred_and_judged_elsewhere(tmp_path: Path, n
     assert torch.equal(read.train.images[..., 6:34, 6:34], mnist.train.images)
     held_out = read.with_validation(500, seed=0).validation
     assert held_out is not None
-    assert int((held_out.images[..., :6, :] > 0).any((1, 2, 3)).sum()) > 100  # digits stand anywhere, not in the middle
+    held_out.images[..., 6:34, 6:34] = 0
+    assert int(held_out.images.any(-1).any((1, 2)).sum()) > 100  # digits stand anywhere: many reach out of the middle
     about = data.describe(name, data_dir=tmp_path)
     assert (about.missing, about.image_shape, about.train) == ((), (1, 40, 40), 60_000)
     small = data.load(name, data_dir=tmp_path, image_size=20, channels=3)
