@@ -1,6 +1,8 @@
 import json
 import os
 import pickle
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -205,6 +207,31 @@ def test_what_a_kill_left_half_written_is_removed(photos: Path) -> None:
     Path("run/.last.ckpt.123.partial").touch()
     run.go_on(tiny(photos))
     assert files("run") == {"config.yaml"}
+
+
+def test_a_run_that_is_being_trained_is_left_alone(photos: Path) -> None:
+    train.fit(tiny(photos, epochs=1, out="run"))
+    before = {name: Path("run", name).read_bytes() for name in files("run")}
+    told = "run directory run must be free; another process trains in it"
+    with runs.Run("run").claimed():
+        with pytest.raises(InputError, match=told):
+            train.resume("run", epochs=2)
+        with pytest.raises(InputError, match=told):
+            train.fit(tiny(photos, epochs=1, out="run", overwrite=True))
+    assert {name: Path("run", name).read_bytes() for name in files("run")} == before
+    assert train.resume("run", epochs=2).epochs == 2
+
+
+def test_a_claim_ends_with_its_process(workplace: Path) -> None:
+    program = "from capsnet import runs\nwith runs.Run('run').claimed(): print('mine', flush=True); input()"
+    with subprocess.Popen([sys.executable, "-c", program], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as other:
+        assert other.stdout is not None
+        assert other.stdout.readline() == b"mine\n"
+        with pytest.raises(InputError, match="another process trains in it"), runs.Run("run").claimed():
+            pass
+        other.kill()
+    with runs.Run("run").claimed():
+        assert files("run") == set()
 
 
 def test_environment() -> None:

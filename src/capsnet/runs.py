@@ -13,7 +13,7 @@ import os
 import platform
 import subprocess
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
@@ -28,6 +28,9 @@ from capsnet.card import Card
 from capsnet.config import Config
 from capsnet.errors import InputError
 from capsnet.models import Network, create
+
+if sys.platform != "win32":
+    import fcntl
 
 __all__ = [
     "Run",
@@ -82,6 +85,41 @@ class Run:
     def exists(self) -> bool:
         """Whether a run was begun here."""
         return self.config_path.exists() or self.checkpoint_path.exists()
+
+    @contextlib.contextmanager
+    def claimed(self) -> Iterator[None]:
+        """Keep the directory, which is made if it is not there, to this process.
+
+        The lock is on the directory itself: there is no file to be left behind, and it goes with the process, however
+        that ends. Windows and some network drives have no such lock; there nobody is kept out.
+
+        Raises:
+            InputError: another process is training here.
+        """
+        handle = self._lock()
+        try:
+            yield
+        finally:
+            if handle is not None:
+                os.close(handle)
+
+    def _lock(self) -> int | None:
+        """The open and locked directory; None where there is none to lock, of which `begin` tells more, or no lock."""
+        if sys.platform == "win32":
+            return None
+        try:
+            self.directory.mkdir(parents=True, exist_ok=True)
+            handle = os.open(self.directory, os.O_RDONLY)
+        except OSError:
+            return None
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            os.close(handle)
+            raise InputError(f"run directory {self.directory} must be free; another process trains in it") from None
+        except OSError:
+            pass
+        return handle
 
     def begin(self, config: Config, *, overwrite: bool) -> None:
         """Make the directory and write the configuration, without the place: the file also repeats the run elsewhere.

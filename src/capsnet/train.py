@@ -12,7 +12,7 @@ import math
 import os
 import time
 from collections.abc import Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, cast
@@ -209,23 +209,25 @@ def _launch(config: Config, dataset: Dataset | None, resumed: runs.Run | None) -
     if config.cuda_graph:
         _check_graph(config, device, network)
     fabric = make_fabric(config, device, precision)
-    checkpoint = _checkpoint(run, config, network, dataset) if resumed else None
-    if int(os.environ.get("RANK", "0")) == 0 and first_process():
-        run.go_on(config) if resumed else run.begin(config, overwrite=config.overwrite)
+    first = int(os.environ.get("RANK", "0")) == 0 and first_process()
+    with run.claimed() if first else nullcontext():
+        checkpoint = _checkpoint(run, config, network, dataset) if resumed else None
+        if first:
+            run.go_on(config) if resumed else run.begin(config, overwrite=config.overwrite)
 
-    fabric.launch()
-    if config.threads:
-        torch.set_num_threads(config.threads)
-    try:
-        run = runs.Run(fabric.broadcast(str(run.directory)))
-        with signals() as received, torch.random.fork_rng(devices=[]):
-            return _train(fabric, config, dataset, network, run, received, checkpoint, precision)
-    except (Interrupted, Diverged, InputError):
-        if fabric.is_global_zero:
-            raise
-        raise SystemExit(0) from None  # all processes stop for the same reason, and the first one tells it
-    finally:
-        shutdown(fabric)
+        fabric.launch()
+        if config.threads:
+            torch.set_num_threads(config.threads)
+        try:
+            run = runs.Run(fabric.broadcast(str(run.directory)))
+            with signals() as received, torch.random.fork_rng(devices=[]):
+                return _train(fabric, config, dataset, network, run, received, checkpoint, precision)
+        except (Interrupted, Diverged, InputError):
+            if fabric.is_global_zero:
+                raise
+            raise SystemExit(0) from None  # all processes stop for the same reason, and the first one tells it
+        finally:
+            shutdown(fabric)
 
 
 def _check_graph(config: Config, device: torch.device, network: Network) -> None:
