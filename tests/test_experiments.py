@@ -290,7 +290,7 @@ def test_an_ensemble_whose_weights_are_gone_is_left_out(small: Experiment) -> No
     assert told[-1] == f"no ensemble of 2, for these weights are not here: {gone}"
 
 
-def test_an_ensemble_is_of_the_networks_of_all_seeds(small: Experiment) -> None:
+def test_an_ensemble_is_of_the_networks_of_all_seeds(small: Experiment, monkeypatch: pytest.MonkeyPatch) -> None:
     together = reproduce(small, budget="cpu", seeds=3, rows=["one"])[-1]
     configs = [small.config(small.row("one"), "cpu", seed) for seed in range(3)]
     split = split_of(configs[0], "some")
@@ -298,6 +298,8 @@ def test_an_ensemble_is_of_the_networks_of_all_seeds(small: Experiment) -> None:
     assert (together.row, together.seed, together.members) == (ENSEMBLE, None, [0, 1, 2])
     assert together.results["some"] == {"error_percent": judged.error_percent, "wrong": judged.count, "total": 30}
     assert together.parameters == 3 * runs.load(place_of(configs[0])).parameter_count()
+    monkeypatch.setattr("capsnet.experiments.reproduce.ensemble_scores", None)  # once is enough
+    assert reproduce(small, budget="cpu", seeds=3, rows=["one"])[-1] == together
 
 
 def test_a_stopped_training_is_gone_on_with(small: Experiment, monkeypatch: pytest.MonkeyPatch) -> None:
