@@ -298,8 +298,10 @@ def test_an_ensemble_is_of_the_networks_of_all_seeds(small: Experiment, monkeypa
     assert (together.row, together.seed, together.members) == (ENSEMBLE, None, [0, 1, 2])
     assert together.results["some"] == {"error_percent": judged.error_percent, "wrong": judged.count, "total": 30}
     assert together.parameters == 3 * runs.load(place_of(configs[0])).parameter_count()
+    assert (fewer := reproduce(small, budget="cpu", seeds=2, rows=["one"])[-1]).members == [0, 1]
+    assert fewer.parameters == 2 * runs.load(place_of(configs[0])).parameter_count()
     monkeypatch.setattr("capsnet.experiments.reproduce.ensemble_scores", None)  # once is enough
-    assert reproduce(small, budget="cpu", seeds=3, rows=["one"])[-1] == together
+    assert reproduce(small, budget="cpu", seeds=3, rows=["one"])[-2:] == [together, fewer]
 
 
 def test_a_stopped_training_is_gone_on_with(small: Experiment, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -453,7 +455,8 @@ def test_an_ensemble_has_a_line_of_its_own(tmp_path: Path) -> None:
     results = {"cifar10": {"error_percent": 30.0, "wrong": 3000, "total": 10_000}}
     single = replace(record(), experiment="cifar10", row="capsnet", fingerprint=print_, results=results)
     assert lines_of(render(one, tmp_path))["The same, ensemble of 7"][1] == "not run"
-    records.write(tmp_path, [single, replace(single, row=ENSEMBLE, seed=None, members=[0, 1])])
+    two = replace(single, row=ENSEMBLE, seed=None, members=[0, 1])
+    records.write(tmp_path, [single, two, replace(two, members=[0])])
     assert lines_of(render(one, tmp_path))["The same, ensemble of 2"][:2] == ["10.6 %", "30.00 %"]
     assert "| CIFAR-10 | The same, ensemble of 2 | 10.6 % | 30.00 % \\* |  | 20 |" in overview(tmp_path)
 

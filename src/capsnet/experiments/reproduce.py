@@ -83,7 +83,7 @@ def reproduce(
                 diverged.append(f"{row.key}, seed {seed}")
                 continue
             found = records.add(folder, _measured(experiment, row, budget, config, directory, also))
-    if experiment.ensemble and seeds > 1 and experiment.ensemble[0] in [row.key for row in chosen] and not diverged:
+    if experiment.ensemble and seeds > 1 and experiment.ensemble[0] in [row.key for row in chosen]:
         together = _together(experiment, budget, seeds, found, runs_folder, say, **machine_options)
         found = found if together is None else records.add(folder, together)
     if diverged:
