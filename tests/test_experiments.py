@@ -65,7 +65,8 @@ def test_every_row_is_a_network_that_can_be_built_at_every_budget(one: Experimen
         split = Split(images, torch.zeros(1, dtype=torch.int64))
         with torch.device("meta"):
             network = train.build(config, Dataset("any", tuple("0123456789"), split, split))
-        assert budget != "quick" or network.parameter_count() < 2e6
+        quick = network.parameter_count() < 2e6, config.epochs, config.train_images
+        assert budget != "quick" or quick == (True, 1, 1000)
 
 
 def test_networks_are_of_the_sizes_that_the_paper_states() -> None:
@@ -432,6 +433,17 @@ def test_rows_are_compared_over_seeds_or_else_over_images(tmp_path: Path) -> Non
     assert f"- {name}: paired t test over 2 seeds: -0.025 +- 0.005 points" in render(experiment("table1"), tmp_path)
 
 
+def test_rows_at_different_budgets_are_not_compared(tmp_path: Path) -> None:
+    table1, other = experiment("table1"), "capsnet-1-reconstruction"
+    longer = fingerprint(table1.config(table1.row(other), "full", 0))
+    records.write(tmp_path, [record()])
+    records.write(tmp_path, [record(other, budget="full", fingerprint=longer)])
+    table = render(table1, tmp_path)
+    assert "| 41 of 10,000 | cpu |" in table
+    assert "| 41 of 10,000 | full |" in table
+    assert " against " not in table
+
+
 def test_measures_of_pairs_stand_in_columns_of_their_own(tmp_path: Path) -> None:
     one = experiment("multimnist")
     results = {
@@ -600,6 +612,14 @@ def test_reproduce_prints_its_table(
     assert "Small\n\n| network | paper | here | n |" in out
     assert "The same, ensemble of 2" in out
     assert len(read(Path("results/experiments"), "small", "cpu")) == 5
+
+
+def test_quick_is_one_seed_unless_told_otherwise(workplace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[int] = []
+    monkeypatch.setattr(reproduction, "reproduce", lambda one, *, seeds, **_: asked.append(seeds))
+    for arguments in (["--budget", "quick"], ["--budget", "cpu"], ["--budget", "quick", "--seeds", "2"]):
+        assert main(["reproduce", "cifar10", *arguments]) == 0
+    assert asked == [1, 7, 2]
 
 
 @pytest.mark.parametrize(
