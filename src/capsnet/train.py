@@ -122,7 +122,8 @@ def resume(directory: str | Path, dataset: Dataset | None = None, **changes: Any
             `checkpoint_steps`, `tensorboard`, `threads`, `data_dir`.
 
     Raises:
-        InputError: no run or checkpoint there, or another option is to change; otherwise as `fit`.
+        InputError: no run or checkpoint there, another process trains in it, or another option is to change; otherwise
+            as `fit`.
     """
     run = runs.Run(directory)
     saved = run.config()
