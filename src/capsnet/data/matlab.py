@@ -15,6 +15,9 @@ from capsnet.errors import InputError
 
 __all__ = ["variables"]
 
+_DAMAGED = (OSError, EOFError, ValueError, TypeError, KeyError, IndexError, OverflowError, MemoryError, zlib.error)
+"""What scipy lets out on files cut short or changed; on those of version 7.3 it is NotImplementedError."""
+
 
 def variables(content: bytes, path: str | os.PathLike[str], names: Sequence[str]) -> dict[str, np.ndarray]:
     """The variables of the given `names` as MATLAB has them, none of its axes left out; `path` only names the file.
@@ -28,10 +31,9 @@ def variables(content: bytes, path: str | os.PathLike[str], names: Sequence[str]
         from scipy.io.matlab import MatReadError
     except ImportError:
         raise InputError(f"scipy must be installed to read {path}; it is not (pip install 'capsnet[mat]')") from None
-    damaged = (ValueError, TypeError, KeyError, IndexError, OSError, EOFError, NotImplementedError, MemoryError)
     try:
         found = loadmat(io.BytesIO(content), variable_names=list(names), mat_dtype=False)
-    except (*damaged, OverflowError, zlib.error, MatReadError) as error:
+    except (*_DAMAGED, MatReadError, NotImplementedError) as error:
         raise InputError(f"{path} must be a whole MATLAB file of version 5; got another or a damaged one") from error
     for name in names:
         if not isinstance(found.get(name), np.ndarray):
