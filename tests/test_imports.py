@@ -13,7 +13,7 @@ import capsnet
 
 ROOT = Path(capsnet.__file__).parent
 LEVELS: tuple[tuple[str, ...], ...] = (
-    ("errors", "reference"),
+    ("errors", "names", "reference"),
     ("functional",),
     ("routing", "kernels"),
     ("layers",),

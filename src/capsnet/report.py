@@ -23,6 +23,7 @@ from capsnet.data.dataset import to_float
 from capsnet.errors import InputError
 from capsnet.evaluation import wilson_interval
 from capsnet.models import CapsNet, Network
+from capsnet.names import visible
 from capsnet.runs import write_atomically
 
 if TYPE_CHECKING:
@@ -315,4 +316,4 @@ def _shown(value: object) -> str:
 
 
 def _text(value: object) -> str:
-    return html.escape(str(value))
+    return html.escape(visible(str(value)))

@@ -5,13 +5,15 @@ imported before it is needed, so that --help is instant.
 """
 
 import difflib
+import io
 import os
 import sys
 from collections.abc import Sequence
 from importlib import import_module
 
 from capsnet import __version__
-from capsnet.cli.parsing import as_options, say
+from capsnet.cli.parsing import as_options
+from capsnet.cli.printing import say, show
 from capsnet.errors import InputError
 
 __all__ = ["main"]
@@ -76,12 +78,15 @@ examples:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; `arguments` are those of the process if not given. Returns the exit code."""
     arguments = list(sys.argv[1:] if arguments is None else arguments)
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # a name may have characters that the stream's encoding lacks
+            stream.reconfigure(errors="backslashreplace")
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # large arrays on huge pages: fewer page faults
     if not arguments or arguments[0] in ("-h", "--help"):
-        print(HELP, end="")
+        show(*HELP.splitlines())
         return 0 if arguments else 2
     if arguments[0] == "--version":
-        print(f"capsnet {__version__}")
+        show(f"capsnet {__version__}")
         return 0
     verb = arguments[0]
     try:
@@ -99,3 +104,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except BrokenPipeError:  # `capsnet list data | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
+    except OSError as error:
+        if error.filename is None:
+            raise
+        say(f"capsnet {verb}: error: {error.strerror}: {error.filename}")
+        return 2

@@ -2,14 +2,14 @@
 
 import json
 import shlex
-import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
 from tyro.conf import Positional
 
-from capsnet.cli.parsing import parse, say
+from capsnet.cli.parsing import parse
+from capsnet.cli.printing import say, show, show_json, show_table
 from capsnet.cli.subject import Subject
 from capsnet.errors import InputError
 
@@ -84,10 +84,10 @@ def run(arguments: list[str]) -> int:
         record["models"].append(_attacked(subject, command, torch.device(device)))
         if not command.json:
             _print(record["models"][-1])
-    text = json.dumps(record, indent=2)
     if command.json:
-        print(text)
+        show_json(record)
     if command.out:
+        text = json.dumps(record, indent=2)
         runs.write_atomically(Path(command.out), lambda path: path.write_text(text + "\n", encoding="utf-8"))
         say(f"record: {command.out}")
     return 0
@@ -159,42 +159,30 @@ def _attacked(subject: Subject, command: _Attack, device: Any) -> dict[str, Any]
 
 
 def _print(found: dict[str, Any]) -> None:
-    from rich.console import Console
-    from rich.table import Table
-
     threshold = found["threshold"]
-    print(f"{found['model']}: first {found['images']:,} test images of {found['data']}")
-    table = Table()
-    for heading in (
-        "attack",
-        "epsilon",
-        "fooled",
-        "success %",
-        "95 % interval",
-        "wrong %",
-        "flagged %",
-        "of the fooled %",
-    ):
-        table.add_column(heading, justify="left" if heading == "attack" else "right")
-    for row in found["rates"]:
-        interval = row["success_interval"]
-        table.add_row(
-            row["attack"],
-            f"{row['epsilon']:g}",
-            f"{row['fooled']:,} of {row['right']:,}",
-            _percent(row["fooled"], row["right"]),
-            "-" if interval is None else f"{100 * interval[0]:.1f} to {100 * interval[1]:.1f}",
-            _percent(row["wrong_after"], row["images"]),
-            _percent(row["flagged"], row["images"]),
-            _percent(row["flagged_fooled"], row["fooled"]),
-        )
-    Console(width=None if sys.stdout.isatty() else 200, highlight=False).print(table)
+    show(f"{found['model']}: first {found['images']:,} test images of {found['data']}")
+    headings = ("attack", "epsilon", "fooled", "success %", "95 % interval", "wrong %", "flagged %", "of the fooled %")
+    show_table(headings, [_cells(row) for row in found["rates"]])
     if threshold is not None:
-        print(
+        show(
             f"flagged: reconstruction error above {threshold['value']:.2f}, set for "
             f"{100 * threshold['false_alarm_rate']:g} % false alarms on {threshold['images']:,} "
             f"{threshold['split']} images"
         )
+
+
+def _cells(row: dict[str, Any]) -> list[str]:
+    interval = row["success_interval"]
+    return [
+        row["attack"],
+        f"{row['epsilon']:g}",
+        f"{row['fooled']:,} of {row['right']:,}",
+        _percent(row["fooled"], row["right"]),
+        "-" if interval is None else f"{100 * interval[0]:.1f} to {100 * interval[1]:.1f}",
+        _percent(row["wrong_after"], row["images"]),
+        _percent(row["flagged"], row["images"]),
+        _percent(row["flagged_fooled"], row["fooled"]),
+    ]
 
 
 def _percent(part: int | None, whole: int) -> str:

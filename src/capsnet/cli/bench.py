@@ -1,6 +1,5 @@
 """The verb `bench`."""
 
-import json
 import shlex
 import sys
 from dataclasses import dataclass, replace
@@ -9,7 +8,8 @@ from typing import Literal
 
 from tyro.conf import OmitArgPrefixes, Positional
 
-from capsnet.cli.parsing import parse, say, start
+from capsnet.cli.parsing import parse, start
+from capsnet.cli.printing import say, show, show_json
 from capsnet.config import Config
 from capsnet.errors import InputError
 
@@ -73,7 +73,7 @@ class _Bench:
 def run(arguments: list[str]) -> int:
     """Measure, print tables or JSON, keep the record; see BENCH_HELP."""
     if {"-h", "--help"} & set(arguments):
-        print(BENCH_HELP, end="")
+        show(*BENCH_HELP.splitlines())
         return 0
     base, _ = start(arguments, "--preset", "--config")
     arguments = ["--help" if argument == "--help-all" else argument for argument in arguments]
@@ -107,7 +107,7 @@ def run(arguments: list[str]) -> int:
         say(f"capsnet bench: error: {error}")
         return 1
     if command.json:
-        print(json.dumps(record, indent=2))
+        show_json(record)
     else:
         bench.show(record, width=None if sys.stdout.isatty() else 160)
     if config.out is not None:

@@ -1,6 +1,5 @@
 """The verb `compare`."""
 
-import json
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -10,6 +9,7 @@ from tyro.conf import Positional, arg
 
 from capsnet.cli.evaluate import Member, members, same_split
 from capsnet.cli.parsing import parse
+from capsnet.cli.printing import show, show_json
 from capsnet.errors import InputError
 
 if TYPE_CHECKING:
@@ -75,17 +75,17 @@ def run(arguments: list[str]) -> int:
             "reason": reason,
             "test": test.to_dict(),
         }
-        print(json.dumps(record, indent=2))
+        show_json(record)
         return 0
-    print(f"{dataset.name} {command.split}, {len(split):,} images")
+    show(f"{dataset.name} {command.split}, {len(split):,} images")
     for name, side in (("runs", ours), ("against", theirs)):
-        print(f"{name}:")
+        show(f"{name}:")
         for member, result in zip(side.found, side.results, strict=True):
-            print(f"  {member.name}: {result.summary()}")
+            show(f"  {member.name}: {result.summary()}")
         if len(side.found) > 1:
-            print(f"  {summarise(side.errors).summary()}")
-    print(reason)
-    print(test.summary(*(f"by {member.run}" for member in found)) if isinstance(test, McNemar) else test.summary())
+            show(f"  {summarise(side.errors).summary()}")
+    show(reason)
+    show(test.summary(*(f"by {member.run}" for member in found)) if isinstance(test, McNemar) else test.summary())
     return 0
 
 

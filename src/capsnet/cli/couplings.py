@@ -1,11 +1,11 @@
 """The verb `couplings`."""
 
-import json
 import math
 import shlex
 from dataclasses import dataclass
 
 from capsnet.cli.parsing import parse
+from capsnet.cli.printing import show, show_json
 from capsnet.cli.subject import Look, Subject
 from capsnet.errors import InputError
 
@@ -75,11 +75,11 @@ def run(arguments: list[str]) -> int:
             "figure": str(path),
             **runs.environment(torch.device("cpu")),
         }
-        print(json.dumps(numbers, indent=2))
+        show_json(numbers)
         return 0
-    print(f"{name}: mean of {len(inputs)} images; uniform couplings have {uniform:.4f} bits")
-    print("iteration  entropy, bits  agreement of the winner  of the others")
+    show(f"{name}: mean of {len(inputs)} images; uniform couplings have {uniform:.4f} bits")
+    show("iteration  entropy, bits  agreement of the winner  of the others")
     for t, (entropy, winner, other) in enumerate(zip(entropies, winners, others, strict=True), 1):
-        print(f"{t:9}  {entropy:13.4f}  {winner:23.4f}  {other:13.4f}")
-    print(f"figure: {path}")
+        show(f"{t:9}  {entropy:13.4f}  {winner:23.4f}  {other:13.4f}")
+    show(f"figure: {path}")
     return 0

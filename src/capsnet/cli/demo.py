@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from tyro.conf import Positional
 
 from capsnet.cli.parsing import parse
+from capsnet.cli.printing import show
 from capsnet.errors import InputError
 
 __all__ = ["run"]
@@ -50,8 +51,8 @@ def run(arguments: list[str]) -> int:
             host=command.host,
             port=command.port,
             browser=command.browser,
-            told=lambda address: print(f"{command.model} at {address} (Ctrl-C ends it)", flush=True),
+            told=lambda address: show(f"{command.model} at {address} (Ctrl-C ends it)"),
         )
     except KeyboardInterrupt:  # the way to end it
-        print()
+        show("")
     return 0

@@ -1,14 +1,13 @@
 """The verb `evaluate`."""
 
-import json
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from tyro.conf import Positional, arg
 
-from capsnet.cli.parsing import parse, say
+from capsnet.cli.parsing import parse
+from capsnet.cli.printing import say, show, show_json, show_table
 from capsnet.cli.subject import Subject
 from capsnet.errors import InputError
 
@@ -86,10 +85,10 @@ def _one(command: _Evaluate) -> int:
     result = evaluate(network.to(device), split, config=trained, batch_size=command.batch_size, precision=precision)
     if command.json:
         where = {"run": subject.model, "data": dataset.name, "split": command.split, "precision": precision}
-        print(json.dumps({**where, **result.to_dict()}, indent=2))
+        show_json({**where, **result.to_dict()})
     else:
-        print(f"{dataset.name} {command.split} {result.summary()}")
-        print(_losses(result))
+        show(f"{dataset.name} {command.split} {result.summary()}")
+        show(_losses(result))
         _print_tables(result)
     return 0
 
@@ -117,13 +116,13 @@ def _several(command: _Evaluate) -> int:
             "results": [part.to_dict() for part in parts],
             "averaging": averaging and averaging.to_dict(),
         }
-        print(json.dumps(record, indent=2))
+        show_json(record)
         return 0
-    print(f"{dataset.name} {command.split}, {len(split):,} images")
+    show(f"{dataset.name} {command.split}, {len(split):,} images")
     for part in parts:
         part.tell()
     if averaging is not None:
-        print(f"with shifts against without: {averaging.summary('with shifts', 'without')}")
+        show(f"with shifts against without: {averaging.summary('with shifts', 'without')}")
     return 0
 
 
@@ -179,14 +178,14 @@ class _Part:
     def tell(self) -> None:
         if self.shifts:
             pixels = "1 pixel" if self.shifts == 1 else f"{self.shifts} pixels"
-            print(f"with shifts, the mean over {self.views} views of each image moved by up to {pixels}:")
+            show(f"with shifts, the mean over {self.views} views of each image moved by up to {pixels}:")
         for member, each in zip(self.found, self.alone, strict=True):
-            print(f"{member.name}: {each.summary()}")
+            show(f"{member.name}: {each.summary()}")
         if self.ensemble and (summary := self.summary()) and (against := self.against_first()):
             first = self.found[0].run
-            print(summary.summary())
-            print(f"ensemble of {len(self.found)}: {self.ensemble.summary()}")
-            print(f"ensemble against {first}: {against.summary('by the ensemble', f'by {first}')}")
+            show(summary.summary())
+            show(f"ensemble of {len(self.found)}: {self.ensemble.summary()}")
+            show(f"ensemble against {first}: {against.summary('by the ensemble', f'by {first}')}")
 
 
 class Member:
@@ -302,25 +301,28 @@ def _losses(result: "Evaluation") -> str:
 
 
 def _print_tables(result: "Evaluation") -> None:
-    from rich.console import Console
-    from rich.table import Table
-
-    console = Console(width=None if sys.stdout.isatty() else 200, highlight=False)
-    table = Table()
-    for heading in ("class", "images", "wrong", "error %", "others taken for it"):
-        table.add_column(heading, justify="left" if heading == "class" else "right")
-    for row in result.per_class():
-        error = "-" if row["error_percent"] is None else f"{row['error_percent']:.2f}"
-        table.add_row(row["class"], f"{row['images']:,}", str(row["wrong"]), error, str(row["taken_for_it"]))
-    print("per class:")
-    console.print(table)
+    show("per class:")
+    show_table(
+        ("class", "images", "wrong", "error %", "others taken for it"),
+        [
+            (
+                row["class"],
+                f"{row['images']:,}",
+                str(row["wrong"]),
+                "-" if row["error_percent"] is None else f"{row['error_percent']:.2f}",
+                str(row["taken_for_it"]),
+            )
+            for row in result.per_class()
+        ],
+    )
     if len(result.classes) > 30:
-        print(f"confusion matrix: {len(result.classes)} classes are too many to print; see --json")
+        show(f"confusion matrix: {len(result.classes)} classes are too many to print; see --json")
         return
-    print("confusion matrix, true class in rows and predicted class in columns:")
-    matrix = Table()
-    for heading in ("", *result.classes):
-        matrix.add_column(heading, justify="right")
-    for name, counts in zip(result.classes, result.confusion, strict=True):
-        matrix.add_row(name, *(str(count) if count else "." for count in counts))
-    console.print(matrix)
+    show("confusion matrix, true class in rows and predicted class in columns:")
+    show_table(
+        ("", *result.classes),
+        [
+            (name, *(str(count) if count else "." for count in counts))
+            for name, counts in zip(result.classes, result.confusion, strict=True)
+        ],
+    )

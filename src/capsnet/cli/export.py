@@ -1,6 +1,5 @@
 """The verb `export`."""
 
-import json
 import shlex
 from dataclasses import dataclass
 from pathlib import Path
@@ -8,7 +7,8 @@ from typing import TYPE_CHECKING, Literal
 
 from tyro.conf import Positional
 
-from capsnet.cli.parsing import parse, say
+from capsnet.cli.parsing import parse
+from capsnet.cli.printing import say, show, show_json
 from capsnet.cli.subject import Subject
 from capsnet.errors import InputError
 
@@ -82,9 +82,9 @@ def run(arguments: list[str]) -> int:
             **result.to_dict(),
             **runs.environment(torch.device("cpu")),
         }
-        print(json.dumps(record, indent=2))
+        show_json(record)
     else:
-        print(f"{result.summary()} ({name})")
+        show(f"{result.summary()} ({name})")
     return 0
 
 

@@ -1,10 +1,10 @@
 """The verb `factors`."""
 
-import json
 import shlex
 from dataclasses import dataclass
 
 from capsnet.cli.parsing import parse
+from capsnet.cli.printing import show, show_json
 from capsnet.cli.subject import Look, Subject
 
 __all__ = ["run"]
@@ -56,15 +56,13 @@ def run(arguments: list[str]) -> int:
             "figure": str(path),
             **runs.environment(torch.device("cpu")),
         }
-        print(json.dumps(numbers, indent=2))
+        show_json(numbers)
         return 0
     first = next(iter(found.values()))
-    print(
-        f"held-out linear R2, mean over {len(first.classes)} classes +- standard deviation, n = {first.test_images:,}"
-    )
-    print(f"{'':22}" + "".join(f"{f'{name} ({one.dim})':>24}" for name, one in found.items()))
+    show(f"held-out linear R2, mean over {len(first.classes)} classes +- standard deviation, n = {first.test_images:,}")
+    show(f"{'':22}" + "".join(f"{f'{name} ({one.dim})':>24}" for name, one in found.items()))
     for factor in first.factors:
         cells = "".join(f"{one.mean(factor):>15.3f} +- {one.spread(factor):.3f}" for one in found.values())
-        print(f"{factor.replace('_', ' '):22}{cells}")
-    print(f"figure: {path}")
+        show(f"{factor.replace('_', ' '):22}{cells}")
+    show(f"figure: {path}")
     return 0

@@ -1,10 +1,10 @@
 """The verb `figures`."""
 
-import json
 from dataclasses import dataclass
 from typing import Literal
 
 from capsnet.cli.parsing import parse
+from capsnet.cli.printing import show, show_json
 from capsnet.cli.subject import Look, Subject
 from capsnet.errors import InputError
 
@@ -63,8 +63,7 @@ def run(arguments: list[str]) -> int:
             "expected_calibration_error": calibrated.error,
             "figures": [str(path) for path in paths],
         }
-        print(json.dumps(numbers, indent=2))
+        show_json(numbers)
         return 0
-    for path in paths:
-        print(path)
+    show(*map(str, paths))
     return 0

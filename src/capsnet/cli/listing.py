@@ -1,6 +1,5 @@
 """The verb `list`."""
 
-import json
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -8,6 +7,7 @@ from tyro.conf import Positional
 
 from capsnet import config
 from capsnet.cli.parsing import parse
+from capsnet.cli.printing import show, show_json
 
 __all__ = ["run"]
 
@@ -41,13 +41,13 @@ def run(arguments: list[str]) -> int:
     }
     rows = makers[command.what]()
     if command.json:
-        print(json.dumps(rows, indent=2))
+        show_json(rows)
         return 0
     for row in rows:
         name, *rest = row.items()
-        print(name[1])
+        show(name[1])
         for key, value in rest:
-            print(f"  {key}: {value}")
+            show(f"  {key}: {value}")
     return 0
 
 

@@ -5,7 +5,6 @@ import contextlib
 import difflib
 import io
 import re
-import sys
 import textwrap
 from dataclasses import fields
 from pathlib import Path
@@ -14,10 +13,11 @@ from typing import TypeVar
 import tyro
 
 from capsnet import config
+from capsnet.cli.printing import show
 from capsnet.config import Config
 from capsnet.errors import InputError
 
-__all__ = ["as_options", "parse", "say", "start"]
+__all__ = ["as_options", "parse", "start"]
 
 
 def start(arguments: list[str], *starts: str) -> tuple[Config, str | None]:
@@ -58,7 +58,7 @@ def parse(kind: type[T], arguments: list[str], *, prog: str, default: T | None =
     except SystemExit as stop:
         if not stop.code:  # --help: tyro leaves a paragraph of the description on one line
             for line in told.getvalue().splitlines():
-                print("\n".join(textwrap.wrap(line, 100)) if len(line) > 100 else line)
+                show(*(textwrap.wrap(line, 100) if len(line) > 100 else [line]))
             raise
         raise InputError(_one_line(faults.getvalue(), kind, prog)) from None
 
@@ -94,8 +94,3 @@ def as_options(text: str) -> str:
     )
     pattern = rf"(^|; and )({names})(?= must | of (?!model))"
     return re.sub(pattern, lambda found: f"{found[1]}--{found[2].replace('_', '-')}", text)
-
-
-def say(text: str) -> None:
-    """Print to stderr at once."""
-    print(text, file=sys.stderr, flush=True)

@@ -1,9 +1,9 @@
 """The verb `perturb`."""
 
-import json
 from dataclasses import dataclass
 
 from capsnet.cli.parsing import parse
+from capsnet.cli.printing import show, show_json
 from capsnet.cli.subject import Look, Subject
 from capsnet.errors import InputError
 
@@ -93,10 +93,10 @@ def run(arguments: list[str]) -> int:
             .tolist(),
             "figure": str(path),
         }
-        print(json.dumps(numbers, indent=2))
+        show_json(numbers)
         return 0
-    print(f"{len(inputs)} x {result.images.shape[1]} dimensions x {command.steps} steps of +-{command.span:g}")
-    print(f"figure: {path}")
+    show(f"{len(inputs)} x {result.images.shape[1]} dimensions x {command.steps} steps of +-{command.span:g}")
+    show(f"figure: {path}")
     if command.gif is not None:
-        print(f"animation: {animation}")
+        show(f"animation: {animation}")
     return 0

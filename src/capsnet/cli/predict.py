@@ -1,18 +1,19 @@
 """The verb `predict`."""
 
 import csv
-import json
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
 from tyro.conf import Positional, arg
 
-from capsnet.cli.parsing import parse, say
+from capsnet.cli.parsing import parse
+from capsnet.cli.printing import say, show, show_json
 from capsnet.cli.subject import Model, Subject
 from capsnet.errors import InputError
+from capsnet.names import visible
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -80,7 +81,7 @@ def run(arguments: list[str]) -> int:
     sources = ((name, sys.stdin.buffer.read() if name == "-" else Path(name)) for name in names)
     network = subject.network.to(device)
     predictions = predict(network, sources, card=subject.card, invert=command.invert, batch_size=command.batch_size)
-    write = _Writer(command, width=max(map(len, names)), label=max(map(len, network.classes)))
+    write = _Writer(command, width=_width(names), label=_width(network.classes))
     faults = 0
     for number, found in enumerate(predictions):
         if not isinstance(found, Prediction):
@@ -113,21 +114,24 @@ class _Writer:
             if self.csv is None:
                 self.csv = csv.DictWriter(sys.stdout, list(row), lineterminator="\n")
                 self.csv.writeheader()
+            if sys.stdout.isatty():
+                row = {name: visible(value) if isinstance(value, str) else value for name, value in row.items()}
             self.csv.writerow(row)
         else:
             self._line(found)
 
     def _line(self, found: "Prediction") -> None:
         if not self.rows:
-            print(self._row("file", "class", "presence", "runner-up", "error", "notes"))
+            show(self._row("file", "class", "presence", "runner-up", "error", "notes"))
         self.rows.append(found)
         self.strangers += bool(found.stranger)
         notes = [note for note, is_so in (("inverted", found.inverted), ("centred and scaled", found.framed)) if is_so]
         if found.stranger:
             notes.insert(0, "STRANGER?")
         error = "-" if found.error is None else f"{found.error:.1f}"
-        runner_up = f"{found.runner_up} {found.runner_up_presence:.2f}"
-        print(self._row(found.name, found.label, f"{found.presence:.2f}", runner_up, error, ", ".join(notes)))
+        runner_up = f"{visible(found.runner_up)} {found.runner_up_presence:.2f}"
+        name, label = visible(found.name), visible(found.label)
+        show(self._row(name, label, f"{found.presence:.2f}", runner_up, error, ", ".join(notes)))
 
     def _row(self, name: str, label: str, presence: str, runner_up: str, error: str, notes: str) -> str:
         start = f"{name:{self.width}}  {label:{self.label}}  {presence:>8}  {runner_up:{self.label + 5}}"
@@ -136,9 +140,13 @@ class _Writer:
     def close(self) -> None:
         """Print what comes at the end."""
         if self.command.json:
-            print(json.dumps([found.to_dict() for found in self.rows], indent=2))
+            show_json([found.to_dict() for found in self.rows])
         elif self.strangers:
-            print("STRANGER?: the reconstruction is so bad that it may be no object of the known classes")
+            show("STRANGER?: the reconstruction is so bad that it may be no object of the known classes")
+
+
+def _width(names: Iterable[str]) -> int:
+    return max(len(visible(name)) for name in names)
 
 
 def _names(files: tuple[str, ...]) -> Iterator[str]:

@@ -1,9 +1,9 @@
 """The verb `reconstruct`."""
 
-import json
 from dataclasses import dataclass
 
 from capsnet.cli.parsing import parse
+from capsnet.cli.printing import show, show_json
 from capsnet.cli.subject import Look, Subject
 from capsnet.errors import InputError
 
@@ -73,16 +73,16 @@ def run(arguments: list[str]) -> int:
         "figure": str(path),
     }
     if command.json:
-        print(json.dumps(numbers, indent=2))
+        show_json(numbers)
         return 0
-    print(f"{dataset.name} {command.split}: {len(wrong):,} of {len(split):,} images wrong")
+    show(f"{dataset.name} {command.split}: {len(wrong):,} of {len(split):,} images wrong")
     for name in ("right", "wrong") if found.errors is not None else ():
         mean = numbers[f"reconstruction_error_{name}"]
-        print(
+        show(
             f"summed squared error of the reconstruction, mean of the {name} images: "
             + (f"{mean:.2f}" if mean else "-")
         )
-    print(f"figure: {path}")
+    show(f"figure: {path}")
     return 0
 
 

@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 
 from capsnet.cli.parsing import parse
+from capsnet.cli.printing import show
 from capsnet.cli.subject import Model, Subject
 
 __all__ = ["run"]
@@ -55,5 +56,5 @@ def run(arguments: list[str]) -> int:
         result=json.loads(files.result_path.read_text(encoding="utf-8")) if files.result_path.is_file() else None,
     )
     runs.write_atomically(path, lambda place: place.write_text(content, encoding="utf-8"))
-    print(f"report: {path}")
+    show(f"report: {path}")
     return 0

@@ -6,7 +6,8 @@ from typing import Annotated, Literal
 
 from tyro.conf import Positional, arg
 
-from capsnet.cli.parsing import parse, say
+from capsnet.cli.parsing import parse
+from capsnet.cli.printing import say, show
 
 __all__ = ["run"]
 
@@ -61,7 +62,7 @@ def run(arguments: list[str]) -> int:
     folder, budget = Path(command.results), command.budget
     if command.list:
         budgets = [budget] if any(word.startswith("--budget") for word in arguments) else SHOWN
-        print(f"{experiment.title}\n\n{render(experiment, folder, budgets=budgets)}", end="")
+        show(experiment.title, "", *render(experiment, folder, budgets=budgets).splitlines())
         return 0
     seeds = command.seeds if command.seeds is not None else 1 if budget == "quick" else experiment.seeds
     try:
@@ -85,5 +86,5 @@ def run(arguments: list[str]) -> int:
     except train.Diverged as error:
         say(f"capsnet reproduce: error: {error}")
         return 1
-    print(f"{experiment.title}\n\n{render(experiment, folder, budgets=[budget])}", end="")
+    show(experiment.title, "", *render(experiment, folder, budgets=[budget]).splitlines())
     return 0

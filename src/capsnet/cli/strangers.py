@@ -6,7 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from capsnet.cli.parsing import parse, say
+from capsnet.cli.parsing import parse
+from capsnet.cli.printing import say, show, show_json
 from capsnet.cli.subject import Model, Subject
 from capsnet.errors import InputError
 
@@ -101,13 +102,13 @@ def run(arguments: list[str]) -> int:
         text = json.dumps(record, indent=2) + "\n"
         runs.write_atomically(place, lambda path: path.write_text(text, encoding="utf-8"))
     if command.json:
-        print(json.dumps(record, indent=2))
+        show_json(record)
         return 0
     _print(record)
     if not threshold:
         say(f"capsnet strangers: {command.model} has no stored threshold, so nothing is flagged")
     if place:
-        print(f"record: {place}")
+        show(f"record: {place}")
     return 0
 
 
@@ -136,14 +137,14 @@ def _share(errors: "Tensor", limit: float) -> float:
 
 def _print(record: dict[str, Any]) -> None:
     known, threshold = record["known"], record["threshold"]
-    print(f"known: {known['images']:,} test images of {known['data']}, mean error {known['mean_error']:.2f}")
+    show(f"known: {known['images']:,} test images of {known['data']}, mean error {known['mean_error']:.2f}")
     if threshold:
-        print(
+        show(
             f"threshold: {threshold['value']:.2f}, exceeded by {100 * threshold['false_alarm_rate']:g} % of "
             f"{threshold['images']:,} {threshold['split']} images, and by {100 * known['false_alarms']:.2f} % of the "
             "test images"
         )
-    print(f"{'strangers':20}  images   AUROC  mean error  flagged")
+    show(f"{'strangers':20}  images   AUROC  mean error  flagged")
     for row in record["strangers"]:
         flagged = "-" if row["flagged"] is None else f"{100 * row['flagged']:.2f} %"
-        print(f"{row['strangers']:20}  {row['images']:6,}  {row['auroc']:.4f}  {row['mean_error']:10.2f}  {flagged:>8}")
+        show(f"{row['strangers']:20}  {row['images']:6,}  {row['auroc']:.4f}  {row['mean_error']:10.2f}  {flagged:>8}")

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 from tyro.conf import Positional, arg
 
-from capsnet.cli.parsing import say
+from capsnet.cli.printing import say
 from capsnet.config import Config
 from capsnet.errors import InputError
 

@@ -6,7 +6,8 @@ from pathlib import Path
 
 from tyro.conf import Positional
 
-from capsnet.cli.parsing import parse, say
+from capsnet.cli.parsing import parse
+from capsnet.cli.printing import say, show
 from capsnet.errors import InputError
 
 __all__ = ["run"]
@@ -54,7 +55,7 @@ def run(arguments: list[str]) -> int:
             say(f"capsnet table: {page} is not that of the records; capsnet table writes it anew")
             continue
         write_atomically(page, partial(Path.write_text, data=made, encoding="utf-8"))
-        print(f"written: {page}")
+        show(f"written: {page}")
     if not fresh:
-        print("all tables are those of the records")
+        show("all tables are those of the records")
     return 1 if fresh and command.check else 0

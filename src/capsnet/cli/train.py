@@ -1,11 +1,11 @@
 """The verb `train`."""
 
-import json
 from dataclasses import dataclass, fields
 
 from tyro.conf import OmitArgPrefixes
 
-from capsnet.cli.parsing import parse, say, start
+from capsnet.cli.parsing import parse, start
+from capsnet.cli.printing import say, show, show_json
 from capsnet.config import Config
 
 __all__ = ["run"]
@@ -55,7 +55,7 @@ class _Train:
 def run(arguments: list[str]) -> int:
     """Train, print the test error; see TRAIN_HELP."""
     if {"-h", "--help"} & set(arguments):
-        print(TRAIN_HELP, end="")
+        show(*TRAIN_HELP.splitlines())
         return 0
     base, resumed = start(arguments, "--preset", "--config", "--resume")
     arguments = ["--help" if argument == "--help-all" else argument for argument in arguments]
@@ -64,7 +64,7 @@ def run(arguments: list[str]) -> int:
     if command.dry_run:
         from capsnet.summary import dry_run
 
-        print(dry_run(options))
+        show(*dry_run(options).split("\n"))
         return 0
 
     from capsnet import machine, train
@@ -93,12 +93,12 @@ def run(arguments: list[str]) -> int:
             "figure": str(result.figure) if result.figure else None,
             "report": str(result.report) if result.report else None,
         }
-        print(json.dumps({**result.test.to_dict(), **files}, indent=2))
+        show_json({**result.test.to_dict(), **files})
         return 0
-    print(f"test {result.test.summary()}")
-    print(f"run directory: {result.directory}")
+    show(f"test {result.test.summary()}")
+    show(f"run directory: {result.directory}")
     if result.figure:
-        print(f"reconstructions: {result.figure}")
+        show(f"reconstructions: {result.figure}")
     if result.report:
-        print(f"report: {result.report}")
+        show(f"report: {result.report}")
     return 0

@@ -12,6 +12,7 @@ from torch import Tensor
 from capsnet.analysis.couplings import Evidence
 from capsnet.analysis.drawing import Perturbation, Reconstruction, Separation
 from capsnet.analysis.factors import PoseExplained
+from capsnet.names import visible
 from capsnet.plots.figure import ORDER, new, picture, pixels, short, show_sheet, styled
 
 if TYPE_CHECKING:
@@ -119,7 +120,7 @@ def perturbations(found: Perturbation, classes: tuple[str, ...]) -> "Figure":
     for axes, images, k in zip(grid, found.images, found.classes.tolist(), strict=False):
         show_sheet(axes, images, rows=[f"{d + 1}" for d in range(dim)], columns=values)
         axes.set_ylabel("dimension of the class capsule")
-        axes.set_title(f"{short(classes[k], 30)}: change of the dimension", parse_math=False)
+        axes.set_title(f"{short(classes[k], 30)}: change of the dimension")
     for axes in grid[count:]:
         axes.set_axis_off()
     return figure
@@ -182,9 +183,7 @@ def couplings(
             axes.set_axis_off()
         grid[k, 0].imshow(pixels(images[k]), cmap="gray", vmin=0, vmax=1)
         truth, answer = classes[int(labels[k])], classes[int(winners[k])]
-        grid[k, 0].set_title(
-            short(answer) if truth == answer else f"{short(answer)} ({short(truth)})", parse_math=False
-        )
+        grid[k, 0].set_title(short(answer) if truth == answer else f"{short(answer)} ({short(truth)})")
         for t in range(1, iterations):
             coupled = grid[k, t].imshow(ratio[t, k].numpy(), cmap="cividis", vmin=low, vmax=high)
         for t in range(iterations):
@@ -261,7 +260,7 @@ def factors(found: dict[str, PoseExplained]) -> "Figure":
             color=ORDER[k % len(ORDER)],
             ecolor="black",
             capsize=2,
-            label=f"{name}: {one.dim} dimensions",
+            label=f"{visible(name)}: {one.dim} dimensions",
         )
     first = next(iter(found.values()))
     bars.set_yticks(range(len(names)), told)
@@ -276,6 +275,6 @@ def factors(found: dict[str, PoseExplained]) -> "Figure":
         axes.set_yticks(range(len(names)), told)
         axes.set_xticks(range(one.dim), [str(d + 1) for d in range(one.dim)])
         axes.set_xlabel("dimension of the class capsule")
-        axes.set_title(f"{name}: R2 of each dimension alone, mean over classes")
+        axes.set_title(f"{visible(name)}: R2 of each dimension alone, mean over classes")
         figure.colorbar(heat, ax=axes)
     return figure

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from capsnet import runs
 from capsnet.errors import InputError
+from capsnet.names import visible
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -38,6 +39,7 @@ STYLE: dict[str, Any] = {
     "savefig.dpi": 120,
     "svg.fonttype": "none",
     "svg.hashsalt": "capsnet",
+    "text.parse_math": False,  # names of classes are no formulas
     "xtick.labelsize": 8,
     "ytick.labelsize": 8,
 }
@@ -88,13 +90,14 @@ def save(figure: "Figure", path: Path, *, format: str = "png", command: str = ""
 
 @styled
 def rendered(figure: "Figure", *, format: str = "png", command: str = "") -> bytes:
-    """A figure's file as bytes; the same figure gives the same bytes.
+    """A figure's file as bytes; a figure that is made again gives the same bytes.
 
     Raises:
         InputError: an unknown format.
     """
     if format not in FORMATS:
         raise InputError(f"format must be one of {', '.join(FORMATS)}; got {format!r}")
+    command = visible(command)
     metadata: dict[str, dict[str, str | None]] = {
         "png": {"Software": "capsnet", "Description": command},
         "svg": {"Creator": "capsnet", "Date": None, "Description": command},
@@ -136,8 +139,6 @@ def show_sheet(
     axes.tick_params(length=0, labeltop=bool(columns), labelbottom=False)
     axes.set_yticks([k * (height + _GAP) + height / 2 for k in range(len(rows))], rows)
     axes.set_xticks([k * (width + _GAP) + width / 2 for k in range(len(columns))], columns)
-    for label in (*axes.get_xticklabels(), *axes.get_yticklabels()):
-        label.set_parse_math(False)
 
 
 def picture(images: Float[Tensor, "rows columns channels height width"], *, zoom: int = 1) -> "Image.Image":
@@ -150,5 +151,6 @@ def picture(images: Float[Tensor, "rows columns channels height width"], *, zoom
 
 
 def short(name: str, most: int = 14) -> str:
-    """A class's name in the little room above an image."""
+    """A name as a figure shows it: visible, and in the little room above an image."""
+    name = visible(name)
     return name if len(name) <= most else f"{name[: most - 1]}\N{HORIZONTAL ELLIPSIS}"

@@ -10,9 +10,11 @@ from torch import Tensor
 from capsnet.analysis.outcomes import Calibration, Outcomes
 from capsnet.analysis.significance import wilson_interval
 from capsnet.data.dataset import Split, to_float
+from capsnet.names import visible
 from capsnet.plots.figure import ORDER, new, pixels, short, styled
 
 if TYPE_CHECKING:
+    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
 __all__ = ["class_errors", "confusion", "curves", "errors_by_factor", "gallery", "lengths", "reliability"]
@@ -78,7 +80,9 @@ def errors_by_factor(wrong: Mapping[str, Tensor], factors: Mapping[str, Tensor],
             ]
             style = ("o-", "s--", "^:", "d-.")[k % 4]
             where = [x for x, _, _ in kept]
-            axes.errorbar(where, middle, spread, fmt=style, color=ORDER[k % 4], label=title, markersize=3, capsize=2)
+            axes.errorbar(
+                where, middle, spread, fmt=style, color=ORDER[k % 4], label=visible(title), markersize=3, capsize=2
+            )
         axes.set_xlabel(name.replace("_", " "))
     for axes in grid[len(varying) :]:
         axes.set_axis_off()
@@ -105,8 +109,6 @@ def class_errors(found: Outcomes, classes: tuple[str, ...]) -> "Figure":
     for k, (value, bad, total) in enumerate(zip(percent, wrong.tolist(), totals.tolist(), strict=True)):
         axes.annotate(f"{bad} of {total:,}", (value, k), (4, 0), textcoords="offset points", va="center", fontsize=8)
     axes.set_yticks(range(len(classes)), [short(name, 24) for name in classes])
-    for label in axes.get_yticklabels():
-        label.set_parse_math(False)
     axes.invert_yaxis()
     axes.set_xlim(0, 1.25 * max([*percent, 0.01]))
     axes.set_xlabel("wrong images of the class, %")
@@ -128,8 +130,6 @@ def confusion(found: Outcomes, classes: tuple[str, ...]) -> "Figure":
     names = [short(name, 12) for name in classes]
     axes.set_xticks(range(len(names)), names, rotation=90 if max(map(len, names)) > 3 else 0)
     axes.set_yticks(range(len(names)), names)
-    for label in (*axes.get_xticklabels(), *axes.get_yticklabels()):
-        label.set_parse_math(False)
     if len(classes) <= 20:
         darkest = float(share.max()) or 1.0
         for row, column in np.ndindex(*share.shape):
@@ -175,9 +175,7 @@ def gallery(found: Outcomes, split: Split, classes: tuple[str, ...], *, most: in
         lines = [
             f"{short(classes[k], 9)} {score:.2f}" for k, score in list(zip(order.tolist(), scores, strict=True))[:2]
         ]
-        each.set_title(
-            "\n".join([f"true {short(classes[int(found.labels[index])], 9)}", *lines]), fontsize=7, parse_math=False
-        )
+        each.set_title("\n".join([f"true {short(classes[int(found.labels[index])], 9)}", *lines]), fontsize=7)
     told = f"All {len(wrong)}" if len(shown) == len(wrong) else f"The surest {len(shown)} of {len(wrong):,}"
     figure.suptitle(
         f"{told} wrong images of n = {len(found.labels):,}: true class, then the two largest scores"
@@ -202,8 +200,7 @@ def reliability(found: Calibration) -> "Figure":
     upper.set_title(f"Calibration, n = {total:,}; expected calibration error {found.error:.3f}")
     width = found.edges[1] - found.edges[0]
     lower.bar(found.edges[:-1], found.counts, width=0.9 * width, align="edge", color=ORDER[0])
-    lower.set_yscale("log")
-    lower.set_ylabel("images")
+    _count(lower)
     lower.set_xlabel("winning score (length of the longest capsule)")
     lower.set_xlim(0, 1)
     return figure
@@ -232,10 +229,17 @@ def lengths(found: Outcomes) -> "Figure":
                 linewidth=1.6,
                 label=f"{label}, n = {len(values):,}",
             )
-    axes.set_yscale("log")
-    axes.set_ylim(bottom=0.7)
+    _count(axes)
     axes.set_xlabel("score (length of the class capsule)")
-    axes.set_ylabel("images")
     axes.set_title("Lengths of the longest capsules")
     axes.legend(loc="upper center")
     return figure
+
+
+def _count(axes: "Axes") -> None:
+    """Make the vertical axis one of numbers of images, logarithmic from below 1."""
+    axes.set_yscale("log")
+    axes.set_ylim(bottom=0.7)
+    axes.yaxis.set_major_formatter("{x:,.0f}")
+    axes.yaxis.set_minor_formatter("")
+    axes.set_ylabel("images")
