@@ -132,7 +132,7 @@ def test_the_leaves_are_leaves() -> None:
         ("onnx", {"export"}),
         ("onnxruntime", {"export"}),
         ("starlette", {"cli.demo", "demo.app", "demo.guard"}),
-        ("uvicorn", {"cli.demo", "demo.serving"}),
+        ("uvicorn", {"cli.demo", "demo.connections", "demo.serving"}),
         ("PIL", {"data.folder", "data.photo", "demo.viewer", "plots.figure"}),
     ],
 )

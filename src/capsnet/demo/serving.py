@@ -5,11 +5,15 @@ import socket
 import threading
 import webbrowser
 from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 from capsnet.demo.viewer import Viewer
 from capsnet.errors import InputError
 
-__all__ = ["bind", "serve"]
+if TYPE_CHECKING:
+    import uvicorn
+
+__all__ = ["CONNECTIONS", "bind", "serve", "server"]
 
 CONNECTIONS = 128  # a browser opens six; beyond, 503 without a look at the request
 
@@ -59,25 +63,31 @@ def serve(viewer: Viewer, *, host: str, port: int, browser: bool, told: Callable
     Raises:
         InputError: see `bind`.
     """
-    import uvicorn
-
-    from capsnet.demo.app import application
-
     with bind(host, port) as listening:
-        config = uvicorn.Config(
-            application(viewer, host),
-            access_log=False,
-            http="h11",
-            lifespan="off",
-            limit_concurrency=CONNECTIONS,
-            log_level="warning",
-            server_header=False,
-            timeout_graceful_shutdown=3,
-            ws="none",
-        )
         name = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)
         address = f"http://{f'[{name}]' if ':' in name else name}:{listening.getsockname()[1]}/"
         told(address)
         if browser:  # connections wait until the server takes them; a browser in a terminal does not return
             threading.Thread(target=webbrowser.open, args=(address,), daemon=True).start()
-        uvicorn.Server(config).run(sockets=[listening])
+        server(viewer, host).run(sockets=[listening])
+
+
+def server(viewer: Viewer, host: str) -> "uvicorn.Server":
+    """What serves the page of `viewer` at the address `host`, given to `bind` before."""
+    import uvicorn
+
+    from capsnet.demo.app import application
+    from capsnet.demo.connections import TimedProtocol
+
+    config = uvicorn.Config(
+        application(viewer, host),
+        access_log=False,
+        http=TimedProtocol,
+        lifespan="off",
+        limit_concurrency=CONNECTIONS,
+        log_level="warning",
+        server_header=False,
+        timeout_graceful_shutdown=3,
+        ws="none",
+    )
+    return uvicorn.Server(config)
