@@ -2,6 +2,7 @@ import asyncio
 import base64
 import json
 import os
+import re
 import signal
 import socket
 import struct
@@ -102,6 +103,24 @@ def test_the_model_is_described(shape: tuple[int, int, int]) -> None:
         "threshold": 7.5,
     }
     assert client_of(viewer(shape)).get("/api/model").json()["frame"] is None
+
+
+def test_names_are_told_as_visible_text() -> None:
+    hostile = ("\udcff", "\x1b[31m\n", "<img src=x onerror=alert(1)>")
+    named = create(**{**network().config, "classes": hostile}).eval()
+    one = Viewer(named, "\udcff\u202e", frame=None, threshold=None)
+    described = client_of(one).get("/api/model").json()
+    assert described["classes"] == [r"\udcff", r"\x1b[31m\n", hostile[2]]
+    assert described["name"] == r"\udcff\u202e"
+
+
+def test_the_page_takes_names_as_text() -> None:
+    scripts = (Path(capsnet.__file__).parent / "demo" / "static").glob("*.js")
+    text = "".join(path.read_text(encoding="utf-8") for path in scripts)
+    assert "textContent: name" in text
+    assert not re.search(
+        r"\b(innerHTML|outerHTML|insertAdjacentHTML|document\.write|setHTML|srcdoc|eval|Function)\b", text
+    )
 
 
 @pytest.mark.parametrize("shape", SHAPES)
@@ -424,6 +443,8 @@ GOOD = [0.1, -0.2, 0.3, 0]
         ({"class": -1, "poses": [GOOD]}, 422, "class must be a whole number from 0 to 2; got -1"),
         ({"class": True, "poses": [GOOD]}, 422, "class must be a whole number from 0 to 2; got True"),
         ({"class": 1.0, "poses": [GOOD]}, 422, "class must be a whole number from 0 to 2; got 1.0"),
+        ('{"class": "\\ud800\\n", "poses": []}', 422, "class must be a whole number from 0 to 2; got \\ud800\\n"),
+        ('{"\\ud800\\u0007": 0}', 422, "body must have the fields class, poses; got \\ud800\\x07"),
         (
             {"class": 10**30, "poses": [GOOD]},
             422,

@@ -9,7 +9,7 @@ from importlib.resources import files
 from pathlib import PurePath
 from typing import TYPE_CHECKING, Any, Literal, cast
 
-from capsnet.demo.guard import Guard, Places, read_body
+from capsnet.demo.guard import Guard, Places, read_body, refusal
 from capsnet.demo.messages import Refusal, one_of, picture, read_json, vectors, whole
 from capsnet.demo.viewer import Viewer
 from capsnet.errors import InputError
@@ -91,13 +91,13 @@ def application(viewer: Viewer, served: str = "127.0.0.1") -> "ASGIApp":
 
     async def refused(_: "Request", error: Exception) -> Response:
         if isinstance(error, Refusal):
-            return JSONResponse({"error": error.message}, error.status, error.headers)
+            return refusal(error.status, error.message, error.headers)
         if isinstance(error, HTTPException):
-            return JSONResponse({"error": error.detail}, error.status_code, error.headers)
-        return JSONResponse({"error": str(error)}, 422)
+            return refusal(error.status_code, error.detail, error.headers)
+        return refusal(422, str(error))
 
     async def failed(_: "Request", __: Exception) -> Response:
-        return JSONResponse({"error": "the server failed at this; its terminal says how"}, 500)
+        return refusal(500, "the server failed at this; its terminal says how")
 
     routes = [Route(path, _from_memory(content, kind)) for path, (content, kind) in _page().items()]
     routes += [

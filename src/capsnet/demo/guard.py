@@ -9,16 +9,18 @@ import asyncio
 import ipaddress
 import re
 import socket
-from collections.abc import MutableMapping
+from collections.abc import Mapping, MutableMapping
 from typing import TYPE_CHECKING, Any
 
 from capsnet.demo.messages import Refusal
+from capsnet.names import visible
 
 if TYPE_CHECKING:
     from starlette.requests import Request
+    from starlette.responses import Response
     from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-__all__ = ["HEADERS", "Guard", "Places", "is_ours", "read_body"]
+__all__ = ["HEADERS", "Guard", "Places", "is_ours", "read_body", "refusal"]
 
 BODY_SECONDS = 15.0
 HEADERS = {
@@ -74,8 +76,6 @@ class Guard:
 
     async def __call__(self, scope: "Scope", receive: "Receive", send: "Send") -> None:
         """Check one request and pass it on, or refuse it."""
-        from starlette.responses import JSONResponse
-
         if scope["type"] != "http":
             return
 
@@ -88,7 +88,7 @@ class Guard:
         if obstacle is None:
             await self.app(scope, receive, send_with_headers)
         else:
-            await JSONResponse({"error": obstacle}, 403)(scope, receive, send_with_headers)
+            await refusal(403, obstacle)(scope, receive, send_with_headers)
 
     def _obstacle(self, scope: MutableMapping[str, Any]) -> str | None:
         """What is wrong with where a request comes from; None if nothing is."""
@@ -106,6 +106,13 @@ class Guard:
         if origin and [one.lower() for one in origin] not in ([f"{s}://{host[0].lower()}"] for s in ("http", "https")):
             return f"requests must come from the page of this server; got Origin {', '.join(origin)[:80]}"
         return None
+
+
+def refusal(status: int, message: str, headers: Mapping[str, str] | None = None) -> "Response":
+    """The answer to a request that is refused: JSON with one line, of which no character is hidden."""
+    from starlette.responses import JSONResponse
+
+    return JSONResponse({"error": visible(message)}, status, headers)
 
 
 class Places:

@@ -19,6 +19,7 @@ from capsnet.data.folder import FORMATS
 from capsnet.data.photo import Frame, prepare
 from capsnet.errors import InputError
 from capsnet.models import Network
+from capsnet.names import visible
 
 __all__ = ["MAX_PIXELS", "Viewer"]
 
@@ -51,11 +52,11 @@ class Viewer:
         self.dim = network.config["class_dim"]
 
     def describe(self) -> dict[str, Any]:
-        """All that the page must know before the first image."""
+        """All that the page must know before the first image; names as they can be shown."""
         channels, height, width = self.image_shape
         return {
-            "name": self.name,
-            "classes": self.classes,
+            "name": visible(self.name),
+            "classes": [visible(name) for name in self.classes],
             "channels": channels,
             "height": height,
             "width": width,
