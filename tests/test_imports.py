@@ -13,7 +13,7 @@ import capsnet
 
 ROOT = Path(capsnet.__file__).parent
 LEVELS: tuple[tuple[str, ...], ...] = (
-    ("errors", "names", "reference"),
+    ("errors", "files", "names", "reference", "schema"),
     ("functional",),
     ("routing", "kernels"),
     ("layers",),
@@ -113,12 +113,12 @@ def test_the_leaves_are_leaves() -> None:
     assert {name for name, path in MODULES.items() if "reference" in ours(path)} <= {"bench"}
     assert not ours(MODULES["errors"]) | outside(MODULES["errors"])
     assert ours(MODULES["functional"]) == {"errors"}
-    assert ours(MODULES["config"]) == {"errors"}
+    assert ours(MODULES["config"]) == {"errors", "files", "schema"}
     assert outside(MODULES["config"]) == {"yaml"}
     assert not any(part(other) == "kernels" for other in ours(MODULES["routing"]))
     for name, path in MODULES.items():
         if part(name) == "data":
-            assert {part(other) for other in ours(path)} <= {"data", "errors"}, name
+            assert {part(other) for other in ours(path)} <= {"data", "errors", "files"}, name
 
 
 @pytest.mark.parametrize(

@@ -5,11 +5,18 @@ from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
-from typing import Any, Literal, get_args, get_origin
+from typing import Any, Literal, get_origin
 
 from capsnet.errors import InputError
+from capsnet.files import read_yaml
+from capsnet.schema import checked, joined, shown
 
-__all__ = ["PRESETS", "Config", "from_dict", "preset", "preset_differences", "read", "write"]
+__all__ = ["PRESETS", "Config", "from_dict", "out_of_range", "preset", "preset_differences", "read", "write"]
+
+LARGEST_SEED = 2**62 - 1
+"""PyTorch takes seeds of 64 bits, and strokes are drawn from three times a seed and the next two numbers."""
+MOST_ITERATIONS = 100
+"""Of routing: the paper tries up to 10, by which the couplings have settled, and each one costs the same again."""
 
 
 @dataclass(frozen=True)
@@ -172,17 +179,19 @@ class Config:
 
     def __post_init__(self) -> None:
         values = {field.name: getattr(self, field.name) for field in fields(self)}
-        faults = _out_of_range(values)
+        faults = out_of_range(values)
         for field in fields(self):
-            choices = get_args(field.type) if get_origin(field.type) is Literal else ()
-            if choices and values[field.name] not in choices:
-                faults.append(f"{field.name} must be {_describe(field.type)}; got {values[field.name]!r}")
+            if get_origin(field.type) is Literal:
+                try:
+                    checked(values[field.name], field.type, name=field.name)
+                except InputError as error:
+                    faults.append(str(error))
         if not faults and self.lr < self.lr_floor:
             faults.append(f"lr must be at least lr_floor, {self.lr_floor:g}; got {self.lr:g}")
         if not faults and self.preset != "paper" and not self._follows_preset():
             faults.append(f"preset is a name only; start from capsnet.preset({self.preset!r}) to get its options")
         if faults:
-            raise InputError("; and ".join(faults))
+            raise InputError(joined(faults))
 
     def _follows_preset(self) -> bool:
         """Whether any field has the value that the preset gives it."""
@@ -191,11 +200,22 @@ class Config:
         )
 
 
+_LARGEST = 2**31 - 1
+_MOST = {
+    "seed": LARGEST_SEED,
+    "data_seed": LARGEST_SEED,
+    "routing_iterations": MOST_ITERATIONS,
+    "image_size": 10_000,  # as the largest image that is read, of 100,000,000 pixels
+    "threads": 1024,  # OpenMP ends the process where it cannot start as many
+}
+"""The largest whole number of an option; `_LARGEST` of those that are not named here."""
+
 _AT_LEAST_0 = (lambda x: x >= 0, "at least 0")
 _FINITE = (lambda x: 0 <= x < float("inf"), "at least 0 and finite")
 _AT_LEAST_1 = (lambda x: x >= 1, "at least 1")
 _POSITIVE = (lambda x: 0 < x < float("inf"), "above 0")
 _FRACTION = (lambda x: 0 <= x < 1, "in [0, 1)")
+_ANY = (lambda x: True, "")
 _RULES: dict[str, tuple[Any, str]] = {
     **dict.fromkeys(
         (
@@ -226,7 +246,7 @@ _RULES: dict[str, tuple[Any, str]] = {
     "channels": (lambda x: x in (1, 3), "1 or 3"),
     "m_pos": (lambda x: 0 < x <= 1, "in (0, 1]"),
     "m_neg": _FRACTION,
-    "decoder_sizes": (lambda x: all(size >= 1 for size in x), "widths of at least 1"),
+    "decoder_sizes": (lambda x: all(1 <= size <= _LARGEST for size in x), f"widths of 1 to {_LARGEST:,}"),
 }  # fmt: skip
 
 PRESETS: dict[str, dict[str, Any]] = {
@@ -255,7 +275,7 @@ def preset(name: str) -> Config:
         InputError: an unknown name.
     """
     if name not in PRESETS:
-        raise InputError(f"preset must be one of {', '.join(PRESETS)}; got {name!r}{_nearest(name, PRESETS)}")
+        raise InputError(f"preset must be one of {', '.join(PRESETS)}; got {shown(name)}{_nearest(name, PRESETS)}")
     return Config(**{"preset": name, **PRESETS[name]})
 
 
@@ -277,17 +297,18 @@ def from_dict(values: dict[str, Any], *, source: str) -> Config:
     """
     base = preset(str(values.get("preset", "paper")))
     known = {field.name: field.type for field in fields(Config)}
-    faults = [f"{name} is no option{_nearest(name, known)}" for name in values if name not in known]
-    clean: dict[str, Any] = {}
+    faults, clean = list[str](), dict[str, Any]()
     for name, value in values.items():
         if name not in known:
+            faults.append(f"{shown(name)[1:-1]} is no option{_nearest(name, known)}")
             continue
-        clean[name] = _as_written(value, known[name])
-        if not _fits(clean[name], known[name]):
-            faults.append(f"{name} must be {_describe(known[name])}; got {clean.pop(name)!r}")
-    faults += _out_of_range(clean)
+        try:
+            clean[name] = checked(_as_written(value, known[name]), known[name], name=name)
+        except InputError as error:
+            faults.append(str(error))
+    faults += out_of_range(clean)
     if faults:
-        raise InputError(f"{source}: {'; and '.join(faults)}")
+        raise InputError(f"{source}: {joined(faults)}")
     return replace(base, **clean)
 
 
@@ -297,16 +318,7 @@ def read(path: str | Path) -> Config:
     Raises:
         InputError: no such file, not YAML, or see `from_dict`.
     """
-    import yaml
-
-    path = Path(path)
-    try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError) as error:
-        reason = error.strerror if isinstance(error, OSError) else "not UTF-8 text"
-        raise InputError(f"config file {path} must be a readable YAML file; got: {reason}") from None
-    except yaml.YAMLError as error:
-        raise InputError(f"config file {path} must be YAML; got: {' '.join(str(error).split())}") from None
+    values = read_yaml(Path(path), what="config file")
     if not isinstance(values, dict):
         raise InputError(f"config file {path} must hold option: value lines; got {type(values).__name__}")
     return from_dict({str(name): value for name, value in values.items()}, source=f"config file {path}")
@@ -325,42 +337,26 @@ def _nearest(name: str, names: Any) -> str:
     return f" (did you mean {near[0]}?)" if near else ""
 
 
-def _out_of_range(values: Mapping[str, Any]) -> list[str]:
-    return [
-        f"{name} must be {rule}; got {values[name]!r}"
-        for name, (holds, rule) in _RULES.items()
-        if values.get(name) is not None and not holds(values[name])
-    ]
+def out_of_range(values: Mapping[str, Any]) -> list[str]:
+    """What is wrong with the values of options, of which each is of the right type."""
+    faults = []
+    for name, value in values.items():
+        holds, rule = _RULES.get(name, _ANY)
+        most = _MOST.get(name, _LARGEST)
+        if value is None:
+            continue
+        if not holds(value):
+            faults.append(f"{name} must be {rule}; got {shown(value)}")
+        elif isinstance(value, int) and value > most:
+            faults.append(f"{name} must be at most {most:,}; got {shown(value)}")
+        elif isinstance(value, str) and "\0" in value:
+            faults.append(f"{name} must be text without a NUL character; got {shown(value)}")
+    return faults
 
 
 def _as_written(value: Any, kind: Any) -> Any:
-    """What YAML writes otherwise: a tuple as a list, 2.0 as 2, and 1e-3, which it reads as text."""
-    if isinstance(value, list):
-        return tuple(value)
+    """What YAML writes otherwise: 2.0 as 2, and 1e-3, which it reads as text."""
     if kind is float and isinstance(value, int | str) and not isinstance(value, bool):
         with suppress(ValueError, OverflowError):
             return float(value)
     return value
-
-
-def _fits(value: Any, kind: Any) -> bool:
-    if get_origin(kind) is Literal:
-        return value in get_args(kind)
-    if get_origin(kind) is tuple:
-        return isinstance(value, tuple) and all(_fits(item, int) for item in value)
-    if get_args(kind):  # X | None
-        return any(value is None if part is type(None) else _fits(value, part) for part in get_args(kind))
-    if isinstance(value, bool):
-        return kind is bool
-    return isinstance(value, kind)
-
-
-def _describe(kind: Any) -> str:
-    if get_origin(kind) is Literal:
-        return "one of " + ", ".join(get_args(kind))
-    if get_origin(kind) is tuple:
-        return "a list of whole numbers"
-    if get_args(kind):
-        return " or ".join("nothing" if part is type(None) else _describe(part) for part in get_args(kind))
-    names = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
-    return names[kind]

@@ -1,0 +1,100 @@
+"""Reading files that may be anything: no more of one than it can rightly hold, and its text, JSON or YAML."""
+
+import json
+from pathlib import Path
+from typing import IO, Any
+
+from capsnet.errors import InputError
+
+__all__ = ["read_bytes", "read_json", "read_text", "read_up_to", "read_yaml"]
+
+LARGEST_TEXT = 64 * 2**20
+"""Bytes of a text file; the results of a thousand classes, with their confusion matrices, take 25 MiB."""
+LARGEST_YAML = 64 * 2**10
+"""Bytes of a configuration; every option takes 2 KiB, and PyYAML reads about 100 KiB a second."""
+
+
+def read_up_to(file: IO[bytes], most: int, name: str) -> bytes:
+    """All that an open file holds.
+
+    Args:
+        file: to read to its end.
+        most: bytes that it can rightly hold.
+        name: of the file, for errors.
+
+    Raises:
+        InputError: it holds more, which is not read.
+    """
+    content = file.read(most + 1)
+    if len(content) > most:
+        raise InputError(f"{name} must hold at most {most:,} bytes; got more")
+    return content
+
+
+def read_bytes(path: Path, *, most: int, what: str = "file") -> bytes:
+    """The content of a file; `what` is said of it in errors.
+
+    Raises:
+        InputError: it cannot be read, or holds more than `most` bytes.
+    """
+    try:
+        with path.open("rb") as file:
+            return read_up_to(file, most, f"{what} {path}")
+    except OSError as error:
+        raise InputError(f"{what} {path} must be readable; got: {error.strerror}") from None
+
+
+def read_text(path: Path, *, most: int = LARGEST_TEXT, what: str = "file") -> str:
+    """The text of a file; `what` is said of it in errors.
+
+    Raises:
+        InputError: it cannot be read, is larger than `most` bytes, or is not UTF-8.
+    """
+    try:
+        return read_bytes(path, most=most, what=what).decode("utf-8")
+    except UnicodeDecodeError:
+        raise InputError(f"{what} {path} must be UTF-8 text; it is not") from None
+
+
+def read_json(path: Path) -> Any:
+    """The value in a JSON file; what it must be is for `schema.checked` to say.
+
+    Raises:
+        InputError: see `read_text`; or it is no JSON, or nested too deeply.
+    """
+    return parse_json(read_text(path), source=f"file {path}")
+
+
+def parse_json(text: str, *, source: str) -> Any:
+    """The value of a JSON text; `source` names it in errors.
+
+    Raises:
+        InputError: it is no JSON, or nested too deeply.
+    """
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"{source} must be JSON; got: {error}") from None
+
+
+def read_yaml(path: Path, *, what: str = "file") -> Any:
+    """The value in a YAML file, which may not use aliases: a few lines of them stand for any amount of memory.
+
+    Raises:
+        InputError: see `read_text`; or it is no YAML, has aliases, or is nested too deeply.
+    """
+    import yaml
+
+    class Loader(yaml.SafeLoader):
+        def compose_node(self, parent: Any, index: Any) -> Any:
+            if self.check_event(yaml.AliasEvent):
+                raise yaml.YAMLError("an alias, which is not allowed here")
+            return super().compose_node(parent, index)
+
+    try:
+        return yaml.load(read_text(path, most=LARGEST_YAML, what=what), Loader)
+    except InputError:
+        raise
+    except Exception as error:  # PyYAML answers wrong values of a type, as !!int "", with many types
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise InputError(f"{what} {path} must be YAML; got: {reason[:200]}") from None

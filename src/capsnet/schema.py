@@ -1,0 +1,177 @@
+"""What a value from a file must be, said by a type annotation: checked in one place, for every file of a run.
+
+Configurations, model cards, results, metrics, records and checkpoints are checked here. Imports no torch.
+"""
+
+import dataclasses
+import math
+import reprlib
+import sys
+from collections.abc import Iterable
+from types import NoneType, UnionType
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints, is_typeddict
+
+from capsnet.errors import InputError
+
+__all__ = ["checked", "joined", "shown"]
+
+_LONGEST = 80
+_MOST_FAULTS = 5
+_WORDS = {bool: "true or false", int: "a whole number", float: "a number", str: "text", NoneType: "nothing"}
+
+
+class _Short(reprlib.Repr):
+    """The `repr` of a value of any size, at a small cost."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.maxstring = self.maxother = _LONGEST
+
+    def repr_int(self, x: int, level: int) -> str:
+        """Python refuses to write more than 4,300 digits."""
+        digits = int(x.bit_length() * math.log10(2)) + 1
+        return repr(x) if digits < _LONGEST else f"a whole number of about {digits} digits"
+
+    def repr_Tensor(self, x: Any, level: int) -> str:  # noqa: N802 -- reprlib looks for the name of the class
+        return f"{x.dtype} {list(x.shape)}"
+
+
+def shown(value: object) -> str:
+    """A value as an error shows it: its `repr`, cut to 80 characters."""
+    text = _Short().repr(value)
+    return text if len(text) <= _LONGEST else f"{text[: _LONGEST - 3]}..."
+
+
+def joined(faults: Iterable[str]) -> str:
+    """Several faults in one line, which names the first five and counts the others."""
+    every = list(faults)
+    more = len(every) - _MOST_FAULTS
+    return "; and ".join(every[:_MOST_FAULTS] + [f"{more} more"] * (more > 0))
+
+
+def checked(value: object, kind: Any, *, name: str = "", source: str = "") -> Any:
+    """`value` as `kind` says, so that what follows can rely on it.
+
+    Args:
+        value: what JSON, YAML or a checkpoint holds.
+        kind: `bool`, `int`, `float` (finite; a whole number will do), `str`, `X | None`, `Literal`, `list[X]`,
+            `tuple[X, ...]`, `tuple[X, Y]`, `dict[K, X]`, a dataclass (which allows no further fields), a TypedDict
+            (which does, unchecked), `Any`, or another class, of which `value` must be an instance.
+        name: of the value inside `source`, for errors.
+        source: the file it is from, for errors.
+
+    Returns:
+        The value; in it a list is a tuple where `kind` says so, and a mapping is an instance where it says a dataclass.
+
+    Raises:
+        InputError: the value, or one inside it, is of another kind; the message says where it stands.
+    """
+    try:
+        return _checked(value, kind, name)
+    except _Misfit as misfit:
+        where = ": ".join(part for part in (source, misfit.place) if part)
+        raise InputError(f"{where} {misfit.rule}") from None
+
+
+class _Misfit(Exception):
+    """A value that breaks a rule, and where it stands."""
+
+    def __init__(self, place: str, rule: str) -> None:
+        self.place, self.rule = place, rule
+
+
+def _checked(value: Any, kind: Any, place: str) -> Any:
+    origin, parts = get_origin(kind), get_args(kind)
+    if kind is Any:
+        return value
+    if origin in (Union, UnionType):
+        return _one_of(value, kind, place)
+    if origin is Literal and isinstance(value, str) and value in parts:
+        return value
+    if origin in (list, tuple) and isinstance(value, list | tuple):
+        kinds = parts[:1] * len(value) if origin is list or parts[-1] is ... else parts
+        if len(kinds) == len(value):
+            return origin(_checked(item, kinds[k], f"{place}[{k}]") for k, item in enumerate(value))
+    elif origin is dict and isinstance(value, dict):
+        return {
+            _checked(key, parts[0], f"each key of {place}" if place else "each key"): _checked(
+                item, parts[1], _inside(place, key)
+            )
+            for key, item in value.items()
+        }
+    elif (dataclasses.is_dataclass(kind) or is_typeddict(kind)) and isinstance(value, dict):
+        return _with_fields(value, kind, place)
+    elif kind is float and type(value) in (int, float):
+        if abs(value) <= sys.float_info.max:
+            return value
+        raise _Misfit(place, f"must be a finite number; got {shown(value)}")
+    elif _is_a(value, kind):
+        return value
+    raise _Misfit(place, _unlike(value, kind))
+
+
+def _is_a(value: object, kind: Any) -> bool:
+    """Whether the value is of a plain class; True is no whole number here."""
+    plain = isinstance(kind, type) and not is_typeddict(kind)
+    return plain and isinstance(value, kind) and (kind, type(value)) != (int, bool)
+
+
+def _one_of(value: Any, kind: Any, place: str) -> Any:
+    """The value as the first of several kinds that it fits; of a misfit inside it, that is told."""
+    told = _Misfit(place, _unlike(value, kind))
+    for part in get_args(kind):
+        try:
+            return _checked(value, part, place)
+        except _Misfit as misfit:
+            if (misfit.place, misfit.rule) != (place, _unlike(value, part)):
+                told = misfit
+    raise told
+
+
+def _with_fields(value: dict[Any, Any], kind: Any, place: str) -> Any:
+    """A mapping as a TypedDict, or as an instance of a dataclass."""
+    hints = get_type_hints(kind)
+    if is_typeddict(kind):
+        needed = kind.__required_keys__
+    else:
+        missing = dataclasses.MISSING
+        needed = {one.name for one in dataclasses.fields(kind) if one.default is one.default_factory is missing}
+        for key in value:
+            if key not in hints:
+                raise _Misfit(place, f"must hold {', '.join(hints)} only; got {shown(key)}")
+    for key in hints:
+        if key in needed and key not in value:
+            raise _Misfit(place, f"must hold {key}; it is missing")
+    clean = {key: _checked(item, hints[key], _inside(place, key)) for key, item in value.items() if key in hints}
+    if is_typeddict(kind):
+        return {**value, **clean}
+    try:
+        return kind(**clean)
+    except InputError as error:
+        raise _Misfit(place, f"must hold values in their range; {error}") from None
+
+
+def _unlike(value: object, kind: Any) -> str:
+    return f"must be {_described(kind)}; got {shown(value)}"
+
+
+def _inside(place: str, key: object) -> str:
+    text = key if isinstance(key, str) and len(key) < _LONGEST else shown(key)
+    return f"{place}.{text}" if place else text
+
+
+def _described(kind: Any) -> str:
+    origin, parts = get_origin(kind), get_args(kind)
+    if origin in (Union, UnionType):
+        return " or ".join(map(_described, parts))
+    if origin is Literal:
+        return f"one of {', '.join(parts)}"
+    if origin in (list, tuple):
+        count = "" if origin is list or parts[-1] is ... else f"{len(parts)} "
+        word = _described(parts[0]).removeprefix("a ")
+        return f"a list of {count}{word.replace('number', 'numbers').replace('mapping', 'mappings')}"
+    if kind in _WORDS:
+        return _WORDS[kind]
+    if origin is dict or dataclasses.is_dataclass(kind) or is_typeddict(kind):
+        return "a mapping of names to values"
+    return f"a {kind.__name__.lower()}"
