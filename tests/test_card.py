@@ -17,7 +17,7 @@ CARD = Card(
     config={"preset": "paper", "data": "mnist", "epochs": 20},
     epochs=20,
     train_images=55_000,
-    test={"error_percent": 0.5, "wrong": 50, "total": 10_000, "interval": [0.4, 0.6]},
+    test={"error_percent": 0.5, "wrong": 50, "total": 10_000, "interval": (0.4, 0.6)},
     frame=Frame(0.0, 20 / 28),
     threshold=Threshold(30.0, 0.05, 5_000, "validation"),
 )
@@ -45,13 +45,32 @@ def test_no_file_is_an_empty_card_and_unknown_parts_are_passed_over(tmp_path: Pa
 
 
 @pytest.mark.parametrize(
-    "text", ["{", "[]", '{"frame": 3}', '{"threshold": {"value": 1}}', '{"frame": {"ground": 7, "box": 1}}']
+    ("text", "message"),
+    [
+        ("{", "must be JSON; got: Expecting property name"),
+        ("[" * 100_000, "must be JSON; got: maximum recursion depth"),
+        ("[]", r"must be a mapping of names to values; got \[\]$"),
+        ('{"frame": 3}', "frame must be a mapping of names to values or nothing; got 3$"),
+        ('{"threshold": {"value": 1}}', "threshold must hold false_alarm_rate; it is missing$"),
+        ('{"frame": {"ground": 0, "box": 1, "x": 1}}', "frame must hold ground, box only; got 'x'$"),
+        ('{"frame": {"ground": 7, "box": 1}}', r"frame must .*; ground of a frame must be in \[0, 1\]; got 7$"),
+        ('{"frame": {"ground": NaN, "box": 1}}', "frame.ground must be a finite number; got nan$"),
+        ('{"threshold": {"value": "x", "false_alarm_rate": 0, "images": 1, "split": "a"}}', "value must be a number"),
+        (CARD.to_json().replace("0.6\n", "0.6, 3\n"), r"interval must be a list of 2 numbers; got \[0.4, 0.6, 3\]$"),
+        ('{"test": {"wrong": true}}', "test must hold error_percent; it is missing$"),
+        (CARD.to_json().replace('"wrong": 50', '"wrong": true'), "test.wrong must be a whole number; got True$"),
+        ('{"epochs": 1.5}', "epochs must be a whole number or nothing; got 1.5$"),
+        ('{"config": []}', r"config must be a mapping of names to values; got \[\]$"),
+        ('{"config": {"data": 3}}', "data must be text; got 3$"),
+        ('{"config": {"colour": "blue"}}', "colour is no option"),
+    ],
 )
-def test_a_damaged_card_is_told(tmp_path: Path, text: str) -> None:
+def test_a_damaged_card_says_what_is_wrong(tmp_path: Path, text: str, message: str) -> None:
     path = tmp_path / "card.json"
     path.write_text(text, encoding="utf-8")
-    with pytest.raises(InputError):
+    with pytest.raises(InputError, match=rf"^file {path}:? .*{message}") as caught:
         Card.read(path)
+    assert len(str(caught.value)) < 400
 
 
 @pytest.mark.parametrize(

@@ -94,14 +94,11 @@ def test_a_colour_network_with_few_classes(photos: Path) -> None:
     assert "<h2>Reconstructions</h2>" in page(one, own)
 
 
-def test_write_and_metrics(dataset: Dataset, tmp_path: Path) -> None:
+def test_write(dataset: Dataset, tmp_path: Path) -> None:
     path = tmp_path / "the-run" / "report.html"
     report.write(path, network("baseline"), dataset, config=Config(), card=Card())
     assert "<title>the-run</title>" in path.read_text(encoding="utf-8")
     assert "Not measured: class 0 must have at least 194 training" in path.read_text(encoding="utf-8")
-    (tmp_path / "metrics.csv").write_text("epoch,train_loss,validation_loss\n1,0.5,\n", encoding="utf-8")
-    assert report.metrics(tmp_path / "metrics.csv") == [{"epoch": 1.0, "train_loss": 0.5}]
-    assert report.metrics(tmp_path / "none.csv") == []
 
 
 def test_draw_reconstructions(dataset: Dataset, tmp_path: Path) -> None:

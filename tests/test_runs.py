@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 import capsnet
 from capsnet import runs, train
 from capsnet.errors import InputError
+from capsnet.experiments import records
 from capsnet.models import Network, create
 from tiny import REAL, SIZES, files, tiny
 
@@ -96,9 +97,20 @@ def test_weights_that_do_not_fit_name_the_first_wrong_one(network: Network) -> N
         ({"name": "resnet"}, "model must be one of baseline, baseline-multimnist, capsnet; got 'resnet'"),
         ({"bogus": 1}, "options of model capsnet must be among"),
         ({"conv_channels": 0}, "conv_channels must be at least 1; got 0"),
-        ({"conv_channels": "x"}, "must be the JSON that capsnet writes"),
-        ({"image_shape": 3}, "must be the JSON that capsnet writes"),
+        ({"conv_channels": "x"}, "conv_channels must be a whole number; got 'x'$"),
+        ({"conv_channels": True}, "conv_channels must be a whole number; got True$"),
+        ({"conv_channels": 10**9, "capsule_types": 10**9, "primary_dim": 10**9}, "must be ones that PyTorch can count"),
+        ({"conv_channels": 10**26}, "conv_channels must be at most 2,147,483,647; got 1000"),
+        ({"image_shape": [3, 2**60, 2**60]}, "must be ones that PyTorch can count"),
+        ({"routing_iterations": 10**30}, "routing_iterations must be at most 100; got 1000"),
+        ({"primary_scale": float("nan")}, "primary_scale must be a finite number; got nan$"),
+        ({"image_shape": 3}, "image_shape must be a list of 3 whole numbers; got 3$"),
+        ({"image_shape": [3, 12]}, r"image_shape must be a list of 3 whole numbers; got \[3, 12\]$"),
         ({"classes": ["a"]}, "num_classes"),
+        ({"classes": ["a", "b", 3]}, r"classes\[2\] must be text; got 3$"),
+        ({"classes": "x" * 10**6}, "classes must be a list of text or nothing; got 'xxx"),
+        ({"name": ["capsnet"]}, r"name must be text; got \['capsnet'\]$"),
+        ({"return": 1}, "return must be "),
     ],
 )
 @pytest.mark.usefixtures("unchecked")
@@ -107,7 +119,8 @@ def test_a_wrong_config_json_is_told(network: Network, change: dict[str, Any], m
     edit("net/config.json", **change)
     with pytest.raises(InputError, match=message) as error:
         runs.load("net")
-    assert str(error.value).startswith("file net/config.json")
+    assert str(error.value).startswith("file net/config.json: ")
+    assert len(str(error.value)) < 700
 
 
 def test_damaged_files_are_told(network: Network) -> None:
@@ -117,10 +130,57 @@ def test_damaged_files_are_told(network: Network) -> None:
     with pytest.raises(InputError, match=r"file net/model.safetensors must be safetensors; got: "):
         runs.load("net")
     Path("net/model.safetensors").write_bytes(whole)
-    for text in ("[", "[]", "3"):
+    for text, message in (
+        ("[", r"must be JSON; got: \S"),
+        ("[" * 100_000, "must be JSON; got: maximum recursion depth"),
+        ("[]", r"must be a mapping of names to values; got \[\]$"),
+        ("3", "must be a mapping of names to values; got 3$"),
+        ("{}", "name must be text; got None$"),
+    ):
         Path("net/config.json").write_text(text, encoding="utf-8")
-        with pytest.raises(InputError, match=r"file net/config.json must be the JSON that capsnet writes; got: \S"):
+        with pytest.raises(InputError, match=f"^file net/config.json:? .*{message}"):
             runs.load("net")
+
+
+@pytest.mark.parametrize("name", ["config.json", "model.safetensors"])
+def test_of_a_far_too_large_file_no_more_is_read_than_can_be_right(network: Network, name: str) -> None:
+    runs.save_pretrained(network, "net")
+    os.truncate(Path("net", name), 5 * 10**9)  # zeros that take no room on the disk
+    with pytest.raises(InputError, match=rf"^file net/{name} must hold at most [\d,]+ bytes; got more$"):
+        runs.load("net")
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64], ids=str)
+def test_weights_stored_in_another_precision_are_computed_in_float32(network: Network, dtype: torch.dtype) -> None:
+    runs.save_pretrained(network, "net")
+    stored = {name: tensor.to(dtype) for name, tensor in load_file("net/model.safetensors").items()}
+    save_file(stored, "net/model.safetensors")
+    for name, tensor in runs.load("net").state_dict().items():
+        assert torch.equal(tensor, stored[name].float())
+        assert tensor.dtype == torch.float32
+
+
+@pytest.mark.parametrize(
+    "dtype",
+    [torch.float8_e4m3fn, torch.float8_e5m2, torch.int8, torch.int64, torch.uint8, torch.bool, torch.complex64],
+    ids=str,
+)
+def test_weights_of_other_types_are_refused_by_name(network: Network, dtype: torch.dtype) -> None:
+    runs.save_pretrained(network, "net")
+    good = load_file("net/model.safetensors")
+    save_file({**good, "conv.bias": good["conv.bias"].to(dtype)}, "net/model.safetensors")
+    told = r"weight conv.bias must be a dense tensor of bfloat16, float16, float32, float64; got strided "
+    with pytest.raises(InputError, match=rf"^net/model.safetensors: {told}{str(dtype).removeprefix('torch.')}$"):
+        runs.load("net")
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), 1e300])
+def test_weights_that_are_not_finite_are_refused_by_name(network: Network, value: float) -> None:
+    runs.save_pretrained(network, "net")
+    good = load_file("net/model.safetensors")
+    save_file({**good, "conv.bias": torch.full_like(good["conv.bias"].double(), value)}, "net/model.safetensors")
+    with pytest.raises(InputError, match=r"weight conv.bias must be finite in float32; it holds NaN or infinity$"):
+        runs.load("net")
 
 
 class Payload:
@@ -161,15 +221,90 @@ def test_damaged_and_foreign_checkpoints_are_told(photos: Path) -> None:
     for damaged in (whole[: len(whole) // 2], b"", b"text"):
         run.checkpoint_path.write_bytes(damaged)
         assert told() == "one that capsnet wrote; it is damaged"
-    torch.save(torch.zeros(3), run.checkpoint_path)
-    assert told().startswith("one that capsnet wrote; it lacks version, config")
-    torch.save({"state_dict": {}}, run.checkpoint_path)
-    assert told().startswith("one that capsnet wrote; it lacks version, config")
+    other: object
+    for other in (torch.zeros(3), {"state_dict": {}}, {**state, "version": "1"}):
+        torch.save(other, run.checkpoint_path)
+        assert told() == "one that capsnet wrote; it lacks a version"
     torch.save({**state, "version": 9}, run.checkpoint_path)
     assert told() == "of version 1; got 9"
     network = {**state["network"], "conv.bias": torch.zeros(3)}
     torch.save({**state, "network": network}, run.checkpoint_path)
-    assert told() == "run/last.ckpt: weight conv.bias must be of shape [8]; got [3]"
+    assert told() == "checkpoint run/last.ckpt: weight conv.bias must be of shape [8]; got [3]"
+
+
+# what is measured
+
+
+RESULTS = Path(__file__).parents[1] / "results"
+
+
+def test_every_run_that_is_kept_is_read_again() -> None:
+    """Also those of older versions, which wrote fewer options and columns."""
+    kept = [runs.Run(path.parent) for path in RESULTS.glob("*/config.yaml")]
+    assert len(kept) >= 12
+    for run in kept:
+        rows, result = run.metrics(), run.result()
+        assert [row["epoch"] for row in rows] == list(range(1, result["epochs"] + 1))
+        assert result["test"]["total"] > 0
+        assert run.config().model in ("capsnet", "baseline")
+
+
+def test_all_records_that_are_kept_are_read_again_and_written_the_same(tmp_path: Path) -> None:
+    kept = list((RESULTS / "experiments").glob("*.jsonl"))
+    assert len(kept) >= 6
+    for path in kept:
+        experiment, _, budget = path.stem.rpartition("-")
+        records.write(tmp_path, records.read(path.parent, experiment, budget))
+        assert (tmp_path / path.name).read_bytes() == path.read_bytes()
+
+
+def test_metrics_are_read_as_they_were_written(photos: Path) -> None:
+    run = runs.Run("run")
+    assert run.metrics() == []
+    train.fit(tiny(photos, out="run"))
+    assert run.metrics() == run.load_checkpoint()["rows"]
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "message"),
+    [
+        ("0.1", "fast", "metrics.csv, epoch 1: learning_rate must be a whole number or a number; got 'fast'"),
+        ("0.1", "nan", "metrics.csv, epoch 1: learning_rate must be a finite number; got nan"),
+        ("0.1", "9" * 5000, "metrics.csv, epoch 1: learning_rate must be a .*number; got "),
+        ("1,0.1", "1.5,0.1", "metrics.csv, epoch 1: epoch must be a whole number; got 1.5"),
+        (",0.1", "", "metrics.csv, epoch 1: seconds must be a whole number or a number; got None"),
+        (",0.1", ",0.1,0.1", "metrics.csv, epoch 1: each key must be text; got None"),
+        ("epoch", "x", "metrics.csv, epoch 1 must hold epoch; it is missing"),
+        ("epoch", '"', "metrics.csv must be a table; got: unexpected end of data"),
+        ("epoch", "x" * 200_000, "metrics.csv must be a table; got: field larger than field limit"),
+    ],
+)
+@pytest.mark.usefixtures("workplace")
+def test_a_damaged_table_says_where(old: str, new: str, message: str) -> None:
+    names = list(runs.Row.__required_keys__ - {"epoch", "seconds", "learning_rate"})
+    lines = [["epoch", "learning_rate", *names, "seconds"], ["1", "0.1", *["0"] * len(names), "2"]]
+    text = "".join(f"{','.join(line)}\n" for line in lines).replace(old, new, 1)
+    Path("metrics.csv").write_text(text, encoding="utf-8")
+    with pytest.raises(InputError, match=f"^file {message}"):
+        runs.Run(".").metrics()
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("[", "must be JSON; got: "),
+        ("[]", r"must be a mapping of names to values; got \[\]$"),
+        ("{}", "must hold epochs; it is missing$"),
+        ('{"epochs": 1, "seconds": "x"}', "must hold test; it is missing$"),
+    ],
+)
+@pytest.mark.usefixtures("workplace")
+def test_a_damaged_result_says_what_is_wrong(text: str, message: str) -> None:
+    with pytest.raises(InputError, match=r"^file result.json must be readable; got: No such file or directory$"):
+        runs.Run(".").result()
+    Path("result.json").write_text(text, encoding="utf-8")
+    with pytest.raises(InputError, match=f"^file result.json:? {message}"):
+        runs.Run(".").result()
 
 
 def test_from_pretrained_offline_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:

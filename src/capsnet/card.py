@@ -4,17 +4,28 @@ import json
 import shlex
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict, cast
 
 from capsnet import config as config_file
 from capsnet.analysis.strangers import Threshold
 from capsnet.config import Config, preset_differences
 from capsnet.data.photo import Frame
 from capsnet.errors import InputError
+from capsnet.files import read_json
+from capsnet.schema import checked
 
-__all__ = ["Card", "command_of"]
+__all__ = ["Card", "Tested", "command_of"]
 
 FILE = "card.json"
+
+
+class Tested(TypedDict):
+    """What a network was measured to do on all test images."""
+
+    error_percent: float
+    wrong: int
+    total: int
+    interval: tuple[float, float]
 
 
 @dataclass(frozen=True)
@@ -33,7 +44,7 @@ class Card:
     config: dict[str, Any] = field(default_factory=dict)
     epochs: int | None = None
     train_images: int | None = None
-    test: dict[str, Any] = field(default_factory=dict)
+    test: Tested = field(default_factory=lambda: cast(Tested, {}))
     frame: Frame | None = None
     threshold: Threshold | None = None
 
@@ -70,19 +81,17 @@ class Card:
         """Read a card; an empty one where there is no file.
 
         Raises:
-            InputError: the file is not such a card.
+            InputError: the file is not such a card, or its configuration not one.
         """
         if not path.is_file():
             return cls()
-        try:
-            values = json.loads(path.read_text(encoding="utf-8"))
-            values = {name: value for name, value in values.items() if name in {each.name for each in fields(cls)}}
-            for name, kind in (("frame", Frame), ("threshold", Threshold)):
-                if values.get(name) is not None:
-                    values[name] = kind(**values[name])
-            return cls(**values)
-        except (OSError, ValueError, TypeError, AttributeError) as error:
-            raise InputError(f"file {path} must be the JSON that capsnet writes; got: {error}") from None
+        source, known = f"file {path}", {each.name for each in fields(cls)}
+        values = checked(read_json(path), dict[str, Any], source=source)
+        parts = {name: value for name, value in values.items() if name in known and value != {}}
+        card = checked(parts, cls, source=source)
+        if card.config:
+            config_file.from_dict(card.config, source=source)
+        return cast(Card, card)
 
 
 def command_of(config: Config) -> str:

@@ -1,7 +1,6 @@
 """A run's report: one HTML file of numbers, figures and how to repeat the run, which loads nothing from elsewhere."""
 
 import base64
-import csv
 import html
 import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -29,7 +28,7 @@ from capsnet.runs import write_atomically
 if TYPE_CHECKING:
     from capsnet.plots.figure import Figure
 
-__all__ = ["draw_reconstructions", "drawn_apart", "metrics", "report", "result_figures", "write"]
+__all__ = ["draw_reconstructions", "drawn_apart", "report", "result_figures", "write"]
 
 REGRESSED = 3_000  # training images for the regression of pose factors: enough for 192 dimensions in each of 10 classes
 ROUTED = 48  # images whose routing is followed
@@ -60,14 +59,6 @@ summary { cursor: pointer; color: var(--dim); }
   body { max-width: none; padding: 0; font-size: 11pt; }
   figure, table { break-inside: avoid; } h2 { break-after: avoid; } }
 """
-
-
-def metrics(path: Path) -> list[dict[str, float]]:
-    """The rows of a `metrics.csv`; none where there is no file."""
-    if not path.is_file():
-        return []
-    with path.open(encoding="utf-8", newline="") as file:
-        return [{name: float(value) for name, value in row.items() if value} for row in csv.DictReader(file)]
 
 
 def result_figures(

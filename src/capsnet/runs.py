@@ -14,20 +14,23 @@ import platform
 import subprocess
 import sys
 from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Set as AbstractSet
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, NotRequired, TypedDict, cast, get_type_hints
+from zipfile import ZipFile
 
 import torch
-from safetensors import SafetensorError
 from torch import Tensor
 
-from capsnet import card
+from capsnet import card, models
 from capsnet import config as config_file
-from capsnet.card import Card
+from capsnet.card import Card, Tested
 from capsnet.config import Config
 from capsnet.errors import InputError
-from capsnet.models import Network, create
+from capsnet.files import read_bytes, read_json, read_text
+from capsnet.models import Network
+from capsnet.schema import checked, joined, shown
 
 if sys.platform != "win32":
     import fcntl
@@ -48,7 +51,8 @@ __all__ = [
 WEIGHTS = Path(__file__).parent / "weights"
 PRETRAINED = ["config.json", card.FILE, "model.safetensors"]
 CHECKPOINT_VERSION = 1
-CHECKPOINT_KEYS = ("version", "config", "train_images", "network", "optimizer", "state", "rows", "sums")
+STORED = frozenset({torch.float16, torch.bfloat16, torch.float32, torch.float64})
+"""Types that weights may be stored in; they are computed in float32."""
 DRAWN = (
     "class-errors",
     "confusion",
@@ -65,6 +69,51 @@ RESULTS = ("result.json", *PRETRAINED, "report.html", *(f"figures/{name}.*" for 
 """What is made from the weights of the last epoch."""
 WRITTEN = ("last.ckpt", "metrics.csv", "tensorboard/events.out.tfevents.*", *RESULTS)
 """What a run writes beside its config.yaml; `--overwrite` removes these and nothing else."""
+
+
+class Row(TypedDict):
+    """A line of `metrics.csv`, which is an epoch; all lines have the columns of validation, or none has."""
+
+    epoch: int
+    learning_rate: float
+    train_loss: float
+    train_classification_loss: float
+    train_reconstruction_loss: float
+    train_error_percent: float
+    images_per_second: float
+    validation_loss: NotRequired[float]
+    validation_classification_loss: NotRequired[float]
+    validation_reconstruction_loss: NotRequired[float]
+    validation_error_percent: NotRequired[float]
+    seconds: float
+
+
+class RunResult(TypedDict):
+    """What is read again of `result.json`; it holds more."""
+
+    epochs: int
+    seconds: float
+    test: Tested
+    train_images: int
+    validation: NotRequired[Tested | None]
+
+
+class AdamState(TypedDict):
+    """The moments of each parameter, by its number; the options of Adam are those of the configuration."""
+
+    state: dict[int, dict[str, Tensor]]
+
+
+class Checkpoint(TypedDict):
+    """What `last.ckpt` holds beside its version."""
+
+    config: dict[str, Any]
+    train_images: int
+    network: dict[str, Tensor]
+    optimizer: AdamState
+    state: dict[str, Any]
+    rows: list[Row]
+    sums: Tensor
 
 
 class Run:
@@ -187,39 +236,67 @@ class Run:
         torch.save({"version": CHECKPOINT_VERSION, **state}, content)
         write_atomically(self.checkpoint_path, lambda path: path.write_bytes(content.getbuffer()))
 
-    def load_checkpoint(self) -> dict[str, Any]:
-        """The last checkpoint, on the CPU.
+    def load_checkpoint(self, *, most: int | None = None) -> Checkpoint:
+        """The last checkpoint, on the CPU: of the right form, but not yet known to fit a network.
+
+        Args:
+            most: bytes that the file can rightly hold; default: any number.
 
         Raises:
-            InputError: there is none, or it is damaged or of another version.
+            InputError: there is none, or it is damaged, of another version or of another form.
         """
         path = self.checkpoint_path
         if not path.exists():
             raise InputError(f"run directory {self.directory} must hold a last.ckpt to go on from; there is none")
+        what = f"checkpoint {path} must be one that capsnet wrote"
         try:
-            state: Any = torch.load(path, map_location="cpu", weights_only=True)
+            if most is not None and path.stat().st_size > most:
+                raise InputError(f"checkpoint {path} must hold at most {most:,} bytes for this network; got more")
+            with ZipFile(path) as archive:  # PyTorch ignores checksums, and unpacks what it itself never packs
+                if any(part.compress_type for part in archive.infolist()) or archive.testzip():
+                    raise InputError(f"{what}; it is damaged")
+            content: Any = torch.load(path, map_location="cpu", weights_only=True)
+        except InputError:
+            raise
         except Exception as error:  # a damaged file raises anything from EOFError to UnpicklingError
             reason = "it is damaged" if "weights_only" not in str(error) else "it holds more than tensors and numbers"
-            raise InputError(f"checkpoint {path} must be one that capsnet wrote; {reason}") from None
-        lacking = [key for key in CHECKPOINT_KEYS if not isinstance(state, dict) or key not in state]
-        if lacking:
-            raise InputError(f"checkpoint {path} must be one that capsnet wrote; it lacks {', '.join(lacking)}")
-        if state["version"] != CHECKPOINT_VERSION:
-            raise InputError(f"checkpoint {path} must be of version {CHECKPOINT_VERSION}; got {state['version']}")
-        return cast(dict[str, Any], state)
+            raise InputError(f"{what}; {reason}") from None
+        version = content.get("version") if isinstance(content, dict) else None
+        if type(version) is not int:
+            raise InputError(f"{what}; it lacks a version")
+        if version != CHECKPOINT_VERSION:
+            raise InputError(f"checkpoint {path} must be of version {CHECKPOINT_VERSION}; got {shown(version)}")
+        return cast(Checkpoint, checked(content, Checkpoint, source=f"checkpoint {path}"))
 
-    def result(self) -> dict[str, Any]:
+    def result(self) -> RunResult:
         """The content of `result.json`.
 
         Raises:
-            InputError: there is none, or it is damaged.
+            InputError: there is none, or it is not that of a finished run.
         """
+        source = f"file {self.result_path}"
+        return cast(RunResult, checked(read_json(self.result_path), RunResult, source=source))
+
+    def metrics(self) -> list[Row]:
+        """The rows of `metrics.csv`; none where there is no file.
+
+        Raises:
+            InputError: it is not the table that a run writes.
+        """
+        if not self.metrics_path.is_file():
+            return []
+        source = f"file {self.metrics_path}"
         try:
-            found: dict[str, Any] = json.loads(self.result_path.read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
-            reason = error.strerror if isinstance(error, OSError) else "no JSON"
-            raise InputError(f"file {self.result_path} must be that of a finished run; got: {reason}") from None
-        return found
+            lines = list(csv.DictReader(read_text(self.metrics_path).splitlines(), strict=True))
+        except csv.Error as error:
+            raise InputError(f"{source} must be a table; got: {error}") from None
+        rows = []
+        for number, line in enumerate(lines, 1):
+            cells = {name: _number(cell) for name, cell in line.items()}
+            for kind in (dict[str, int | float], Row):
+                cells = checked(cells, kind, source=f"{source}, epoch {number}")
+            rows.append(cast(Row, cells))
+        return rows
 
     def write_metrics(self, rows: list[dict[str, Any]]) -> None:
         """Write `metrics.csv`, one row an epoch."""
@@ -237,6 +314,14 @@ class Run:
         """Write `result.json`."""
         text = json.dumps(result, indent=2) + "\n"
         write_atomically(self.result_path, lambda path: path.write_text(text, encoding="utf-8"))
+
+
+def _number(cell: Any) -> Any:
+    """The number in a cell of a table; what is none stays as it is."""
+    for kind in (int, float):
+        with contextlib.suppress(ValueError, TypeError):
+            return kind(cell)
+    return cell
 
 
 def write_atomically(path: Path, write: Callable[[Path], Any]) -> None:
@@ -328,7 +413,8 @@ def load(path: str | Path) -> Network:
         InputError: a file is missing or damaged, or the weights do not fit: the first wrong key and both shapes are
             named.
     """
-    from safetensors.torch import load_file
+    from safetensors import SafetensorError
+    from safetensors.torch import load as tensors_in
 
     folder = folder_of(path)
     near = [] if folder.exists() else difflib.get_close_matches(str(path), shipped(), n=1)
@@ -337,26 +423,46 @@ def load(path: str | Path) -> Network:
             hint = f" (did you mean {near[0]}?)" if near else ""
             hint = " (the run is not finished; see --resume)" if Run(folder).exists() else hint
             raise InputError(f"model folder {folder} must hold {name}; there is none{hint}")
+    network, file = _described(folder / "config.json"), folder / "model.safetensors"
+    content = read_bytes(file, most=16 * network.parameter_count() + 2**26)  # room for other weights, to name them
     try:
-        weights = {
-            name: tensor.float() if tensor.dtype == torch.float16 else tensor  # stored in half, computed in float32
-            for name, tensor in load_file(folder / "model.safetensors").items()
-        }
-    except (SafetensorError, OSError) as error:
-        raise InputError(f"file {folder / 'model.safetensors'} must be safetensors; got: {error}") from None
-    try:
-        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-        options: dict[str, Any] = {k: tuple(x) if isinstance(x, list) else x for k, x in config.items()}
-        with torch.device("meta"):  # no time is spent on first weights
-            network = create(**options)
-    except InputError as error:
-        raise InputError(f"file {folder / 'config.json'}: {error}") from None
-    except (OSError, ValueError, TypeError, AttributeError, RuntimeError) as error:
-        reason = str(error).splitlines()[0]
-        raise InputError(f"file {folder / 'config.json'} must be the JSON that capsnet writes; got: {reason}") from None
-    check_fit(network, weights, source=str(folder / "model.safetensors"))
-    network.load_state_dict(weights, assign=True)
+        weights = tensors_in(content)  # of bytes: load_file refuses a path that is not UTF-8
+    except (SafetensorError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
+        raise InputError(f"file {file} must be safetensors; got: {shown(str(error))[1:-1]}") from None
+    network.load_state_dict(fitted(network, weights, source=str(file), stored=STORED), assign=True)
     return network.eval()
+
+
+def _described(path: Path) -> Network:
+    """The network that a `config.json` describes, without memory for its weights.
+
+    Raises:
+        InputError: it is not one that capsnet writes, or there can be no such network.
+    """
+    source = f"file {path}"
+    options = checked(read_json(path), dict[str, Any], source=source)
+    name = checked(options.get("name"), str, name="name", source=source)
+    kinds = get_type_hints(models.create) | get_type_hints(models.BUILDERS.get(name, models.create))
+    options = {key: checked(value, kinds.get(key, Any), name=key, source=source) for key, value in options.items()}
+    try:
+        if faults := config_file.out_of_range(options):
+            raise InputError(joined(faults))
+        return outline(**options)
+    except InputError as error:
+        raise InputError(f"{source}: {error}") from None
+
+
+def outline(name: str, **options: Any) -> Network:
+    """The network that `models.create` makes, without memory for its weights.
+
+    Raises:
+        InputError: see `models.create`; or its sizes are more than PyTorch can count.
+    """
+    try:
+        with torch.device("meta"):
+            return models.create(name, **options)
+    except (RuntimeError, OverflowError, TypeError):
+        raise InputError(f"sizes of model {name} must be ones that PyTorch can count; they are too large") from None
 
 
 def from_pretrained(name: str | Path, *, revision: str | None = None) -> Network:
@@ -382,22 +488,58 @@ def from_pretrained(name: str | Path, *, revision: str | None = None) -> Network
     return load(folder)
 
 
-def check_fit(network: Network, weights: Mapping[str, Tensor], *, source: str) -> None:
-    """Raise InputError, naming the first wrong key and both shapes, unless `weights` fit `network` exactly."""
-    wanted = network.state_dict()
+def fitted(
+    network: Network,
+    weights: Mapping[str, Tensor],
+    *,
+    source: str,
+    stored: AbstractSet[torch.dtype] = frozenset(),
+) -> dict[str, Tensor]:
+    """The weights of `network`, in its types.
+
+    Args:
+        network: whose they are to be.
+        weights: by name.
+        source: the file they are from, for errors.
+        stored: further types that a weight may have there.
+
+    Raises:
+        InputError: they do not fit exactly, or are not finite; the first wrong one is named, with both shapes.
+    """
+    wanted, fine = network.state_dict(), dict[str, Tensor]()
     for key, tensor in wanted.items():
         if key not in weights:
             raise InputError(f"{source}: weights must hold {key} of shape {list(tensor.shape)}; it is missing")
-        if weights[key].shape != tensor.shape:
-            raise InputError(
-                f"{source}: weight {key} must be of shape {list(tensor.shape)}; got {list(weights[key].shape)}"
-            )
-    for key, tensor in weights.items():
+        fine[key] = fitting(weights[key], tensor, name=f"{source}: weight {key}", stored=stored)
+    for key in weights:
         if key not in wanted:
             raise InputError(
-                f"{source}: weights must fit model {network.config['name']}, which has no {key}; "
-                f"got one of shape {list(tensor.shape)}"
+                f"{source}: weights must fit model {network.config['name']}, which has no {shown(key)[1:-1]}; "
+                f"got one of shape {list(weights[key].shape)}"
             )
+    return fine
+
+
+def fitting(tensor: Tensor, like: Tensor, *, name: str, stored: AbstractSet[torch.dtype] = frozenset()) -> Tensor:
+    """A tensor from a file in the type of `like`.
+
+    Raises:
+        InputError: it is of another shape or type, or not finite; `name` says which.
+    """
+    if tensor.shape != like.shape:
+        raise InputError(f"{name} must be of shape {list(like.shape)}; got {list(tensor.shape)}")
+    allowed = {like.dtype, *stored}
+    if tensor.dtype not in allowed or (tensor.layout, tensor.device.type) != (torch.strided, "cpu"):
+        types = ", ".join(sorted(map(_word, allowed)))
+        raise InputError(f"{name} must be a dense tensor of {types}; got {_word(tensor.layout)} {_word(tensor.dtype)}")
+    found = tensor.to(like.dtype)
+    if not found.isfinite().all():
+        raise InputError(f"{name} must be finite in {_word(like.dtype)}; it holds NaN or infinity")
+    return found
+
+
+def _word(kind: torch.dtype | torch.layout) -> str:
+    return str(kind).removeprefix("torch.")
 
 
 def environment(device: torch.device) -> dict[str, Any]:

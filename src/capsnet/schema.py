@@ -93,12 +93,9 @@ def _checked(value: Any, kind: Any, place: str) -> Any:
         if len(kinds) == len(value):
             return origin(_checked(item, kinds[k], f"{place}[{k}]") for k, item in enumerate(value))
     elif origin is dict and isinstance(value, dict):
-        return {
-            _checked(key, parts[0], f"each key of {place}" if place else "each key"): _checked(
-                item, parts[1], _inside(place, key)
-            )
-            for key, item in value.items()
-        }
+        each = f"each key of {place}" if place else "each key"
+        items = value.items()
+        return {_checked(key, parts[0], each): _checked(item, parts[1], _inside(place, key)) for key, item in items}
     elif (dataclasses.is_dataclass(kind) or is_typeddict(kind)) and isinstance(value, dict):
         return _with_fields(value, kind, place)
     elif kind is float and type(value) in (int, float):

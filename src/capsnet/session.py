@@ -15,9 +15,10 @@ from capsnet.config import Config
 from capsnet.errors import InputError
 from capsnet.models import Network
 from capsnet.objective import Losses
-from capsnet.runs import Run
+from capsnet.runs import Checkpoint, Row, Run, fitted, fitting
+from capsnet.schema import checked, shown
 
-__all__ = ["Diverged", "Interrupted", "Position", "Session"]
+__all__ = ["Diverged", "Interrupted", "Position", "Session", "fitting_checkpoint"]
 
 
 class Interrupted(Exception):
@@ -47,6 +48,70 @@ class Position:
     step: int = 0
     seconds: float = 0.0
     epoch_seconds: float = 0.0
+
+
+def fitting_checkpoint(
+    checkpoint: Checkpoint, network: Network, *, steps: int, validated: bool, source: str
+) -> Checkpoint:
+    """A checkpoint whose every part fits this training.
+
+    Args:
+        checkpoint: of the right form, see `Run.load_checkpoint`.
+        network: untrained.
+        steps: of an epoch.
+        validated: whether images are held out, of which each row then tells.
+        source: the file, for errors.
+
+    Raises:
+        InputError: weights, moments, position, rows or sums that no such training can have.
+    """
+
+    def need(holds: bool, what: str, rule: str, got: object) -> None:
+        if not holds:
+            raise InputError(f"{source}: {what} must be {rule}; got {shown(got)}")
+
+    at = checked(checkpoint["state"], Position, name="state", source=source)
+    need(at.epoch >= 0, "epoch", "at least 0", at.epoch)
+    need(0 <= at.step <= steps, "step", f"0 to the {steps} of an epoch", at.step)
+    need(at.seconds >= 0, "seconds", "at least 0", at.seconds)
+    need(at.epoch_seconds > 0 or at.epoch_seconds == at.step, "epoch_seconds", "above 0 after a step", at.epoch_seconds)
+    rows = checkpoint["rows"]
+    need(len(rows) == at.epoch, "rows", f"one for each of {at.epoch} finished epochs", len(rows))
+    columns = Row.__required_keys__ | (Row.__optional_keys__ if validated else frozenset())
+    for number, row in enumerate(rows, 1):
+        need(row.keys() == columns, f"row {number}", f"of the columns {', '.join(sorted(columns))}", sorted(row))
+        need(row["epoch"] == number, f"epoch of row {number}", str(number), row["epoch"])
+    sums = fitting(checkpoint["sums"], torch.zeros(4, dtype=torch.float64), name=f"{source}: sums")
+    weights = fitted(network, checkpoint["network"], source=source)
+    moments = _fitting_moments(checkpoint["optimizer"]["state"], network, begun=at.epoch + at.step > 0, source=source)
+    return {**checkpoint, "sums": sums, "network": weights, "optimizer": {"state": moments}}
+
+
+def _fitting_moments(
+    state: dict[int, dict[str, Tensor]], network: Network, *, begun: bool, source: str
+) -> dict[int, dict[str, Tensor]]:
+    """The state of Adam, laid out in memory as its parameters are, for fused Adam walks through both at once.
+
+    Raises:
+        InputError: it is not that of the parameters of `network`.
+    """
+    parameters = dict(enumerate(network.named_parameters())) if begun else {}
+    if state.keys() != parameters.keys():
+        raise InputError(f"{source}: optimizer must hold the state of {len(parameters)} parameters; got {len(state)}")
+    fine = dict[int, dict[str, Tensor]]()
+    for k, (name, parameter) in parameters.items():
+        wanted = {"step": torch.zeros(()), "exp_avg": parameter, "exp_avg_sq": parameter}
+        if state[k].keys() != wanted.keys():
+            raise InputError(
+                f"{source}: optimizer must hold {', '.join(wanted)} of {name}; got {shown(list(state[k]))}"
+            )
+        fine[k] = {}
+        for key, like in wanted.items():
+            found = fitting(state[k][key], like, name=f"{source}: {key} of {name}")
+            if key != "exp_avg" and (found < 0).any():
+                raise InputError(f"{source}: {key} of {name} must be at least 0; got {float(found.min()):g}")
+            fine[k][key] = torch.empty_like(like, requires_grad=False).copy_(found)
+    return fine
 
 
 class Session:
@@ -85,11 +150,12 @@ class Session:
         self._sums = torch.zeros(4, dtype=torch.float64, device=fabric.device)  # of this epoch and process
         self._pending: list[Tensor] = []  # losses not yet known to be finite
 
-    def restore(self, checkpoint: dict[str, Any]) -> None:
-        """Go back to where `checkpoint` was saved."""
+    def restore(self, checkpoint: Checkpoint) -> None:
+        """Go back to where `checkpoint`, which `fitting_checkpoint` has checked, was saved."""
         self.network.load_state_dict(checkpoint["network"])
-        self.optimizer.load_state_dict(checkpoint["optimizer"])
-        self.at, self.rows = Position(**checkpoint["state"]), checkpoint["rows"]
+        groups = self.optimizer.state_dict()["param_groups"]  # its options are those of the configuration
+        self.optimizer.load_state_dict({**checkpoint["optimizer"], "param_groups": groups})
+        self.at, self.rows = Position(**checkpoint["state"]), [dict(row) for row in checkpoint["rows"]]
         self._sums = checkpoint["sums"].to(self.fabric.device) / self.fabric.world_size  # each process bears its share
 
     @torch.no_grad()

@@ -25,8 +25,8 @@ from capsnet import models, report, runs
 from capsnet.analysis.outcomes import outcomes
 from capsnet.analysis.strangers import threshold_for
 from capsnet.board import board
-from capsnet.card import Card
-from capsnet.config import PRESETS, Config, preset, preset_differences
+from capsnet.card import Card, Tested
+from capsnet.config import PRESETS, Config, from_dict, preset, preset_differences
 from capsnet.data import Dataset, Split, load
 from capsnet.data.photo import frame_of
 from capsnet.errors import InputError
@@ -39,7 +39,8 @@ from capsnet.machine import first_process, make_fabric, resolve_device, resolve_
 from capsnet.models import Network
 from capsnet.objective import Batch, Losses, Objective
 from capsnet.progress import Progress
-from capsnet.session import Diverged, Interrupted, Session
+from capsnet.schema import checked, shown
+from capsnet.session import Diverged, Interrupted, Session, fitting_checkpoint
 
 __all__ = [
     "Diverged",
@@ -238,7 +239,7 @@ def _check_graph(config: Config, device: torch.device, network: Network) -> None
         raise InputError(f"cuda_graph must have one GPU and a network without dropout; got {what}")
 
 
-def _checkpoint(run: runs.Run, config: Config, network: Network, dataset: Dataset) -> dict[str, Any] | None:
+def _checkpoint(run: runs.Run, config: Config, network: Network, dataset: Dataset) -> runs.Checkpoint | None:
     """The checkpoint to go on from; None where a run was stopped before its first one.
 
     Raises:
@@ -246,20 +247,23 @@ def _checkpoint(run: runs.Run, config: Config, network: Network, dataset: Datase
     """
     if not run.checkpoint_path.exists() and not run.result_path.exists():
         return None
-    checkpoint, path = run.load_checkpoint(), run.checkpoint_path
-    ours, theirs = asdict(config), checkpoint["config"]
-    for name in ours.keys() & theirs.keys() - {*RESUMABLE, "out", "overwrite"}:
-        if ours[name] != theirs[name]:
+    weights = sum(tensor.nbytes for tensor in network.state_dict().values())
+    checkpoint, path = run.load_checkpoint(most=4 * weights + 2**26), run.checkpoint_path  # with two moments and rows
+    theirs = asdict(from_dict(checkpoint["config"], source=f"checkpoint {path}"))
+    for name, ours in asdict(config).items():
+        if ours != theirs[name] and name in checkpoint["config"] and name not in {*RESUMABLE, "out", "overwrite"}:
             raise InputError(
                 f"checkpoint {path} must be of the run that config.yaml beside it tells; "
-                f"its {name} is {theirs[name]!r}, not {ours[name]!r}"
+                f"its {name} is {shown(theirs[name])}, not {shown(ours)}"
             )
     if checkpoint["train_images"] != len(dataset.train):
         raise InputError(
-            f"data {config.data} must be the {checkpoint['train_images']:,} training images that the run began with; "
-            f"got {len(dataset.train):,}"
+            f"data {config.data} must be the {shown(checkpoint['train_images'])} training images that the run began "
+            f"with; got {len(dataset.train)}"
         )
-    runs.check_fit(network, checkpoint["network"], source=str(path))
+    steps = math.ceil(len(dataset.train) / config.batch_size)
+    validated = dataset.validation is not None
+    checkpoint = fitting_checkpoint(checkpoint, network, steps=steps, validated=validated, source=f"checkpoint {path}")
     begun = checkpoint["state"]["epoch"] + (checkpoint["state"]["step"] > 0)
     if config.epochs < begun:
         raise InputError(f"epochs must be at least the {begun} that the run has begun; got {config.epochs}")
@@ -273,7 +277,7 @@ def _train(
     network: Network,
     run: runs.Run,
     received: list[int],
-    checkpoint: dict[str, Any] | None,
+    checkpoint: runs.Checkpoint | None,
     precision: str,
 ) -> Result:
     environment = runs.environment(fabric.device)  # of the code that runs, not of what is on disk at the end
@@ -288,10 +292,10 @@ def _train(
         optimizer.step()
         return losses
 
-    graphed = GraphedStep(step) if config.cuda_graph else None
+    count = len(dataset.train)
+    graphed = GraphedStep(step, batch_size=min(config.batch_size, count)) if config.cuda_graph else None
     rate_here = torch.tensor(config.lr, device=fabric.device)
     feed = Feed(dataset, config, fabric.device)
-    count = len(dataset.train)
     session = Session(fabric, config, run, network, optimizer, train_images=count, received=received)
     if checkpoint:
         session.restore(checkpoint)
@@ -409,7 +413,7 @@ def describe(network: Network, dataset: Dataset, config: Config, test: dict[str,
         config=asdict(replace(config, data_dir=None, out=None, overwrite=False)),
         epochs=epochs,
         train_images=len(dataset.train),
-        test={name: test[name] for name in ("error_percent", "wrong", "total", "interval")},
+        test=checked({name: test[name] for name in Tested.__annotations__}, Tested),
         frame=frame_of(train.images),
         threshold=threshold,
     )

@@ -36,13 +36,13 @@ def run(arguments: list[str]) -> int:
         raise InputError(f"--out must be given for one figure, with --only; got {len(command.only) or 'all'} figures")
     from capsnet import runs
     from capsnet.analysis.outcomes import calibration, outcomes
-    from capsnet.report import metrics, result_figures
+    from capsnet.report import result_figures
 
     subject = Subject(command.model)
     dataset = subject.dataset(command.data, command.data_dir)
     split = subject.split(dataset, command.split)
     found = outcomes(subject.network, split)
-    makers = result_figures(found, split, subject.network.classes, metrics(runs.Run(subject.folder).metrics_path))
+    makers = result_figures(found, split, subject.network.classes, runs.Run(subject.folder).metrics())
     missing = [name for name in command.only if name not in makers]
     if missing:
         raise InputError(f"{missing[0]} must be of a run directory with metrics.csv; {command.model} has none")

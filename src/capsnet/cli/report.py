@@ -35,10 +35,8 @@ class _Report:
 def run(arguments: list[str]) -> int:
     """Write the report, print where."""
     command = parse(_Report, arguments, prog="capsnet report")
-    import json
-
     from capsnet import runs
-    from capsnet.report import metrics, report
+    from capsnet.report import report
 
     subject = Subject(command.model, several=True)
     path = subject.place("report", command.out, suffix="html", overwrite=command.overwrite)
@@ -52,8 +50,8 @@ def run(arguments: list[str]) -> int:
         config=subject.trained(command.data),
         card=subject.card,
         title=subject.folder.resolve().name,
-        rows=metrics(files.metrics_path),
-        result=json.loads(files.result_path.read_text(encoding="utf-8")) if files.result_path.is_file() else None,
+        rows=files.metrics(),
+        result=files.result() if files.result_path.is_file() else None,
     )
     runs.write_atomically(path, lambda place: place.write_text(content, encoding="utf-8"))
     show(f"report: {path}")

@@ -9,6 +9,8 @@ from typing import Any
 from capsnet import runs
 from capsnet.config import Config
 from capsnet.errors import InputError
+from capsnet.files import parse_json, read_text
+from capsnet.schema import checked
 
 __all__ = ["Record", "add", "effective", "fingerprint", "path_of", "read", "write"]
 
@@ -102,11 +104,9 @@ def read(folder: Path, experiment: str, budget: str) -> list[Record]:
     if not path.is_file():
         return []
     records = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
-        try:
-            records.append(Record(**json.loads(line)))
-        except (ValueError, TypeError) as error:
-            raise InputError(f"{path}, line {number}, must be a record of capsnet reproduce; got: {error}") from None
+    for number, line in enumerate(read_text(path).splitlines(), 1):
+        source = f"{path}, line {number},"
+        records.append(checked(parse_json(line, source=source), Record, source=source))
     return records
 
 
