@@ -3,8 +3,10 @@
 Without a GPU they run in Triton's interpreter, and are compiled for one all the same.
 """
 
+import inspect
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -225,6 +227,40 @@ def test_without_a_backward_sweep_gradients_are_zero() -> None:
     assert d_weight.shape == weight.shape
     assert not d_u.any()
     assert not d_weight.any()
+
+
+class Launches:
+    """In place of a kernel and of `torch.cuda.device_of`: on which tensor's device each launch was."""
+
+    def __init__(self) -> None:
+        self.here: Tensor | None = None
+        self.seen: list[Tensor | None] = []
+
+    def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
+        return lambda *arguments, **options: self.seen.append(self.here)
+
+    @contextmanager
+    def device_of(self, tensor: Tensor) -> Iterator[None]:
+        self.here = tensor
+        yield
+        self.here = None
+
+
+@pytest.mark.parametrize("outs", [5, 100], ids=["one block", "several blocks"])
+def test_every_launch_is_on_the_device_of_the_tensors(outs: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Triton takes the current device, which on a machine of several is another one."""
+    launches = Launches()
+    monkeypatch.setattr(torch.cuda, "device_of", launches.device_of)
+    kernels = ("_forward", "_statistics", "_backward")
+    for name in kernels:
+        monkeypatch.setattr(gpu, name, launches)
+    u, weight, gains, d_s, d_c = arguments((3, 7, 3, outs, 4))
+    sweeps = gpu.Sweeps(u, weight, leaky=False)
+    sweeps.weighted_sum(gains)
+    sweeps.weighted_sum_backward(gains, d_s, d_c, detached=False)
+    assert len(launches.seen) == (2 if outs == 5 else 4 + sweeps.blocks - 1)
+    assert all(tensor is sweeps.u for tensor in launches.seen)
+    assert inspect.getsource(gpu).count("[grid](") == 1  # no launch goes another way
 
 
 # what is refused

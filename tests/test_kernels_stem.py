@@ -1,7 +1,9 @@
 """Minimal filtering against direct convolution in float64: matrices, outputs, gradients, kept buffers, the rule."""
 
+from contextvars import copy_context
 from fractions import Fraction
 from itertools import pairwise
+from threading import Event
 from types import SimpleNamespace
 from typing import Any
 
@@ -12,9 +14,11 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn import functional as F
 
 from capsnet.errors import InputError
+from capsnet.kernels import stem
 from capsnet.kernels.buffers import pool
 from capsnet.kernels.stem import Pads, constant_weights, minimal_stem, saving, transforms
 from capsnet.models import CapsNet, create
+from tiny import in_threads
 
 SHAPES = {  # batch, in channels, height, width, channels, k1, stride1, out, k2, stride2
     "paper, fewer channels": (3, 1, 28, 28, 7, 9, 1, 5, 9, 2),
@@ -117,18 +121,125 @@ def test_padding_equals_zeros_around_a_direct_convolution(name: str, pads: tuple
         torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-11)
 
 
-def test_constant_weights_are_transformed_once_and_not_remembered_afterwards() -> None:
-    (images, *weights), s1, s2 = arguments(SHAPES["paper, fewer channels"], torch.float64)
-    expected = direct(images, weights, s1, s2)
-    with torch.no_grad(), constant_weights():
-        minimal(images, weights, s1, s2)
-        weights[2].mul_(2)
-        with constant_weights():  # inside another one the transformed weight is still the first one's
-            torch.testing.assert_close(minimal(images, weights, s1, s2), expected, rtol=1e-10, atol=1e-10)
+@pytest.fixture
+def transformed(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Counts the weights that are transformed, in its one number."""
+    count, transform = [0], stem._transform
+
+    def counted(*arguments: Any) -> Tensor:
+        count[0] += 1
+        return transform(*arguments)
+
+    monkeypatch.setattr(stem, "_transform", counted)
+    return count
+
+
+def scores(network: CapsNet) -> Tensor:
+    """Of 9 images that are always the same: a batch that is convolved by minimal filtering."""
+    images = torch.linspace(0, 1, 9 * 28 * 28).view(9, 1, 28, 28)
+    result: Tensor = network(images).scores.clone()
+    return result
+
+
+def plainly(network: CapsNet) -> Tensor:
+    network.stem, stem = "direct", network.stem
+    result = scores(network)
+    network.stem = stem
+    return result
+
+
+def near(one: Tensor, other: Tensor) -> None:
+    torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_a_pass_transforms_each_weight_once_also_inside_another_pass(mode: Any, transformed: list[int]) -> None:
+    first, second = tiny(), tiny()
+    with mode(), constant_weights():
+        for _ in range(3):
+            near(scores(first), plainly(first))
+            with constant_weights():
+                near(scores(second), plainly(second))
+        assert transformed == [2]
+    with mode():
+        near(scores(first), plainly(first))
+    assert transformed == [3]
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_a_weight_that_changes_inside_a_pass_is_transformed_again(mode: Any, transformed: list[int]) -> None:
+    network = tiny()
+    weight = network.primary.conv.weight
+    with mode(), constant_weights():
+        before = scores(network)
+        weight.mul_(3)
+        near(scores(network), plainly(network))
+        weight.data = -weight.data
+        near(scores(network), plainly(network))
+        assert transformed == [3]
+        assert (scores(network) - before).abs().max() > 1e-4
+
+
+def test_passes_of_threads_that_overlap_leave_nothing_behind() -> None:
+    """A enters, B enters, A leaves, B leaves; then the weights change."""
+    network = tiny()
+    a_entered, b_entered, a_left = Event(), Event(), Event()
+
+    def a() -> None:
+        with torch.no_grad(), constant_weights():
+            scores(network)
+            a_entered.set()
+            assert b_entered.wait(10)
+        a_left.set()
+
+    def b() -> None:
+        assert a_entered.wait(10)
+        with torch.no_grad(), constant_weights():
+            scores(network)
+            b_entered.set()
+            assert a_left.wait(10)
+            scores(network)
+
+    in_threads([a, b])
     with torch.no_grad():
-        torch.testing.assert_close(minimal(images, weights, s1, s2), 2 * expected, rtol=1e-10, atol=1e-10)
-        with constant_weights():
-            torch.testing.assert_close(minimal(images, weights, s1, s2), 2 * expected, rtol=1e-10, atol=1e-10)
+        network.primary.conv.weight.mul_(3)
+        near(scores(network), plainly(network))
+
+
+def test_a_thread_in_a_copy_of_a_pass_s_context_keeps_its_own_weights(transformed: list[int]) -> None:
+    network = tiny()
+    with torch.no_grad(), constant_weights():
+        scores(network)
+        context = copy_context()
+
+        def there() -> None:
+            with torch.no_grad():
+                context.run(scores, network)
+
+        in_threads([there])
+    assert transformed == [2]
+
+
+def test_networks_that_come_and_go_inside_a_pass_are_not_taken_for_each_other() -> None:
+    with torch.no_grad(), constant_weights():
+        for _ in range(20):  # a new network's weights lie where the last one's did
+            network = tiny()
+            near(scores(network), plainly(network))
+
+
+def test_computed_weights_are_not_kept(transformed: list[int]) -> None:
+    """As a parametrization makes them at every call, some of them where earlier ones lay."""
+    (images, *weights), s1, s2 = arguments(SHAPES["paper, fewer channels"], torch.float32)
+    with torch.inference_mode(), constant_weights():
+        for k in range(6):
+            computed = (1 + k % 3) * weights[2]
+            found = minimal_stem(images, weights[0], weights[1], computed, stride1=s1, stride2=s2)
+            wanted = direct(images, [*weights[:2], computed], s1, s2)
+            torch.testing.assert_close(found.double(), wanted, rtol=1e-2, atol=1e-2)
+        kept = stem._transforms.get()
+        assert kept is not None
+        assert not kept.kept
+    assert transformed == [6]
 
 
 def test_constant_weights_do_not_reach_a_training_step() -> None:
@@ -189,7 +300,7 @@ def test_a_second_backward_is_refused() -> None:
     (images, *weights), s1, s2 = arguments(SHAPES["stride 1"], torch.float32)
     loss = minimal_stem(images, *weights, stride1=s1, stride2=s2).square().sum()
     torch.autograd.grad(loss, weights, retain_graph=True)
-    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+    with pytest.raises(RuntimeError, match=r"the minimal stem can run backward once, .*; use stem direct for retain"):
         torch.autograd.grad(loss, weights)
 
 
@@ -296,8 +407,16 @@ def test_evaluation_gives_its_buffers_back() -> None:
     assert not pool._free
 
 
-def test_no_images_give_no_results() -> None:
-    assert tiny()(torch.rand(0, 1, 28, 28)).scores.shape == (0, 3)
+@pytest.mark.parametrize("padding", ["valid", "same"])
+def test_no_images_give_no_results_and_zero_gradients(padding: str) -> None:
+    network = tiny(padding=padding)
+    output = network(torch.rand(0, 1, 28, 28))
+    assert output.scores.shape == (0, 3)
+    output.scores.sum().backward()
+    for name, parameter in network.named_parameters():
+        if "conv" in name:
+            assert parameter.grad is not None
+            assert not parameter.grad.any()
 
 
 def test_auto_gives_images_their_gradient() -> None:

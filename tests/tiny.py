@@ -2,6 +2,8 @@
 
 import csv
 import os
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -89,3 +91,10 @@ def metrics(run: Path | str) -> list[dict[str, str]]:
 
 def files(directory: Path | str) -> set[str]:
     return {str(path.relative_to(directory)) for path in Path(directory).rglob("*") if path.is_file()}
+
+
+def in_threads(tasks: list[Callable[[], object]]) -> None:
+    """Run each task in a thread of its own, all at once; raise what one of them raises."""
+    with ThreadPoolExecutor(len(tasks)) as threads:
+        for done in [threads.submit(task) for task in tasks]:
+            done.result()

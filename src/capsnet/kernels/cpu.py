@@ -48,6 +48,10 @@ class Sweeps:
         for name, array in getattr(self, "arrays", {}).items():
             pool.give(f"sweeps {name}", array)
 
+    def rebind(self, u: Tensor, weight: Tensor) -> None:
+        """See `fused.Sweeps`; of `u` there is a copy where it was read already."""
+        self.images_first, self.weight = u, weight
+
     def weighted_sum(self, gains: Tensor) -> tuple[Tensor, Tensor]:
         """See `fused.Sweeps`."""
         g = gains.permute(1, 2, 0).contiguous()
@@ -87,7 +91,8 @@ class Sweeps:
     def gradients(self) -> tuple[Tensor, Tensor]:
         """See `fused.Sweeps`."""
         if self.d_u is None or self.d_weight is None:
-            return torch.zeros_like(self.images_first), self.weight.new_zeros(self.weight.shape)
+            u, weight = self.images_first, self.weight
+            return u.new_zeros(u.shape), weight.new_zeros(weight.shape)  # zeros_like would keep the strides
         d_u, d_weight = _images_first(self.d_u), self.d_weight
         self.d_u = self.d_weight = None
         return d_u, d_weight

@@ -27,6 +27,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from capsnet import functional as F
+from capsnet.kernels.autograd import first_derivatives
 from capsnet.routing import RoutingResult, check_iterations
 
 __all__ = ["Sweeps", "votes_and_routing"]
@@ -39,6 +40,9 @@ class Sweeps(Protocol):
     def __init__(self, u: Tensor, weight: Tensor, *, leaky: bool) -> None:
         """Prepare for any number of sweeps."""
 
+    def rebind(self, u: Tensor, weight: Tensor) -> None:
+        """Read these from now on, in a backward: what autograd saved, which saved-tensor hooks may have moved."""
+
     def weighted_sum(self, gains: Tensor) -> tuple[Tensor, Tensor]:
         """`sum_i c u_hat [n, out, dim]` and the couplings `c [n, in, out]` of `gains [n, out, dim]`."""
 
@@ -46,7 +50,7 @@ class Sweeps(Protocol):
         """Add to the gradients of `u` and `weight`; return that of `gains`, or None if couplings are `detached`."""
 
     def gradients(self) -> tuple[Tensor, Tensor]:
-        """The gradients of `u` and `weight` of the backward sweeps since the last call."""
+        """The gradients of `u` and `weight`, contiguous, of the backward sweeps since the last call."""
 
 
 def votes_and_routing(
@@ -117,10 +121,11 @@ class _Routing(torch.autograd.Function):
         return F.squash(s), couplings
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @first_derivatives("kernel fused", "kernel plain", once=False)
     def backward(ctx: Any, d_pose: Tensor | None, d_couplings: Tensor | None) -> tuple[Tensor | None, ...]:
         u, weight, bias, *rest = ctx.saved_tensors
         sweep: Sweeps = ctx.sweep
+        sweep.rebind(u, weight)
         sums, gains = rest[: len(rest) // 2], rest[len(rest) // 2 :]
         d_v = torch.zeros_like(sums[0]) if d_pose is None else d_pose
         d_later_gains = torch.zeros_like(d_v)
@@ -139,8 +144,9 @@ class _Routing(torch.autograd.Function):
         d_u, d_weight = sweep.gradients()
         if t == 0:
             d_vote = ctx.uniform * d_s.flatten(1)
-            d_u.flatten(1).addmm_(d_vote, _matrix(weight).t())
-            _matrix(d_weight).addmm_(u.flatten(1).t(), d_vote)
+            matrix = _matrix(weight)
+            d_u.view(len(u), len(matrix)).addmm_(d_vote, matrix.t())  # a view, never a flatten that may copy
+            d_weight.view(matrix.shape).addmm_(u.flatten(1).t(), d_vote)
         return None, d_u, d_weight, None if bias is None else d_bias, None, None, None
 
 

@@ -63,12 +63,17 @@ class Sweeps:
         for name, size in (("in_dim", u.shape[-1]), ("dim", weight.shape[-1])):
             if size > LARGEST:
                 raise InputError(f"{name} of the fused kernel must be at most {LARGEST}; got {size}")
-        self.u, self.weight, self.leaky = u.contiguous(), weight.contiguous(), leaky
+        self.leaky = leaky
+        self.rebind(u, weight)
         self.tile = _tile_of(weight)
         self.images = _ceil_div(len(u), IMAGES)
         self.blocks = _ceil_div(weight.shape[2], self.tile.J)
         self.d_u: Tensor | None = None
         self.d_weight: Tensor | None = None  # [part of the batch, in, in_dim, out, dim]
+
+    def rebind(self, u: Tensor, weight: Tensor) -> None:
+        """Read these from now on, in a backward: what autograd saved, which saved-tensor hooks may have moved."""
+        self.u, self.weight = u.contiguous(), weight.contiguous()
 
     def weighted_sum(self, gains: Tensor) -> tuple[Tensor, Tensor]:
         """`sum_i c u_hat [n, out, dim]` and the couplings `c [n, in, out]` of `gains [n, out, dim]`."""
@@ -133,7 +138,9 @@ class Sweeps:
     def _launch(self, kernel: Any, grid: tuple[int, ...], *arguments: object, **options: object) -> None:
         ins, in_dim, outs, dim = self.weight.shape
         sizes = {"INS": ins, "IN_DIM": in_dim, "OUTS": outs, "DIM": dim, "BN": IMAGES, **self.tile._asdict()}
-        kernel[grid](self.u, self.weight, *arguments, len(self.u), **sizes, **options, num_warps=8)
+        on_its_device = torch.cuda.device_of(self.u)  # type: ignore[no-untyped-call]
+        with on_its_device:  # Triton launches on the current device, wherever the tensors are
+            kernel[grid](self.u, self.weight, *arguments, len(self.u), **sizes, **options, num_warps=8)
 
 
 class _Tile(NamedTuple):

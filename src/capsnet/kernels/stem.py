@@ -21,17 +21,20 @@ and meet only outputs that are dropped or taps that are zero. Padding of the sec
 import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from contextvars import ContextVar
+from dataclasses import dataclass, field
 from fractions import Fraction
 from functools import lru_cache
 from itertools import product
+from threading import get_ident
 from typing import Any
 
 import torch
 from jaxtyping import Float
-from torch import Tensor
+from torch import Tensor, nn
 
 from capsnet.errors import InputError
+from capsnet.kernels.autograd import first_derivatives
 from capsnet.kernels.buffers import pool
 
 __all__ = ["POINTS", "Pads", "constant_weights", "minimal_stem", "saving", "transforms"]
@@ -40,7 +43,6 @@ POINTS = tuple(Fraction(x) for x in ("0", "1", "-1", "2", "-2", "1/2", "-1/2", "
 """Finite points, in the order of use: small numbers keep the matrices, and so the rounding, small."""
 
 Pads = tuple[int, int, int, int]
-_transformed: dict[tuple[Any, ...], Tensor] | None = None
 
 
 def minimal_stem(
@@ -76,16 +78,58 @@ def minimal_stem(
 
 @contextmanager
 def constant_weights() -> Iterator[None]:
-    """Inside, `minimal_stem` without gradients transforms a weight once: nobody may change the weights meanwhile."""
-    global _transformed
-    outer, _transformed = _transformed, {} if _transformed is None else _transformed
+    """Inside, `minimal_stem` without gradients transforms each weight once, for this thread's calls.
+
+    A pass inside another one shares what that has transformed. A weight that is changed meanwhile is transformed
+    again, unless it is changed through `.data`, which PyTorch does not count as a change.
+    """
+    if _Transforms.here():
+        yield
+        return
+    mine = _Transforms()
+    token = _transforms.set(mine)
     try:
         yield
     finally:
-        if outer is None:
-            for array in (_transformed or {}).values():
-                pool.give("stem u", array)
-        _transformed = outer
+        _transforms.reset(token)
+        mine.give_back()
+
+
+@dataclass
+class _Transforms:
+    """The transformed weights of one pass over images, which are that pass's and its thread's alone."""
+
+    thread: int = field(default_factory=get_ident)
+    kept: dict[tuple[int, "_Plan"], tuple[Tensor, int, int, Tensor]] = field(default_factory=dict)
+
+    @staticmethod
+    def here() -> "_Transforms | None":
+        """Those of the pass that this call belongs to; a thread may run in a copy of another one's context."""
+        found = _transforms.get()
+        return found if found is not None and found.thread == get_ident() else None
+
+    def of(self, plan: "_Plan", weight2: Tensor) -> Tensor | None:
+        """U of `weight2`, computed where it must be; None if it cannot be kept, as it belongs to no parameter.
+
+        A computed weight (of a parametrization, say) is another tensor at each call, and in inference mode it has no
+        version. A parameter is the same tensor as long as it is held here, so that its `id` is nobody else's.
+        """
+        parameter = weight2._base
+        if not isinstance(parameter, nn.Parameter) or parameter.is_inference():
+            return None
+        key, state = (id(parameter), plan), (parameter._version, weight2.data_ptr())
+        held = self.kept.get(key)
+        if held is None or held[1:3] != state:
+            self.kept[key] = held = (parameter, *state, _transform(plan, weight2))
+        return held[3]
+
+    def give_back(self) -> None:
+        for *_, u in self.kept.values():
+            pool.give("stem u", u)
+        self.kept.clear()
+
+
+_transforms: ContextVar[_Transforms | None] = ContextVar("transforms", default=None)
 
 
 def saving(in_size: tuple[int, int], kernel: int, stride: int, pads: Pads = (0, 0, 0, 0)) -> float:
@@ -196,7 +240,7 @@ class _Plan:
         for axis, before, have in ((self.x, left, images.shape[3]), (self.y, top, images.shape[2])):
             first = before + self.s1 * axis.before
             pads += [first, max(0, self.s1 * (axis.reach - 1) + self.k1 - have - first)]
-        padded = torch.nn.functional.pad(images, pads).contiguous()
+        padded = nn.functional.pad(images, pads).contiguous()
         n, c, row, column = padded.stride()
         step = self.s1 * self.s2
         axes = [  # size, stride
@@ -212,14 +256,13 @@ class _Plan:
             (self.k1, column),
         ]
         windows = padded.as_strided([size for size, _ in axes], [stride for _, stride in axes])
-        return windows.reshape(-1, channels * self.k1 * self.k1)
+        return windows.flatten(0, 6).flatten(1)
 
-    def clear_padding(self, x: Tensor, batch: int) -> None:
+    def clear_padding(self, x: Tensor, batch: int, channels: int) -> None:
         """Set to zero what the second convolution reads outside the first one's output."""
         if not self.padded:
             return
-        sizes = self.y.points, self.x.points, self.y.tiles, self.x.tiles, batch, self.s2, self.s2, -1
-        by_place = x.view(sizes)
+        by_place = x.view(self.y.points, self.x.points, self.y.tiles, self.x.tiles, batch, self.s2, self.s2, channels)
         for point, tile, phase in self.y.outside:
             by_place[point, :, tile, :, :, phase].zero_()
         for point, tile, phase in self.x.outside:
@@ -259,9 +302,10 @@ class _Plan:
 
     def grid_backward(self, d_grid: Tensor) -> Tensor:
         rest = [axis.tile * axis.tiles - axis.outputs for axis in (self.y, self.x)]
-        whole = torch.nn.functional.pad(d_grid, (0, 0, 0, rest[1], 0, rest[0]))
-        tiles = whole.view(len(d_grid), self.y.tiles, self.y.tile, self.x.tiles, self.x.tile, -1)
-        return tiles.permute(2, 4, 1, 3, 0, 5).reshape(self.y.tile * self.x.tile, -1)
+        whole: Tensor = nn.functional.pad(d_grid, (0, 0, 0, rest[1], 0, rest[0]))
+        (batch, *_, outs), (y, x) = whole.shape, (self.y, self.x)
+        tiles = whole.view(batch, y.tiles, y.tile, x.tiles, x.tile, outs)
+        return tiles.permute(2, 4, 1, 3, 0, 5).flatten(2).flatten(0, 1)
 
 
 @lru_cache(maxsize=8)
@@ -302,14 +346,6 @@ def _transform(plan: _Plan, weight2: Tensor) -> Tensor:
     return u
 
 
-def _kept_transform(plan: _Plan, weight2: Tensor) -> Tensor:
-    assert _transformed is not None
-    key = plan, weight2.data_ptr(), weight2.shape, weight2.stride()
-    if key not in _transformed:
-        _transformed[key] = _transform(plan, weight2)
-    return _transformed[key]
-
-
 class _Stem(torch.autograd.Function):
     @staticmethod
     def forward(
@@ -333,8 +369,10 @@ class _Stem(torch.autograd.Function):
         columns = plan.columns(images)
         x = pool.take("stem x", (points, rows * width), images)
         torch.addmm(bias1, columns, weight1.flatten(1).t(), out=x.view(-1, channels)).relu_()
-        plan.clear_padding(x, len(images))
-        u = _transform(plan, weight2) if keep or _transformed is None else _kept_transform(plan, weight2)
+        plan.clear_padding(x, len(images), channels)
+        transforms = None if keep else _Transforms.here()
+        kept = transforms.of(plan, weight2) if transforms else None
+        u = _transform(plan, weight2) if kept is None else kept
         v = pool.take("stem v", (points, rows * width), images)
         torch.mm(plan.b, x, out=v)
         m = pool.take("stem m", (points, rows, out), images)
@@ -347,25 +385,26 @@ class _Stem(torch.autograd.Function):
         else:
             pool.give("stem x", x)
             pool.give("stem v", v)
-            if _transformed is None:
+            if kept is None:
                 pool.give("stem u", u)
         return grid
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @first_derivatives("the minimal stem", "stem direct", once=True)
     def backward(ctx: Any, d_grid: Tensor) -> tuple[Tensor | None, ...]:
         plan: _Plan = ctx.plan
         weight1, weight2, columns, x, u, v = ctx.saved_tensors
         out, channels = weight2.shape[:2]
-        points, rows = len(plan.b), plan.y.tiles * plan.x.tiles * len(d_grid)
+        points, rows, width = len(plan.b), plan.y.tiles * plan.x.tiles * len(d_grid), u.shape[1] // out
+        u_matrices, v_matrices = u.view(points, width, out), v.view(points, rows, width)
 
         d_m = pool.take("stem m", (points, rows * out), d_grid)
         torch.mm(plan.a.t(), plan.grid_backward(d_grid), out=d_m)
         d_m = d_m.view(points, rows, out)
         d_v = pool.take("stem d_v", tuple(v.shape), d_grid)
-        torch.bmm(d_m, u.view(points, -1, out).transpose(1, 2), out=d_v.view(points, rows, -1))
-        d_u = u  # its memory takes its gradient; a second backward is refused by the version counter
-        torch.bmm(v.view(points, rows, -1).transpose(1, 2), d_m, out=d_u.view(points, -1, out))
+        torch.bmm(d_m, u_matrices.transpose(1, 2), out=d_v.view(points, rows, width))
+        d_u = u  # its memory takes its gradient
+        torch.bmm(v_matrices.transpose(1, 2), d_m, out=u_matrices)
         d_filters = pool.take("stem filters", (plan.g.shape[1], d_u.shape[1]), d_grid)
         d_weight2 = plan.filters_backward(torch.mm(plan.g.t(), d_u, out=d_filters), weight2)
         d_x = torch.mm(plan.b.t(), d_v, out=v).view(-1, channels)
