@@ -52,6 +52,18 @@ def test_squash_of_a_short_vector_is_its_square(length: float) -> None:
     assert float(squashed[1]) == pytest.approx(length**2 / (1 + length**2), rel=1e-14)
 
 
+@pytest.mark.parametrize("epsilon", [0.0, 1e-7])
+@pytest.mark.parametrize("length", [1e18, 1.8e19, 2e19, 1e30, 3e38])
+def test_squash_of_a_length_whose_square_overflows_is_its_direction(length: float, epsilon: float) -> None:
+    s = torch.stack([length * torch.tensor([0.6, -0.8, 0.0]), torch.tensor([3.0, 4.0, 0.0])]).requires_grad_()
+    v = F.squash(s, epsilon=epsilon)
+    torch.testing.assert_close(v[0], torch.tensor([0.6, -0.8, 0.0]))
+    torch.testing.assert_close(v[1], F.squash(torch.tensor([3.0, 4.0, 0.0]), epsilon=epsilon), rtol=0, atol=0)
+    (gradient,) = torch.autograd.grad(v.sum(), s)
+    assert gradient.isfinite().all()
+    assert gradient[1].any()
+
+
 @settings(deadline=None, max_examples=60)
 @given(vectors)
 def test_squash_keeps_the_direction_and_ends_below_1(values: list[float]) -> None:

@@ -9,11 +9,25 @@ from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from jaxtyping import Float, Int
-from torch import Tensor
+from torch import Tensor, nn
 
 from capsnet.errors import InputError
 
-__all__ = ["found", "full_precision", "lengths", "margin_loss", "mask", "reconstruction_loss", "squash", "standardized"]
+__all__ = [
+    "found",
+    "full_precision",
+    "is_ordinary",
+    "is_transformed",
+    "lengths",
+    "margin_loss",
+    "mask",
+    "reconstruction_loss",
+    "squash",
+    "standardized",
+]
+
+LARGE = 2.0**60
+"""Components up to this have squares that float32 can add up in 2^8 dimensions."""
 
 
 def full_precision(device: torch.device) -> AbstractContextManager[object]:
@@ -23,11 +37,23 @@ def full_precision(device: torch.device) -> AbstractContextManager[object]:
     return nullcontext()
 
 
+def is_ordinary(tensor: Tensor) -> bool:
+    """Whether `tensor` holds numbers that can be looked at: nothing exports, compiles or transforms it."""
+    tracing = torch.compiler.is_compiling() or is_transformed()
+    return type(tensor) in (Tensor, nn.Parameter) and not tracing
+
+
+def is_transformed() -> bool:
+    """Whether a transform of torch.func (vmap, grad, jvp, ...) is under way."""
+    return bool(torch._C._are_functorch_transforms_active())
+
+
 def squash(s: Float[Tensor, "*batch dim"], *, epsilon: float = 0.0) -> Float[Tensor, "*batch dim"]:
     """Shrink vectors to a length below 1 and keep their direction: `v = (|s|^2 / (1 + |s|^2)) * s / |s|` (eq. 1).
 
     Written as `s * n / (1 + n^2)` with `n = |s|`, the same function without the division by the length: no epsilon,
     and a finite gradient at zero. Half precision is computed in float32 and cast back, as `n^2` overflows float16.
+    Vectors so long that `n^2` overflows float32 are scaled down first: they come out with length 1.
 
     Args:
         s: total inputs of capsules.
@@ -42,10 +68,23 @@ def squash(s: Float[Tensor, "*batch dim"], *, epsilon: float = 0.0) -> Float[Ten
     """
     x = s.float() if s.dtype in (torch.float16, torch.bfloat16) else s
     n: Tensor = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
-    factor = n / (1 + n * n)
+    one: float | Tensor = 1.0
+    if _may_overflow(n):
+        largest = torch.linalg.vector_norm(x.detach(), torch.inf, dim=-1, keepdim=True)
+        scale = largest.clamp(min=LARGE) / LARGE  # 1, so that no number changes, unless squares may overflow
+        x, one = x / scale, scale**-2
+        n = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
+    factor = n / (one + n * n)
     if epsilon:
         factor = factor * n * (n * n + epsilon).rsqrt()
     return (x * factor).to(s.dtype)
+
+
+def _may_overflow(lengths: Tensor) -> bool:
+    """Whether a square in `lengths` may have overflowed; asked only where the answer costs nothing, on a CPU."""
+    if lengths.device.type == "cpu" and is_ordinary(lengths):
+        return bool(lengths.isinf().any())
+    return lengths.device.type != "meta"
 
 
 def lengths(pose: Float[Tensor, "*batch capsules dim"]) -> Float[Tensor, "*batch capsules"]:

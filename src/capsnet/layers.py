@@ -21,7 +21,6 @@ __all__ = [
     "Convolution",
     "Decoder",
     "PrimaryCapsules",
-    "is_ordinary",
     "resolve_kernel",
     "resolve_stem",
     "votes",
@@ -48,14 +47,9 @@ def votes(
     return torch.einsum("...ip,ipjd->...ijd", u, weight)
 
 
-def is_ordinary(tensor: Tensor) -> bool:
-    """Whether `tensor` holds numbers: not the stand-in of an export or a compiler, which no kernel can take."""
-    return type(tensor) in (Tensor, nn.Parameter) and not torch.compiler.is_compiling()
-
-
 def is_small(images: Tensor) -> bool:
     """Whether a convolution of `images` is one matrix product: up to 8 on a CPU, ordinary, without gradients."""
-    if not is_ordinary(images):  # first: in an export, asking for the length would fix the batch size for good
+    if not F.is_ordinary(images):  # first: in an export, asking for the length would fix the batch size for good
         return False
     small = 0 < len(images) <= SMALL_BATCH and images.device.type == "cpu"
     return small and not torch.is_grad_enabled() and not torch.is_autocast_enabled("cpu")
@@ -65,10 +59,11 @@ def resolve_kernel(kernel: str, device: torch.device, *, ordinary: bool = True, 
     """The routing kernel that `kernel` means on `device`: `plain` or `fused` (see `kernels.fused`).
 
     `auto` is `fused` on a CPU and `plain` elsewhere. It is `plain` too where the votes are `small` (without gradients
-    and at most 4 MiB, which a cache holds) and for tensors that are not `ordinary` (see `is_ordinary`).
+    and at most 4 MiB, which a cache holds) and for tensors that are not `ordinary` (see `functional.is_ordinary`).
 
     Raises:
-        InputError: an unknown kernel, or `fused` on a device that it does not know or without Triton on a GPU.
+        InputError: an unknown kernel, or `fused` on a device that it does not know, without Triton on a GPU, or inside
+            a transform of torch.func.
     """
     if kernel not in KERNELS:
         raise InputError(f"kernel must be one of {', '.join(KERNELS)}; got {kernel!r}")
@@ -76,6 +71,8 @@ def resolve_kernel(kernel: str, device: torch.device, *, ordinary: bool = True, 
         return "fused" if device.type == "cpu" and ordinary and not small else "plain"
     if kernel == "fused" and device.type not in ("cpu", "cuda", "meta"):
         raise InputError(f"kernel fused must run on a CPU or a CUDA GPU; got a tensor on {device}")
+    if kernel == "fused" and F.is_transformed():
+        raise InputError("kernel fused must run outside the transforms of torch.func; use kernel plain or auto there")
     if kernel == "fused" and device.type == "cuda" and not gpu.available():
         raise InputError("kernel fused must have Triton on a GPU; it is not installed (pip install 'capsnet[triton]')")
     return kernel
@@ -144,19 +141,23 @@ class Convolution(nn.Module):
 
     def forward(self, x: Float[Tensor, "batch channels height width"]) -> Float[Tensor, "batch out rows columns"]:
         """The convolution of `x`; in memory the channels of the result come last."""
-        padded = nn.functional.pad(x, self.pads).contiguous(memory_format=torch.channels_last)
-        if is_small(x) and x.dtype == self.weight.dtype:
-            return self._as_product(padded)
-        weight = self.filters().contiguous(memory_format=torch.channels_last)
-        return nn.functional.conv2d(padded, weight, self.bias, self.stride)
+        weight, padded = self.weight, nn.functional.pad(x, self.pads)
+        if F.is_transformed():  # which knows no memory formats
+            return nn.functional.conv2d(padded, weight.permute(3, 2, 0, 1), self.bias, self.stride)
+        # of one output channel both formats are the same to PyTorch, whose backward in float64 then takes the wrong one
+        layout = torch.channels_last if weight.shape[3] > 1 else torch.contiguous_format
+        if is_small(x) and x.dtype == weight.dtype:
+            return self._as_product(padded.contiguous(memory_format=torch.channels_last), weight)
+        padded, filters = (y.contiguous(memory_format=layout) for y in (padded, weight.permute(3, 2, 0, 1)))
+        return nn.functional.conv2d(padded, filters, self.bias, self.stride)
 
-    def _as_product(self, padded: Tensor) -> Tensor:
+    def _as_product(self, padded: Tensor, weight: Tensor) -> Tensor:
         """One matrix product with the weight as it lies in memory, which `conv2d` would rearrange: half of its time."""
         k, (height, width), s = self.kernel, self.out_size, self.stride
         n, channels = padded.shape[:2]
         image, row, column, _ = padded.permute(0, 2, 3, 1).stride()
         windows = padded.as_strided((n, height, width, k, k * channels), (image, s * row, s * column, row, 1))
-        result = windows.reshape(-1, k * k * channels) @ self.weight.flatten(0, 2)
+        result = windows.reshape(-1, k * k * channels) @ weight.flatten(0, 2)
         result = result if self.bias is None else result.add_(self.bias)
         return result.view(n, height, width, -1).permute(0, 3, 1, 2)
 
@@ -170,16 +171,28 @@ class Convolution(nn.Module):
         return f"{ins} -> {outs}, kernel={self.kernel}, stride={self.stride}, pads={self.pads}"
 
 
-def resolve_stem(stem: str, first: Convolution, second: Convolution, images: Tensor) -> str:
+def is_bare(module: nn.Module, kind: type[nn.Module]) -> bool:
+    """Whether to call `module` is to run `kind.forward` and nothing else, so that a kernel may do so in its place.
+
+    It is not where the module is of another class (as a parametrized one is), has hooks, its own or those of all
+    modules (features, Grad-CAM, FLOP counters, pruning, weight and spectral norm), or a forward put in its place.
+    """
+    hooks = module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks
+    hooked = any(hooks) or nn.modules.module._has_any_global_hook()  # type: ignore[no-untyped-call]
+    return type(module) is kind and not hooked and "forward" not in vars(module)
+
+
+def resolve_stem(stem: str, first: Convolution, primary: "PrimaryCapsules", images: Tensor) -> str:
     """How both convolutions of `images` are computed now, `direct` or `minimal` (see `kernels.stem`).
 
     `auto` is `minimal` on a CPU in float32 or float64, for ordinary images that need no gradient, where it saves half
-    of the products or more, and `direct` for up to 8 images without gradients.
+    of the products or more, and `direct` for up to 8 images without gradients. As `minimal` calls none of the modules,
+    it is `direct` too where one of them is not bare, see `is_bare`.
 
     Args:
         stem: `auto`, `direct` or `minimal`.
         first: the first convolution.
-        second: the primary capsules' convolution.
+        primary: the primary capsules, with the second.
         images: only their device, type and need of a gradient are looked at.
 
     Raises:
@@ -195,11 +208,14 @@ def resolve_stem(stem: str, first: Convolution, second: Convolution, images: Ten
         obstacle = f"images of {images.dtype}, and it must run in float32 or float64"
     elif images.device.type == "cpu" and torch.is_autocast_enabled("cpu"):
         obstacle = "bf16 convolutions, and it must run in precision 32"
-    elif not is_ordinary(images):
+    elif not F.is_ordinary(images):
         obstacle = f"images of type {type(images).__name__}, and it cannot be traced or exported"
     elif images.requires_grad:
         obstacle = "images that need a gradient, and it gives them none"
+    elif not (is_bare(first, Convolution) and is_bare(primary, PrimaryCapsules) and is_bare(primary.conv, Convolution)):
+        obstacle = "a convolution with hooks, a parametrization or another forward, and it calls no module"
     else:
+        second = primary.conv
         saved = saving(second.in_size, second.kernel, second.stride, second.pads)
         return "direct" if stem == "auto" and (saved < 2 or is_small(images)) else "minimal"
     if stem == "minimal":
@@ -330,7 +346,7 @@ class ClassCapsules(nn.Module):
             u = u.float() if u.dtype in (torch.float16, torch.bfloat16) else u
             weight = self.weight.to(u.dtype)
             votes_bytes = u[..., 0].numel() * weight[0, 0].numel() * weight.element_size()
-            ordinary = is_ordinary(u)  # in an export, comparing sizes would limit the batch
+            ordinary = F.is_ordinary(u)  # in an export, comparing sizes would limit the batch
             small = ordinary and votes_bytes <= SMALL_VOTES and not torch.is_grad_enabled()
             kernel = resolve_kernel(self.kernel, u.device, ordinary=ordinary, small=small)
             if kernel == "fused":
