@@ -18,7 +18,7 @@ from capsnet.data.dataset import Split, to_float
 from capsnet.errors import InputError
 from capsnet.evaluation import wilson_interval
 from capsnet.kernels.stem import constant_weights
-from capsnet.models import Network, Output
+from capsnet.models import Network, Output, evaluation_mode
 
 __all__ = ["Ensemble", "check_alike", "check_shifts", "ensemble_scores", "shifted"]
 
@@ -158,14 +158,11 @@ def check_alike(networks: Mapping[str, Network]) -> None:
 
 def _scores(network: Network, split: Split, shifts: int, batch_size: int) -> Tensor:
     """Mean scores of one network over the views of each image, `[n, classes]` on the CPU."""
-    training, device = network.training, next(network.parameters()).device
-    network.eval()
-    means = []
-    with constant_weights():
+    device, means = next(network.parameters()).device, []
+    with evaluation_mode(network), constant_weights():
         for part in torch.split(split.images, batch_size):
             views = [_presence(network, view) for view in shifted(to_float(part.to(device)), shifts)]
             means.append(torch.stack(views).mean(0).cpu())
-    network.train(training)
     return torch.cat(means)
 
 

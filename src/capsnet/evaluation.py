@@ -13,7 +13,7 @@ from capsnet.data import Split
 from capsnet.data.dataset import to_float
 from capsnet.errors import InputError
 from capsnet.kernels.stem import constant_weights
-from capsnet.models import Network
+from capsnet.models import Network, evaluation_mode
 from capsnet.objective import Objective
 
 __all__ = ["Evaluation", "evaluate", "measure", "to_float", "wilson_interval"]
@@ -139,7 +139,7 @@ def evaluate(
     """
     if precision not in ("32", "bf16"):
         raise InputError(f"precision must be 32 or bf16; got {precision!r}")
-    objective = Objective(network, config or Config()).train(network.training)
+    objective = Objective(network, config or Config())
     device = next(network.parameters()).device
     network.check_images(to_float(split.images[:1]))
     network.check_labels(split.labels)
@@ -166,13 +166,11 @@ def measure(
         The confusion matrix `int64 [classes, classes]`, and the sums of the three losses with the number of wrong
         images, `float64 [4]`, on `device`.
     """
-    training = objective.training
-    objective.eval()
     images, labels = split.images[rank::world_size], split.labels[rank::world_size]
     objects = None if split.objects is None else split.objects[rank::world_size]
     confusion = torch.zeros(classes * classes, dtype=torch.int64, device=device)
     losses = torch.zeros(4, dtype=torch.float64, device=device)
-    with torch.inference_mode(), constant_weights():
+    with evaluation_mode(objective), torch.inference_mode(), constant_weights():
         for start in range(0, len(labels), batch_size):
             part = slice(start, start + batch_size)
             target = labels[part].to(device)
@@ -187,7 +185,6 @@ def measure(
             wrong = (present != predicted).any(-1)
             sums = [batch.total.sum(), batch.classification.sum(), batch.reconstruction.sum(), wrong.sum()]
             losses += torch.stack(sums).double()
-    objective.train(training)
     return confusion.view(classes, classes), losses
 
 

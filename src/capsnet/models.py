@@ -4,8 +4,11 @@ import difflib
 import fnmatch
 import inspect
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from threading import Lock
 from typing import Any, NamedTuple
+from weakref import WeakKeyDictionary
 
 import torch
 from jaxtyping import Float, Int
@@ -27,6 +30,7 @@ __all__ = [
     "builder_options",
     "capsnet",
     "create",
+    "evaluation_mode",
 ]
 
 
@@ -107,7 +111,7 @@ class CapsNet(Network):
 
     def resolved_stem(self, images: Tensor) -> str:
         """How the two convolutions of `images` are computed now, see `layers.resolve_stem`."""
-        return resolve_stem(self.stem, self.conv, self.primary.conv, images)
+        return resolve_stem(self.stem, self.conv, self.primary, images)
 
     def forward(
         self, images: Float[Tensor, "batch channels height width"], labels: Int[Tensor, "batch *objects"] | None = None
@@ -174,6 +178,34 @@ class ConvNet(Network):
         self.check_images(images)
         logits: Tensor = self.layers(F.standardized(images) if self.standardize else images)
         return Output(logits.float() if logits.dtype != torch.float64 else logits)
+
+
+@contextmanager
+def evaluation_mode(network: nn.Module) -> Iterator[None]:
+    """Inside, `network` is in evaluation mode; afterwards, also after an error, each of its modules is as it was.
+
+    Threads may evaluate one network at the same time: the last one that leaves restores the modes.
+    """
+    modules = list(network.modules())
+    with _lock:
+        for module in modules:
+            users, training = _evaluated.get(module, (0, module.training))
+            _evaluated[module] = users + 1, training
+            module.training = False
+    try:
+        yield
+    finally:
+        with _lock:
+            for module in modules:
+                users, training = _evaluated.pop(module)
+                if users > 1:
+                    _evaluated[module] = users - 1, training
+                else:
+                    module.training = training
+
+
+_lock = Lock()
+_evaluated: WeakKeyDictionary[nn.Module, tuple[int, bool]] = WeakKeyDictionary()  # how many evaluate it, and its mode
 
 
 def capsnet(
@@ -286,7 +318,7 @@ def capsnet(
     )
     decoder = Decoder(num_classes, class_dim, image_shape, decoder_sizes) if reconstruction else None
     network = CapsNet(conv, primary, class_capsules, decoder, image_shape, stem=stem, standardize=standardize)
-    resolve_stem(stem, conv, primary.conv, torch.empty(0, device="cpu"))
+    resolve_stem(stem, conv, primary, torch.empty(0, device="cpu"))
     if init == "authors":
         _start_as_authors(network)
     elif init != "pytorch":

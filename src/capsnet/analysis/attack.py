@@ -23,7 +23,7 @@ from torch import Tensor
 from capsnet.analysis.strangers import Threshold, reconstruction_errors
 from capsnet.config import Config
 from capsnet.errors import InputError
-from capsnet.models import CapsNet, Network
+from capsnet.models import CapsNet, Network, evaluation_mode
 from capsnet.objective import Objective
 
 __all__ = ["ATTACKS", "MARGINS", "Rates", "attack_rates", "fgsm", "loss_of", "pgd"]
@@ -267,17 +267,16 @@ def _attacked(network: Network, margins: str, config: Config | None) -> Iterator
     config = config or Config()
     if margins == "open":
         config = replace(config, m_pos=1.0, m_neg=0.0)
-    training = {module: module.training for module in network.modules()}
+    objective = Objective(network, config)
     trained = [parameter for parameter in network.parameters() if parameter.requires_grad]
     try:
         for parameter in trained:
             parameter.requires_grad_(False)
-        yield Objective(network, config).eval()
+        with evaluation_mode(objective):
+            yield objective
     finally:
         for parameter in trained:
             parameter.requires_grad_(True)
-        for module, before in training.items():
-            module.training = before
 
 
 def _ascent(objective: Objective, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:

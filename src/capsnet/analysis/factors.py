@@ -18,7 +18,7 @@ from capsnet import functional as F
 from capsnet.data.dataset import Split, to_float
 from capsnet.errors import InputError
 from capsnet.kernels.stem import constant_weights
-from capsnet.models import ConvNet, Network
+from capsnet.models import ConvNet, Network, evaluation_mode
 
 __all__ = ["PoseExplained", "features", "pose_explained", "r2_linear"]
 
@@ -90,10 +90,8 @@ def features(network: Network, split: Split, *, batch_size: int = 256) -> Float[
     Raises:
         InputError: images of another shape.
     """
-    training, device = network.training, next(network.parameters()).device
-    network.eval()
-    found = []
-    with constant_weights():
+    device, found = next(network.parameters()).device, []
+    with evaluation_mode(network), constant_weights():
         for images, labels in zip(
             torch.split(split.images, batch_size), torch.split(split.labels, batch_size), strict=True
         ):
@@ -105,7 +103,6 @@ def features(network: Network, split: Split, *, batch_size: int = 256) -> Float[
             else:
                 pose = network(inputs).pose
                 found.append(pose[torch.arange(len(labels), device=device), labels.to(device)].cpu())
-    network.train(training)
     return torch.cat(found)
 
 

@@ -10,7 +10,7 @@ from torch import Tensor
 from capsnet import functional as F
 from capsnet.data.dataset import Split, to_float
 from capsnet.kernels.stem import constant_weights
-from capsnet.models import Network
+from capsnet.models import Network, evaluation_mode
 
 __all__ = ["Calibration", "Outcomes", "calibration", "outcomes"]
 
@@ -63,11 +63,9 @@ def outcomes(network: Network, split: Split, *, batch_size: int = 256) -> Outcom
         InputError: images of another shape or of another number of objects.
     """
     network.check_labels(split.labels)
-    training, device = network.training, next(network.parameters()).device
-    objects = network.objects
-    network.eval()
+    device, objects = next(network.parameters()).device, network.objects
     scores, errors = [], []
-    with constant_weights():
+    with evaluation_mode(network), constant_weights():
         for part in torch.split(split.images, batch_size):
             images = to_float(part.to(device))
             output = network(images)
@@ -75,7 +73,6 @@ def outcomes(network: Network, split: Split, *, batch_size: int = 256) -> Outcom
             scores.append((output.scores if output.pose is not None else sure).cpu())
             if output.reconstruction is not None and objects == 1:
                 errors.append(F.reconstruction_loss(output.reconstruction, images).cpu())
-    network.train(training)
     all_scores, labels = torch.cat(scores), split.labels.cpu()
     if objects > 1:
         return Outcomes(all_scores, labels.sort(-1).values, all_scores.topk(objects).indices.sort(-1).values, None)
