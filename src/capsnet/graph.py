@@ -12,7 +12,7 @@ WARM_UP = 3  # steps before the recording: libraries choose their algorithms and
 
 
 class GraphedStep:
-    """`step(batch)` of one batch size as a CUDA graph; other batch sizes run as they are.
+    """`step(batch)` of one batch size as a CUDA graph; batches of another size run as they are.
 
     The first steps run as they are too, on a stream of their own. Every step counts: none is run twice, and recording
     one runs nothing. The Losses of a step are overwritten by the next one.
@@ -20,21 +20,22 @@ class GraphedStep:
     Args:
         step: forward, backward and update. It must ask the device nothing (no `.item()`), keep its random state and
             its learning rate on the device, and leave the gradients where they are.
+        batch_size: images of the batches that are graphed, whichever comes first: a run may go on at a smaller one.
     """
 
-    def __init__(self, step: Callable[[Batch], Losses]) -> None:
-        self.step = step
+    def __init__(self, step: Callable[[Batch], Losses], *, batch_size: int) -> None:
+        self.step, self.batch_size = step, batch_size
         self.stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
         self.graph: torch.cuda.CUDAGraph | None = None
         self.done = 0
 
     def __call__(self, batch: Batch) -> Losses:
         """One training step."""
+        if len(batch.images) != self.batch_size:
+            return self.step(batch)
         if self.done == 0:
             objects = None if batch.objects is None else batch.objects.clone()
             self.batch = Batch(batch.images.clone(), batch.labels.clone(), objects)
-        if len(batch.images) != len(self.batch.images):
-            return self.step(batch)
         for kept, given in zip(self.batch, batch, strict=True):
             if kept is not None and given is not None:
                 kept.copy_(given)
