@@ -39,7 +39,9 @@ def test_shapes_follow_the_network(found: Evidence) -> None:
     assert found.pose.shape == (3, 3, 4, 4)
 
 
-@pytest.mark.parametrize("options", [{}, {"leaky": True, "routing_bias": True}, {"routing_iterations": 1}])
+@pytest.mark.parametrize(
+    "options", [{}, {"leaky": True, "routing_bias": True}, {"routing_iterations": 1}, {"squash_epsilon": 0.1}], ids=str
+)
 def test_the_last_iteration_is_the_networks_own(options: dict[str, object]) -> None:
     one = network(**options)
     found, output = evidence(one, images()), one(images())

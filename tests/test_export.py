@@ -47,6 +47,8 @@ def images(count: int, shape: tuple[int, int, int] = SMALL) -> Tensor:
 
 KINDS: dict[str, Network] = {
     "capsnet": network("capsnet"),
+    "capsnet, minimal stem": network("capsnet", stem="minimal"),
+    "capsnet, fused kernel": network("capsnet", kernel="fused"),
     "capsnet, all options": network("capsnet", routing_bias=True, leaky=True, padding="same", reconstruction=False),
     "baseline": network("baseline"),
 }

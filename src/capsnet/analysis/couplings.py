@@ -81,7 +81,9 @@ def evidence(network: CapsNet, images: Float[Tensor, "batch channels height widt
     vote_lengths = F.lengths(u_hat)
     parts: list[Evidence] = []
     for iterations in range(1, layer.iterations + 1):
-        pose, _, c = dynamic_routing(u_hat, iterations=iterations, bias=layer.bias, leaky=layer.leaky)
+        pose, _, c = dynamic_routing(
+            u_hat, iterations=iterations, bias=layer.bias, leaky=layer.leaky, epsilon=layer.epsilon
+        )
         direction = torch.nn.functional.normalize(pose, dim=-1)
         support = c * torch.einsum("bijd,bjd->bij", u_hat, direction)
         at_most = (c * vote_lengths).sum(1)
