@@ -169,6 +169,12 @@ def test_resizing_is_antialiased() -> None:
     assert ((fitted.images.float() - 127.5).abs() < 20).all()
 
 
+def test_images_are_not_resized_beyond_what_memory_holds() -> None:
+    black = data.Split(torch.zeros(3, 1, 4, 4, dtype=torch.uint8), torch.arange(3))
+    with pytest.raises(InputError, match=r"^images must fit into 8 GiB .*; got 3 of 3 x 1000000 x 1000000$"):
+        data._fit(black, 10**6, 3)
+
+
 def test_the_python_version_of_cifar_is_refused(tmp_path: Path) -> None:
     (tmp_path / "cifar-10-batches-py").mkdir()
     with pytest.raises(InputError, match=r"must be the binary version.*got the python version"):

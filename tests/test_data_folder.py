@@ -288,8 +288,8 @@ def test_sizes_that_differ_ask_for_image_size(pets: Path) -> None:
 
 
 def test_a_set_that_does_not_fit_asks_for_image_size(pets: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "_MAX_BYTES", 47)
-    with pytest.raises(InputError, match=r"must fit into 0 GiB \(or pass --image-size .*got 4 of 4x3"):
+    monkeypatch.setattr("capsnet.data.dataset.MAX_BYTES", 47)
+    with pytest.raises(InputError, match=r"must fit into 0 GiB \(see --image-size\); got 4 of 3 x 4"):
         folder(pets)
 
 

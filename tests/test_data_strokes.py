@@ -211,7 +211,13 @@ def test_no_images() -> None:
         ({"train": 0}, "train of strokes must be at least 1 images; got 0"),
         ({"validation": -1}, "validation of strokes must be at least 0 images; got -1"),
         ({"test": 0}, "test of strokes must be at least 1 images; got 0"),
-        ({"seed": -2}, "seed of strokes must be 0 or more; got -2"),
+        ({"seed": -2}, "seed of strokes must be 0 to 4611686018427387903; got -2"),
+        ({"seed": 10**26}, "seed of strokes must be 0 to 4611686018427387903; got 1000"),
+        ({"seed": 10**5000}, "seed of strokes must be 0 to 4611686018427387903; got a whole number of about 5001 di"),
+        (
+            {"image_size": 10**6},
+            r"images must fit into 8 GiB \(see --image-size\); got 13,000 of 1 x 1000000 x 1000000",
+        ),
     ],
 )
 def test_strokes_refuses(arguments: dict[str, int], message: str) -> None:

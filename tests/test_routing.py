@@ -10,8 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from capsnet import config, reference, routing
 from capsnet import functional as F
-from capsnet import reference
 from capsnet.errors import InputError
 from capsnet.kernels import cpu
 from capsnet.kernels.fused import votes_and_routing
@@ -411,3 +411,11 @@ def test_an_epsilon_reaches_every_squash(r: int, leaky: bool) -> None:
     np.testing.assert_allclose(found.couplings, c, rtol=1e-11, atol=1e-13)
     without = dynamic_routing(votes(u, weight), iterations=r, bias=bias, leaky=leaky)
     assert float((found.pose - without.pose).abs().max()) > 0.01
+
+
+@pytest.mark.parametrize("iterations", [101, 10**30, 10**5000], ids=["101", "30 digits", "5,000 digits"])
+def test_routing_ends(iterations: int) -> None:
+    with pytest.raises(InputError, match=r"^routing iterations must be at most 100; got [^\n]{1,80}$"):
+        dynamic_routing(torch.zeros(1, 2, 3, 4), iterations=iterations)
+    assert config.MOST_ITERATIONS == routing.MOST_ITERATIONS == 100
+    check_iterations(100)

@@ -633,6 +633,34 @@ def test_a_cuda_graph_trains_the_same_network(photos: Path, kernel: str) -> None
     assert two.test.loss == pytest.approx(three.test.loss, rel=1e-3)
 
 
+@pytest.mark.parametrize(
+    "sizes",
+    [
+        {"conv_channels": 10**9},
+        {"capsule_types": 10**9, "primary_dim": 10**9, "class_dim": 10**9},
+        {"decoder_sizes": (10**9, 10**9)},
+        {"model": "baseline", "width": 1e9},
+        {"model": "baseline", "width": 1e300},
+    ],
+    ids=str,
+)
+def test_a_network_that_no_memory_holds_is_refused_before_anything_is_written(
+    photos: Path, workplace: Path, sizes: dict[str, Any]
+) -> None:
+    rule = (
+        r"(fit into the [\d,]+ GiB of memory here; its [\d,]+ parameters take .* in training|PyTorch can count; they.*)"
+    )
+    with pytest.raises(InputError, match=rf"^sizes of model \w+ must be ones that {rule}$"):
+        fit(tiny(photos, **sizes) if "model" not in sizes else Config(data=str(photos), **sizes))
+    assert files(workplace) == set()
+
+
+def test_images_that_no_memory_holds_are_refused(workplace: Path) -> None:
+    with pytest.raises(InputError, match=r"^images must fit into 8 GiB .*; got 13,000 of 1 x 10000 x 10000$"):
+        fit(Config(data="strokes", image_size=10_000))
+    assert files(workplace) == set()
+
+
 # stop_at
 
 

@@ -16,7 +16,7 @@ __all__ = ["PRESETS", "Config", "from_dict", "out_of_range", "preset", "preset_d
 LARGEST_SEED = 2**62 - 1
 """PyTorch takes seeds of 64 bits, and strokes are drawn from three times a seed and the next two numbers."""
 MOST_ITERATIONS = 100
-"""Of routing: the paper tries up to 10, by which the couplings have settled, and each one costs the same again."""
+"""That of `routing`, which is not imported here for the torch it needs."""
 
 
 @dataclass(frozen=True)

@@ -12,8 +12,12 @@ from torch import Tensor
 
 from capsnet import functional as F
 from capsnet.errors import InputError
+from capsnet.schema import shown
 
-__all__ = ["RoutingResult", "check_iterations", "couplings_of", "dynamic_routing"]
+__all__ = ["MOST_ITERATIONS", "RoutingResult", "check_iterations", "couplings_of", "dynamic_routing"]
+
+MOST_ITERATIONS = 100
+"""The paper tries up to 10, by which the couplings have settled; each costs the same time and memory again."""
 
 
 class RoutingResult(NamedTuple):
@@ -60,7 +64,7 @@ def dynamic_routing(
         Pose (lengths in [0, 1)), activation (those lengths) and the last couplings.
 
     Raises:
-        InputError: votes with fewer than 3 axes, or fewer than 1 iteration.
+        InputError: votes with fewer than 3 axes, or iterations that are not 1 to 100.
 
     Example:
         >>> dynamic_routing(torch.randn(2, 1152, 10, 16)).pose.shape
@@ -100,9 +104,10 @@ def couplings_of(logits: Float[Tensor, "..."], *, leaky: bool = False, dim: int 
 
 
 def check_iterations(iterations: int) -> None:
-    """Raise InputError unless there is at least one routing iteration."""
-    if iterations < 1:
-        raise InputError(f"routing iterations must be at least 1; got {iterations}")
+    """Raise InputError unless there are 1 to `MOST_ITERATIONS` routing iterations."""
+    if not 1 <= iterations <= MOST_ITERATIONS:
+        rule = "least 1" if iterations < 1 else f"most {MOST_ITERATIONS}"
+        raise InputError(f"routing iterations must be at {rule}; got {shown(iterations)}")
 
 
 def _weighted_sum(c: Tensor, u_hat: Tensor) -> Tensor:

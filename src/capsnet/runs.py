@@ -452,17 +452,38 @@ def _described(path: Path) -> Network:
         raise InputError(f"{source}: {error}") from None
 
 
-def outline(name: str, **options: Any) -> Network:
+def outline(name: str, *, copies: int = 1, **options: Any) -> Network:
     """The network that `models.create` makes, without memory for its weights.
 
+    Args:
+        name: of the model.
+        copies: tensors as large as the weights that are to fit into memory: 4 in training, with a gradient and two
+            moments.
+        options: of `models.create`.
+
     Raises:
-        InputError: see `models.create`; or its sizes are more than PyTorch can count.
+        InputError: see `models.create`; or its sizes are more than this machine has memory for.
     """
     try:
         with torch.device("meta"):
-            return models.create(name, **options)
+            network = models.create(name, **options)
+        needed, there = 4 * copies * network.parameter_count(), _memory()
     except (RuntimeError, OverflowError, TypeError):
         raise InputError(f"sizes of model {name} must be ones that PyTorch can count; they are too large") from None
+    if needed > there:
+        raise InputError(
+            f"sizes of model {name} must be ones that fit into the {there / 2**30:,.0f} GiB of memory here; its "
+            f"{network.parameter_count():,} parameters take {needed / 2**30:,.0f} GiB{' in training' * (copies > 1)}"
+        )
+    return network
+
+
+def _memory() -> float:
+    """Bytes of memory of this machine; infinite where the system does not say."""
+    try:
+        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    except (AttributeError, ValueError, OSError):  # no such function on Windows
+        return float("inf")
 
 
 def from_pretrained(name: str | Path, *, revision: str | None = None) -> Network:

@@ -166,7 +166,7 @@ def build(config: Config, dataset: Dataset) -> Network:
     """The untrained network of `config` for the images and classes of `dataset`; weights follow the seed.
 
     Raises:
-        InputError: see `models.create`, or an option was given that this network does not have.
+        InputError: see `runs.outline`, or an option was given that this network does not have.
     """
     options = models.builder_options(config.model)
     recipes = [preset(name) for name in PRESETS]
@@ -175,15 +175,16 @@ def build(config: Config, dataset: Dataset) -> Network:
             value = getattr(config, name)
             if name not in options and value not in [getattr(recipe, name) for recipe in recipes]:
                 raise InputError(f"option {name} is of model {other} and must not be given for {config.model}")
-    torch.manual_seed(config.seed)
-    return models.create(
-        config.model,
-        image_shape=dataset.image_shape,
-        num_classes=len(dataset.classes),
-        classes=dataset.classes,
-        objects=dataset.objects,
+    about = {
+        "image_shape": dataset.image_shape,
+        "num_classes": len(dataset.classes),
+        "classes": dataset.classes,
+        "objects": dataset.objects,
         **{name: getattr(config, name) for name in options},
-    )
+    }
+    runs.outline(config.model, copies=4, **about)  # refuses what does not fit into memory
+    torch.manual_seed(config.seed)
+    return models.create(config.model, **about)
 
 
 def learning_rate(config: Config, step: int, steps_per_epoch: int) -> float:

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from capsnet import machine, train
+from capsnet import machine, runs, train
 from capsnet.bench import gate, work
 from capsnet.bench.clock import Tape, Task, clock, timed
 from capsnet.bench.gate import Check
@@ -40,8 +40,7 @@ def image_shape(config: Config) -> tuple[int, int, int]:
 def layout(config: Config, classes: int) -> Network:
     """The network of `config` without memory: its sizes."""
     options = {name: getattr(config, name) for name in builder_options(config.model)}
-    with torch.device("meta"):
-        return create(config.model, image_shape=image_shape(config), num_classes=classes, **options)
+    return runs.outline(config.model, copies=4, image_shape=image_shape(config), num_classes=classes, **options)
 
 
 class WholeNetwork:

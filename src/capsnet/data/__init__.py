@@ -14,7 +14,7 @@ import torch
 from torch.nn import functional as F
 
 from capsnet.data import affnist, cifar, fetch, idx, smallnorb, svhn
-from capsnet.data.dataset import Dataset, Split
+from capsnet.data.dataset import Dataset, Split, check_memory
 from capsnet.data.fetch import Source
 from capsnet.data.multimnist import multimnist
 from capsnet.errors import InputError
@@ -412,6 +412,7 @@ def _fit(split: Split, image_size: int | None, channels: int | None) -> Split:
     channels = has if channels is None else channels
     if (channels, *size) == (has, height, width):
         return split
+    check_memory(count, (channels, *size))
     luma = torch.tensor([0.299, 0.587, 0.114])  # ITU-R BT.601
     images = torch.empty(count, channels, *size, dtype=torch.uint8)
     for start in range(0, count, 1000):

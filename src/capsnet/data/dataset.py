@@ -1,5 +1,6 @@
 """What a data set is here: whole splits of uint8 images in memory. Readers make these; nothing in this file reads."""
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 
@@ -10,7 +11,17 @@ from capsnet.data.augment import Augmentation, centre_crop, move
 from capsnet.data.overlay import pairs
 from capsnet.errors import InputError
 
-__all__ = ["Dataset", "Split", "to_float"]
+__all__ = ["Dataset", "Split", "check_memory", "to_float"]
+
+MAX_BYTES = 8 * 2**30
+"""Of the images of a data set, all of which are held in memory."""
+
+
+def check_memory(count: int, shape: tuple[int, ...]) -> None:
+    """Raise InputError unless so many images of this shape fit into `MAX_BYTES`."""
+    if count * math.prod(shape) > MAX_BYTES:
+        size = " x ".join(map(str, shape))
+        raise InputError(f"images must fit into {MAX_BYTES >> 30} GiB (see --image-size); got {count:,} of {size}")
 
 
 @dataclass(frozen=True, eq=False)

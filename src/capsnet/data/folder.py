@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
-from capsnet.data.dataset import Dataset, Split
+from capsnet.data.dataset import Dataset, Split, check_memory
 from capsnet.errors import InputError
 
 if TYPE_CHECKING:
@@ -34,7 +34,6 @@ _CLUTTER = ("thumbs.db", "desktop.ini", "__macosx")
 _VALIDATION = ("validation", "valid", "val")
 _MAX_PIXELS = 100_000_000  # of one file: beyond any camera in common use, below what fills the memory
 _MAX_THREADS = 8  # so many images are open at full size at once
-_MAX_BYTES = 8 * 2**30  # of the whole set when nothing is resized
 
 
 def folder(
@@ -198,11 +197,8 @@ def _images(paths: Sequence[Path], image_size: int | None, channels: int | None)
                         f"got {_size(arrays[0])} in {paths[0]} and {_size(array)} in {path}"
                     )
                 arrays.append(array)
-                if len(arrays) == 1 and len(paths) * array.nbytes > _MAX_BYTES:
-                    raise InputError(
-                        f"images must fit into {_MAX_BYTES >> 30} GiB (or pass --image-size to resize them); "
-                        f"got {len(paths)} of {_size(array)}"
-                    )
+                if len(arrays) == 1:
+                    check_memory(len(paths), array.shape)
         except BaseException:
             pool.shutdown(cancel_futures=True)
             raise

@@ -16,8 +16,9 @@ import torch
 from jaxtyping import Float, Int64, UInt8
 from torch import Tensor
 
-from capsnet.data.dataset import Dataset, Split
+from capsnet.data.dataset import Dataset, Split, check_memory
 from capsnet.errors import InputError
+from capsnet.schema import shown
 
 __all__ = ["FACTORS", "SKELETONS", "render", "strokes"]
 
@@ -69,6 +70,7 @@ FACTORS: dict[str, tuple[float, float]] = {
     "x_pixels": (-2.5, 2.5),
     "y_pixels": (-2.5, 2.5),
 }
+_LARGEST_SEED = 2**62 - 1  # PyTorch takes seeds below 2**64, and three are made of one
 _NATIVE_SIZE = 28
 _DIGIT_HEIGHT = 20 / 28  # of the image at scale 1, as in MNIST
 _JITTER = 0.03  # standard deviation of a control point, in heights of the digit
@@ -99,7 +101,7 @@ def strokes(
         train: number of training images.
         validation: number of validation images; 0 for no such split.
         test: number of test images.
-        seed: 0 or more; the same seed draws the same images, another machine's rounding aside (one grey
+        seed: 0 to 2**62 - 1; the same seed draws the same images, another machine's rounding aside (one grey
             level). Each split has a stream of its own.
 
     Returns:
@@ -108,7 +110,7 @@ def strokes(
         the width of the pen and the shift of the digit's centre from the image's.
 
     Raises:
-        InputError: an argument below its least value.
+        InputError: an argument out of its range, or images that do not fit into memory.
 
     Example:
         strokes(train=100).train.factors["slant_degrees"]  # float32 [100]
@@ -117,8 +119,9 @@ def strokes(
     for name, value, least in (("train", train, 1), ("validation", validation, 0), ("test", test, 1)):
         if value < least:
             raise InputError(f"{name} of strokes must be at least {least} images; got {value}")
-    if seed < 0:
-        raise InputError(f"seed of strokes must be 0 or more; got {seed}")
+    check_memory(train + validation + test, (1, image_size, image_size))
+    if not 0 <= seed <= _LARGEST_SEED:
+        raise InputError(f"seed of strokes must be 0 to {_LARGEST_SEED}; got {shown(seed)}")
     return Dataset(
         "strokes",
         tuple(str(digit) for digit in range(len(SKELETONS))),
