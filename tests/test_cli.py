@@ -96,10 +96,12 @@ def test_every_option_in_the_help_of_bench_exists(capsys: pytest.CaptureFixture[
         ("--epochs x", "--epochs must be a whole number; got 'x'"),
         ("--epochs", "--epochs must be followed by a value; got none"),
         ("--lr x", "--lr must be a number; got 'x'"),
-        ("--lr 0 --seed -1", "--seed must be at least 0; got -1; and --lr must be above 0; got 0.0"),
+        ("--image-size x", "--image-size must be a whole number; got 'x'"),
+        ("--stop-at x", "--stop-at must be a number; got 'x'"),
+        ("--lr 0 --seed -1", "--lr must be above 0; got 0.0; and --seed must be at least 0; got -1"),
         ("--batch-size 0", "--batch-size must be at least 1; got 0"),
         ("--routing-iterations 0", "--routing-iterations must be at least 1; got 0"),
-        ("--decoder-sizes 3 0", "--decoder-sizes must be widths of at least 1; got (3, 0)"),
+        ("--decoder-sizes 3 0", "--decoder-sizes must be widths of 1 to 2,147,483,647; got (3, 0)"),
         ("--decoder-sizes x", "--decoder-sizes must be whole numbers; got 'x'"),
         ("--devices 999 --device cpu", "--devices must be at most the "),
         ("--image-size 4", "first convolution"),
@@ -187,6 +189,32 @@ def test_bad_input_of_the_other_verbs(
     assert (code, out, err.count("\n")) == (2, "", 1)
     assert err.startswith("capsnet")
     assert message in err
+
+
+TABLE = "<!-- capsnet table svhn -->\nold\n<!-- end of table -->\n"
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ("plain.md", "must have tables between <!-- capsnet table NAME --> and <!-- end of table -->; got none"),
+        ("marked.md plain.md", "page plain.md must have tables between "),
+        ("plain.md --check", "page plain.md must have tables between "),
+        ("marked.md --results nowhere", "--results must be a folder of records; got nowhere"),
+        ("marked.md --results plain.md", "--results must be a folder of records; got plain.md"),
+    ],
+)
+@pytest.mark.usefixtures("workplace")
+def test_table_without_marks_or_records_writes_nothing(
+    capsys: pytest.CaptureFixture[str], words: str, message: str
+) -> None:
+    Path("results/experiments").mkdir(parents=True)
+    Path("plain.md").write_text("no table", encoding="utf-8")
+    Path("marked.md").write_text(TABLE, encoding="utf-8")
+    code, out, err = run(capsys, "table", *words.split())
+    assert (code, out, err.count("\n")) == (2, "", 1)
+    assert message in err
+    assert Path("marked.md").read_text(encoding="utf-8") == TABLE
 
 
 def test_train_prints_its_result(capsys: pytest.CaptureFixture[str], photos: Path) -> None:

@@ -589,6 +589,7 @@ def test_every_experiment_runs_from_its_name_to_its_table(
 
 def test_table_writes_pages_and_checks_them(workplace: Path, capsys: pytest.CaptureFixture[str]) -> None:
     page = workplace / "page.md"
+    Path("results/experiments").mkdir(parents=True)
     page.write_text("<!-- capsnet table svhn -->\n<!-- end of table -->\n", encoding="utf-8")
     assert main(["table", "page.md", "--check"]) == 1
     assert "page.md is not that of the records" in capsys.readouterr().err

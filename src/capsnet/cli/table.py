@@ -40,6 +40,8 @@ def run(arguments: list[str]) -> int:
     from capsnet.experiments.tables import rewritten
     from capsnet.runs import write_atomically
 
+    if not Path(command.results).is_dir():  # else every row would become "not run"
+        raise InputError(f"--results must be a folder of records; got {command.results}")
     fresh: dict[Path, str] = {}
     for page in map(Path, command.pages):
         try:

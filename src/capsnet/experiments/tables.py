@@ -113,11 +113,14 @@ def rewritten(text: str, folder: Path, *, source: str) -> str:
         source: its name, for errors.
 
     Raises:
-        InputError: a mark names no table, or lacks its other one.
+        InputError: a mark names no table, or lacks its other one, or there is none.
     """
     begun, ended, whole = (
         len(re.findall(mark, text)) for mark in ("<!-- capsnet table ", "<!-- end of table -->", MARK)
     )
+    if not begun + ended:
+        marks = "<!-- capsnet table NAME --> and <!-- end of table -->"
+        raise InputError(f"page {source} must have tables between {marks}; got none")
     if not begun == ended == whole:
         raise InputError(f"{source}: each table must stand between its two marks; got {begun} begun and {ended} ended")
 
