@@ -239,7 +239,7 @@ def test_other_data_and_other_splits(capsys: Capture) -> None:
         ("evaluate one two --precision bf16", "--precision must be 32 for several runs and for --shifts; got bf16"),
         ("evaluate one --shifts 1 --precision bf16", "--precision must be 32 for several runs and for --shifts"),
         ("evaluate one --shifts 12", "shifts must be 0 to 11 pixels for these images; got 12"),
-        ("evaluate one --shifts -1", "shifts must be 0 to 11 pixels for these images; got -1"),
+        ("evaluate one --shifts -1", "--shifts must be at least 0; got -1"),
         ("evaluate one two --batch-size 0", "--batch-size must be at least 1; got 0"),
         ("evaluate one three --split validation", "where one and three held out other images; got validation"),
         ("compare one --against three --split validation", "where one and three held out other images; got validation"),

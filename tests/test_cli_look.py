@@ -101,6 +101,15 @@ def test_perturb_takes_right_images_of_the_classes(run: Path, capsys: Capture, m
     assert json.loads(told(capsys, "perturb run --json"))["classes"] == ["0"]
 
 
+def test_perturb_draws_no_more_sheets_than_a_figure_holds(
+    run: Path, capsys: Capture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("capsnet.cli.perturb.MOST_SHEETS", 9)
+    code, out, err = typed(capsys, "perturb run --classes all")
+    assert (code, out) == (2, "")
+    assert err.endswith(": --images, --image and --classes must make at most 9 sheets; got 10\n")
+
+
 def test_couplings(run: Path, capsys: Capture) -> None:
     numbers = json.loads(told(capsys, "couplings run --images 20 --show 2 --json"))
     assert (numbers["data"], numbers["images"]) == ("strokes", 20)
@@ -226,11 +235,13 @@ def test_bad_input_is_told_before_the_work(run: Path, capsys: Capture, monkeypat
 @pytest.mark.parametrize(
     ("line", "message"),
     [
-        ("reconstruct run --right 0 --wrong 0", "--right and --wrong must be 0 or more, not both 0; got 0 and 0"),
+        ("reconstruct run --right 0 --wrong 0", "--right and --wrong must not both be 0; got 0 and 0"),
         ("perturb run --classes 11", "--classes must be all, or among 0, 1, 2"),
         ("perturb run --image images/0.png --steps 4", "--steps must be odd and at least 3"),
         ("perturb run --images 0", "--images must be at least 1; got 0"),
-        ("couplings run --show 0", "--images and --show must be at least 1"),
+        ("couplings run --image images/0.png --data strokes", "--data must not be given with --image"),
+        ("perturb run --image images/0.png --data strokes", "--data must not be given with --image"),
+        ("couplings run --show 0", "--show must be at least 1; got 0"),
         ("couplings run --image nofile.png", "nofile.png must be a readable image"),
         ("figures run --out a.png", "--out must be given for one figure, with --only; got all figures"),
         ("figures run --only confuson", "--only"),

@@ -677,8 +677,8 @@ def test_a_taken_port_is_told(saved: Path) -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--port", "65536"], "--port must be 0 to 65535; got 65536"),
-        (["--port", "-1"], "--port must be 0 to 65535; got -1"),
+        (["--port", "65536"], "--port must be at most 65,535; got 65536"),
+        (["--port", "-1"], "--port must be at least 0; got -1"),
         (["--port", "x"], "--port must be a whole number; got 'x'"),
         (["--host", "192.0.2.1"], "--host must be an address of this machine; got '192.0.2.1'"),
         (["--host", ""], "--host must be an address of this machine; got ''"),

@@ -1,4 +1,5 @@
 import io
+from collections.abc import Callable
 from pathlib import Path
 
 import matplotlib as mpl
@@ -17,7 +18,7 @@ from capsnet.analysis.significance import wilson_interval
 from capsnet.data import Split
 from capsnet.errors import InputError
 from capsnet.models import CapsNet, create
-from capsnet.plots.figure import pixels, sheet
+from capsnet.plots.figure import new, pixels, sheet
 from tiny import SIZES
 
 NAMES = ("a $5 $6", "日本語", "a name that is far too long for the little room above an image")
@@ -188,6 +189,19 @@ def test_a_file_tells_the_command_and_is_the_same_every_time(tmp_path: Path) -> 
         again = [plots.rendered(plots.lengths(found(3)), format=format) for _ in range(2)]
         assert again[0] == again[1]
     assert list(path.parent.iterdir()) == [path]
+
+
+@pytest.mark.parametrize(("width", "height"), [(541, 2), (2, 541), (101, 101)])
+def test_a_figure_that_no_memory_holds_is_refused(width: float, height: float) -> None:
+    with pytest.raises(InputError, match=rf"^figure must be .* got {width} x {height} \(draw fewer images\)$"):
+        new(width, height)
+
+
+@pytest.mark.parametrize(("draw", "count"), [(plots.confusion, 250), (plots.class_errors, 2_000)])
+def test_many_classes_have_figures(draw: Callable[[Outcomes, tuple[str, ...]], Figure], count: int) -> None:
+    labels = torch.arange(count)
+    figure = draw(Outcomes(torch.zeros(count, count), labels, labels, None), tuple(map(str, range(count))))
+    assert max(figure.get_size_inches()) <= 500
 
 
 def test_an_unknown_format_is_refused() -> None:

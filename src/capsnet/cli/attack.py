@@ -4,11 +4,11 @@ import json
 import shlex
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from tyro.conf import Positional
 
-from capsnet.cli.parsing import parse
+from capsnet.cli.parsing import BatchSize, Images, Range, Seed, parse
 from capsnet.cli.printing import say, show, show_json, show_table
 from capsnet.cli.subject import Subject
 from capsnet.errors import InputError
@@ -32,23 +32,23 @@ class _Attack:
     """Run directories, folders with weights, or names of weights that come with the package."""
     attacks: tuple[Literal["fgsm", "pgd"], ...] = ("fgsm", "pgd")
     """fgsm: one step; pgd: many, from a random start."""
-    epsilons: tuple[float, ...] = (0.0, 0.05, 0.1, 0.15, 0.2, 0.25, 0.3)
-    """Largest change of a pixel."""
-    steps: int = 20
+    epsilons: Annotated[tuple[float, ...], Range(0, 1)] = (0.0, 0.05, 0.1, 0.15, 0.2, 0.25, 0.3)
+    """Largest change of a pixel, whose intensities are in [0, 1]."""
+    steps: Annotated[int, Range(1, 10_000)] = 20
     """Of pgd."""
-    step_size: float | None = None
+    step_size: Annotated[float | None, Range(0, 1, above=True)] = None
     """Of pgd, change of a pixel in a step; default: 2.5 epsilon / steps."""
     margins: Literal["open", "own"] = "open"
     """Of the margin loss that is ascended: own has no gradient for what is recognised beyond its margins."""
-    images: int = 1000
+    images: Images = 1000
     """Test images: the first ones, fewer if there are no more."""
     data: str | None = None
     """Another data set or folder, read as the network's own was."""
     data_dir: str | None = None
     """Where downloaded files are."""
-    seed: int = 0
+    seed: Seed = 0
     """Of the random start."""
-    batch_size: int = 128
+    batch_size: BatchSize = 128
     """Images at a time; only memory and speed depend on it."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """auto: a GPU if there is one."""
@@ -97,14 +97,6 @@ def _check(command: _Attack) -> None:
     for name, values in (("MODEL", command.models), ("--attacks", command.attacks), ("--epsilons", command.epsilons)):
         if not values:
             raise InputError(f"{name} must be given at least once; got none")
-    for epsilon in command.epsilons:
-        if not 0 <= epsilon <= 1:
-            raise InputError(f"--epsilons must be in [0, 1], the range of the intensities; got {epsilon:g}")
-    for option, number in (("images", command.images), ("batch-size", command.batch_size), ("steps", command.steps)):
-        if number < 1:
-            raise InputError(f"--{option} must be at least 1; got {number}")
-    if command.step_size is not None and command.step_size <= 0:
-        raise InputError(f"--step-size must be above 0; got {command.step_size:g}")
     if command.out and Path(command.out).exists() and (Path(command.out).is_dir() or not command.overwrite):
         raise InputError(f"--out must be a new file, or be given with --overwrite; got {command.out}")
 

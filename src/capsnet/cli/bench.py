@@ -4,11 +4,11 @@ import shlex
 import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 from tyro.conf import OmitArgPrefixes, Positional
 
-from capsnet.cli.parsing import parse, start
+from capsnet.cli.parsing import Range, parse, start
 from capsnet.cli.printing import say, show, show_json
 from capsnet.config import Config
 from capsnet.errors import InputError
@@ -58,9 +58,9 @@ class _Bench:
     """What to measure."""
     config: str | None = None
     """Start from this config.yaml; options given beside it win."""
-    classes: int = 10
+    classes: Annotated[int, Range(1, 10_000)] = 10
     """Number of classes."""
-    repeats: int | None = None
+    repeats: Annotated[int | None, Range(1, 10_000)] = None
     """Measurements of each number; default 7, with --quick 2."""
     compare: str | None = None
     """FIELD=A,B[,C]: measure these variants in turn."""

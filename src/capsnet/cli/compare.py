@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 from tyro.conf import Positional, arg
 
 from capsnet.cli.evaluate import Member, members, same_split
-from capsnet.cli.parsing import parse
+from capsnet.cli.parsing import BatchSize, parse
 from capsnet.cli.printing import show, show_json
 from capsnet.errors import InputError
 
@@ -42,7 +42,7 @@ class _Compare:
     """Where downloaded files are."""
     split: Literal["test", "validation", "train"] = "test"
     """Which part of the data set."""
-    batch_size: int = 256
+    batch_size: BatchSize = 256
     """Images at a time; only memory and speed depend on it."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """auto: a GPU if there is one."""
@@ -128,8 +128,6 @@ def _check(command: _Compare) -> None:
             "--against must be one run for one RUN, and at least two for several, for one alone does not tell its "
             f"spread; got {len(command.against)} for {len(command.runs)}"
         )
-    if command.batch_size < 1:
-        raise InputError(f"batch_size must be at least 1; got {command.batch_size}")
 
 
 def _test(ours: _Side, theirs: _Side) -> tuple["TTest | McNemar", str]:

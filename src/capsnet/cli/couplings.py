@@ -3,8 +3,9 @@
 import math
 import shlex
 from dataclasses import dataclass
+from typing import Annotated
 
-from capsnet.cli.parsing import parse
+from capsnet.cli.parsing import Images, Range, parse
 from capsnet.cli.printing import show, show_json
 from capsnet.cli.subject import Look, Subject
 from capsnet.errors import InputError
@@ -24,9 +25,9 @@ class _Couplings(Look):
       capsnet couplings runs/mnist --images 500 --show 8 --json
     """
 
-    images: int = 100
+    images: Images = 100
     """Images that the curves are the mean of: the first ones of the split."""
-    show: int = 6
+    show: Annotated[int, Range(1, 1_000)] = 6
     """Images that maps are drawn of."""
     image: tuple[str, ...] = ()
     """Image files of one's own in place of the data set's."""
@@ -35,8 +36,8 @@ class _Couplings(Look):
 def run(arguments: list[str]) -> int:
     """Draw coupling maps, print entropy and agreement."""
     command = parse(_Couplings, arguments, prog="capsnet couplings")
-    if min(command.images, command.show) < 1:
-        raise InputError(f"--images and --show must be at least 1; got {command.images} and {command.show}")
+    if command.image and command.data:
+        raise InputError("--data must not be given with --image, which takes its place; got both")
     import torch
 
     from capsnet import plots, runs

@@ -1,10 +1,11 @@
 """The verb `demo`."""
 
 from dataclasses import dataclass
+from typing import Annotated
 
 from tyro.conf import Positional
 
-from capsnet.cli.parsing import parse
+from capsnet.cli.parsing import Range, parse
 from capsnet.cli.printing import show
 from capsnet.errors import InputError
 
@@ -24,7 +25,7 @@ class _Demo:
     """Run directory, a folder with config.json and model.safetensors, or the name of weights of the package."""
     host: str = "127.0.0.1"
     """Address to serve at; 0.0.0.0 lets other machines use the page too."""
-    port: int = 8000
+    port: Annotated[int, Range(0, 65535)] = 8000
     """Port to serve at; 0 finds a free one."""
     browser: bool = True
     """Open the page in the browser."""

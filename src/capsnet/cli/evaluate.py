@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from tyro.conf import Positional, arg
 
-from capsnet.cli.parsing import parse
+from capsnet.cli.parsing import BatchSize, Range, parse
 from capsnet.cli.printing import say, show, show_json, show_table
 from capsnet.cli.subject import Subject
 from capsnet.errors import InputError
@@ -37,7 +37,7 @@ class _Evaluate:
 
     runs: Positional[Annotated[tuple[str, ...], arg(metavar="RUN [RUN ...]")]]
     """Run directories, folders with weights, or names of weights that come with the package."""
-    shifts: int = 0
+    shifts: Annotated[int, Range(0, 1_000)] = 0
     """Also with the mean over all shifts of an image by up to this many pixels along both axes."""
     data: str | None = None
     """Another data set or folder with as many classes, read as the run's own was; images must be of the same shape."""
@@ -45,7 +45,7 @@ class _Evaluate:
     """Where downloaded files are."""
     split: Literal["test", "validation", "train"] = "test"
     """Which part of the data set."""
-    batch_size: int = 256
+    batch_size: BatchSize = 256
     """Images at a time; only memory and speed depend on it."""
     precision: Literal["auto", "32", "bf16"] | None = None
     """Of convolutions and decoder; default: that of the run; 32 for several runs and for --shifts."""
@@ -60,8 +60,6 @@ def run(arguments: list[str]) -> int:
     command = parse(_Evaluate, arguments, prog="capsnet evaluate")
     if not command.runs:
         raise InputError("RUN must be given; got none")
-    if command.batch_size < 1:
-        raise InputError(f"batch_size must be at least 1; got {command.batch_size}")
     if len(command.runs) == 1 and not command.shifts:
         return _one(command)
     if command.precision == "bf16":

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Literal
 
 from tyro.conf import Positional
 
-from capsnet.cli.parsing import parse
+from capsnet.cli.parsing import BatchSize, Images, parse
 from capsnet.cli.printing import say, show, show_json
 from capsnet.cli.subject import Subject
 from capsnet.errors import InputError
@@ -42,11 +42,11 @@ class _Export:
     """Another data set or folder to compare on, read as the network's own was."""
     data_dir: str | None = None
     """Where downloaded files are."""
-    images: int = 256
+    images: Images = 256
     """Test images to compare on: the first ones."""
     check_all: bool = False
     """Compare on all test images."""
-    batch_size: int = 256
+    batch_size: BatchSize = 256
     """Images at a time in the comparison, after batches of 1, 2 and 7."""
     json: bool = False
     """Print the result as JSON."""
@@ -55,8 +55,6 @@ class _Export:
 def run(arguments: list[str]) -> int:
     """Export a network, say how it compares."""
     command = parse(_Export, arguments, prog="capsnet export")
-    if min(command.images, command.batch_size) < 1:
-        raise InputError(f"--images and --batch-size must be at least 1; got {command.images} and {command.batch_size}")
     import torch
 
     from capsnet import runs

@@ -6,18 +6,40 @@ import difflib
 import io
 import re
 import textwrap
-from dataclasses import fields
+from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import TypeVar
+from typing import Annotated, TypeVar, get_type_hints
 
 import tyro
 
 from capsnet import config
 from capsnet.cli.printing import show
-from capsnet.config import Config
+from capsnet.config import LARGEST_SEED, Config
 from capsnet.errors import InputError
 
-__all__ = ["as_options", "parse", "start"]
+__all__ = ["BatchSize", "Images", "Range", "Seed", "as_options", "parse", "start"]
+
+
+@dataclass(frozen=True)
+class Range:
+    """What a number on the command line must be: `low` to `high`, or above `low` if `above`; checked by `parse`."""
+
+    low: float
+    high: float
+    above: bool = False
+
+    def rule(self, number: float) -> str | None:
+        """What `number`, which may be NaN, must be and is not; None if it is in the range."""
+        if number > self.high:
+            return f"at most {self.high:,}"
+        if self.above:
+            return None if number > self.low else f"above {self.low:,}"
+        return None if number >= self.low else f"at least {self.low:,}"
+
+
+BatchSize = Annotated[int, Range(1, 10**6)]
+Images = Annotated[int, Range(1, 10**9)]
+Seed = Annotated[int, Range(0, LARGEST_SEED)]
 
 
 def start(arguments: list[str], *starts: str) -> tuple[Config, str | None]:
@@ -48,11 +70,11 @@ T = TypeVar("T")
 
 
 def parse(kind: type[T], arguments: list[str], *, prog: str, default: T | None = None) -> T:
-    """Parse with tyro; a fault is raised as an InputError of one line in place of its box."""
+    """Parse with tyro; a fault, or a number outside its `Range`, is raised as an InputError of one line."""
     faults, told = io.StringIO(), io.StringIO()
     try:
         with contextlib.redirect_stderr(faults), contextlib.redirect_stdout(told):
-            return tyro.cli(
+            found = tyro.cli(
                 kind, args=arguments, prog=prog, default=tyro.MISSING_NONPROP if default is None else default
             )
     except SystemExit as stop:
@@ -61,6 +83,18 @@ def parse(kind: type[T], arguments: list[str], *, prog: str, default: T | None =
                 show(*(textwrap.wrap(line, 100) if len(line) > 100 else [line]))
             raise
         raise InputError(_one_line(faults.getvalue(), kind, prog)) from None
+    _check_ranges(found)
+    return found
+
+
+def _check_ranges(command: object) -> None:
+    for name, hint in get_type_hints(type(command), include_extras=True).items():
+        value = getattr(command, name)
+        numbers = value if isinstance(value, tuple) else () if value is None else (value,)
+        for within in getattr(hint, "__metadata__", ()):
+            for number in numbers if isinstance(within, Range) else ():
+                if rule := within.rule(number):
+                    raise InputError(f"--{name.replace('_', '-')} must be {rule}; got {number}")
 
 
 def _one_line(box: str, kind: type, prog: str) -> str:
@@ -82,6 +116,8 @@ def _one_line(box: str, kind: type, prog: str) -> str:
         return f"{found[2]} must be one of {found[3].replace(chr(39), '')}; got {found[1]}"
     if found := re.fullmatch(r"Error parsing (--\S+): (?:invalid literal for int|could not convert).*: (.*)", told):
         return f"{found[1]} must be a {'whole ' if 'literal for int' in told else ''}number; got {found[2]}"
+    if found := re.fullmatch(r"Error parsing (--\S+): no type matching \{None\}\|(INT|FLOAT) .* from \[(.*)\]\.", told):
+        return f"{found[1]} must be a {'whole ' if found[2] == 'INT' else ''}number; got {found[3]}"
     if found := re.fullmatch(r"Error parsing (--\S+): Could not find valid parse for arguments: \[(.*)\]", told):
         return f"{found[1]} must be whole numbers; got {found[2]}"
     return told.removeprefix("Error parsing run: ")

@@ -1,13 +1,16 @@
 """The verb `perturb`."""
 
 from dataclasses import dataclass
+from typing import Annotated
 
-from capsnet.cli.parsing import parse
+from capsnet.cli.parsing import Range, parse
 from capsnet.cli.printing import show, show_json
 from capsnet.cli.subject import Look, Subject
 from capsnet.errors import InputError
 
 __all__ = ["run"]
+
+MOST_SHEETS = 100  # in one figure
 
 
 @dataclass(frozen=True)
@@ -25,13 +28,13 @@ class _Perturb(Look):
 
     classes: tuple[str, ...] = ()
     """Names of the classes whose capsules are changed, or all; default: the first, or that of one's own image."""
-    images: int = 1
+    images: Annotated[int, Range(1, MOST_SHEETS)] = 1
     """Images of each class."""
     image: tuple[str, ...] = ()
     """Image files of one's own in place of the data set's."""
-    span: float = 0.25
+    span: Annotated[float, Range(0, 10, above=True)] = 0.25
     """Largest change of a dimension (the paper's: 0.25)."""
-    steps: int = 11
+    steps: Annotated[int, Range(3, 99)] = 11
     """Changes from -span to span; odd (the paper's: 11)."""
     gif: str | None = None
     """Write an animation too, in which all dimensions swing through their range."""
@@ -40,8 +43,8 @@ class _Perturb(Look):
 def run(arguments: list[str]) -> int:
     """Draw perturbations, print where."""
     command = parse(_Perturb, arguments, prog="capsnet perturb")
-    if command.images < 1:
-        raise InputError(f"--images must be at least 1; got {command.images}")
+    if command.image and command.data:
+        raise InputError("--data must not be given with --image, which takes its place; got both")
     import torch
 
     from capsnet import plots, runs
@@ -76,6 +79,8 @@ def run(arguments: list[str]) -> int:
             rows.append(right_first[: command.images])
         index = torch.cat(rows)
         inputs, chosen = to_float(split.images[index]), split.labels[index]
+    if len(inputs) > MOST_SHEETS:
+        raise InputError(f"--images, --image and --classes must make at most {MOST_SHEETS} sheets; got {len(inputs)}")
     result = perturb(network, inputs, chosen, span=command.span, steps=command.steps)
     path = subject.draw(command, "perturbations", plots.perturbations(result, network.classes), ["perturb", *arguments])
     if command.gif is not None:

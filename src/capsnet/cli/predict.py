@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 from tyro.conf import Positional, arg
 
-from capsnet.cli.parsing import parse
+from capsnet.cli.parsing import BatchSize, parse
 from capsnet.cli.printing import say, show, show_json
 from capsnet.cli.subject import Model, Subject
 from capsnet.errors import InputError
@@ -46,7 +46,7 @@ class _Predict:
     """Write each image as the network saw it beside its reconstruction to this directory."""
     overwrite: bool = False
     """Replace files in that directory."""
-    batch_size: int = 64
+    batch_size: BatchSize = 64
     """Images at a time; only memory and speed depend on it."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """auto: a GPU if there is one."""
@@ -61,8 +61,6 @@ def run(arguments: list[str]) -> int:
     command = parse(_Predict, arguments, prog="capsnet predict")
     if command.json and command.csv:
         raise InputError("--json and --csv must not be given both; got both")
-    if command.batch_size < 1:
-        raise InputError(f"--batch-size must be at least 1; got {command.batch_size}")
     if not command.files:
         raise InputError("FILES must be image files, folders or -; got none")
     names = list(_names(command.files))

@@ -1,8 +1,9 @@
 """The verb `reconstruct`."""
 
 from dataclasses import dataclass
+from typing import Annotated
 
-from capsnet.cli.parsing import parse
+from capsnet.cli.parsing import Range, parse
 from capsnet.cli.printing import show, show_json
 from capsnet.cli.subject import Look, Subject
 from capsnet.errors import InputError
@@ -22,17 +23,17 @@ class _Reconstruct(Look):
       capsnet reconstruct capsnet-mnist --right 10 --wrong 30 --format svg --out wrong.svg
     """
 
-    right: int = 20
+    right: Annotated[int, Range(0, 1_000)] = 20
     """Right images to draw, at most: the first ones of the split."""
-    wrong: int = 20
+    wrong: Annotated[int, Range(0, 1_000)] = 20
     """Wrong images to draw, at most: the first ones of the split."""
 
 
 def run(arguments: list[str]) -> int:
     """Draw reconstructions, print where."""
     command = parse(_Reconstruct, arguments, prog="capsnet reconstruct")
-    if min(command.right, command.wrong) < 0 or command.right + command.wrong == 0:
-        raise InputError(f"--right and --wrong must be 0 or more, not both 0; got {command.right} and {command.wrong}")
+    if command.right + command.wrong == 0:
+        raise InputError("--right and --wrong must not both be 0; got 0 and 0")
     import torch
 
     from capsnet import plots

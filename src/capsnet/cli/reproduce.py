@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 from tyro.conf import Positional, arg
 
-from capsnet.cli.parsing import parse
+from capsnet.cli.parsing import Range, parse
 from capsnet.cli.printing import say, show
 
 __all__ = ["run"]
@@ -29,7 +29,7 @@ class _Reproduce:
 
     name: Positional[Annotated[str, arg(metavar="NAME")]]
     """Of the experiment."""
-    seeds: int | None = None
+    seeds: Annotated[int | None, Range(1, 1_000)] = None
     """Trainings of each row, with seeds 0, 1, ...; default: as many as the paper's, or 3; 1 with --budget quick."""
     budget: Literal["quick", "cpu", "full"] = "full"
     """full: the published sizes, for a GPU. cpu: fewer epochs, and smaller layers where the table says so.
@@ -46,7 +46,7 @@ class _Reproduce:
     """Where downloaded files are."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """auto: a GPU if there is one."""
-    threads: int | None = None
+    threads: Annotated[int | None, Range(1, 1_024)] = None
     """CPU threads."""
 
 

@@ -46,6 +46,8 @@ STYLE: dict[str, Any] = {
 P = ParamSpec("P")
 R = TypeVar("R")
 _GAP = 2  # pixels between the images of a sheet
+_LONGEST = 540  # inches: matplotlib draws fewer than 2^16 pixels a side, at 120 an inch
+_LARGEST = 10_000  # square inches: half a gigabyte while it is drawn
 
 
 def styled(draw: Callable[P, R]) -> Callable[P, R]:
@@ -62,9 +64,18 @@ def styled(draw: Callable[P, R]) -> Callable[P, R]:
 
 
 def new(width: float, height: float) -> "Figure":
-    """An empty figure, `width` x `height` inches."""
+    """An empty figure, `width` x `height` inches.
+
+    Raises:
+        InputError: it is too large to be drawn.
+    """
     from matplotlib.figure import Figure as Figure
 
+    if max(width, height) > _LONGEST or width * height > _LARGEST:
+        raise InputError(
+            f"figure must be at most {_LONGEST} inches a side and {_LARGEST:,} square inches; "
+            f"got {width:.0f} x {height:.0f} (draw fewer images)"
+        )
     return Figure(figsize=(width, height), layout="constrained")
 
 

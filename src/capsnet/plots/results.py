@@ -103,7 +103,7 @@ def class_errors(found: Outcomes, classes: tuple[str, ...]) -> "Figure":
     totals = matrix.sum(1)
     wrong = totals - matrix.diagonal()
     percent = (100 * wrong / totals.clamp(min=1)).tolist()
-    figure = new(6.4, 0.28 * len(classes) + 1.1)
+    figure = new(6.4, min(0.28 * len(classes) + 1.1, 500))
     axes = figure.subplots()
     axes.barh(range(len(classes)), percent, color=ORDER[0])
     for k, (value, bad, total) in enumerate(zip(percent, wrong.tolist(), totals.tolist(), strict=True)):
@@ -122,7 +122,7 @@ def confusion(found: Outcomes, classes: tuple[str, ...]) -> "Figure":
     matrix = found.confusion
     share = (matrix / matrix.sum(1, keepdim=True).clamp(min=1)).numpy().copy()
     np.fill_diagonal(share, 0)
-    size = max(4.2, 0.42 * len(classes) + 1.6)
+    size = min(max(4.2, 0.42 * len(classes) + 1.6), 60)
     figure = new(size + 0.9, size)
     axes = figure.subplots()
     heat = axes.imshow(100 * share, cmap="Greys", vmin=0, vmax=max(0.1, 100 * float(share.max())))
