@@ -4,6 +4,7 @@ import re
 import struct
 import subprocess
 import sys
+import tarfile
 import time
 from collections.abc import Callable
 from dataclasses import replace
@@ -179,6 +180,47 @@ def test_the_python_version_of_cifar_is_refused(tmp_path: Path) -> None:
     (tmp_path / "cifar-10-batches-py").mkdir()
     with pytest.raises(InputError, match=r"must be the binary version.*got the python version"):
         data.load("cifar10", data_dir=tmp_path)
+
+
+def test_cifar_of_data_dir_is_read_or_told(small_cifar: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CAPSNET_DATA", str(small_cifar))
+    given, folder = tmp_path / "other", small_cifar / "cifar10" / cifar.FOLDER
+    given.mkdir()
+    with pytest.raises(InputError, match=r"data set cifar10 .*; missing: .*; with --data-dir nothing is downloaded"):
+        data.load("cifar10", data_dir=given)
+    archive = given / cifar.ARCHIVES[0]
+    with tarfile.open(archive, "w:gz") as tar:
+        tar.add(folder, cifar.FOLDER)
+    whole = archive.read_bytes()
+    assert len(data.load("cifar10", data_dir=given).test) == 1
+    archive.write_bytes(whole[:-50])  # the unpacked batches are in the cache
+    with pytest.raises(InputError, match=rf"^{archive} must be a whole tar archive packed by gzip or xz"):
+        data.load("cifar10", data_dir=given)
+    assert len(data.load("cifar10").test) == 1
+    (folder / "test_batch.bin").write_bytes(b"")
+    with pytest.raises(InputError, match=rf"^{folder}/test_batch.bin must be whole records"):
+        data.load("cifar10")
+
+
+def test_the_python_version_of_cifar_does_not_hide_the_binary_one_in_the_cache(
+    small_cifar: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "cache").mkdir()
+    (small_cifar / "cifar10").rename(tmp_path / "cache" / "cifar10")
+    (tmp_path / "env" / "cifar-10-batches-py").mkdir(parents=True)
+    monkeypatch.setenv("CAPSNET_DATA", str(tmp_path / "env"))
+    assert len(data.load("cifar10").test) == 1
+
+
+@real("mnist")
+def test_damaged_files_of_data_dir_are_not_replaced_by_others(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CAPSNET_DATA", str(REAL))
+    for path in (REAL / "mnist").glob("t10k-*.gz"):
+        (tmp_path / path.name).write_bytes(path.read_bytes()[:-1000])
+    with pytest.raises(
+        InputError, match=rf"^{tmp_path}/t10k-images-idx3-ubyte.gz must be a whole gzip file; got one cut"
+    ):
+        data.load_split("mnist", "test", data_dir=tmp_path)
 
 
 def test_load_split_takes_published_sets_only() -> None:

@@ -329,6 +329,23 @@ def test_a_missing_file_is_told_with_its_source_and_the_way_without(tmp_path: Pa
         assert part in message
 
 
+@pytest.mark.parametrize("root", ["data_dir", "CAPSNET_DATA"])
+def test_a_damaged_file_is_told_and_not_passed_over(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, root: str) -> None:
+    for name, content in {"damaged": official(4)[:-100], "cache": official(4), "sound": official(4)}.items():
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "test.mat").write_bytes(content)
+    given, named = ("damaged", "sound") if root == "data_dir" else (None, "damaged")
+    monkeypatch.setenv("CAPSNET_DATA", str(tmp_path / named))
+    with pytest.raises(InputError, match=rf"^{tmp_path}/damaged/test.mat must be a whole MATLAB file of version 5"):
+        data.load_split("affnist", "test", data_dir=given and tmp_path / given)
+    (tmp_path / "damaged" / "test.mat").unlink()
+    if root == "data_dir":
+        with pytest.raises(InputError, match=r"^data set affnist must be on this machine; missing: test.mat"):
+            data.load_split("affnist", "test", data_dir=tmp_path / "damaged")
+    else:
+        assert len(data.load_split("affnist", "test")) == 4
+
+
 def test_describing_affnist_tells_its_own_file(tmp_path: Path) -> None:
     missing = data.describe("affnist", data_dir=tmp_path).missing
     assert missing == ("train-images-idx3-ubyte.gz", "train-labels-idx1-ubyte.gz", "test.mat")

@@ -98,7 +98,7 @@ def test_a_changed_batch_is_named_with_both_checksums(tmp_path: Path, batches: d
 
 
 def test_a_missing_batch_is_named(tmp_path: Path, batches: dict[str, bytes]) -> None:
-    with pytest.raises(InputError, match=r"test_batch.bin must be a readable file; got: No such file"):
+    with pytest.raises(InputError, match=r"^file .*test_batch.bin must be readable; got: No such file"):
         cifar.read(tmp_path, "test")
 
 
@@ -108,9 +108,37 @@ def test_unpack(tmp_path: Path, batches: dict[str, bytes], kind: str) -> None:
     archive = write_archive(tmp_path / f"cifar-10-binary.tar.{kind}", batches | extra, kind=kind)
     folder = cifar.unpack(archive, tmp_path / "cache")
     assert folder == tmp_path / "cache" / cifar.FOLDER
-    assert sorted(path.name for path in folder.iterdir()) == sorted(NAMES)
+    assert sorted(path.name for path in folder.iterdir()) == sorted([".unpacked-from", *NAMES])
     assert [path.name for path in folder.parent.iterdir()] == [cifar.FOLDER]
     assert cifar.unpack(archive, tmp_path / "cache") == folder  # as when another process was faster
+
+
+def test_what_an_archive_can_unpack_to_is_bounded(
+    tmp_path: Path, batches: dict[str, bytes], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also what is passed over unread: members that are not needed, and headers, which tarfile reads whole."""
+    monkeypatch.setattr(cifar, "_TAR_BYTES", 2**17)
+    for number, name in enumerate(("readme.html", f"{'x' * 2**18}/readme.html")):
+        archive = write_archive(tmp_path / f"{number}.tar.gz", batches | {name: bytes(2**18)})
+        assert archive.stat().st_size < 2**13
+        with pytest.raises(InputError, match=rf"^{archive} must hold at most 131,072 bytes unpacked; got more$"):
+            cifar.unpack(archive, tmp_path / "cache")
+    assert list((tmp_path / "cache").iterdir()) == []
+
+
+def test_an_archive_that_changed_is_unpacked_again(tmp_path: Path, batches: dict[str, bytes]) -> None:
+    archive = write_archive(tmp_path / "a.tar.gz", batches)
+    cifar.unpack(archive, tmp_path / "cache")
+    archive.write_bytes(archive.read_bytes()[:-20])
+    with pytest.raises(InputError, match=r"a.tar.gz must be a whole tar archive packed by gzip or xz"):
+        cifar.unpack(archive, tmp_path / "cache")
+
+
+def test_a_batch_of_any_size_is_not_read_whole(tmp_path: Path, batches: dict[str, bytes]) -> None:
+    with (tmp_path / "test_batch.bin").open("wb") as file:
+        file.truncate(5 * 10**9)
+    with pytest.raises(InputError, match=r"test_batch.bin must hold at most 30,730,000 bytes; got more$"):
+        cifar.read(tmp_path, "test")
 
 
 def link(kind: bytes) -> tarfile.TarInfo:

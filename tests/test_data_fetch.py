@@ -80,10 +80,11 @@ def test_download_then_cache(tmp_path: Path, capfd: pytest.CaptureFixture[str]) 
     assert capfd.readouterr() == ("", "")  # no terminal, no bar
 
 
-def test_only_what_is_missing_is_downloaded(tmp_path: Path) -> None:
+def test_only_what_is_missing_is_downloaded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CAPSNET_DATA", str(tmp_path))
     (tmp_path / "labels").write_bytes(GOOD["labels"])
     with serve(ALL) as (url, requests):
-        found = fetch.contents(source(url), list(GOOD), tmp_path)
+        found = fetch.contents(source(url), list(GOOD), None)
     assert requests == ["/images.gz"]
     assert found["labels"][0] == tmp_path / "labels"
 
@@ -128,16 +129,14 @@ def test_ctrl_c_half_way_leaves_nothing(tmp_path: Path, monkeypatch: pytest.Monk
 
 def test_when_all_mirrors_fail_one_message_tells_everything(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CAPSNET_DATA", str(tmp_path / "env"))
-    (tmp_path / "arg").mkdir()
     other = {"images.gz": gzip.compress(b"other")}
     with serve({}) as (empty, _), serve(other) as (wrong, _), pytest.raises(InputError) as caught:
-        fetch.contents(source(DEAD, empty, wrong), list(GOOD), tmp_path / "arg")
+        fetch.contents(source(DEAD, empty, wrong), list(GOOD), None)
     message = str(caught.value)
     assert "\n" not in message
     for part in (
         "data set toy must be on this machine or downloadable; missing: images.gz, labels.gz; looked in: ",
-        f"{tmp_path}/arg/toy, {tmp_path}/arg/toy-test, {tmp_path}/arg, {tmp_path}/env/toy",
-        f"{tmp_path}/cache/toy, ",
+        f"{tmp_path}/env/toy, {tmp_path}/env/toy-test, {tmp_path}/env, {tmp_path}/cache/toy, ",
         f"{DEAD}: ConnectionError; ",
         f"{empty}: HTTP status 404; ",
         f"{wrong}: ",
@@ -176,19 +175,89 @@ def test_a_corrupt_file_here_is_named_and_not_replaced_silently(tmp_path: Path, 
     assert requests == []
 
 
-def test_places_in_order(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def place(root: Path, content: bytes = GOOD["labels"]) -> Path:
+    root.mkdir(parents=True, exist_ok=True)
+    (root / "labels").write_bytes(content)
+    return root / "labels"
+
+
+def labels(*, data_dir: Path | None = None) -> Path:
+    """Where the labels were found that are read; a download is a fault."""
+    with serve(ALL) as (url, requests):
+        path, content = fetch.contents(source(url), ["labels"], data_dir, known=KNOWN)["labels"]
+        assert requests == []
+    assert content == GOOD["labels"]
+    return path
+
+
+FOREIGN = b"the labels of another set"
+KNOWN = {hashlib.sha256(FOREIGN).hexdigest(): "other", SHA256["labels"]: "toy"}
+
+
+def test_without_data_dir_the_environment_comes_before_the_cache(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("CAPSNET_DATA", str(tmp_path / "env"))
-    sound = {}
-    for root in ("cache", "env", "arg"):
-        for folder in (root, f"{root}/toy"):
-            (tmp_path / folder).mkdir()
-            sound[folder] = tmp_path / folder / "labels"
-            sound[folder].write_bytes(GOOD["labels"])
-            assert fetch.contents(source(), ["labels"], tmp_path / "arg" if root == "arg" else None) == {
-                "labels": (sound[folder], GOOD["labels"])
-            }
-    sound["arg/toy"].write_bytes(b"of another set")  # passed over for the next sound copy
-    assert fetch.contents(source(), ["labels"], tmp_path / "arg")["labels"][0] == sound["arg"]
+    for folder in ("cache", "cache/toy", "env", "env/toy-test", "env/toy"):
+        path = place(tmp_path / folder)
+        assert labels() == path
+
+
+def test_in_data_dir_nothing_else_is_looked_at(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CAPSNET_DATA", str(tmp_path / "env"))
+    place(tmp_path / "env")
+    place(tmp_path / "cache")
+    (tmp_path / "arg").mkdir()
+    with pytest.raises(InputError, match=r"missing: labels.gz; looked in: [^;]*/arg; with --data-dir nothing is down"):
+        labels(data_dir=tmp_path / "arg")
+    for folder in ("arg", "arg/toy-test", "arg/toy"):
+        path = place(tmp_path / folder)
+        assert labels(data_dir=tmp_path / "arg") == path
+
+
+@pytest.mark.parametrize(
+    "content",
+    [GOOD["labels"][:-1], b"", b"other", gzip.compress(GOOD["labels"])[:-9]],
+    ids=["cut short", "empty", "other", "packed and cut short"],
+)
+@pytest.mark.parametrize("root", ["arg", "env", "cache"])
+def test_a_damaged_file_is_told_and_not_passed_over(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, root: str, content: bytes
+) -> None:
+    monkeypatch.setenv("CAPSNET_DATA", str(tmp_path / "env"))
+    damaged = place(tmp_path / root / "toy", content)
+    for later in {"arg": ("env", "cache"), "env": ("cache",), "cache": ()}[root]:
+        place(tmp_path / later)
+    with pytest.raises(InputError, match=rf"^{damaged} must (have the SHA-256|be a whole gzip file)"):
+        labels(data_dir=tmp_path / "arg" if root == "arg" else None)
+    sound = place(tmp_path / root)  # in the same directory a sound copy will do
+    assert labels(data_dir=tmp_path / "arg" if root == "arg" else None) == sound
+
+
+def test_a_file_of_another_known_set_counts_as_absent(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CAPSNET_DATA", str(tmp_path / "env"))
+    place(tmp_path / "env", FOREIGN)
+    cached = place(tmp_path / "cache")
+    assert labels() == cached
+    with pytest.raises(InputError, match=rf"^{tmp_path}/env/labels must have .*; got \w+, that of other: move it$"):
+        labels(data_dir=tmp_path / "env")
+    assert labels(data_dir=place(tmp_path / "env" / "toy").parents[1]) == tmp_path / "env" / "toy" / "labels"
+
+
+def test_a_file_of_unknown_checksum_is_not_taken_from_another_known_set(tmp_path: Path) -> None:
+    place(tmp_path, FOREIGN)
+    unknown = fetch.Source("toy", {"labels": None}, (), {"labels": "0" * 64})
+    with pytest.raises(InputError, match=r"must have the SHA-256 of its own .*, that of other: move it$"):
+        fetch.contents(unknown, ["labels"], tmp_path, known=KNOWN)
+    assert fetch.contents(unknown, ["labels"], tmp_path)["labels"][1] == FOREIGN
+
+
+@pytest.mark.parametrize("content", [gzip.compress(bytes(10**7)), bytes(10**7)], ids=["packed", "plain"])
+def test_no_more_is_unpacked_than_the_largest_file_of_the_set_holds(tmp_path: Path, content: bytes) -> None:
+    place(tmp_path, content)
+    toy = fetch.Source("toy", SHA256, (), most=1000)
+    with pytest.raises(InputError, match=rf"^file {tmp_path}/labels must hold at most 1,000 bytes; got more$"):
+        fetch.contents(toy, ["labels"], tmp_path)
 
 
 def test_data_dir_must_exist(tmp_path: Path) -> None:

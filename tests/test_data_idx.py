@@ -83,6 +83,15 @@ def test_a_missing_file_is_named(tmp_path: Path) -> None:
         idx.read_labels(tmp_path / "nowhere")
 
 
+@pytest.mark.parametrize("pack", [bytes, gzip.compress])
+def test_no_more_is_unpacked_than_can_be_right(tmp_path: Path, pack: Callable[[bytes], bytes]) -> None:
+    path = tmp_path / "labels"
+    path.write_bytes(pack(bytes(3 * 2**20)))
+    assert len(idx.unpacked(path, most=3 * 2**20)) == 3 * 2**20
+    with pytest.raises(InputError, match=rf"^file {path} must hold at most 3,145,727 bytes; got more$"):
+        idx.unpacked(path, most=3 * 2**20 - 1)
+
+
 @pytest.mark.skipif(not MNIST.is_dir(), reason=f"no MNIST in {MNIST}; set CAPSNET_DATA")
 def test_mnist_test_set() -> None:
     content = idx.unpacked(MNIST / "t10k-images-idx3-ubyte.gz")

@@ -183,3 +183,16 @@ def test_missing_files_are_named() -> None:
         InputError, match=r"data set smallnorb .*; missing: .*training-dat.mat.gz, .*info.mat.gz; looked"
     ):
         data.load("smallnorb")
+
+
+def test_in_data_dir_nothing_else_is_looked_at(small: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CAPSNET_DATA", str(small))
+    given = tmp_path / "other"
+    given.mkdir()
+    with pytest.raises(InputError, match=r"data set smallnorb .*; missing: .*; with --data-dir nothing is downloaded"):
+        data.load_split("smallnorb", "test", data_dir=given)
+    for file in FILES["test"]:
+        (given / file).write_bytes((small / "smallnorb" / file).read_bytes()[:-1])
+    with pytest.raises(InputError, match=rf"^{given}/.*-dat.mat must have \d+ bytes for .* values; got \d+$"):
+        data.load_split("smallnorb", "test", data_dir=given)
+    assert len(data.load_split("smallnorb", "test")) == 10

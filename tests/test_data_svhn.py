@@ -103,7 +103,7 @@ def test_one_split_needs_its_own_file_only(small: Path) -> None:
     (small / "svhn" / FILES["train"]).unlink()
     assert len(data.load_split("svhn", "test", data_dir=small)) == 11
     assert data.describe("svhn", data_dir=small).missing == (FILES["train"],)
-    with pytest.raises(InputError, match=r"data set svhn .*; missing: train_32x32.mat; looked in: .*downloads are off"):
+    with pytest.raises(InputError, match=r"data set svhn .*; missing: train_32x32.mat; looked in: .*; with --data-"):
         data.load("svhn", data_dir=small)
 
 
@@ -143,3 +143,42 @@ def test_a_download_of_another_checksum_is_not_kept(tmp_path: Path, monkeypatch:
     with pytest.raises(InputError, match=r"missing: test_32x32.mat; .*test_32x32.mat must have the SHA-256 cdce80df"):
         svhn.read(fetch.Source("svhn", SHA256, ("http://localhost/",)), "test", None)
     assert not list((tmp_path / "cache" / "svhn").glob("*.mat"))
+
+
+def test_what_a_file_can_unpack_to_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    file = io.BytesIO()
+    scipy_io.savemat(file, {"X": np.zeros((32, 32, 3, 400), np.uint8), "y": np.ones((400, 1))}, do_compression=True)
+    content = file.getvalue()
+    assert len(content) < 2**13
+    monkeypatch.setattr("capsnet.data.matlab._LARGEST", 10**6)
+    with pytest.raises(InputError, match=r"^x.mat must hold at most 1,000,000 bytes unpacked; got more$"):
+        parse(content, "x.mat")
+
+
+@pytest.mark.parametrize("packed", [True, False])
+def test_variables_are_the_same_however_they_are_stored(packed: bool) -> None:
+    file = io.BytesIO()
+    digits = np.random.default_rng(0).integers(0, 256, (32, 32, 3, 7), dtype=np.uint8)
+    scipy_io.savemat(file, {"X": digits, "y": np.ones((7, 1), np.uint8)}, do_compression=packed)
+    assert (parse(file.getvalue(), "x.mat")[0].numpy() == digits.transpose(3, 2, 0, 1)).all()
+
+
+@pytest.mark.parametrize("root", ["data_dir", "CAPSNET_DATA"])
+def test_a_damaged_file_is_told_and_not_passed_over(
+    small: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, root: str
+) -> None:
+    damaged, cached = tmp_path / "damaged" / FILES["test"], tmp_path / "cache" / "svhn" / FILES["test"]
+    for path in (damaged, cached):
+        path.parent.mkdir(parents=True)
+        path.write_bytes((small / "svhn" / FILES["test"]).read_bytes()[: -100 if path == damaged else None])
+    monkeypatch.setenv("CAPSNET_DATA", str(damaged.parent if root == "CAPSNET_DATA" else small))
+    with pytest.raises(InputError, match=rf"^{damaged} must have the SHA-256 "):
+        data.load_split("svhn", "test", data_dir=damaged.parent if root == "data_dir" else None)
+    damaged.unlink()
+    if root == "data_dir":
+        with pytest.raises(
+            InputError, match=r"; missing: test_32x32.mat; looked in: .*; with --data-dir nothing is down"
+        ):
+            data.load_split("svhn", "test", data_dir=damaged.parent)
+    else:
+        assert len(data.load_split("svhn", "test")) == 11

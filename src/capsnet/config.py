@@ -34,7 +34,7 @@ class Config:
     data: str = "strokes"
     """Data set (see `capsnet list data`), or a folder of your own images with a sub-folder for each class."""
     data_dir: str | None = None
-    """Where to look for downloaded files first; then CAPSNET_DATA, then the cache."""
+    """The only directory to look for the files of `data` in; without it CAPSNET_DATA, the cache, then the mirrors."""
     image_size: int | None = None
     """Resize images to this many pixels square."""
     channels: int | None = None

@@ -2,33 +2,44 @@
 
 import json
 from pathlib import Path
-from typing import IO, Any
+from typing import Any, Protocol
 
 from capsnet.errors import InputError
 
-__all__ = ["read_bytes", "read_json", "read_text", "read_up_to", "read_yaml"]
+__all__ = ["Readable", "parse_json", "read_bytes", "read_json", "read_text", "read_up_to", "read_yaml"]
 
 LARGEST_TEXT = 64 * 2**20
 """Bytes of a text file; the results of a thousand classes, with their confusion matrices, take 25 MiB."""
 LARGEST_YAML = 64 * 2**10
 """Bytes of a configuration; every option takes 2 KiB, and PyYAML reads about 100 KiB a second."""
+_CHUNK = 2**20
 
 
-def read_up_to(file: IO[bytes], most: int, name: str) -> bytes:
-    """All that an open file holds.
+class Readable(Protocol):
+    """A file opened for its bytes, or what unpacks one."""
+
+    def read(self, size: int, /) -> bytes:
+        """The next bytes, at most `size`; none at the end."""
+
+
+def read_up_to(file: Readable, most: int, name: str) -> bytes:
+    """All that a file holds.
 
     Args:
-        file: to read to its end.
+        file: read to its end.
         most: bytes that it can rightly hold.
         name: of the file, for errors.
 
     Raises:
         InputError: it holds more, which is not read.
     """
-    content = file.read(most + 1)
-    if len(content) > most:
-        raise InputError(f"{name} must hold at most {most:,} bytes; got more")
-    return content
+    parts, left = list[bytes](), most
+    while part := file.read(min(left + 1, _CHUNK)):  # not all at once: for that, Python sets `most` bytes aside
+        left -= len(part)
+        if left < 0:
+            raise InputError(f"{name} must hold at most {most:,} bytes; got more")
+        parts.append(part)
+    return b"".join(parts)
 
 
 def read_bytes(path: Path, *, most: int, what: str = "file") -> bytes:

@@ -16,7 +16,7 @@ TRAIN_HELP = """usage: capsnet train [OPTIONS]
 Train a network, test it once at the end, and keep everything in one run directory.
 
   --data NAME|FOLDER         data set (capsnet list data) or a folder of images, a sub-folder a class   [strokes]
-  --data-dir DIR             where downloaded files are; else CAPSNET_DATA, the cache, then mirrors
+  --data-dir DIR             the only place to look for its files; else CAPSNET_DATA, the cache, then mirrors
   --image-size N             resize images to N x N pixels; --channels 1|3 makes them grey or colour
   --validation N             training images held out; 0 trains on all   [the set's own, else a tenth, at most 5,000]
   --shift N                  move training images by up to N pixels   [2]; also --flip --rotation --scale --shear

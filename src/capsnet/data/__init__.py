@@ -180,6 +180,7 @@ _IDX_FILES = {
     "train": ("train-images-idx3-ubyte", "train-labels-idx1-ubyte"),
     "test": ("t10k-images-idx3-ubyte", "t10k-labels-idx1-ubyte"),
 }
+_IDX_BYTES = 16 + 60_000 * 28 * 28  # of the training images of mnist and its kind, with their header
 _SOURCES = (
     Source(
         name="mnist",
@@ -193,6 +194,7 @@ _SOURCES = (
             "https://ossci-datasets.s3.amazonaws.com/mnist/",
             "https://storage.googleapis.com/cvdf-datasets/mnist/",
         ),
+        most=_IDX_BYTES,
     ),
     Source(
         name="fashion-mnist",
@@ -206,6 +208,7 @@ _SOURCES = (
             "http://fashion-mnist.s3-website.eu-central-1.amazonaws.com/",
             "https://github.com/zalandoresearch/fashion-mnist/raw/master/data/fashion/",
         ),
+        most=_IDX_BYTES,
     ),
     Source(
         name="kmnist",
@@ -224,16 +227,22 @@ _SOURCES = (
             "train-labels-idx1-ubyte": "e38f9ebcd0f3ebcdec7fc8eabdcdaef93bb0df8ea12bee65224341c8183d8e17",
         },
         mirrors=("http://codh.rois.ac.jp/kmnist/dataset/kmnist/",),
+        most=_IDX_BYTES,
     ),
     Source(name="cifar10", files=cifar.SHA256, mirrors=("https://www.cs.toronto.edu/~kriz/",)),
-    Source(name="svhn", files=svhn.SHA256, mirrors=("http://ufldl.stanford.edu/housenumbers/",)),
+    Source(name="svhn", files=svhn.SHA256, mirrors=("http://ufldl.stanford.edu/housenumbers/",), most=2**28),
     Source(
         name="smallnorb",
         files=dict.fromkeys(smallnorb.PACKED_SHA256),  # unpacked, a file is checked by its counts only
         packed=smallnorb.PACKED_SHA256,
         mirrors=("https://cs.nyu.edu/~ylclab/data/norb-v1.0-small/",),
+        most=24 + smallnorb.PAIRS * 2 * 96 * 96,
     ),
 )
+_KNOWN = {
+    checksum: one.name for one in _SOURCES for checksum in (*one.files.values(), *one.packed.values()) if checksum
+}
+"""Which set a file is of, by its SHA-256."""
 
 
 def available() -> tuple[str, ...]:
@@ -282,7 +291,8 @@ def load(
     Args:
         name: one of `available()`, or else the path of a directory with a sub-directory per class (`./mnist`
             for one that is called as a registered set).
-        data_dir: directory to look for the files first, before CAPSNET_DATA and the cache.
+        data_dir: the only directory to look for the files in; without it CAPSNET_DATA, the cache and the mirrors.
+            A damaged file is an error, and not passed over; see `fetch.py`.
         image_size: height and width in pixels: strokes are drawn at it, one's own images resized by Lanczos,
             others by antialiased bicubic interpolation; None keeps what the set has.
         channels: 1 for grey (luma of ITU-R BT.601), 3 for colour (grey repeated); None keeps what the set
@@ -358,7 +368,8 @@ def _read(name: str, splits: Sequence[str], data_dir: str | os.PathLike[str] | N
         return [cifar.read(folder, split) for split in splits]
     if name in _READERS:
         return [_READERS[name](source, split, data_dir) for split in splits]
-    found = fetch.contents(source, [file for split in splits for file in _IDX_FILES[split]], data_dir)
+    files = [file for split in splits for file in _IDX_FILES[split]]
+    found = fetch.contents(source, files, data_dir, known=_KNOWN)
     return [_idx_split(name, split, found) for split in splits]
 
 
@@ -393,16 +404,22 @@ def _idx_split(name: str, split: str, found: dict[str, tuple[Path, bytes]]) -> S
 
 def _cifar_folder(source: Source, data_dir: str | os.PathLike[str] | None) -> Path:
     """Where CIFAR-10 is unpacked, after unpacking or downloading it if need be."""
-    places = fetch.places(source, data_dir)
-    into = fetch.cache_dir() / source.name
-    folder = cifar.find_folder(places)
-    if folder is not None:
-        return folder
-    archive = cifar.find_archive(places)
-    if archive is not None:
-        return cifar.unpack(archive, into)
+    into, python_version = fetch.cache_dir() / source.name, list[InputError]()
+    for folders in fetch.roots(source, data_dir):
+        folder = cifar.find_folder(folders)
+        if folder is not None:
+            return folder
+        try:
+            archive = cifar.find_archive(folders)
+        except InputError as error:
+            python_version.append(error)
+        else:
+            if archive is not None:
+                return cifar.unpack(archive, into)
+    if python_version:
+        raise python_version[0]
     name = cifar.ARCHIVES[0]
-    return fetch.download(source, name, lambda path: cifar.unpack(path, into), wanted=[name], looked=places)
+    return fetch.download(source, name, lambda path: cifar.unpack(path, into), wanted=[name], data_dir=data_dir)
 
 
 def _fit(split: Split, image_size: int | None, channels: int | None) -> Split:

@@ -6,14 +6,16 @@ https://www.cs.toronto.edu/~kriz/cifar.html; Krizhevsky, "Learning Multiple Laye
 Images", 2009.
 """
 
+import gzip
 import hashlib
 import lzma
 import os
 import tarfile
 import tempfile
 import zlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import IO
 
 import numpy as np
 import torch
@@ -22,6 +24,7 @@ from torch import Tensor
 
 from capsnet.data.dataset import Split
 from capsnet.errors import InputError
+from capsnet.files import Readable, read_bytes
 
 __all__ = ["ARCHIVES", "FOLDER", "SHA256", "find_archive", "find_folder", "parse", "read", "unpack"]
 
@@ -42,6 +45,12 @@ _PYTHON_VERSION = ("cifar-10-batches-py", "cifar-10-python.tar.gz", "data_batch_
 _CLASSES = 10
 _RECORD_BYTES = 1 + 3 * 32 * 32
 _BATCH_BYTES = 10_000 * _RECORD_BYTES
+_TAR_BYTES = len(SHA256) * _BATCH_BYTES + 2**20  # with headers, and the two other members
+_UNPACKERS: dict[bytes, Callable[[IO[bytes]], Readable]] = {
+    b"\x1f\x8b": lambda file: gzip.GzipFile(fileobj=file),
+    b"\xfd7": lzma.LZMAFile,
+}
+_ORIGIN = ".unpacked-from"
 
 
 def find_folder(places: Sequence[Path]) -> Path | None:
@@ -81,10 +90,7 @@ def read(folder: Path, split: str) -> Split:
     batches = []
     for name in names:
         path = folder / name
-        try:
-            content = path.read_bytes()
-        except OSError as error:
-            raise InputError(f"{path} must be a readable file; got: {error.strerror}") from error
+        content = read_bytes(path, most=_BATCH_BYTES)
         batches.append(parse(content, path))
         _check(content, name, path)
     images, labels = zip(*batches, strict=True)
@@ -116,7 +122,7 @@ def unpack(archive: Path, into: Path) -> Path:
     """Unpack the batch files of an archive, packed by gzip or xz, to `into / FOLDER`, whole or not at all.
 
     Only files of the expected names are written, below a temporary folder that is renamed when all of them
-    have the right checksum.
+    have the right checksum. An archive that was unpacked there before, and is unchanged since, is not read again.
 
     Returns:
         The folder; where another process was faster, the one it made.
@@ -126,22 +132,45 @@ def unpack(archive: Path, into: Path) -> Path:
             belong; or it cannot be read, or `into` not be written.
     """
     try:
-        into.mkdir(parents=True, exist_ok=True)
-        return _unpack(archive, into)
+        about, origin = archive.stat(), into / FOLDER / _ORIGIN
+        told = f"{archive.resolve()} {about.st_size} {about.st_mtime_ns}"
+        if not (origin.is_file() and origin.read_bytes() == os.fsencode(told)):
+            into.mkdir(parents=True, exist_ok=True)
+            _unpack(archive, into)
+            origin.write_bytes(os.fsencode(told))
+        return into / FOLDER
     except OSError as error:
         raise InputError(f"{archive} must be readable, and {into} writable to unpack it to; got: {error}") from error
 
 
-def _unpack(archive: Path, into: Path) -> Path:
-    target = into / FOLDER
+class _AtMost:
+    """A file from which at most so many bytes are read, as those that an archive unpacks to."""
+
+    def __init__(self, file: Readable, most: int, path: Path) -> None:
+        self._file, self._most, self._path, self._read = file, most, path, 0
+
+    def read(self, size: int) -> bytes:
+        content = self._file.read(size)
+        self._read += len(content)
+        if self._read > self._most:
+            raise InputError(f"{self._path} must hold at most {self._most:,} bytes unpacked; got more")
+        return content
+
+
+def _unpack(archive: Path, into: Path) -> None:
     with tempfile.TemporaryDirectory(prefix=".unpack-", dir=into) as temporary:
         folder = Path(temporary) / FOLDER
         folder.mkdir()
         try:
-            with tarfile.open(archive, "r|*") as tar:
-                for member in tar:
-                    _unpack_member(archive, tar, member, folder)
-        except (tarfile.TarError, lzma.LZMAError, zlib.error, EOFError) as error:
+            with archive.open("rb") as packed:
+                unpacker = next((one for magic, one in _UNPACKERS.items() if packed.peek(2).startswith(magic)), None)
+                if unpacker is None:
+                    raise tarfile.ReadError("neither gzip nor xz")
+                stream = _AtMost(unpacker(packed), _TAR_BYTES, archive)
+                with tarfile.open(fileobj=stream, mode="r|") as tar:  # type: ignore[call-overload]
+                    for member in tar:
+                        _unpack_member(archive, tar, member, folder)
+        except (tarfile.TarError, lzma.LZMAError, gzip.BadGzipFile, zlib.error, EOFError) as error:
             raise InputError(
                 f"{archive} must be a whole tar archive packed by gzip or xz; got a damaged one ({error})"
             ) from error
@@ -149,11 +178,10 @@ def _unpack(archive: Path, into: Path) -> Path:
         if missing:
             raise InputError(f"{archive} must hold {', '.join(SHA256)}; got none of the name {missing[0]}")
         try:
-            folder.rename(target)
+            folder.rename(into / FOLDER)
         except OSError:
-            if not target.is_dir():
+            if not (into / FOLDER).is_dir():
                 raise
-    return target
 
 
 def _unpack_member(archive: Path, tar: tarfile.TarFile, member: tarfile.TarInfo, folder: Path) -> None:

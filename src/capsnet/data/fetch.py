@@ -1,9 +1,14 @@
 """Finding the files of a published data set on this machine, and downloading those that are not here.
 
-Looked in, in this order: the `data_dir` argument, the directory named by the environment variable
-CAPSNET_DATA, and the cache (CAPSNET_CACHE, or the system's cache directory for capsnet); in each of them the
-set's own folder, then the directory itself. CAPSNET_OFFLINE=1 forbids downloads. What is downloaded enters
-the cache only when its checksum is right.
+With the argument `data_dir`, that directory alone is looked in, and nothing is downloaded. Without it, the directory
+that the environment variable CAPSNET_DATA names, then the cache (CAPSNET_CACHE, or the system's cache directory for
+capsnet), and then the mirrors; CAPSNET_OFFLINE=1 forbids downloads. In each directory the set's own folder comes first,
+then the directory itself.
+
+Any sound copy in a directory will do. Where there is none, but a file of the name, that is an error, and never a reason
+to look further on: a damaged file is to be seen. The one exception is a file of another set that is known here, for
+sets share names of files (those of mnist, fashion-mnist and kmnist are the same): it counts as absent. What is
+downloaded enters the cache only when its checksum is right.
 """
 
 import hashlib
@@ -17,10 +22,10 @@ from pathlib import Path
 from types import TracebackType
 from typing import TypeVar
 
-from capsnet.data.idx import unpacked
+from capsnet.data.idx import LARGEST, unpacked
 from capsnet.errors import InputError
 
-__all__ = ["Source", "cache_dir", "contents", "download", "locate", "places"]
+__all__ = ["Source", "cache_dir", "contents", "download", "locate", "places", "roots", "sha256_of"]
 
 T = TypeVar("T")
 
@@ -40,12 +45,14 @@ class Source:
             known.
         mirrors: addresses that end in a slash, tried in turn.
         packed: SHA-256 of the published `.gz`, for a file whose unpacked checksum is not known.
+        most: bytes of its largest file, unpacked.
     """
 
     name: str
     files: Mapping[str, str | None]
     mirrors: tuple[str, ...]
     packed: Mapping[str, str] = field(default_factory=dict)
+    most: int = LARGEST
 
 
 def cache_dir() -> Path:
@@ -58,19 +65,28 @@ def cache_dir() -> Path:
     return Path(pooch.os_cache("capsnet"))
 
 
-def places(source: Source, data_dir: str | os.PathLike[str] | None) -> list[Path]:
-    """Every directory to look in for the files of a set, in order, whether it exists or not.
+def roots(source: Source, data_dir: str | os.PathLike[str] | None) -> list[list[Path]]:
+    """The directories to look in for the files of a set, in order, whether they exist or not.
+
+    Returns:
+        For each of them its folders, in order: those of the set's own name, and itself.
 
     Raises:
         InputError: `data_dir` is given and is not a directory.
     """
-    if data_dir is not None and not Path(data_dir).expanduser().is_dir():
-        raise InputError(f"data_dir must be an existing directory; got {data_dir}")
-    given = [data_dir, os.environ.get("CAPSNET_DATA") or None]
-    roots = [Path(root).expanduser() for root in given if root is not None]
-    return [
-        folder for root in [*roots, cache_dir()] for folder in (root / source.name, root / f"{source.name}-test", root)
-    ]
+    if data_dir is not None:
+        if not Path(data_dir).expanduser().is_dir():
+            raise InputError(f"data_dir must be an existing directory; got {data_dir}")
+        found = [Path(data_dir).expanduser()]
+    else:
+        named = os.environ.get("CAPSNET_DATA")
+        found = [*([Path(named).expanduser()] if named else []), cache_dir()]
+    return [[root / source.name, root / f"{source.name}-test", root] for root in found]
+
+
+def places(source: Source, data_dir: str | os.PathLike[str] | None) -> list[Path]:
+    """All folders of `roots`, in order."""
+    return [folder for folders in roots(source, data_dir) for folder in folders]
 
 
 def locate(folders: Iterable[Path], names: Iterable[str]) -> list[Path]:
@@ -80,42 +96,63 @@ def locate(folders: Iterable[Path], names: Iterable[str]) -> list[Path]:
 
 
 def contents(
-    source: Source, files: Sequence[str], data_dir: str | os.PathLike[str] | None
+    source: Source,
+    files: Sequence[str],
+    data_dir: str | os.PathLike[str] | None,
+    *,
+    known: Mapping[str, str] | None = None,
 ) -> dict[str, tuple[Path, bytes]]:
     """The path and the verified, unpacked content of each of the `files`, downloaded where need be.
 
+    Args:
+        source: the data set.
+        files: names, unpacked.
+        data_dir: see the head of this file.
+        known: by the SHA-256 of a file, unpacked or as published, the name of the set it belongs to.
+
     Raises:
-        InputError: a file here has a wrong checksum and no sound copy is here, or a file is neither here nor
+        InputError: a file here has a wrong checksum and no sound copy is beside it, or a file is neither here nor
             to be had from any mirror.
     """
-    looked = places(source, data_dir)
     found: dict[str, tuple[Path, bytes]] = {}
     for file in files:
-        fault: InputError | None = None
-        for path in locate(looked, (f"{file}.gz", file)):
-            try:
-                found[file] = path, _verified(source, file, path)
+        foreign: InputError | None = None
+        for folders in roots(source, data_dir):
+            fault: InputError | None = None
+            for path in locate(folders, (f"{file}.gz", file)):
+                try:
+                    found[file] = path, _verified(source, file, path, known or {})
+                    break
+                except _OfAnotherSet as error:
+                    foreign = foreign or error
+                except InputError as error:
+                    fault = fault or error
+            if file in found:
                 break
-            except InputError as error:
-                # The files of another set may lie here under the same names: a sound copy may still follow.
-                fault = fault or error
-        if file not in found and fault is not None:
-            raise fault
+            if fault is not None:
+                raise fault
+        if file not in found and data_dir is not None and foreign is not None:
+            raise foreign
     missing = [file for file in files if file not in found]
     for file in missing:
 
         def keep(path: Path, file: str = file) -> tuple[Path, bytes]:
-            content = _verified(source, file, path)
+            content = _verified(source, file, path, {})
             kept = cache_dir() / source.name / path.name
             path.replace(kept)
             return kept, content
 
-        found[file] = download(source, f"{file}.gz", keep, wanted=[f"{m}.gz" for m in missing], looked=looked)
+        found[file] = download(source, f"{file}.gz", keep, wanted=[f"{m}.gz" for m in missing], data_dir=data_dir)
     return found
 
 
 def download(
-    source: Source, name: str, accept: Callable[[Path], T], *, wanted: Sequence[str], looked: Sequence[Path]
+    source: Source,
+    name: str,
+    accept: Callable[[Path], T],
+    *,
+    wanted: Sequence[str],
+    data_dir: str | os.PathLike[str] | None,
 ) -> T:
     """Download a file from the first mirror whose copy is accepted.
 
@@ -126,11 +163,15 @@ def download(
             where it shall stay, and returns what this function returns. Its InputError means: a bad copy, try
             the next.
         wanted: all files that are missing, for the message.
-        looked: the directories that were searched, for the message.
+        data_dir: the one directory that was to be looked in, if any.
 
     Raises:
-        InputError: downloads are switched off, no mirror has a sound copy, or the cache cannot be written.
+        InputError: a `data_dir` was given, or downloads are switched off; no mirror has a sound copy, or the cache
+            cannot be written.
     """
+    looked = places(source, data_dir)
+    if data_dir is not None:
+        raise _unavailable(source, wanted, looked, ["with --data-dir nothing is downloaded"])
     if os.environ.get("CAPSNET_OFFLINE", "0") not in ("", "0"):
         raise _unavailable(source, wanted, looked, ["downloads are off (CAPSNET_OFFLINE)"])
     folder = cache_dir() / source.name
@@ -170,17 +211,38 @@ def _retrieve(url: str, path: Path) -> Path:
     raise AssertionError("the last attempt returns or raises")
 
 
-def _verified(source: Source, file: str, path: Path) -> bytes:
-    """The unpacked content of `path`, which must be the `file` of the data set."""
-    content = unpacked(path)
+class _OfAnotherSet(InputError):
+    """A file of the right name that is known to be of another data set."""
+
+
+def _verified(source: Source, file: str, path: Path, known: Mapping[str, str]) -> bytes:
+    """The unpacked content of `path`, which must be the `file` of the data set.
+
+    Raises:
+        _OfAnotherSet: it is that of another set, of those whose checksums are `known`.
+        InputError: it is damaged, or of a wrong checksum.
+    """
+    content = unpacked(path, most=source.most)
     expected, actual = source.files[file], hashlib.sha256(content).hexdigest()
-    of = f"unpacked, as {file} of {source.name}"
-    if expected is None and path.suffix == ".gz":
-        expected, actual = source.packed[file], hashlib.sha256(path.read_bytes()).hexdigest()
+    of, packed = f"unpacked, as {file} of {source.name}", ""
+    if path.suffix == ".gz" and (expected is None or known):
+        packed = sha256_of(path)
+    other = known.get(actual) or known.get(packed)
+    if expected is None and packed:
+        expected, actual = source.packed[file], packed
         of = f"as the published {file}.gz of {source.name}"
+    if other not in (None, source.name):
+        expected = expected or "of its own"
+        raise _OfAnotherSet(f"{path} must have the SHA-256 {expected} {of}; got {actual}, that of {other}: move it")
     if expected is not None and actual != expected:
         raise InputError(f"{path} must have the SHA-256 {expected} {of}; got {actual}: delete or move it")
     return content
+
+
+def sha256_of(path: Path) -> str:
+    """The SHA-256 of a file as it is, in hexadecimal digits."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _unavailable(source: Source, wanted: Sequence[str], looked: Sequence[Path], failures: Sequence[str]) -> InputError:

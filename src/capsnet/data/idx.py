@@ -18,11 +18,14 @@ from jaxtyping import Int64, UInt8
 from torch import Tensor
 
 from capsnet.errors import InputError
+from capsnet.files import read_up_to
 
 __all__ = ["parse_images", "parse_labels", "read_images", "read_labels", "unpacked"]
 
 _GZIP_MAGIC = b"\x1f\x8b"
 _UNSIGNED_BYTE = 0x08
+LARGEST = 2**31
+"""Bytes of the largest file of a data set, affNIST's, are about a third of this."""
 
 
 def read_images(path: str | os.PathLike[str]) -> UInt8[Tensor, "images 1 height width"]:
@@ -66,24 +69,27 @@ def parse_labels(content: bytes, path: str | os.PathLike[str]) -> Int64[Tensor, 
     return torch.from_numpy(values).long()
 
 
-def unpacked(path: str | os.PathLike[str]) -> bytes:
+def unpacked(path: str | os.PathLike[str], *, most: int = LARGEST) -> bytes:
     """The content of a file, unpacked where its first two bytes, not its name, say that it is gzip.
 
+    Args:
+        path: of the file.
+        most: bytes that the content can rightly have; no more are unpacked.
+
     Raises:
-        InputError: the file cannot be read, or is a gzip file cut short or damaged.
+        InputError: the file cannot be read, is a gzip file cut short or damaged, or holds more.
     """
     try:
-        content = Path(path).read_bytes()
-    except OSError as error:
-        raise InputError(f"{path} must be a readable file; got: {error.strerror}") from error
-    if not content.startswith(_GZIP_MAGIC):
-        return content
-    try:
-        return gzip.decompress(content)
+        with Path(path).open("rb") as file:
+            packed = file.peek(2).startswith(_GZIP_MAGIC)
+            return read_up_to(gzip.GzipFile(fileobj=file) if packed else file, most, f"file {path}")
     except EOFError as error:
-        raise InputError(f"{path} must be a whole gzip file; got one cut short, at {len(content)} bytes") from error
+        size = Path(path).stat().st_size
+        raise InputError(f"{path} must be a whole gzip file; got one cut short, at {size} bytes") from error
     except (gzip.BadGzipFile, zlib.error) as error:
         raise InputError(f"{path} must be a sound gzip file; got a damaged one ({error})") from error
+    except OSError as error:
+        raise InputError(f"{path} must be a readable file; got: {error.strerror}") from error
 
 
 def _parse(

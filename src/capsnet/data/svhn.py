@@ -6,7 +6,6 @@ Digits in Natural Images with Unsupervised Feature Learning", NIPS workshop 2011
 used.
 """
 
-import hashlib
 import os
 from pathlib import Path
 
@@ -44,9 +43,9 @@ def read(source: Source, split: str, data_dir: str | os.PathLike[str] | None) ->
     Raises:
         InputError: the file is not here and not to be had, has a wrong checksum, or is not what `parse` wants.
     """
-    name, looked = FILES[split], fetch.places(source, data_dir)
-    if not fetch.locate(looked, (name, f"{name}.gz")):
-        fetch.download(source, name, lambda path: _keep(source, path), wanted=[name], looked=looked)
+    name = FILES[split]
+    if not fetch.locate(fetch.places(source, data_dir), (name, f"{name}.gz")):
+        fetch.download(source, name, lambda path: _keep(source, path), wanted=[name], data_dir=data_dir)
     path, content = fetch.contents(source, [name], data_dir)[name]
     return Split(*parse(content, path))
 
@@ -76,7 +75,7 @@ def parse(
 
 def _keep(source: Source, path: Path) -> None:
     """Move a download into the cache if its checksum is right."""
-    expected, actual = SHA256[path.name], hashlib.sha256(path.read_bytes()).hexdigest()
+    expected, actual = SHA256[path.name], fetch.sha256_of(path)
     if expected is not None and actual != expected:
         raise InputError(f"{path.name} must have the SHA-256 {expected}; got {actual}")
     path.replace(fetch.cache_dir() / source.name / path.name)
