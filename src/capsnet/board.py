@@ -1,5 +1,6 @@
 """TensorBoard: curves and reconstructions of a run, when asked for."""
 
+import importlib.util
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -9,9 +10,20 @@ import torch
 
 from capsnet.data import Dataset
 from capsnet.data.dataset import to_float
+from capsnet.errors import InputError
 from capsnet.models import Network
+from capsnet.names import check_utf8
 
-__all__ = ["board"]
+__all__ = ["board", "check_board"]
+
+
+def check_board(directory: Path) -> None:
+    """Raise InputError unless TensorBoard is installed and can write to `directory`."""
+    if importlib.util.find_spec("tensorboard") is None:
+        raise InputError(
+            "tensorboard must be installed for --tensorboard; it is not (pip install 'capsnet[tensorboard]')"
+        )
+    check_utf8(directory, "TensorBoard")
 
 
 @contextmanager

@@ -1,8 +1,11 @@
 """Names as they can be shown: those of classes, files and folders may hold what a terminal obeys or a font lacks."""
 
 import unicodedata
+from pathlib import Path
 
-__all__ = ["visible"]
+from capsnet.errors import InputError
+
+__all__ = ["check_utf8", "visible"]
 
 _HIDDEN = ("Cc", "Cf", "Cs", "Zl", "Zp")  # control, format (bidirectional too), surrogate, line and paragraph separator
 _JOINERS = "\u200c\u200d"  # format characters that scripts and emoji need, without effect on what stands around them
@@ -17,6 +20,14 @@ def visible(text: str) -> str:
     if text.isascii() and text.isprintable():
         return text
     return "".join(map(_shown, text))
+
+
+def check_utf8(out: Path, reader: str) -> None:
+    """Raise InputError unless `reader`, which takes names in UTF-8 only, can open `out`."""
+    try:
+        str(out).encode()
+    except UnicodeEncodeError:
+        raise InputError(f"out must be a name in UTF-8 for {reader}; got {out}") from None
 
 
 def _shown(character: str) -> str:

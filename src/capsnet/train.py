@@ -7,7 +7,6 @@ process draws for itself).
 """
 
 import hashlib
-import importlib.util
 import math
 import os
 import time
@@ -24,7 +23,7 @@ from torch import nn
 from capsnet import models, report, runs
 from capsnet.analysis.outcomes import outcomes
 from capsnet.analysis.strangers import threshold_for
-from capsnet.board import board
+from capsnet.board import board, check_board
 from capsnet.card import Card, Tested
 from capsnet.config import PRESETS, Config, from_dict, preset, preset_differences
 from capsnet.data import Dataset, Split, load
@@ -199,10 +198,8 @@ def _launch(config: Config, dataset: Dataset | None, resumed: runs.Run | None) -
         config = replace(config, data=dataset.name)
     run = resumed or runs.Run(config.out or _free_directory(config))
     device = resolve_device(config)
-    if config.tensorboard and importlib.util.find_spec("tensorboard") is None:
-        raise InputError(
-            "tensorboard must be installed for --tensorboard; it is not (pip install 'capsnet[tensorboard]')"
-        )
+    if config.tensorboard:
+        check_board(run.directory)
     dataset = prepare_data(config, dataset)
     if config.stop_at is not None and dataset.validation is None:
         raise InputError(f"stop_at must be given with validation images to judge by; got {config.stop_at} without any")

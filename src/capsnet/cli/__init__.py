@@ -107,5 +107,5 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except OSError as error:
         if error.filename is None:
             raise
-        say(f"capsnet {verb}: error: {error.strerror}: {error.filename}")
+        say(f"capsnet {verb}: error: {error.filename} must be a file or folder that can be used; got: {error.strerror}")
         return 2

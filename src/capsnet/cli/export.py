@@ -11,6 +11,7 @@ from capsnet.cli.parsing import BatchSize, Images, parse
 from capsnet.cli.printing import say, show, show_json
 from capsnet.cli.subject import Subject
 from capsnet.errors import InputError
+from capsnet.names import check_utf8
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -63,6 +64,8 @@ def run(arguments: list[str]) -> int:
     subject = Subject(command.model, several=True)
     name, images = _images(subject, command)
     path = Path(command.out or f"{subject.folder.resolve().name}{FORMATS[command.to] or '-safetensors'}")
+    if command.to != "safetensors":
+        check_utf8(path, command.to)
     result = export(
         subject.network,
         path,

@@ -90,9 +90,10 @@ def parse(kind: type[T], arguments: list[str], *, prog: str, default: T | None =
 def _check_ranges(command: object) -> None:
     for name, hint in get_type_hints(type(command), include_extras=True).items():
         value = getattr(command, name)
-        numbers = value if isinstance(value, tuple) else () if value is None else (value,)
-        for within in getattr(hint, "__metadata__", ()):
-            for number in numbers if isinstance(within, Range) else ():
+        if value is None:
+            continue
+        for within in filter(lambda one: isinstance(one, Range), getattr(hint, "__metadata__", ())):
+            for number in value if isinstance(value, tuple) else (value,):
                 if rule := within.rule(number):
                     raise InputError(f"--{name.replace('_', '-')} must be {rule}; got {number}")
 

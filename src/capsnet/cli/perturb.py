@@ -1,6 +1,7 @@
 """The verb `perturb`."""
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Annotated
 
 from capsnet.cli.parsing import Range, parse
@@ -59,6 +60,8 @@ def run(arguments: list[str]) -> int:
     if unknown:
         raise InputError(f"--classes must be all, or among {', '.join(network.classes)}; got {unknown[0]!r}")
     if command.gif is not None:
+        if command.out is not None and Path(command.gif).resolve() == Path(command.out).resolve():
+            raise InputError(f"--gif must be another file than --out; got {command.gif} for both")
         animation = subject.place("perturbations", command.gif, suffix="gif", overwrite=command.overwrite)
     chosen = None
     if command.image:
