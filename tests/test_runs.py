@@ -94,8 +94,9 @@ def test_weights_that_do_not_fit_name_the_first_wrong_one(network: Network) -> N
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"name": "resnet"}, "model must be one of baseline, baseline-multimnist, capsnet; got 'resnet'"),
-        ({"bogus": 1}, "options of model capsnet must be among"),
+        ({"name": "resnet"}, "name must be one of baseline, baseline-multimnist, capsnet; got 'resnet'"),
+        ({"bogus": 1}, "must hold options of model capsnet; got 'bogus'$"),
+        ({"init": "x" * 3000}, "init must be one of pytorch, authors; got 'xxx"),
         ({"conv_channels": 0}, "conv_channels must be at least 1; got 0"),
         ({"conv_channels": "x"}, "conv_channels must be a whole number; got 'x'$"),
         ({"conv_channels": True}, "conv_channels must be a whole number; got True$"),
@@ -109,7 +110,7 @@ def test_weights_that_do_not_fit_name_the_first_wrong_one(network: Network) -> N
         ({"classes": ["a"]}, "num_classes"),
         ({"classes": ["a", "b", 3]}, r"classes\[2\] must be text; got 3$"),
         ({"classes": "x" * 10**6}, "classes must be a list of text or nothing; got 'xxx"),
-        ({"name": ["capsnet"]}, r"name must be text; got \['capsnet'\]$"),
+        ({"name": ["capsnet"]}, r"name must be one of .*; got \['capsnet'\]$"),
         ({"return": 1}, "return must be "),
     ],
 )
@@ -119,7 +120,7 @@ def test_a_wrong_config_json_is_told(network: Network, change: dict[str, Any], m
     edit("net/config.json", **change)
     with pytest.raises(InputError, match=message) as error:
         runs.load("net")
-    assert str(error.value).startswith("file net/config.json: ")
+    assert str(error.value).startswith("file net/config.json")
     assert len(str(error.value)) < 700
 
 
@@ -135,7 +136,7 @@ def test_damaged_files_are_told(network: Network) -> None:
         ("[" * 100_000, "must be JSON; got: maximum recursion depth"),
         ("[]", r"must be a mapping of names to values; got \[\]$"),
         ("3", "must be a mapping of names to values; got 3$"),
-        ("{}", "name must be text; got None$"),
+        ("{}", "name must be one of .*; got None$"),
     ):
         Path("net/config.json").write_text(text, encoding="utf-8")
         with pytest.raises(InputError, match=f"^file net/config.json:? .*{message}"):

@@ -180,12 +180,6 @@ class Config:
     def __post_init__(self) -> None:
         values = {field.name: getattr(self, field.name) for field in fields(self)}
         faults = out_of_range(values)
-        for field in fields(self):
-            if get_origin(field.type) is Literal:
-                try:
-                    checked(values[field.name], field.type, name=field.name)
-                except InputError as error:
-                    faults.append(str(error))
         if not faults and self.lr < self.lr_floor:
             faults.append(f"lr must be at least lr_floor, {self.lr_floor:g}; got {self.lr:g}")
         if not faults and self.preset != "paper" and not self._follows_preset():
@@ -338,14 +332,19 @@ def _nearest(name: str, names: Any) -> str:
 
 
 def out_of_range(values: Mapping[str, Any]) -> list[str]:
-    """What is wrong with the values of options, of which each is of the right type."""
-    faults = []
+    """What is wrong with the values of options, each of which is of the right type."""
+    kinds, faults = {field.name: field.type for field in fields(Config)}, list[str]()
     for name, value in values.items():
         holds, rule = _RULES.get(name, _ANY)
         most = _MOST.get(name, _LARGEST)
         if value is None:
             continue
-        if not holds(value):
+        if get_origin(kinds.get(name)) is Literal:
+            try:
+                checked(value, kinds[name], name=name)
+            except InputError as error:
+                faults.append(str(error))
+        elif not holds(value):
             faults.append(f"{name} must be {rule}; got {shown(value)}")
         elif isinstance(value, int) and value > most:
             faults.append(f"{name} must be at most {most:,}; got {shown(value)}")

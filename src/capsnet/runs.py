@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterator, Mapping
 from collections.abc import Set as AbstractSet
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, NotRequired, TypedDict, cast, get_type_hints
+from typing import Any, Literal, NotRequired, TypedDict, cast, get_type_hints
 from zipfile import ZipFile
 
 import torch
@@ -441,9 +441,12 @@ def _described(path: Path) -> Network:
     """
     source = f"file {path}"
     options = checked(read_json(path), dict[str, Any], source=source)
-    name = checked(options.get("name"), str, name="name", source=source)
-    kinds = get_type_hints(models.create) | get_type_hints(models.BUILDERS.get(name, models.create))
-    options = {key: checked(value, kinds.get(key, Any), name=key, source=source) for key, value in options.items()}
+    name = checked(options.get("name"), Literal[tuple(models.available())], name="name", source=source)
+    kinds = get_type_hints(models.create) | get_type_hints(models.BUILDERS[name])
+    for key, value in options.items():
+        if key not in kinds:
+            raise InputError(f"{source} must hold options of model {name}; got {shown(key)}")
+        options[key] = checked(value, kinds[key], name=key, source=source)
     try:
         if faults := config_file.out_of_range(options):
             raise InputError(joined(faults))
