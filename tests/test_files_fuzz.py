@@ -6,6 +6,7 @@ import math
 import shutil
 import struct
 from collections.abc import Callable
+from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -99,29 +100,37 @@ def check(what: Callable[[], object], run: Path) -> None:
         assert 10 < len(told) < 1000, told
 
 
-def alterations(tree: Any, wrong: list[Any]) -> st.SearchStrategy[Any]:
-    """Copies of nested lists and mappings with one place in them changed, removed or added."""
+@dataclass(frozen=True)
+class Altered:
+    """A tree with one place in it changed, removed or added, and which."""
+
+    how: str
+    tree: Any = field(repr=False)
+
+
+def alterations(tree: Any, wrong: list[Any]) -> st.SearchStrategy[Altered]:
+    """Copies of nested lists and mappings, each altered in one place."""
 
     @st.composite
-    def altered(draw: st.DrawFn) -> Any:
+    def altered(draw: st.DrawFn) -> Altered:
         inside = whole = copy.deepcopy(tree)
+        path: list[Any] = []
         while True:
             keys = list(inside) if isinstance(inside, dict) else list(range(len(inside)))
             how = draw(st.sampled_from(["change", "change", "remove", "add"])) if keys else "add"
-            if how == "add" and isinstance(inside, dict):
-                inside[draw(st.sampled_from(["x", "", "epochs", "preset", "a" * 2000]))] = draw(st.sampled_from(wrong))
-                return whole
-            if how == "add":
-                inside.append(draw(st.sampled_from(wrong)))
-                return whole
-            key = draw(st.sampled_from(keys))
+            new = draw(st.sampled_from(["x", "", "epochs", "preset", "a" * 2000])) if how == "add" else None
+            path.append(new if how == "add" else draw(st.sampled_from(keys)))
+            key = path[-1]
             if how == "remove":
                 del inside[key]
-                return whole
-            if not isinstance(inside[key], dict | list) or draw(st.integers(0, 2)) == 0:
+            elif how == "add" and isinstance(inside, list):
+                inside.append(draw(st.sampled_from(wrong)))
+            elif how == "add" or not isinstance(inside[key], dict | list) or draw(st.integers(0, 2)) == 0:
                 inside[key] = draw(st.sampled_from(wrong))
-                return whole
-            inside = inside[key]
+            else:
+                inside = inside[key]
+                continue
+            return Altered(f"{how} {path}", whole)
 
     return altered()
 
@@ -173,8 +182,8 @@ def change_values(name: str, how: settings, run: Path, finished: Path, dataset: 
 
     @how
     @given(alterations(tree, wrong))
-    def change(changed: Any) -> None:
-        put(run / name, changed, finished)
+    def change(altered: Altered) -> None:
+        put(run / name, altered.tree, finished)
         check(lambda: read(run, name, dataset), run)
 
     change()

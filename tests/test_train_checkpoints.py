@@ -98,7 +98,11 @@ CHANGES: dict[str, tuple[Change, str]] = {
     "seconds of NaN": (put("state", "seconds", to=math.nan), "state.seconds must be a finite number; got nan"),
     "seconds below 0": (put("state", "seconds", to=-1.0), "seconds must be at least 0; got -1.0"),
     "steps of no time": (put("state", "step", to=5), "epoch_seconds must be above 0 after a step; got 0.0"),
-    "an unknown position": (put("state", to=lambda state: {**state, "x": 1}), "state must hold epoch, step, .* only"),
+    "a position without a step": (drop("state", "step"), "state must be of epoch, step, seconds, epoch_seconds; got"),
+    "an unknown position": (
+        put("state", to=lambda state: {**state, "x": 1}),
+        "state must be of epoch, step, seconds, epoch_seconds; got",
+    ),
     "no position": (put("state", to=[]), r"state must be a mapping of names to values; got \[\]"),
     "rows of text": (put("rows", to="rows"), "rows must be a list of mappings of names to values; got"),
     "too many rows": (put("rows", to=lambda rows: rows * 2), "rows must be one for each of 1 finished epochs; got 2"),

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, cast
 
@@ -70,6 +70,8 @@ def fitting_checkpoint(
         if not holds:
             raise InputError(f"{source}: {what} must be {rule}; got {shown(got)}")
 
+    names = [field.name for field in fields(Position)]
+    need(checkpoint["state"].keys() == set(names), "state", f"of {', '.join(names)}", list(checkpoint["state"]))
     at = checked(checkpoint["state"], Position, name="state", source=source)
     need(at.epoch >= 0, "epoch", "at least 0", at.epoch)
     need(0 <= at.step <= steps, "step", f"0 to the {steps} of an epoch", at.step)
