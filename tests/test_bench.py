@@ -233,6 +233,8 @@ def test_compare_is_parsed() -> None:
         ("stem=direct,fast", "--compare: stem must be one of auto, direct, minimal; got 'fast'"),
         ("batch_size=1,x", "--compare: batch_size must be a whole number; got 'x'"),
         ("threads=1,0", "--compare: threads must be at least 1; got 0"),
+        ('threads=1,!!int ""', "compare must be YAML; got: string index out of range"),
+        ("threads=1,2001-99-99", "compare must be YAML; got: month must be in 1..12"),
     ],
 )
 def test_compare_refuses(text: str, message: str) -> None:

@@ -97,7 +97,12 @@ CHANGES: dict[str, tuple[Change, str]] = {
     "steps below 0": (put("state", "step", to=-1), "step must be 0 to the 5 of an epoch; got -1"),
     "seconds of NaN": (put("state", "seconds", to=math.nan), "state.seconds must be a finite number; got nan"),
     "seconds below 0": (put("state", "seconds", to=-1.0), "seconds must be at least 0; got -1.0"),
-    "steps of no time": (put("state", "step", to=5), "epoch_seconds must be above 0 after a step; got 0.0"),
+    "steps of no time": (put("state", "step", to=5), "epoch_seconds must be above 0 after a step only; got 0.0"),
+    "time of no step": (
+        put("state", "epoch_seconds", to=2.0),
+        "epoch_seconds must be above 0 after a step only; got 2.0",
+    ),
+    "epoch seconds below 0": (put("state", "epoch_seconds", to=-1.0), "seconds must be at least 0; got -1.0"),
     "a position without a step": (drop("state", "step"), "state must be of epoch, step, seconds, epoch_seconds; got"),
     "an unknown position": (
         put("state", to=lambda state: {**state, "x": 1}),

@@ -87,7 +87,7 @@ class Card:
             return cls()
         source, known = f"file {path}", {each.name for each in fields(cls)}
         values = checked(read_json(path), dict[str, Any], source=source)
-        parts = {name: value for name, value in values.items() if name in known and value != {}}
+        parts = {name: value for name, value in values.items() if name in known and value != {}}  # of newer cards too
         card = checked(parts, cls, source=source)
         if card.config:
             config_file.from_dict(card.config, source=source)

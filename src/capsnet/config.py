@@ -9,7 +9,7 @@ from typing import Any, Literal, get_origin
 
 from capsnet.errors import InputError
 from capsnet.files import read_yaml
-from capsnet.schema import checked, joined, shown
+from capsnet.schema import brief, checked, joined, shown
 
 __all__ = ["PRESETS", "Config", "from_dict", "out_of_range", "preset", "preset_differences", "read", "write"]
 
@@ -294,7 +294,7 @@ def from_dict(values: dict[str, Any], *, source: str) -> Config:
     faults, clean = list[str](), dict[str, Any]()
     for name, value in values.items():
         if name not in known:
-            faults.append(f"{shown(name)[1:-1]} is no option{_nearest(name, known)}")
+            faults.append(f"{brief(name)} is no option{_nearest(name, known)}")
             continue
         try:
             clean[name] = checked(_as_written(value, known[name]), known[name], name=name)

@@ -6,12 +6,12 @@ from typing import Any, Protocol
 
 from capsnet.errors import InputError
 
-__all__ = ["Readable", "parse_json", "read_bytes", "read_json", "read_text", "read_up_to", "read_yaml"]
+__all__ = ["Readable", "parse_json", "parse_yaml", "read_bytes", "read_json", "read_text", "read_up_to", "read_yaml"]
 
 LARGEST_TEXT = 64 * 2**20
 """Bytes of a text file; the results of a thousand classes, with their confusion matrices, take 25 MiB."""
 LARGEST_YAML = 64 * 2**10
-"""Bytes of a configuration; every option takes 2 KiB, and PyYAML reads about 100 KiB a second."""
+"""Bytes of a configuration; all options together take 2 KiB, and PyYAML reads about 100 KiB a second."""
 _CHUNK = 2**20
 
 
@@ -89,10 +89,19 @@ def parse_json(text: str, *, source: str) -> Any:
 
 
 def read_yaml(path: Path, *, what: str = "file") -> Any:
-    """The value in a YAML file, which may not use aliases: a few lines of them stand for any amount of memory.
+    """The value in a YAML file; `what` is said of it in errors.
 
     Raises:
-        InputError: see `read_text`; or it is no YAML, has aliases, or is nested too deeply.
+        InputError: see `read_text` and `parse_yaml`.
+    """
+    return parse_yaml(read_text(path, most=LARGEST_YAML, what=what), source=f"{what} {path}")
+
+
+def parse_yaml(text: str, *, source: str) -> Any:
+    """The value of a YAML text without aliases: a few lines of them stand for any amount of memory.
+
+    Raises:
+        InputError: it is no YAML, has aliases, or is nested too deeply; `source` says which text.
     """
     import yaml
 
@@ -103,9 +112,7 @@ def read_yaml(path: Path, *, what: str = "file") -> Any:
             return super().compose_node(parent, index)
 
     try:
-        return yaml.load(read_text(path, most=LARGEST_YAML, what=what), Loader)
-    except InputError:
-        raise
+        return yaml.load(text, Loader)
     except Exception as error:  # PyYAML answers wrong values of a type, as !!int "", with many types
         reason = " ".join(str(error).split()) or type(error).__name__
-        raise InputError(f"{what} {path} must be YAML; got: {reason[:200]}") from None
+        raise InputError(f"{source} must be YAML; got: {reason[:200]}") from None

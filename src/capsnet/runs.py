@@ -30,7 +30,7 @@ from capsnet.config import Config
 from capsnet.errors import InputError
 from capsnet.files import read_bytes, read_json, read_text
 from capsnet.models import Network
-from capsnet.schema import checked, joined, shown
+from capsnet.schema import brief, checked, joined, shown
 
 if sys.platform != "win32":
     import fcntl
@@ -428,7 +428,7 @@ def load(path: str | Path) -> Network:
     try:
         weights = tensors_in(content)  # of bytes: load_file refuses a path that is not UTF-8
     except (SafetensorError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
-        raise InputError(f"file {file} must be safetensors; got: {shown(str(error))[1:-1]}") from None
+        raise InputError(f"file {file} must be safetensors; got: {brief(str(error))}") from None
     network.load_state_dict(fitted(network, weights, source=str(file), stored=STORED), assign=True)
     return network.eval()
 
@@ -538,7 +538,7 @@ def fitted(
     for key in weights:
         if key not in wanted:
             raise InputError(
-                f"{source}: weights must fit model {network.config['name']}, which has no {shown(key)[1:-1]}; "
+                f"{source}: weights must fit model {network.config['name']}, which has no {brief(key)}; "
                 f"got one of shape {list(weights[key].shape)}"
             )
     return fine

@@ -13,7 +13,7 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints, is
 
 from capsnet.errors import InputError
 
-__all__ = ["checked", "joined", "shown"]
+__all__ = ["brief", "checked", "joined", "shown"]
 
 _LONGEST = 80
 _MOST_FAULTS = 5
@@ -40,6 +40,11 @@ def shown(value: object) -> str:
     """A value as an error shows it: its `repr`, cut to 80 characters."""
     text = _Short().repr(value)
     return text if len(text) <= _LONGEST else f"{text[: _LONGEST - 3]}..."
+
+
+def brief(name: str) -> str:
+    """A name from a file as an error shows it: without quotes, cut as by `shown`."""
+    return shown(name)[1:-1]
 
 
 def joined(faults: Iterable[str]) -> str:
@@ -153,7 +158,7 @@ def _unlike(value: object, kind: Any) -> str:
 
 
 def _inside(place: str, key: object) -> str:
-    text = key if isinstance(key, str) and len(key) < _LONGEST else shown(key)
+    text = brief(key) if isinstance(key, str) else shown(key)
     return f"{place}.{text}" if place else text
 
 

@@ -75,8 +75,8 @@ def fitting_checkpoint(
     at = checked(checkpoint["state"], Position, name="state", source=source)
     need(at.epoch >= 0, "epoch", "at least 0", at.epoch)
     need(0 <= at.step <= steps, "step", f"0 to the {steps} of an epoch", at.step)
-    need(at.seconds >= 0, "seconds", "at least 0", at.seconds)
-    need(at.epoch_seconds > 0 or at.epoch_seconds == at.step, "epoch_seconds", "above 0 after a step", at.epoch_seconds)
+    need(min(at.seconds, at.epoch_seconds) >= 0, "seconds", "at least 0", min(at.seconds, at.epoch_seconds))
+    need((at.epoch_seconds > 0) == (at.step > 0), "epoch_seconds", "above 0 after a step only", at.epoch_seconds)
     rows = checkpoint["rows"]
     need(len(rows) == at.epoch, "rows", f"one for each of {at.epoch} finished epochs", len(rows))
     columns = Row.__required_keys__ | (Row.__optional_keys__ if validated else frozenset())

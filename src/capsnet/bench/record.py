@@ -17,6 +17,7 @@ from capsnet.bench.sections import FULL, SECTIONS, Bench, Plan
 from capsnet.bench.whole import image_shape, layout
 from capsnet.config import Config, from_dict
 from capsnet.errors import InputError
+from capsnet.files import parse_yaml
 
 __all__ = ["UNUSED", "check_free", "parse_compare", "run", "write"]
 
@@ -104,8 +105,6 @@ def parse_compare(text: str, config: Config) -> list[tuple[str, Config]]:
     Raises:
         InputError: another form, an unknown field, fewer than two values, or one that the field cannot have.
     """
-    import yaml
-
     left, equals, right = text.partition("=")
     names = [name.strip().replace("-", "_") for name in left.split("+")]
     kinds: dict[str, Any] = {field.name: field.type for field in fields(Config) if field.name not in UNUSED}
@@ -121,10 +120,10 @@ def parse_compare(text: str, config: Config) -> list[tuple[str, Config]]:
         raise InputError(f"compare must name {len(names)} values for each variant, joined by +; got {text!r}")
     variants = []
     for values in written:
-        chosen = {
-            name: value if get_origin(kinds[name]) is Literal or kinds[name] is str else yaml.safe_load(value)
-            for name, value in zip(names, values, strict=True)
-        }
+        chosen: dict[str, Any] = dict(zip(names, values, strict=True))
+        for name, value in chosen.items():
+            if get_origin(kinds[name]) is not Literal and kinds[name] is not str:
+                chosen[name] = parse_yaml(value, source="compare")
         label = ", ".join(f"{name}={value}" for name, value in zip(names, values, strict=True))
         variants.append((label, from_dict({**asdict(config), **chosen}, source="--compare")))
     return variants
