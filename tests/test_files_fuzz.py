@@ -37,7 +37,7 @@ TENSORS = [
     torch.eye(3).to_sparse(), torch.zeros(8, dtype=torch.complex64),
 ]  # fmt: skip
 FEW = settings(
-    max_examples=100,
+    max_examples=60,
     deadline=None,
     derandomize=True,
     database=None,
@@ -213,7 +213,7 @@ def test_damaged_bytes_are_one_line(name: str, run: Path, dataset: Dataset) -> N
     change_bytes(name, FEW, run, dataset)
 
 
-@pytest.mark.parametrize("count", [12, pytest.param(300, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("count", [8, pytest.param(300, marks=pytest.mark.slow)])
 @pytest.mark.usefixtures("workplace", "blank_figure")
 def test_commands_answer_with_0_or_2_and_lose_nothing(
     run: Path, finished: Path, capsys: pytest.CaptureFixture[str], count: int
