@@ -118,6 +118,12 @@ def test_images_of_another_shape_are_refused(network: Network) -> None:
         evaluate(network, wrong)
 
 
+def test_no_images_are_refused(network: Network) -> None:
+    nothing = Split(torch.zeros(0, *network.image_shape, dtype=torch.uint8), torch.zeros(0, dtype=torch.int64))
+    with pytest.raises(InputError, match=r"^split must hold at least one image; got none$"):
+        evaluate(network, nothing)
+
+
 def test_an_unknown_precision_is_refused() -> None:
     network = create("capsnet", image_shape=(3, 12, 13), num_classes=3, **SIZES)
     split = Split(torch.zeros(2, 3, 12, 13, dtype=torch.uint8), torch.zeros(2, dtype=torch.int64))

@@ -329,6 +329,10 @@ def test_standardized_images_have_mean_0_and_deviation_1_over_pixels_and_channel
         assert float(one[0].mean()) > float(one[1].mean())
 
 
+def test_no_images_are_standardized_to_none() -> None:
+    assert F.standardized(torch.rand(0, 3, 4, 5)).shape == (0, 3, 4, 5)
+
+
 def test_the_deviation_is_at_least_that_of_one_over_the_root_of_the_intensities() -> None:
     plain = torch.full((1, 2, 5, 10), 0.3, dtype=torch.float64)
     torch.testing.assert_close(F.standardized(plain), torch.zeros_like(plain), rtol=0, atol=1e-14)

@@ -135,8 +135,10 @@ def evaluate(
         precision: `32`, or `bf16` for convolutions and decoder.
 
     Raises:
-        InputError: images of another shape or of another number of objects, or an unknown precision.
+        InputError: no images, images of another shape or of another number of objects, or an unknown precision.
     """
+    if not len(split):
+        raise InputError("split must hold at least one image; got none")
     if precision not in ("32", "bf16"):
         raise InputError(f"precision must be 32 or bf16; got {precision!r}")
     objective = Objective(network, config or Config())
