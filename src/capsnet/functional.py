@@ -144,6 +144,8 @@ def standardized(images: Float[Tensor, "*batch channels height width"]) -> Tenso
     The standard deviation is taken to be at least 1 / sqrt(number of intensities), so an image of one intensity becomes
     zeros (as `per_image_standardization` of TensorFlow, which the first author's code calls for CIFAR-10).
     """
+    if is_ordinary(images) and not images.numel():  # of which PyTorch warns that it has no deviation
+        return images
     mean = images.mean((-3, -2, -1), keepdim=True)
     deviation = images.std((-3, -2, -1), correction=0, keepdim=True)
     return (images - mean) / deviation.clamp(min=math.prod(images.shape[-3:]) ** -0.5)
