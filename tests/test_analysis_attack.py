@@ -345,7 +345,7 @@ def test_the_numbers_are_those_of_the_library(
     ("options", "message"),
     [
         ([], "MODEL must be given"),
-        (["capsnet", "--epsilons", "0.1", "2"], "--epsilons must be in [0, 1], the range of the intensities; got 2"),
+        (["capsnet", "--epsilons", "0.1", "2"], "--epsilons must be at most 1; got 2.0"),
         (["capsnet", "--images", "0"], "--images must be at least 1; got 0"),
         (["capsnet", "--steps", "0"], "--steps must be at least 1; got 0"),
         (["capsnet", "--step-size", "0"], "--step-size must be above 0; got 0"),

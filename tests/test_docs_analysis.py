@@ -111,7 +111,7 @@ def test_a_model_card_tells_what_card_json_tells(name: str) -> None:
     assert f"{card.epochs} epochs" in told
     (folder_told,) = [word.strip("`).,;") for word in told.split() if word.startswith("`results/")]
     result = json.loads((ROOT / folder_told / "result.json").read_text(encoding="utf-8"))
-    assert {key: result["test"][key] for key in card.test} == card.test
+    assert {key: result["test"][key] for key in card.test} == json.loads(json.dumps(card.test))
 
 
 def test_the_shipped_weights_stay_small() -> None:

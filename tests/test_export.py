@@ -298,7 +298,7 @@ def test_without_data_it_compares_on_noise_and_says_so(model: Path, capsys: pyte
     ("options", "message"),
     [
         (["--to", "tf"], "--to must be one of"),
-        (["--images", "0"], "--images and --batch-size must be at least 1; got 0 and 256"),
+        (["--images", "0"], "--images must be at least 1; got 0"),
         (["--data", "nowhere"], "nowhere"),
     ],
 )
