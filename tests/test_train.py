@@ -108,6 +108,7 @@ class Killed(BaseException):
     """Stands for a SIGKILL: nothing of ours catches it."""
 
 
+@pytest.mark.usefixtures("blank_figure")
 def test_killed_before_or_after_any_write_and_resumed_ends_the_same(
     photos: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
