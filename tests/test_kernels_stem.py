@@ -14,9 +14,10 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn import functional as F
 
 from capsnet.errors import InputError
-from capsnet.kernels import stem
+from capsnet.kernels import native, stem
 from capsnet.kernels.buffers import pool
-from capsnet.kernels.stem import Pads, constant_weights, minimal_stem, saving, transforms
+from capsnet.kernels.stem import constant_weights, minimal_stem
+from capsnet.kernels.winograd import Pads, saving, transforms
 from capsnet.models import CapsNet, create
 from tiny import in_threads
 
@@ -28,8 +29,17 @@ SHAPES = {  # batch, in channels, height, width, channels, k1, stride1, out, k2,
     "stride 3": (2, 3, 50, 47, 4, 9, 1, 3, 7, 3),
     "one output": (5, 1, 17, 17, 3, 9, 1, 2, 9, 2),
     "1 x 1 kernels": (2, 3, 7, 11, 5, 1, 1, 3, 1, 1),
+    "pieces far apart in memory": (2, 1, 13, 12, 1100, 3, 1, 37, 3, 2),
     "taps as many as points": (1, 1, 30, 30, 2, 3, 1, 2, 19, 2),
 }
+
+
+@pytest.fixture(autouse=True, params=["native", "PyTorch"])
+def tiles(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Everything is computed in C, in float32, and by PyTorch."""
+    monkeypatch.setenv("CAPSNET_NATIVE", "auto" if request.param == "native" else "off")
+    if request.param == "native" and native.library() is None:
+        pytest.skip(native.status())
 
 
 def direct(images: Tensor, weights: list[Tensor], stride1: int, stride2: int) -> Tensor:
@@ -276,14 +286,14 @@ def test_buffers_are_reused_from_step_to_step_and_replaced_when_the_shape_change
         sizes.append(pool._free["stem v"].numel())
     assert addresses[0] == addresses[1]
     assert sizes[0] != sizes[2]
-    assert len(pool._free) == 6
+    assert len(pool._free) == 7
 
 
 def test_garbage_in_the_buffers_does_not_reach_the_results() -> None:
     shape = SHAPES["several tiles, colour, not square"]
     clean = results(minimal, shape, torch.float32)
     for array in pool._free.values():
-        array.fill_(float("nan"))
+        array.fill_(float("nan") if array.is_floating_point() else 255)
     for ours, again in zip(clean, results(minimal, shape, torch.float32), strict=True):
         assert torch.equal(ours, again)
 
@@ -402,7 +412,7 @@ def test_evaluation_gives_its_buffers_back() -> None:
     pool.clear()
     with torch.no_grad():
         network(torch.rand(9, 1, 28, 28))
-    assert {f"stem {name}" for name in ("x", "u", "v", "m", "filters")} <= set(pool._free)
+    assert {f"stem {name}" for name in ("x", "u", "v", "m", "patches")} <= set(pool._free)
     pool.clear()
     assert not pool._free
 

@@ -1,12 +1,23 @@
-"""Reading files that may be anything: no more of one than it can rightly hold, and its text, JSON or YAML."""
+"""The cache directory; and reading files that may be anything: no more of one than it can rightly hold."""
 
 import json
+import os
 from pathlib import Path
 from typing import Any, Protocol
 
 from capsnet.errors import InputError
 
-__all__ = ["Readable", "parse_json", "parse_yaml", "read_bytes", "read_json", "read_text", "read_up_to", "read_yaml"]
+__all__ = [
+    "Readable",
+    "cache_dir",
+    "parse_json",
+    "parse_yaml",
+    "read_bytes",
+    "read_json",
+    "read_text",
+    "read_up_to",
+    "read_yaml",
+]
 
 LARGEST_TEXT = 64 * 2**20
 """Bytes of a text file; the results of a thousand classes, with their confusion matrices, take 25 MiB."""
@@ -20,6 +31,16 @@ class Readable(Protocol):
 
     def read(self, size: int, /) -> bytes:
         """The next bytes, at most `size`; none at the end."""
+
+
+def cache_dir() -> Path:
+    """The directory for what can be had again: CAPSNET_CACHE, or the system's cache directory for capsnet."""
+    chosen = os.environ.get("CAPSNET_CACHE")
+    if chosen:
+        return Path(chosen).expanduser()
+    import pooch
+
+    return Path(pooch.os_cache("capsnet"))
 
 
 def read_up_to(file: Readable, most: int, name: str) -> bytes:

@@ -10,8 +10,9 @@ from torch import Tensor, nn
 
 from capsnet import functional as F
 from capsnet.errors import InputError
-from capsnet.kernels import cpu, fused, gpu
-from capsnet.kernels.stem import saving
+from capsnet.kernels import cpu, fused, gpu, native, sweeps_native
+from capsnet.kernels.squash import biased_squash
+from capsnet.kernels.winograd import saving
 from capsnet.routing import RoutingResult, check_iterations, dynamic_routing
 
 __all__ = [
@@ -23,6 +24,7 @@ __all__ = [
     "PrimaryCapsules",
     "resolve_kernel",
     "resolve_stem",
+    "sweeps_for",
     "votes",
 ]
 
@@ -76,6 +78,13 @@ def resolve_kernel(kernel: str, device: torch.device, *, ordinary: bool = True, 
     if kernel == "fused" and device.type == "cuda" and not gpu.available():
         raise InputError("kernel fused must have Triton on a GPU; it is not installed (pip install 'capsnet[triton]')")
     return kernel
+
+
+def sweeps_for(u: Tensor, weight: Tensor) -> type[fused.Sweeps]:
+    """How the fused kernel reads the votes of `u` and `weight`: in Triton on a GPU, in C on a CPU where that can be."""
+    if u.device.type == "cuda":
+        return gpu.Sweeps
+    return sweeps_native.Sweeps if native.usable(u, weight) else cpu.Sweeps
 
 
 class Convolution(nn.Module):
@@ -285,8 +294,12 @@ class PrimaryCapsules(nn.Module):
         """Poses of the primary capsules, each of length in [0, 1), in float32."""
         return self.capsules_of(self.conv(x).permute(0, 2, 3, 1))
 
-    def capsules_of(self, grid: Float[Tensor, "batch rows columns channels"]) -> Float[Tensor, "batch in dim"]:
-        """The same from the convolution's output, channels last."""
+    def capsules_of(
+        self, grid: Float[Tensor, "batch rows columns channels"], *, fused: bool = False
+    ) -> Float[Tensor, "batch in dim"]:
+        """The same from the convolution's output, channels last; `fused` in one pass, with first derivatives only."""
+        if fused and not self.epsilon and native.usable(grid, self.bias):
+            return biased_squash(grid, self.bias, self.dim, scale=self.scale).view(len(grid), self.capsules, self.dim)
         s = grid.float() if grid.dtype in (torch.float16, torch.bfloat16) else grid
         s = s * self.scale + self.bias if self.scale != 1 else s + self.bias
         return F.squash(s.reshape(grid.shape[0], self.capsules, self.dim), epsilon=self.epsilon)
@@ -350,8 +363,7 @@ class ClassCapsules(nn.Module):
             small = ordinary and votes_bytes <= SMALL_VOTES and not torch.is_grad_enabled()
             kernel = resolve_kernel(self.kernel, u.device, ordinary=ordinary, small=small)
             if kernel == "fused":
-                sweeps = gpu.Sweeps if u.device.type == "cuda" else cpu.Sweeps
-                route = partial(fused.votes_and_routing, sweeps, u, weight)
+                route = partial(fused.votes_and_routing, sweeps_for(u, weight), u, weight)
             else:
                 route = partial(dynamic_routing, votes(u, weight), epsilon=self.epsilon)
             return route(

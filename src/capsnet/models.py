@@ -156,7 +156,7 @@ class CapsNet(Network):
             pads1=first.pads,
             pads2=second.pads,
         )
-        return self.primary.capsules_of(grid)
+        return self.primary.capsules_of(grid, fused=True)
 
 
 class ConvNet(Network):

@@ -24,6 +24,7 @@ from typing import TypeVar
 
 from capsnet.data.idx import LARGEST, unpacked
 from capsnet.errors import InputError
+from capsnet.files import cache_dir
 
 __all__ = ["Source", "cache_dir", "contents", "download", "locate", "places", "roots", "sha256_of"]
 
@@ -53,16 +54,6 @@ class Source:
     mirrors: tuple[str, ...]
     packed: Mapping[str, str] = field(default_factory=dict)
     most: int = LARGEST
-
-
-def cache_dir() -> Path:
-    """The directory downloads are kept in: CAPSNET_CACHE, or the system's cache directory for capsnet."""
-    chosen = os.environ.get("CAPSNET_CACHE")
-    if chosen:
-        return Path(chosen).expanduser()
-    import pooch
-
-    return Path(pooch.os_cache("capsnet"))
 
 
 def roots(source: Source, data_dir: str | os.PathLike[str] | None) -> list[list[Path]]:

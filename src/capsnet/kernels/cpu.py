@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from capsnet.kernels.buffers import pool
+from capsnet.kernels.fused import add_first
 
 __all__ = ["Sweeps"]
 
@@ -88,13 +89,16 @@ class Sweeps:
             self.d_weight[chunk.inputs] += d_w.view(self.outs, self.in_dim, -1, self.dim).permute(2, 1, 0, 3)
         return None if detached else d_g.permute(2, 0, 1).contiguous()
 
-    def gradients(self) -> tuple[Tensor, Tensor]:
+    def gradients(self, first: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """See `fused.Sweeps`."""
+        u, weight = self.images_first, self.weight
         if self.d_u is None or self.d_weight is None:
-            u, weight = self.images_first, self.weight
-            return u.new_zeros(u.shape), weight.new_zeros(weight.shape)  # zeros_like would keep the strides
-        d_u, d_weight = _images_first(self.d_u), self.d_weight
+            d_u, d_weight = u.new_zeros(u.shape), weight.new_zeros(weight.shape)  # zeros_like would keep the strides
+        else:
+            d_u, d_weight = _images_first(self.d_u), self.d_weight
         self.d_u = self.d_weight = None
+        if first is not None:
+            add_first(d_u, d_weight, u, weight, first)
         return d_u, d_weight
 
     def _couplings(self, chunk: "_Chunk", g: Tensor) -> Tensor:

@@ -30,7 +30,7 @@ from capsnet import functional as F
 from capsnet.kernels.autograd import first_derivatives
 from capsnet.routing import RoutingResult, check_iterations
 
-__all__ = ["Sweeps", "votes_and_routing"]
+__all__ = ["Sweeps", "add_first", "votes_and_routing"]
 
 
 @runtime_checkable
@@ -49,8 +49,19 @@ class Sweeps(Protocol):
     def weighted_sum_backward(self, gains: Tensor, d_s: Tensor, d_c: Tensor | None, *, detached: bool) -> Tensor | None:
         """Add to the gradients of `u` and `weight`; return that of `gains`, or None if couplings are `detached`."""
 
-    def gradients(self) -> tuple[Tensor, Tensor]:
-        """The gradients of `u` and `weight`, contiguous, of the backward sweeps since the last call."""
+    def gradients(self, first: Tensor | None) -> tuple[Tensor, Tensor]:
+        """The gradients of `u` and `weight`, contiguous, of the backward sweeps since the last call.
+
+        `first [n, out, dim]` is the gradient of each vote by the first iteration, alike for all input capsules; None
+        where it has none.
+        """
+
+
+def add_first(d_u: Tensor, d_weight: Tensor, u: Tensor, weight: Tensor, first: Tensor) -> None:
+    """Add what the first iteration gives to the gradients, both contiguous: two matrix products."""
+    d_vote, matrix = first.flatten(1), _matrix(weight)
+    d_u.view(len(u), len(matrix)).addmm_(d_vote, matrix.t())  # views, and never a flatten, which may copy
+    d_weight.view(matrix.shape).addmm_(u.flatten(1).t(), d_vote)
 
 
 def votes_and_routing(
@@ -141,12 +152,7 @@ class _Routing(torch.autograd.Function):
             if d_g is None:
                 break
             d_v = d_later_gains = d_later_gains + d_g
-        d_u, d_weight = sweep.gradients()
-        if t == 0:
-            d_vote = ctx.uniform * d_s.flatten(1)
-            matrix = _matrix(weight)
-            d_u.view(len(u), len(matrix)).addmm_(d_vote, matrix.t())  # a view, never a flatten that may copy
-            d_weight.view(matrix.shape).addmm_(u.flatten(1).t(), d_vote)
+        d_u, d_weight = sweep.gradients(ctx.uniform * d_s if t == 0 else None)
         return None, d_u, d_weight, None if bias is None else d_bias, None, None, None
 
 

@@ -27,6 +27,7 @@ import torch
 from torch import Tensor
 
 from capsnet.errors import InputError
+from capsnet.kernels.fused import add_first
 
 try:
     import triton  # type: ignore[import-untyped, import-not-found, unused-ignore]
@@ -106,12 +107,15 @@ class Sweeps:
             self._launch(_backward, grid, gains, d_s, d_c, log_sum, mean, *to, block, LEAKY=self.leaky)
         return None if parts is None else parts.sum(0)
 
-    def gradients(self) -> tuple[Tensor, Tensor]:
-        """The gradients of `u` and `weight` of the backward sweeps since the last call."""
+    def gradients(self, first: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """The gradients of `u` and `weight` of the backward sweeps since the last call, and of the first iteration."""
         if self.d_u is None or self.d_weight is None:
-            return torch.zeros_like(self.u), torch.zeros_like(self.weight)
-        d_u, d_weight = self.d_u, self.d_weight.sum(0)
+            d_u, d_weight = torch.zeros_like(self.u), torch.zeros_like(self.weight)
+        else:
+            d_u, d_weight = self.d_u, self.d_weight.sum(0)
         self.d_u = self.d_weight = None  # a second backward of the same forward starts anew
+        if first is not None:
+            add_first(d_u, d_weight, self.u, self.weight, first)
         return d_u, d_weight
 
     def _statistics(
