@@ -19,6 +19,7 @@ from capsnet.data import Dataset, load
 from capsnet.data.augment import augment
 from capsnet.errors import InputError
 from capsnet.evaluation import Evaluation, evaluate, from_sums, measure
+from capsnet.kernels import native
 from capsnet.session import Session
 from capsnet.train import Diverged, Interrupted, fit, resume
 from tiny import REAL, SIZES, files, metrics, pairs, same_weights, tiny, weights
@@ -660,6 +661,25 @@ def test_images_that_no_memory_holds_are_refused(workplace: Path) -> None:
     with pytest.raises(InputError, match=r"^images must fit into 8 GiB .*; got 13,000 of 1 x 10000 x 10000$"):
         fit(Config(data="strokes", image_size=10_000))
     assert files(workplace) == set()
+
+
+# which kernels compute
+
+
+def test_the_kernels_are_told_and_others_that_go_on_are_too(
+    photos: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("CAPSNET_NATIVE", "off")
+    fit(tiny(photos, out="run", epochs=1, report=False))
+    off = "PyTorch (CAPSNET_NATIVE=off)"
+    assert json.loads(Path("run/result.json").read_text(encoding="utf-8"))["kernels"] == off
+    assert torch.load("run/last.ckpt", weights_only=True)["kernels"] == off
+    resume("run", epochs=2)
+    assert "results differ in rounding" not in capfd.readouterr().err
+    monkeypatch.setattr(native, "status", lambda: "native (another)")
+    resume("run", epochs=3)
+    told = f"computed by native (another) from here on, before by {off}: results differ in rounding"
+    assert told in capfd.readouterr().err
 
 
 # stop_at

@@ -4,6 +4,8 @@ import sys
 import time
 from typing import Any
 
+from capsnet.names import visible
+
 __all__ = ["Progress"]
 
 PLAIN_INTERVAL = 30.0  # seconds between lines where there is no terminal
@@ -71,6 +73,11 @@ class Progress:
                 file=sys.stderr,
                 flush=True,
             )
+
+    def note(self, text: str) -> None:
+        """Say something of the whole training."""
+        if not self.quiet:
+            print(visible(text), file=sys.stderr, flush=True)
 
     def epoch(self, row: dict[str, Any]) -> None:
         """Tell of a finished epoch; `row` is its row of `metrics.csv`."""

@@ -29,6 +29,7 @@ from capsnet.card import Card, Tested
 from capsnet.config import Config
 from capsnet.errors import InputError
 from capsnet.files import read_bytes, read_json, read_text
+from capsnet.kernels import native
 from capsnet.models import Network
 from capsnet.schema import brief, checked, joined, shown
 
@@ -114,6 +115,7 @@ class Checkpoint(TypedDict):
     state: dict[str, Any]
     rows: list[Row]
     sums: Tensor
+    kernels: NotRequired[str]
 
 
 class Run:
@@ -567,7 +569,7 @@ def _word(kind: torch.dtype | torch.layout) -> str:
 
 
 def environment(device: torch.device) -> dict[str, Any]:
-    """Versions, source commit and hardware, for `result.json`."""
+    """Versions, source commit, hardware and, on a CPU, which kernels compute (see `native.status`)."""
     from importlib.metadata import version
 
     return {
@@ -577,6 +579,7 @@ def environment(device: torch.device) -> dict[str, Any]:
         "torch": torch.__version__,
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else _cpu_name(),
         "threads": torch.get_num_threads(),
+        **({"kernels": native.status()} if device.type == "cpu" else {}),
         "platform": f"{platform.system()} {platform.machine()}",
     }
 

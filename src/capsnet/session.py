@@ -13,10 +13,11 @@ from torch import Tensor
 from capsnet import functional as F
 from capsnet.config import Config
 from capsnet.errors import InputError
+from capsnet.kernels import native
 from capsnet.models import Network
 from capsnet.objective import Losses
 from capsnet.runs import Checkpoint, Row, Run, fitted, fitting
-from capsnet.schema import checked, shown
+from capsnet.schema import brief, checked, shown
 
 __all__ = ["Diverged", "Interrupted", "Position", "Session", "fitting_checkpoint"]
 
@@ -130,6 +131,7 @@ class Session:
 
     Attributes:
         at: where it stands.
+        kernels: which compute, see `native.status`.
         rows: of `metrics.csv`, one for each finished epoch.
         steps: of each epoch.
     """
@@ -151,14 +153,23 @@ class Session:
         self.at, self.rows = Position(), list[dict[str, Any]]()
         self._sums = torch.zeros(4, dtype=torch.float64, device=fabric.device)  # of this epoch and process
         self._pending: list[Tensor] = []  # losses not yet known to be finite
+        self.kernels = native.status() if fabric.device.type == "cpu" else "PyTorch"
 
-    def restore(self, checkpoint: Checkpoint) -> None:
-        """Go back to where `checkpoint`, which `fitting_checkpoint` has checked, was saved."""
+    def restore(self, checkpoint: Checkpoint) -> str | None:
+        """Go back to where `checkpoint`, which `fitting_checkpoint` has checked, was saved.
+
+        Returns:
+            What is to be said: other kernels than those of the run so far round otherwise.
+        """
         self.network.load_state_dict(checkpoint["network"])
         groups = self.optimizer.state_dict()["param_groups"]  # its options are those of the configuration
         self.optimizer.load_state_dict({**checkpoint["optimizer"], "param_groups": groups})
         self.at, self.rows = Position(**checkpoint["state"]), [dict(row) for row in checkpoint["rows"]]
         self._sums = checkpoint["sums"].to(self.fabric.device) / self.fabric.world_size  # each process bears its share
+        before = checkpoint.get("kernels", self.kernels)
+        if before == self.kernels:
+            return None
+        return f"computed by {self.kernels} from here on, before by {brief(before)}: results differ in rounding"
 
     @torch.no_grad()
     def record(self, losses: Losses, targets: Tensor, *, counted: bool) -> None:
@@ -250,6 +261,7 @@ class Session:
             "state": vars(self.at),
             "rows": self.rows,
             "sums": total.cpu(),
+            "kernels": self.kernels,
         }
         self.by_first(lambda: self.run.save_checkpoint(content))
 

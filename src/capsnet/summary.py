@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from capsnet import machine, train
 from capsnet.config import Config
+from capsnet.kernels import native
 from capsnet.layers import ClassCapsules, resolve_kernel
 from capsnet.models import CapsNet, Network, create
 from capsnet.objective import Objective
@@ -40,7 +41,8 @@ def dry_run(config: Config) -> str:
             f"{' x '.join(map(str, dataset.image_shape))}; {len(dataset.classes)} classes",
             f"steps: {config.epochs * steps:,} ({config.epochs} epochs of {steps:,})",
             f"device: {config.devices} x {device.type}, precision {machine.resolve_precision(config, device, network)}"
-            + "".join(f", {name} {value}" for name, value in kernels.items()),
+            + "".join(f", {name} {value}" for name, value in kernels.items())
+            + (f"; computed by {native.status()}" if device.type == "cpu" else ""),
             f"memory: about {mebibytes:,.0f} MiB a process for weights, gradients, Adam and activations in float32, "
             f"and {dataset.train.images.numel() / 2**20:,.0f} MiB of images",
         ]

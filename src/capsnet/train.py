@@ -295,12 +295,13 @@ def _train(
     rate_here = torch.tensor(config.lr, device=fabric.device)
     feed = Feed(dataset, config, fabric.device)
     session = Session(fabric, config, run, network, optimizer, train_images=count, received=received)
-    if checkpoint:
-        session.restore(checkpoint)
+    note = session.restore(checkpoint) if checkpoint else None
     steps, validation = session.steps, None
 
     with ExitStack() as stack:
         progress = stack.enter_context(Progress(epochs=config.epochs, steps=steps, quiet=not fabric.is_global_zero))
+        if note:
+            progress.note(note)
         write_board = None
         if config.tensorboard and fabric.is_global_zero:
             write_board = stack.enter_context(board(run.directory / "tensorboard", first_epoch=session.at.epoch + 1))

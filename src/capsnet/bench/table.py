@@ -81,7 +81,8 @@ def _heading(record: Mapping[str, Any]) -> list[str]:
         f"parameters; an image takes {forward:.3f} GFLOP forward, {training:.3f} in training",
         f"{record['device']}, {_count(record['threads'], 'thread')} of {_count(record['cores'], 'core')}, "
         f"load {record['load']:.1f} at the start; torch {record['torch']}, capsnet {record['capsnet']} "
-        f"({record['commit'] or 'installed'})",
+        f"({record['commit'] or 'installed'})"
+        + (f"; computed by {record['kernels']}" if record.get("kernels") else ""),
     ]
     for found in record["variants"]:
         resolved = [f"{name} {found[name]}" for name in ("precision", "kernel", "stem") if name in found]
