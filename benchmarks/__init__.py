@@ -1,0 +1,1 @@
+"""Measurements that need a clone: beside public implementations, and of whole trainings. Not part of the package."""
