@@ -125,6 +125,7 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--repeats", type=int, default=9, help="measurements of each number")
     parser.add_argument("--threads", type=int, default=None, help="CPU threads; default: PyTorch's")
     given = parser.parse_args(arguments)
+    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # as the command capsnet does, and for all of them alike
     try:
         for name in ("batch_size", "repeats", "threads"):
             if getattr(given, name) is not None and getattr(given, name) < 1:
