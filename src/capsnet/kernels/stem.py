@@ -148,6 +148,7 @@ class _Input:
 
     @property
     def width(self) -> int:
+        """Numbers at each point of a row."""
         return self.plan.s2**2 * self.channels
 
     def chunks(self) -> Iterator[tuple[slice, Tensor, Tensor]]:
@@ -174,20 +175,20 @@ class _Input:
         matrix = torch.cat([weight1.flatten(1).t(), bias1[None]])
         for part, patches, x in self.chunks():
             torch.mm(patches, matrix, out=x)
-            plan.tiles.forward(plan, x, v[:, part], self._of(positive, part))
+            plan.tiles.forward(plan, x, v[:, part], None if positive is None else positive[self.places(part)])
         return v
 
     def backward(self, d_v: Tensor, positive: Tensor) -> tuple[Tensor, Tensor]:
         """The gradients of the first convolution's weight, `[channels, in_channels * k1 * k1]`, and bias."""
         d_matrix = d_v.new_zeros(self.images.shape[1] * self.plan.k1**2 + 1, self.channels)
         for part, patches, d_x in self.chunks():
-            self.plan.tiles.backward(self.plan, d_v[:, part], self._of(positive, part), d_x)
+            self.plan.tiles.backward(self.plan, d_v[:, part], positive[self.places(part)], d_x)
             d_matrix.addmm_(patches.t(), d_x)
         return d_matrix[:-1].t(), d_matrix[-1]
 
-    def _of(self, positive: Tensor | None, part: slice) -> Any:
-        points = self.plan.points
-        return None if positive is None else positive[part.start * points : part.stop * points]
+    def places(self, rows: slice) -> slice:
+        """Where these rows are in `positive`."""
+        return slice(rows.start * self.plan.points, rows.stop * self.plan.points)
 
 
 class _Stem(torch.autograd.Function):
