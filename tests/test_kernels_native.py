@@ -4,6 +4,8 @@ import ctypes
 import os
 import subprocess
 import sys
+import tarfile
+import zipfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -124,9 +126,15 @@ def test_it_is_for_float32_on_a_cpu() -> None:
     assert not native.usable(torch.zeros(1, device="meta"))
 
 
-def test_the_source_comes_with_the_package() -> None:
-    assert native.SOURCE.is_file()
-    assert native.SOURCE.suffix == ".c"
+def test_the_source_comes_with_the_package(tmp_path: Path) -> None:
+    project = Path(__file__).parent.parent
+    command = [sys.executable, "-m", "hatchling", "build", "-t", "wheel", "-t", "sdist", "-d", str(tmp_path)]
+    subprocess.run(command, cwd=project, check=True, capture_output=True)
+    (wheel,), (sdist,) = tmp_path.glob("*.whl"), tmp_path.glob("*.tar.gz")
+    assert "capsnet/kernels/native.c" in zipfile.ZipFile(wheel).namelist()
+    with tarfile.open(sdist) as archive:
+        names = {name.partition("/")[2] for name in archive.getnames()}
+    assert {"src/capsnet/kernels/native.c", "benchmarks/peers.py"} <= names
 
 
 # what it computes
