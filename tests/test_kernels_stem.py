@@ -36,7 +36,8 @@ SHAPES = {  # batch, in channels, height, width, channels, k1, stride1, out, k2,
 
 @pytest.fixture(autouse=True, params=["native", "PyTorch"])
 def tiles(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Everything is computed in C, in float32, and by PyTorch."""
+    """Everything is computed in C, in float32, and by PyTorch; with the same random weights every time."""
+    torch.manual_seed(0)
     monkeypatch.setenv("CAPSNET_NATIVE", "auto" if request.param == "native" else "off")
     if request.param == "native" and native.library() is None:
         pytest.skip(native.status())
@@ -187,7 +188,7 @@ def test_a_weight_that_changes_inside_a_pass_is_transformed_again(mode: Any, tra
         weight.data = -weight.data
         near(scores(network), plainly(network))
         assert transformed == [3]
-        assert (scores(network) - before).abs().max() > 1e-4
+        assert (scores(network) - before).abs().max() > 0.1 * before.max()
 
 
 def test_passes_of_threads_that_overlap_leave_nothing_behind() -> None:

@@ -3,7 +3,7 @@
 import json
 import os
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 from capsnet.errors import InputError
 
@@ -26,6 +26,7 @@ LARGEST_YAML = 64 * 2**10
 _CHUNK = 2**20
 
 
+@runtime_checkable
 class Readable(Protocol):
     """A file opened for its bytes, or what unpacks one."""
 

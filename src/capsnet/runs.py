@@ -472,9 +472,9 @@ def outline(name: str, *, copies: int = 1, **options: Any) -> Network:
     try:
         with torch.device("meta"):
             network = models.create(name, **options)
-        needed, there = 4 * copies * network.parameter_count(), _memory()
     except (RuntimeError, OverflowError, TypeError):
         raise InputError(f"sizes of model {name} must be ones that PyTorch can count; they are too large") from None
+    needed, there = 4 * copies * network.parameter_count(), _memory()
     if needed > there:
         raise InputError(
             f"sizes of model {name} must be ones that fit into the {there / 2**30:,.0f} GiB of memory here; its "
@@ -486,7 +486,7 @@ def outline(name: str, *, copies: int = 1, **options: Any) -> Network:
 def _memory() -> float:
     """Bytes of memory of this machine; infinite where the system does not say."""
     try:
-        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+        return float(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
     except (AttributeError, ValueError, OSError):  # no such function on Windows
         return float("inf")
 

@@ -24,11 +24,11 @@ __all__ = ["BatchSize", "Images", "Range", "Seed", "as_options", "parse", "start
 class Range:
     """What a number on the command line must be: `low` to `high`, or above `low` if `above`; checked by `parse`."""
 
-    low: float
-    high: float
+    low: int | float
+    high: int | float
     above: bool = False
 
-    def rule(self, number: float) -> str | None:
+    def rule(self, number: int | float) -> str | None:
         """What `number`, which may be NaN, must be and is not; None if it is in the range."""
         if number > self.high:
             return f"at most {self.high:,}"

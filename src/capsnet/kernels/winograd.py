@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from fractions import Fraction
 from functools import lru_cache
 from itertools import product
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -149,6 +149,7 @@ class Plan:
         return self.y.tiles * self.x.tiles
 
 
+@runtime_checkable
 class Tiles(Protocol):
     """How patches are gathered and tiles transformed, `to = left from right^T` at each of their places.
 

@@ -63,7 +63,7 @@ def styled(draw: Callable[P, R]) -> Callable[P, R]:
     return drawn
 
 
-def new(width: float, height: float) -> "Figure":
+def new(width: int | float, height: int | float) -> "Figure":
     """An empty figure, `width` x `height` inches.
 
     Raises:
