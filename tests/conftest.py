@@ -3,9 +3,11 @@ from pathlib import Path
 
 import jaxtyping
 import pytest
+import torch
 
 import tiny
 from capsnet import runs
+from capsnet.kernels import native
 
 
 @pytest.fixture
@@ -15,6 +17,15 @@ def unchecked() -> Iterator[None]:
     jaxtyping.config.update("jaxtyping_disable", True)
     yield
     jaxtyping.config.update("jaxtyping_disable", before)
+
+
+@pytest.fixture(params=["native", "PyTorch"])
+def each_way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What C computes in float32 is computed so, and by PyTorch; with the same random numbers every time."""
+    torch.manual_seed(0)
+    monkeypatch.setenv("CAPSNET_NATIVE", "auto" if request.param == "native" else "off")
+    if request.param == "native" and native.library() is None:
+        pytest.skip(native.status())
 
 
 @pytest.fixture(scope="session")

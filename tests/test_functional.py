@@ -62,6 +62,8 @@ def test_squash_of_a_length_whose_square_overflows_is_its_direction(length: floa
     (gradient,) = torch.autograd.grad(v.sum(), s)
     assert gradient.isfinite().all()
     assert gradient[1].any()
+    many = F.squash(torch.full((2, 3000), length / 60), epsilon=epsilon)  # components of a vector 1 times as long
+    torch.testing.assert_close(many, torch.full_like(many, 3000**-0.5))
 
 
 @settings(deadline=None, max_examples=60)

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from capsnet.layers import ClassCapsules
 from capsnet.models import CapsNet, create
 
+pytestmark = pytest.mark.usefixtures("each_way")
 WAYS = {"minimal": ("minimal", "plain"), "fused": ("direct", "fused"), "both": ("minimal", "fused")}
 PLAINLY = ("direct", "plain")
 
@@ -42,7 +43,7 @@ IMAGES = torch.rand(9, 2, 17, 19, generator=torch.Generator().manual_seed(1), dt
 
 
 def loss(net: CapsNet) -> Tensor:
-    output = net(IMAGES)
+    output = net(IMAGES.to(net.conv.weight.dtype))
     found: Tensor = output.scores.square().sum() + output.couplings.square().sum() + output.reconstruction.sum()
     return found
 
@@ -97,29 +98,57 @@ def test_a_second_backward_through_the_minimal_stem_names_the_remedy(stem: str, 
 
 @pytest.mark.parametrize("hooks", [nullcontext, torch.autograd.graph.save_on_cpu], ids=["plain", "save_on_cpu"])
 def test_a_second_backward_through_fused_routing_gives_the_same(hooks: Callable[[], Any]) -> None:
-    net = network(WAYS["fused"])
-    with hooks():
-        value = loss(net)
-    first, second = (torch.autograd.grad(value, list(net.parameters()), retain_graph=True) for _ in range(2))
-    same(list(first), list(second))
-    same(list(first), gradients(PLAINLY))
+    for dtype in (torch.float64, torch.float32):
+        net = network(WAYS["fused"]).to(dtype)
+        with hooks():
+            value = loss(net)
+        first, second = (torch.autograd.grad(value, list(net.parameters()), retain_graph=True) for _ in range(2))
+        same(list(first), list(second))
+        if dtype == torch.float64:
+            same(list(first), gradients(PLAINLY))
 
 
-def test_a_weight_that_changes_after_the_forward_is_read_as_it_was_saved() -> None:
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=["float64", "float32"])
+@pytest.mark.parametrize("iterations", [1, 2, 3])
+def test_a_weight_that_changes_after_the_forward_is_read_as_it_was_saved(iterations: int, dtype: torch.dtype) -> None:
     """With saved-tensor hooks PyTorch has a copy, and does not see that the original changed."""
-    for iterations in (1, 2, 3):
-        torch.manual_seed(0)
-        layer, u = (
-            ClassCapsules(6, 4, 3, 5, iterations=iterations, kernel="fused").double(),
-            torch.rand(2, 6, 4).double(),
-        )
-        u.requires_grad_()
-        wanted = torch.autograd.grad(layer(u).pose.sum(), (u, layer.weight))
-        with torch.autograd.graph.saved_tensors_hooks(torch.clone, lambda copy: copy):
-            value = layer(u).pose.sum()
-        with torch.no_grad():
-            layer.weight.mul_(2)
-        same(list(torch.autograd.grad(value, (u, layer.weight))), list(wanted))
+    layer = ClassCapsules(6, 4, 3, 5, iterations=iterations, kernel="fused").to(dtype)
+    u = torch.rand(2, 6, 4, dtype=dtype, requires_grad=True)
+    wanted = torch.autograd.grad(layer(u).pose.sum(), (u, layer.weight))
+    with torch.autograd.graph.saved_tensors_hooks(torch.clone, lambda copy: copy):
+        value = layer(u).pose.sum()
+    with torch.no_grad():
+        layer.weight.mul_(2)
+    same(list(torch.autograd.grad(value, (u, layer.weight))), list(wanted))
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("iterations", [1, 3])
+@pytest.mark.parametrize("detached", [False, True], ids=["attached", "detached"])
+def test_strided_poses_and_weights_have_the_gradients_of_plain_routing(
+    iterations: int, dtype: torch.dtype, detached: bool
+) -> None:
+    """With one iteration the gradient of poses that are not contiguous was zero."""
+    found = []
+    for kernel in ("fused", "plain"):
+        torch.manual_seed(2)
+        layer = ClassCapsules(6, 4, 3, 5, iterations=iterations, kernel=kernel, detach_routing=detached)
+        layer.weight = nn.Parameter(torch.randn(4, 5, 6, 3).permute(2, 0, 3, 1))
+        layer.to(torch.float64 if dtype == torch.float64 else torch.float32)
+        u = torch.randn(2, 4, 6).to(dtype).requires_grad_()
+        slopes = torch.randn(5, 3, 2).permute(2, 1, 0)
+        assert not any(x.is_contiguous() for x in (layer.weight, u.transpose(1, 2), slopes))
+        routed = layer(u.transpose(1, 2))
+        total = (routed.pose * slopes).sum()
+        if not detached:
+            total = total + (routed.couplings * torch.randn(3, 6, 2).permute(2, 1, 0)).sum()
+        torch.autograd.backward(total)
+        assert u.grad is not None
+        assert u.grad.abs().max() > 1e-3
+        found.append([routed.pose, u.grad, layer.weight.grad])
+    near = {torch.float64: 1e-10, torch.float32: 1e-5, torch.bfloat16: 0.02}[dtype]
+    for one, other in zip(*found, strict=True):
+        torch.testing.assert_close(one, other, rtol=near, atol=near)
 
 
 def test_second_derivatives_name_the_remedy(way: tuple[str, str]) -> None:

@@ -214,3 +214,13 @@ def test_arrays_are_kept_from_step_to_step() -> None:
         addresses.append({name: array.data_ptr() for name, array in buffers.pool._free.items()})
     assert addresses[0] == addresses[1] == addresses[2]
     assert addresses[0]
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_poses_in_half_precision_are_routed_in_float32(dtype: torch.dtype) -> None:
+    u, weight, bias = inputs(7, 3, dtype=torch.float32)
+    found = fused(u.to(dtype), weight, bias=bias)
+    wanted = fused(u.to(dtype).float(), weight, bias=bias)
+    for one, other in zip(found, wanted, strict=True):
+        assert one.dtype == torch.float32
+        assert torch.equal(one, other)

@@ -105,6 +105,19 @@ def test_a_compiler_that_fails_breaks_nothing(
     assert all(path.suffix == ".so" for path in fresh.iterdir())  # no half-made file
 
 
+@needs_library
+def test_another_compiler_makes_another_library(fresh: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    compiler, _ = native._compiler()
+    assert native.library() is not None
+    other = tmp_path / "cc"
+    other.write_text(f'#!/bin/sh\n[ "$1" = --version ] && echo newer || exec {compiler} "$@"\n', encoding="utf-8")
+    other.chmod(0o700)
+    monkeypatch.setenv("CC", str(other))
+    native._load_once.cache_clear()
+    assert native.status().startswith("native (newer, ")
+    assert len(list(fresh.iterdir())) == 2
+
+
 def test_a_cache_that_cannot_be_written_breaks_nothing(fresh: Path) -> None:
     fresh.parent.parent.joinpath("cache").write_text("a file", encoding="utf-8")
     assert native.status().startswith("PyTorch (")
@@ -239,10 +252,14 @@ def test_routing_is_that_of_float64(sizes: tuple[int, ...], options: dict[str, o
 
 
 @needs_library
-def test_large_logits_overflow_nothing() -> None:
-    u, weight = 30 * torch.randn(4, 6, 3), 30 * torch.randn(6, 3, 5, 4)
-    found = votes_and_routing(sweeps_native.Sweeps, u, weight)
-    wanted = votes_and_routing(cpu.Sweeps, u.double(), weight.double())
+@pytest.mark.parametrize("leaky", [False, True], ids=["softmax", "leaky"])
+def test_large_logits_overflow_nothing(leaky: bool) -> None:
+    """Of both signs: all logits of the first capsule, which is against the others, are far below the leaky slot's 0."""
+    torch.manual_seed(0)
+    u, weight = 30 * torch.randn(4, 1, 3).repeat(1, 6, 1), 30 * torch.randn(1, 3, 5, 4).repeat(6, 1, 1, 1)
+    u[:, 0] *= -1
+    found = votes_and_routing(sweeps_native.Sweeps, u, weight, leaky=leaky)
+    wanted = votes_and_routing(cpu.Sweeps, u.double(), weight.double(), leaky=leaky)
     torch.testing.assert_close(found.couplings, wanted.couplings.float(), rtol=1e-3, atol=1e-5)
     torch.testing.assert_close(found.pose, wanted.pose.float(), rtol=1e-3, atol=1e-5)
 
@@ -265,8 +282,20 @@ def test_the_biased_squash_is_squash(dim: int, scale: float) -> None:
         results.append([v, *torch.autograd.grad(v, (x, b), d_v.to(dtype))])
     for one, other in zip(*results, strict=True):
         torch.testing.assert_close(one, other.float(), rtol=1e-5, atol=1e-6)
+    x, b = (t.repeat_interleave(2, -1)[..., ::2].requires_grad_() for t in (grid, bias))
+    assert not x.is_contiguous()
+    assert not b.is_contiguous()
+    v = biased_squash(x, b, dim, scale=scale)
+    upstream = d_v.repeat_interleave(2, -1)[..., ::2]
+    for one, other in zip([v, *torch.autograd.grad(v, (x, b), upstream)], results[0], strict=True):
+        torch.testing.assert_close(one, other)
     huge = biased_squash(torch.tensor([[3e38, -3e38]]), torch.zeros(2), 2)
     torch.testing.assert_close(huge, torch.tensor([[0.5**0.5, -(0.5**0.5)]]))
+
+
+def test_a_size_that_is_a_tensor_is_refused() -> None:
+    with pytest.raises(TypeError, match="ins of _Sweeping must be a number; got a tensor"):
+        sweeps_native._Sweeping(ins=torch.tensor(3))
 
 
 def test_arguments_of_another_name_are_refused() -> None:

@@ -233,10 +233,31 @@ def test_forward_mode_is_the_difference_quotient() -> None:
     torch.testing.assert_close(slope, wanted, rtol=1e-4, atol=1e-8)
 
 
+@pytest.mark.parametrize("images", [3, 12])
+@pytest.mark.parametrize("gradients", [False, True], ids=["inference", "training"])
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning", "ignore:.*torch.jit.trace.*:DeprecationWarning")
+def test_a_traced_network_is_the_same_network(images: int, gradients: bool) -> None:
+    """While it traces, sizes are tensors, which no kernel may take for numbers."""
+    net, given = network().eval(), torch.rand(images, *SHAPE)
+    for parameter in net.parameters():
+        parameter.requires_grad_(gradients)
+    traced = torch.jit.trace(_Scores(net), given, check_trace=False)  # type: ignore[no-untyped-call]
+    torch.testing.assert_close(traced(given), net(given).scores, rtol=1e-3, atol=1e-5)
+
+
+class _Scores(nn.Module):
+    def __init__(self, net: CapsNet) -> None:
+        super().__init__()
+        self.net = net
+
+    def forward(self, images: Tensor) -> Tensor:
+        return torch.as_tensor(self.net(images).scores)
+
+
 def test_the_fused_kernel_names_what_to_use_in_transforms() -> None:
     net = network(kernel="fused")
     with pytest.raises(
-        InputError, match=r"kernel fused must run outside the transforms of torch.func; use kernel plain"
+        InputError, match=r"kernel fused must run outside torch.func and torch.jit.trace; use kernel plain"
     ):
         torch.func.vmap(lambda images: net(images).scores)(torch.rand(3, 2, *SHAPE))
 

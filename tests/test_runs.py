@@ -275,7 +275,7 @@ def test_metrics_are_read_as_they_were_written(photos: Path) -> None:
         ("1,0.1", "1.5,0.1", "metrics.csv, epoch 1: epoch must be a whole number; got 1.5"),
         (",0.1", "", "metrics.csv, epoch 1: seconds must be a whole number or a number; got None"),
         (",0.1", ",0.1,0.1", "metrics.csv, epoch 1: each key must be text; got None"),
-        ("epoch", "x", "metrics.csv, epoch 1 must hold epoch; it is missing"),
+        ("epoch", "x", "metrics.csv must have the columns of a run; it lacks epoch"),
         ("epoch", '"', "metrics.csv must be a table; got: unexpected end of data"),
         ("epoch", "x" * 200_000, "metrics.csv must be a table; got: field larger than field limit"),
     ],

@@ -83,7 +83,7 @@ CHANGES: dict[str, tuple[Change, str]] = {
     "squares below 0": (put(*SQUARES, to=filled(-1)), "exp_avg_sq of conv.weight must be at least 0; got -1"),
     "a step that is no tensor": (put(*STEP, to=5), "optimizer.state.0.step must be a tensor; got 5"),
     "a step of NaN": (put(*STEP, to=torch.tensor(math.nan)), "step of conv.weight must be finite"),
-    "a step below 0": (put(*STEP, to=torch.tensor(-1.0)), "step of conv.weight must be at least 0; got -1"),
+    "a step below 0": (put(*STEP, to=torch.tensor(-1.0)), "step of conv.weight must be the 5 steps done; got -1"),
     "a step of several": (put(*STEP, to=torch.zeros(2)), r"step of conv.weight must be of shape \[\]; got \[2\]"),
     "a step of another type": (put(*STEP, to=torch.tensor(5)), "step of conv.weight must be a dense tensor of float"),
     "no moments": (drop(*MOMENT), "optimizer must hold step, exp_avg, exp_avg_sq of conv.weight; got"),
@@ -122,6 +122,9 @@ CHANGES: dict[str, tuple[Change, str]] = {
     "sums of another shape": (put("sums", to=torch.zeros(3, dtype=torch.float64)), r"sums must be of shape \[4\]"),
     "sums of another type": (put("sums", to=Tensor.float), "sums must be a dense tensor of float64"),
     "sums of NaN": (put("sums", to=filled(math.nan)), "sums must be finite in float64"),
+    "sums before a step": (put("sums", to=lambda sums: sums - 1e9), "sums must be at least 0, and 0 before the first"),
+    "one moment ahead": (put("optimizer", "state", 2, "step", to=torch.tensor(7.0)), "must be the 5 steps done; got 7"),
+    "a configuration of nothing": (put("config", to={}), "config must be that of a run, with batch_size, data, "),
     "sums of text": (put("sums", to="x"), "sums must be a tensor; got 'x'"),
     "no configuration": (put("config", to=None), "config must be a mapping of names to values; got None"),
     "a configuration of tensors": (

@@ -26,8 +26,8 @@ __all__ = [
     "standardized",
 ]
 
-LARGE = 2.0**60
-"""Components up to this have squares that float32 can add up in 2^8 dimensions."""
+LARGE = 2.0**32
+"""Components up to this have squares that float32 can add up in any number of dimensions."""
 
 
 def full_precision(device: torch.device) -> AbstractContextManager[object]:
@@ -44,8 +44,8 @@ def is_ordinary(tensor: Tensor) -> bool:
 
 
 def is_transformed() -> bool:
-    """Whether a transform of torch.func (vmap, grad, jvp, ...) is under way."""
-    return bool(torch._C._are_functorch_transforms_active())
+    """Whether a transform of torch.func (vmap, grad, jvp, ...) or `torch.jit.trace` is under way."""
+    return bool(torch._C._are_functorch_transforms_active() or torch._C._is_tracing())
 
 
 def squash(s: Float[Tensor, "*batch dim"], *, epsilon: float = 0.0) -> Float[Tensor, "*batch dim"]:

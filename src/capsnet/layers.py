@@ -65,7 +65,7 @@ def resolve_kernel(kernel: str, device: torch.device, *, ordinary: bool = True, 
 
     Raises:
         InputError: an unknown kernel, or `fused` on a device that it does not know, without Triton on a GPU, or inside
-            a transform of torch.func.
+            a transform of torch.func or `torch.jit.trace`.
     """
     if kernel not in KERNELS:
         raise InputError(f"kernel must be one of {', '.join(KERNELS)}; got {kernel!r}")
@@ -74,7 +74,7 @@ def resolve_kernel(kernel: str, device: torch.device, *, ordinary: bool = True, 
     if kernel == "fused" and device.type not in ("cpu", "cuda", "meta"):
         raise InputError(f"kernel fused must run on a CPU or a CUDA GPU; got a tensor on {device}")
     if kernel == "fused" and F.is_transformed():
-        raise InputError("kernel fused must run outside the transforms of torch.func; use kernel plain or auto there")
+        raise InputError("kernel fused must run outside torch.func and torch.jit.trace; use kernel plain or auto there")
     if kernel == "fused" and device.type == "cuda" and not gpu.available():
         raise InputError("kernel fused must have Triton on a GPU; it is not installed (pip install 'capsnet[triton]')")
     return kernel
@@ -151,7 +151,7 @@ class Convolution(nn.Module):
     def forward(self, x: Float[Tensor, "batch channels height width"]) -> Float[Tensor, "batch out rows columns"]:
         """The convolution of `x`; in memory the channels of the result come last."""
         weight, padded = self.weight, nn.functional.pad(x, self.pads)
-        if F.is_transformed():  # which knows no memory formats
+        if F.is_transformed():  # torch.func knows no memory formats
             return nn.functional.conv2d(padded, weight.permute(3, 2, 0, 1), self.bias, self.stride)
         # of one output channel both formats are the same to PyTorch, whose backward in float64 then takes the wrong one
         layout = torch.channels_last if weight.shape[3] > 1 else torch.contiguous_format

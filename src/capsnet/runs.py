@@ -289,9 +289,12 @@ class Run:
             return []
         source = f"file {self.metrics_path}"
         try:
-            lines = list(csv.DictReader(read_text(self.metrics_path).splitlines(), strict=True))
+            reader = csv.DictReader(read_text(self.metrics_path).splitlines(), strict=True)
+            columns, lines = reader.fieldnames or [], list(reader)
         except csv.Error as error:
             raise InputError(f"{source} must be a table; got: {error}") from None
+        if lacking := Row.__required_keys__ - set(columns):
+            raise InputError(f"{source} must have the columns of a run; it lacks {', '.join(sorted(lacking))}")
         rows = []
         for number, line in enumerate(lines, 1):
             cells = {name: _number(cell) for name, cell in line.items()}

@@ -84,21 +84,27 @@ def fitting_checkpoint(
     for number, row in enumerate(rows, 1):
         need(row.keys() == columns, f"row {number}", f"of the columns {', '.join(sorted(columns))}", sorted(row))
         need(row["epoch"] == number, f"epoch of row {number}", str(number), row["epoch"])
+    lacking = {"data", "model", "seed", "batch_size"} - checkpoint["config"].keys()
+    need(not lacking, "config", f"that of a run, with {', '.join(sorted(lacking))}", list(checkpoint["config"]))
     sums = fitting(checkpoint["sums"], torch.zeros(4, dtype=torch.float64), name=f"{source}: sums")
+    holds = not sums.any() if at.step == 0 else bool((sums >= 0).all())
+    need(holds, "sums", "at least 0, and 0 before the first step of an epoch", sums.tolist())
     weights = fitted(network, checkpoint["network"], source=source)
-    moments = _fitting_moments(checkpoint["optimizer"]["state"], network, begun=at.epoch + at.step > 0, source=source)
+    moments = _fitting_moments(
+        checkpoint["optimizer"]["state"], network, done=at.epoch * steps + at.step, source=source
+    )
     return {**checkpoint, "sums": sums, "network": weights, "optimizer": {"state": moments}}
 
 
 def _fitting_moments(
-    state: dict[int, dict[str, Tensor]], network: Network, *, begun: bool, source: str
+    state: dict[int, dict[str, Tensor]], network: Network, *, done: int, source: str
 ) -> dict[int, dict[str, Tensor]]:
     """The state of Adam, laid out in memory as its parameters are, for fused Adam walks through both at once.
 
     Raises:
         InputError: it is not that of the parameters of `network`.
     """
-    parameters = dict(enumerate(network.named_parameters())) if begun else {}
+    parameters = dict(enumerate(network.named_parameters())) if done else {}
     if state.keys() != parameters.keys():
         raise InputError(f"{source}: optimizer must hold the state of {len(parameters)} parameters; got {len(state)}")
     fine = dict[int, dict[str, Tensor]]()
@@ -111,8 +117,10 @@ def _fitting_moments(
         fine[k] = {}
         for key, like in wanted.items():
             found = fitting(state[k][key], like, name=f"{source}: {key} of {name}")
-            if key != "exp_avg" and (found < 0).any():
+            if key == "exp_avg_sq" and (found < 0).any():
                 raise InputError(f"{source}: {key} of {name} must be at least 0; got {float(found.min()):g}")
+            if key == "step" and float(found) != done:
+                raise InputError(f"{source}: {key} of {name} must be the {done} steps done; got {float(found):g}")
             fine[k][key] = torch.empty_like(like, requires_grad=False).copy_(found)
     return fine
 

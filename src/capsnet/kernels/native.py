@@ -184,8 +184,10 @@ class Struct(ctypes.Structure):
             raise TypeError(f"{type(self).__name__} has no {', '.join(sorted(unknown))}")
         self.tensors = [value for value in values.values() if isinstance(value, Tensor)]  # alive as long as this
         for name, value in values.items():
-            if isinstance(value, Tensor):
-                value = value.data_ptr()
+            if kinds[name] is ctypes.c_void_p:
+                value = None if value is None else value.data_ptr()
+            elif isinstance(value, Tensor):  # a size, as torch.jit.trace has them
+                raise TypeError(f"{name} of {type(self).__name__} must be a number; got a tensor")
             elif isinstance(value, Sequence):
                 value = kinds[name](*value)
             setattr(self, name, value)

@@ -114,7 +114,7 @@ class NativeTiles:
     def weight(plan: Plan, kernel: Tensor, u: Tensor) -> None:
         """See `winograd.Tiles`."""
         taps, points, width, counts = _of_taps(plan, kernel)
-        _run(plan.g, kernel.contiguous(), taps, u, points, width, counts)
+        _run(plan.g, kernel, taps, u, points, width, counts)
 
     @staticmethod
     def weight_backward(plan: Plan, d_u: Tensor, d_kernel: Tensor) -> None:
