@@ -53,7 +53,7 @@ def test_no_file_is_an_empty_card_and_unknown_parts_are_passed_over(tmp_path: Pa
         ('{"frame": 3}', "frame must be a mapping of names to values or nothing; got 3$"),
         ('{"threshold": {"value": 1}}', "threshold must hold false_alarm_rate; it is missing$"),
         ('{"frame": {"ground": 0, "box": 1, "x": 1}}', "frame must hold ground, box only; got 'x'$"),
-        ('{"frame": {"ground": 7, "box": 1}}', r"frame must .*; ground of a frame must be in \[0, 1\]; got 7$"),
+        ('{"frame": {"ground": 7, "box": 1}}', r"frame must .*; ground of a frame must be in \[0, 1\]; got 7.0$"),
         ('{"frame": {"ground": NaN, "box": 1}}', "frame.ground must be a finite number; got nan$"),
         ('{"threshold": {"value": "x", "false_alarm_rate": 0, "images": 1, "split": "a"}}', "value must be a number"),
         (CARD.to_json().replace("0.6\n", "0.6, 3\n"), r"interval must be a list of 2 numbers; got \[0.4, 0.6, 3\]$"),

@@ -68,7 +68,7 @@ OTHERS: list[tuple[Any, Any, str]] = [
     ([], dict[str, int], "f must be a mapping of names to values; got []"),
     ({}, Point, "f must hold x; it is missing"),
     ({"x": 1, "z": 1}, Point, "f must hold x, y, tags only; got 'z'"),
-    ({"x": -1}, Point, "f must hold values in their range; x must be at least 0; got -1"),
+    ({"x": -1}, Point, "f must hold values in their range; x must be at least 0; got -1.0"),
     ({"name": "a", "points": [{"x": "b"}]}, Named, "f: points[0].x must be a number; got 'b'"),
     ({"points": []}, Named, "f must hold name; it is missing"),
     (3, torch.Tensor, "f must be a tensor; got 3"),

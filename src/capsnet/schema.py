@@ -147,6 +147,7 @@ def _with_fields(value: dict[Any, Any], kind: Any, place: str) -> Any:
     clean = {key: _checked(item, hints[key], _inside(place, key)) for key, item in value.items() if key in hints}
     if is_typeddict(kind):
         return {**value, **clean}
+    clean = {key: float(item) if hints[key] is float else item for key, item in clean.items()}  # as it is annotated
     try:
         return kind(**clean)
     except InputError as error:
