@@ -215,7 +215,7 @@ def _step(peer: Peer, images: Tensor, labels: Tensor) -> Callable[[], object]:
 def _forward(peer: Peer, images: Tensor) -> Callable[[], Tensor]:
     def forward() -> Tensor:
         peer.network.eval()
-        with torch.inference_mode(False), torch.no_grad():
+        with torch.no_grad():
             scores = peer.scores(images)
         peer.network.train()
         return scores

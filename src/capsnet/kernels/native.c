@@ -25,7 +25,7 @@ typedef int32_t ivec __attribute__((vector_size(4 * LANES), aligned(4), may_alia
 
 INLINE vec load(const float *from) { return *(const vec *)from; }
 INLINE void store(float *to, vec x) { *(vec *)to = x; }
-/* Past the cache, for what is not read again soon; `to` must be aligned to a vector. */
+/* Past the cache, for what is not read again soon; `to` must be aligned to a vector, and others see it after a fence. */
 INLINE void stream(float *to, vec x) {
 #if defined(__AVX512F__)
     _mm512_stream_ps(to, (__m512)x);
@@ -33,6 +33,11 @@ INLINE void stream(float *to, vec x) {
     _mm256_stream_ps(to, (__m256)x);
 #else
     store(to, x);
+#endif
+}
+INLINE void fence(void) {
+#if defined(__AVX__)
+    _mm_sfence();
 #endif
 }
 INLINE vec fill(float x) { return x - (vec){0}; }
@@ -225,6 +230,7 @@ static int transform_tile(void *work, long task) {
                 transform_block(&t->m, part, out, t->rectify, above, keeps, lanes);
         }
     }
+    fence();
     return 0;
 }
 

@@ -113,7 +113,7 @@ def _load(choice: str) -> tuple[ctypes.CDLL | None, str]:
 def _compiler() -> tuple[str, str]:
     """The C compiler's path and the first line of its version."""
     if sys.platform == "win32":
-        raise _Missing("no POSIX threads on Windows")
+        raise _Missing("not on Windows")
     named = os.environ.get("CC", "")
     path = next((found for name in (named, "cc", "gcc", "clang") if name and (found := shutil.which(name))), None)
     if path is None:
