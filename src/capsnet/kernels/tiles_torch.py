@@ -3,6 +3,8 @@
 A chunk is `[points, rows, width]`. Each transform is a batched matrix product along x and one product for each column.
 """
 
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor, nn
 
@@ -68,26 +70,21 @@ class TorchTiles:
         """See `winograd.Tiles`."""
         to = _by_axis(plan, u)
         taps = kernel.new_empty(plan.y.taps, plan.x.taps, kernel.shape[2])
-        for y in range(plan.s2):
-            for x in range(plan.s2):
-                phase = kernel[y :: plan.s2, x :: plan.s2]
-                rows, columns = phase.shape[:2]
-                taps[rows:].zero_()
-                taps[:, columns:].zero_()
-                taps[:rows, :columns] = phase
-                _transform(plan.g, taps, to[:, :, y, x])
+        for y, x, phase in _phases(plan, kernel):
+            rows, columns = phase.shape[:2]
+            taps[rows:].zero_()
+            taps[:, columns:].zero_()
+            taps[:rows, :columns] = phase
+            _transform(plan.g, taps, to[:, :, y, x])
 
     @staticmethod
     def weight_backward(plan: Plan, d_u: Tensor, d_kernel: Tensor) -> None:
         """See `winograd.Tiles`."""
         given = _by_axis(plan, d_u)
         taps = d_u.new_empty(plan.y.taps, plan.x.taps, d_kernel.shape[2])
-        for y in range(plan.s2):
-            for x in range(plan.s2):
-                phase = d_kernel[y :: plan.s2, x :: plan.s2]
-                rows, columns = phase.shape[:2]
-                _transform(plan.g_t, given[:, :, y, x], taps)
-                phase.copy_(taps[:rows, :columns])
+        for y, x, phase in _phases(plan, d_kernel):
+            _transform(plan.g_t, given[:, :, y, x], taps)
+            phase.copy_(taps[: phase.shape[0], : phase.shape[1]])
 
     @staticmethod
     def output(plan: Plan, m: Tensor, grid: Tensor) -> None:
@@ -108,6 +105,13 @@ class TorchTiles:
         apart = whole.view(batch, plan.y.tiles, plan.y.tile, plan.x.tiles, plan.x.tile, out).permute(2, 4, 0, 1, 3, 5)
         tiles = apart.reshape(plan.y.tile, plan.x.tile, d_m.shape[1] * out)
         _transform(plan.a_t, tiles, d_m.view(plan.y.points, plan.x.points, -1))
+
+
+def _phases(plan: Plan, kernel: Tensor) -> Iterator[tuple[int, int, Tensor]]:
+    """The number of each phase, down and across, and its taps of the kernel."""
+    for y in range(plan.s2):
+        for x in range(plan.s2):
+            yield y, x, kernel[y :: plan.s2, x :: plan.s2]
 
 
 def _by_axis(plan: Plan, x: Tensor) -> Tensor:
