@@ -45,7 +45,8 @@ def is_ordinary(tensor: Tensor) -> bool:
 
 def is_transformed() -> bool:
     """Whether a transform of torch.func (vmap, grad, jvp, ...) or `torch.jit.trace` is under way."""
-    return bool(torch._C._are_functorch_transforms_active() or torch._C._is_tracing())
+    traced = not torch.compiler.is_compiling() and torch._C._is_tracing()  # the compiler cannot ask this
+    return bool(torch._C._are_functorch_transforms_active() or traced)
 
 
 def squash(s: Float[Tensor, "*batch dim"], *, epsilon: float = 0.0) -> Float[Tensor, "*batch dim"]:
