@@ -205,7 +205,7 @@ def _recipes() -> Experiment:
             ),
         ),
         metric="mnist",
-        cpu={"epochs": 3},
+        cpu={"epochs": 10},
     )
 
 
