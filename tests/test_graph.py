@@ -1,7 +1,7 @@
 """CUDA graphs of training steps: which batches are graphed, with the graph replaced by a recorder, and on a GPU."""
 
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from typing import Any
 
 import pytest
@@ -20,6 +20,7 @@ class Recorder:
         self.recording = False
         self.steps: list[tuple[int, bool]] = []  # images, and whether it was recorded
         self.replays = 0
+        self.streams: list[Any] = []  # of each step
         recorder = self
 
         class Stream:
@@ -31,13 +32,19 @@ class Recorder:
                 recorder.replays += 1
 
         @contextmanager
-        def capture(_: Graph) -> Iterator[None]:
-            recorder.recording = True
+        def on(stream: Stream) -> Iterator[None]:
+            recorder.streams.append(stream)
             yield
+
+        @contextmanager
+        def capture(_: Graph, stream: Stream) -> Iterator[None]:
+            recorder.recording = True
+            with on(stream):
+                yield
             recorder.recording = False
 
         fakes = {"Stream": Stream, "CUDAGraph": Graph, "graph": capture}
-        fakes |= {"current_stream": Stream, "stream": lambda _: nullcontext()}
+        fakes |= {"current_stream": Stream, "stream": on}
         for name, fake in fakes.items():
             monkeypatch.setattr(torch.cuda, name, fake)
 
@@ -61,6 +68,7 @@ def test_a_run_that_goes_on_at_a_smaller_batch_graphs_the_others(monkeypatch: py
         step(batch(size))
     assert recorder.steps == [(3, False), *[(8, False)] * WARM_UP, (8, True), (3, False)]
     assert recorder.replays == 3
+    assert recorder.streams == [step.stream] * len(recorder.steps)
 
 
 @pytest.mark.gpu

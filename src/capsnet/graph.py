@@ -1,12 +1,17 @@
 """A training step as a CUDA graph: recorded once, then launched as a whole, with no Python between its kernels."""
 
+import os
 from collections.abc import Callable
 
 import torch
+from torch import nn
 
+from capsnet.config import Config
+from capsnet.errors import InputError
+from capsnet.models import Network
 from capsnet.objective import Batch, Losses
 
-__all__ = ["GraphedStep"]
+__all__ = ["GraphedStep", "check_graph"]
 
 WARM_UP = 3  # steps before the recording: libraries choose their algorithms and allocate in the first ones
 
@@ -14,7 +19,8 @@ WARM_UP = 3  # steps before the recording: libraries choose their algorithms and
 class GraphedStep:
     """`step(batch)` of one batch size as a CUDA graph; batches of another size run as they are.
 
-    The first steps run as they are too, on a stream of their own. Every step counts: none is run twice, and recording
+    The first steps run as they are too. All of them, and the recording, are on one stream of their own, for autograd
+    accumulates a gradient on the stream that first asked for it. Every step counts: none is run twice, and recording
     one runs nothing. The Losses of a step are overwritten by the next one.
 
     Args:
@@ -32,7 +38,7 @@ class GraphedStep:
     def __call__(self, batch: Batch) -> Losses:
         """One training step."""
         if len(batch.images) != self.batch_size:
-            return self.step(batch)
+            return self._at_once(batch)
         if self.done == 0:
             objects = None if batch.objects is None else batch.objects.clone()
             self.batch = Batch(batch.images.clone(), batch.labels.clone(), objects)
@@ -41,15 +47,27 @@ class GraphedStep:
                 kept.copy_(given)
         self.done += 1
         if self.done <= WARM_UP:
-            here = torch.cuda.current_stream()
-            self.stream.wait_stream(here)
-            with torch.cuda.stream(self.stream):
-                losses = self.step(self.batch)
-            here.wait_stream(self.stream)
-            return losses
+            return self._at_once(self.batch)
         if self.graph is None:
             self.graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(self.graph):
+            with torch.cuda.graph(self.graph, stream=self.stream):
                 self.losses = self.step(self.batch)
         self.graph.replay()
         return self.losses
+
+    def _at_once(self, batch: Batch) -> Losses:
+        """One step that is not recorded."""
+        here = torch.cuda.current_stream()
+        self.stream.wait_stream(here)
+        with torch.cuda.stream(self.stream):
+            losses = self.step(batch)
+        here.wait_stream(self.stream)
+        return losses
+
+
+def check_graph(config: Config, device: torch.device, network: Network) -> None:
+    """Raise InputError unless training steps of `network` on `device` can be recorded: one GPU, and no dropout."""
+    dropout = any(isinstance(module, nn.Dropout) for module in network.modules())
+    if device.type != "cuda" or config.devices > 1 or "TORCHELASTIC_RUN_ID" in os.environ or dropout:
+        what = f"{config.devices} x {device.type}" + (" and a network with dropout" if dropout else "")
+        raise InputError(f"cuda_graph must have one GPU and a network without dropout; got {what}")

@@ -18,7 +18,6 @@ from typing import Any, cast
 
 import torch
 from lightning_fabric import Fabric
-from torch import nn
 
 from capsnet import models, report, runs
 from capsnet.analysis.outcomes import outcomes
@@ -31,7 +30,7 @@ from capsnet.data.photo import frame_of
 from capsnet.errors import InputError
 from capsnet.evaluation import Evaluation, from_sums, measure
 from capsnet.feed import Feed
-from capsnet.graph import GraphedStep
+from capsnet.graph import GraphedStep, check_graph
 from capsnet.kernels.buffers import pool
 from capsnet.kernels.stem import constant_weights
 from capsnet.machine import first_process, make_fabric, resolve_device, resolve_precision, shutdown, signals
@@ -207,7 +206,7 @@ def _launch(config: Config, dataset: Dataset | None, resumed: runs.Run | None) -
         network = build(config, dataset)
     precision = resolve_precision(config, device, network)
     if config.cuda_graph:
-        _check_graph(config, device, network)
+        check_graph(config, device, network)
     fabric = make_fabric(config, device, precision)
     first = int(os.environ.get("RANK", "0")) == 0 and first_process()
     with run.claimed() if first else nullcontext():
@@ -228,13 +227,6 @@ def _launch(config: Config, dataset: Dataset | None, resumed: runs.Run | None) -
             raise SystemExit(0) from None  # all processes stop for the same reason, and the first one tells it
         finally:
             shutdown(fabric)
-
-
-def _check_graph(config: Config, device: torch.device, network: Network) -> None:
-    dropout = any(isinstance(module, nn.Dropout) for module in network.modules())
-    if device.type != "cuda" or config.devices > 1 or "TORCHELASTIC_RUN_ID" in os.environ or dropout:
-        what = f"{config.devices} x {device.type}" + (" and a network with dropout" if dropout else "")
-        raise InputError(f"cuda_graph must have one GPU and a network without dropout; got {what}")
 
 
 def _checkpoint(run: runs.Run, config: Config, network: Network, dataset: Dataset) -> runs.Checkpoint | None:

@@ -15,9 +15,10 @@ from capsnet.bench.gate import Check
 from capsnet.config import Config
 from capsnet.data import Dataset, Split
 from capsnet.feed import Feed
+from capsnet.graph import GraphedStep, check_graph
 from capsnet.layers import resolve_kernel
 from capsnet.models import CapsNet, Network, Output, builder_options, create
-from capsnet.objective import Batch, Objective
+from capsnet.objective import Batch, Losses, Objective
 
 __all__ = ["PARTS", "WholeNetwork", "image_shape", "layout"]
 
@@ -72,11 +73,16 @@ class WholeNetwork:
         split = Split(pixels, labels)
         dataset = Dataset("random", tuple(str(k) for k in range(classes)), split, split)
         self.network: Network = train.build(config, dataset).to(self.device)
+        if config.cuda_graph:
+            check_graph(config, self.device, self.network)
         precision = machine.resolve_precision(config, self.device, self.network)
         self.fabric = machine.make_fabric(config, self.device, precision)
         plain = Objective(self.network, config)
         adam = torch.optim.Adam(self.network.parameters(), lr=config.lr, fused=True)
         self.objective, self.optimizer = self.fabric.setup(plain, adam)
+        for group in self.optimizer.param_groups:
+            group["capturable"] = config.cuda_graph
+        self.update = GraphedStep(self._update, batch_size=self.images) if config.cuda_graph else self._update
         self.feed = Feed(dataset, config, self.device)
         self.counts = work.multiply_adds(self.network)
         self.flop = self.images * (work.forward_flop(self.counts) + work.backward_flop(self.counts))
@@ -97,11 +103,15 @@ class WholeNetwork:
 
     def step(self) -> float:
         """One training step; its loss."""
-        self.optimizer.zero_grad()
-        loss = self.objective(*self.data()).total.mean()
-        self.fabric.backward(loss)
+        return float(self.update(self.data()).total.mean().item())
+
+    def _update(self, batch: Batch) -> Losses:
+        """Forward, backward and Adam."""
+        self.optimizer.zero_grad(set_to_none=not self.config.cuda_graph)
+        losses: Losses = self.objective(*batch)
+        self.fabric.backward(losses.total.mean())
         self.optimizer.step()
-        return float(loss.item())
+        return losses
 
     def inference(self, count: int) -> Task:
         """Scores of `count` random images, in evaluation mode and without gradients."""
@@ -133,7 +143,7 @@ class WholeNetwork:
         """A training step up to its gradients, part by part."""
         tape = Tape(self.device, self.fabric.autocast)
         images, labels, _ = tape.alone("data", self.data)
-        self.optimizer.zero_grad()
+        self.optimizer.zero_grad(set_to_none=not self.config.cuda_graph)
         output = self._cut_network(tape, images, labels)
         objective = Objective(_Said(output), self.config)
         (loss,) = tape.forward("loss", lambda: (objective(images, labels).total.mean(),))
