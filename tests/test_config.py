@@ -8,7 +8,7 @@ import pytest
 import yaml
 
 from capsnet import config
-from capsnet.config import PRESETS, Config, from_dict, preset, preset_differences, read, write
+from capsnet.config import PRESETS, Config, from_dict, preset, preset_differences, read, with_defaults, write
 from capsnet.errors import InputError
 from capsnet.models import available, builder_options
 
@@ -55,6 +55,15 @@ def test_every_field_of_authors_can_be_switched_alone(name: str) -> None:
     assert from_paper(without) | {name: value} == from_paper(preset("authors")) | {name: value}
 
 
+def test_an_open_option_that_is_given_its_default_differs_from_the_preset_only_in_a_folder(tmp_path: Path) -> None:
+    given = Config(epochs=3, primary_scale=1.0)
+    assert with_defaults(Config()) == given
+    assert preset_differences(given) == preset_differences(Config()) == {}
+    folder = replace(given, data=str(tmp_path))
+    assert preset_differences(folder) == {"data": str(tmp_path), "epochs": 3, "primary_scale": 1.0}
+    assert preset_differences(replace(Config(), data=str(tmp_path))) == {"data": str(tmp_path)}
+
+
 def from_paper(config: Config) -> dict[str, Any]:
     return {name: value for name, value in asdict(config).items() if value != asdict(Config())[name]}
 
@@ -67,7 +76,7 @@ def test_an_unknown_preset_is_refused_and_the_nearest_named() -> None:
 
 
 def test_model_options_have_the_same_defaults_here_as_in_the_builders() -> None:
-    here = asdict(Config())
+    here = asdict(with_defaults(Config()))
     for model in ("capsnet", "baseline"):
         options = builder_options(model)
         assert {name: here[name] for name in options} == options
@@ -150,10 +159,10 @@ def test_a_file_that_cannot_be_read_is_refused(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        ({"epochs": "three"}, "epochs must be a whole number; got 'three'"),
-        ({"epochs": 1.5}, "epochs must be a whole number; got 1.5"),
-        ({"epochs": True}, "epochs must be a whole number; got True"),
-        ({"epochs": None}, "epochs must be a whole number; got None"),
+        ({"epochs": "three"}, "epochs must be a whole number or nothing; got 'three'"),
+        ({"epochs": 1.5}, "epochs must be a whole number or nothing; got 1.5"),
+        ({"epochs": True}, "epochs must be a whole number or nothing; got True"),
+        ({"batch_size": None}, "batch_size must be a whole number; got None"),
         ({"lr": "fast"}, "lr must be a number; got 'fast'"),
         ({"lr": True}, "lr must be a number; got True"),
         ({"lr": 10**400}, "lr must be a finite number; got a whole number of about 401 digits$"),
@@ -269,7 +278,7 @@ def test_a_turn_is_at_most_half_a_circle() -> None:
 def test_builders_and_configuration_have_the_same_defaults() -> None:
     for model in available():
         for name, value in builder_options(model).items():
-            assert getattr(Config(), name) == value, (model, name)
+            assert getattr(with_defaults(Config()), name) == value, (model, name)
 
 
 # what no machine can do
@@ -321,7 +330,7 @@ def test_text_holds_no_nul() -> None:
         ("epochs: 2001-99-99", "must be YAML; got: "),
         ("? [epochs]\n: 1", "must be YAML; got: "),
         ("epochs: " + "x" * 70_000, "must hold at most 65,536 bytes; got more$"),
-        ("epochs: " + "x" * 60_000, "epochs must be a whole number; got 'xxx"),
+        ("epochs: " + "x" * 60_000, "epochs must be a whole number or nothing; got 'xxx"),
         ("? " + "x" * 60_000 + "\n: 1", r"xxx\.\.\.xxx\w+ is no option$"),
         ("\n".join(f"option{k}: 1" for k in range(4_000)), "option4 is no option.*; and 3995 more$"),
     ],

@@ -30,6 +30,7 @@ LEVELS: tuple[tuple[str, ...], ...] = (
         "objective",
         "plots",
         "progress",
+        "recipe",
         "runs",
         "session",
     ),

@@ -6,7 +6,7 @@ from dataclasses import asdict
 import torch
 from torch import Tensor, nn
 
-from capsnet import machine, train
+from capsnet import machine, recipe, train
 from capsnet.config import Config
 from capsnet.kernels import native
 from capsnet.layers import ClassCapsules, resolve_kernel
@@ -24,6 +24,8 @@ def dry_run(config: Config) -> str:
     """
     device = machine.resolve_device(config)
     dataset = train.prepare_data(config)
+    config = recipe.resolved(config, dataset)
+    assert config.epochs is not None
     network = train.build(config, dataset)
     per_process = -(-config.batch_size // config.devices)
     steps = math.ceil(len(dataset.train) / config.batch_size)

@@ -19,12 +19,12 @@ from typing import Any, cast
 import torch
 from lightning_fabric import Fabric
 
-from capsnet import models, report, runs
+from capsnet import models, recipe, report, runs
 from capsnet.analysis.outcomes import outcomes
 from capsnet.analysis.strangers import threshold_for
 from capsnet.board import board, check_board
 from capsnet.card import Card, Tested
-from capsnet.config import PRESETS, Config, from_dict, preset, preset_differences
+from capsnet.config import PRESETS, Config, from_dict, preset, preset_differences, with_defaults
 from capsnet.data import Dataset, Split, load
 from capsnet.data.photo import frame_of
 from capsnet.errors import InputError
@@ -166,8 +166,8 @@ def build(config: Config, dataset: Dataset) -> Network:
     Raises:
         InputError: see `runs.outline`, or an option was given that this network does not have.
     """
-    options = models.builder_options(config.model)
-    recipes = [preset(name) for name in PRESETS]
+    options, config = models.builder_options(config.model), with_defaults(config)
+    recipes = [with_defaults(preset(name)) for name in PRESETS]
     for other in models.available():
         for name in models.builder_options(other):
             value = getattr(config, name)
@@ -202,6 +202,7 @@ def _launch(config: Config, dataset: Dataset | None, resumed: runs.Run | None) -
     dataset = prepare_data(config, dataset)
     if config.stop_at is not None and dataset.validation is None:
         raise InputError(f"stop_at must be given with validation images to judge by; got {config.stop_at} without any")
+    given, config = config, recipe.resolved(config, dataset)
     with torch.random.fork_rng(devices=[]):
         network = build(config, dataset)
     precision = resolve_precision(config, device, network)
@@ -220,7 +221,8 @@ def _launch(config: Config, dataset: Dataset | None, resumed: runs.Run | None) -
         try:
             run = runs.Run(fabric.broadcast(str(run.directory)))
             with signals() as received, torch.random.fork_rng(devices=[]):
-                return _train(fabric, config, dataset, network, run, received, checkpoint, precision)
+                note = recipe.told(given, config)
+                return _train(fabric, config, dataset, network, run, received, checkpoint, precision, note)
         except (Interrupted, Diverged, InputError):
             if fabric.is_global_zero:
                 raise
@@ -255,7 +257,7 @@ def _checkpoint(run: runs.Run, config: Config, network: Network, dataset: Datase
     validated = dataset.validation is not None
     checkpoint = fitting_checkpoint(checkpoint, network, steps=steps, validated=validated, source=f"checkpoint {path}")
     begun = checkpoint["state"]["epoch"] + (checkpoint["state"]["step"] > 0)
-    if config.epochs < begun:
+    if config.epochs is not None and config.epochs < begun:
         raise InputError(f"epochs must be at least the {begun} that the run has begun; got {config.epochs}")
     return checkpoint
 
@@ -269,7 +271,9 @@ def _train(
     received: list[int],
     checkpoint: runs.Checkpoint | None,
     precision: str,
+    note: str | None,
 ) -> Result:
+    assert config.epochs is not None  # resolved
     environment = runs.environment(fabric.device)  # of the code that runs, not of what is on disk at the end
     network.to(fabric.device)
     plain = Objective(network, config)
@@ -287,12 +291,12 @@ def _train(
     rate_here = torch.tensor(config.lr, device=fabric.device)
     feed = Feed(dataset, config, fabric.device)
     session = Session(fabric, config, run, network, optimizer, train_images=count, received=received)
-    note = session.restore(checkpoint) if checkpoint else None
+    notes = [note, session.restore(checkpoint) if checkpoint else None]
     steps, validation = session.steps, None
 
     with ExitStack() as stack:
         progress = stack.enter_context(Progress(epochs=config.epochs, steps=steps, quiet=not fabric.is_global_zero))
-        if note:
+        for note in filter(None, notes):
             progress.note(note)
         write_board = None
         if config.tensorboard and fabric.is_global_zero:

@@ -12,7 +12,7 @@ from capsnet import machine, runs, train
 from capsnet.bench import gate, work
 from capsnet.bench.clock import Tape, Task, clock, timed
 from capsnet.bench.gate import Check
-from capsnet.config import Config
+from capsnet.config import Config, with_defaults
 from capsnet.data import Dataset, Split
 from capsnet.feed import Feed
 from capsnet.graph import GraphedStep, check_graph
@@ -40,7 +40,7 @@ def image_shape(config: Config) -> tuple[int, int, int]:
 
 def layout(config: Config, classes: int) -> Network:
     """The network of `config` without memory: its sizes."""
-    options = {name: getattr(config, name) for name in builder_options(config.model)}
+    options = {name: getattr(with_defaults(config), name) for name in builder_options(config.model)}
     return runs.outline(config.model, copies=4, image_shape=image_shape(config), num_classes=classes, **options)
 
 

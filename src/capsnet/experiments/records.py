@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from capsnet import runs
-from capsnet.config import Config
+from capsnet.config import Config, with_defaults
 from capsnet.errors import InputError
 from capsnet.files import parse_json, read_text
 from capsnet.schema import checked
@@ -81,10 +81,11 @@ def effective(config: Config) -> dict[str, Any]:
 
     Without the defaults, so that a new option changes no old fingerprint.
     """
+    config, default = with_defaults(config), with_defaults(Config())
     chosen = {
         option.name: getattr(config, option.name)
         for option in fields(Config)
-        if option.name not in WITHOUT_EFFECT and getattr(config, option.name) != option.default
+        if option.name not in WITHOUT_EFFECT and getattr(config, option.name) != getattr(default, option.name)
     }
     return {name: list(value) if isinstance(value, tuple) else value for name, value in chosen.items()}
 
