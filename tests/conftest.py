@@ -10,6 +10,11 @@ from capsnet import runs
 from capsnet.kernels import native
 
 
+def pytest_make_parametrize_id(val: object, argname: str) -> str | None:
+    """Bytes, which may hold the time they were made at, are no name: the workers of xdist must agree on those."""
+    return argname if isinstance(val, bytes) else None
+
+
 @pytest.fixture
 def unchecked() -> Iterator[None]:
     """Shape annotations are not checked, so that our own error answers, as it does for users."""
