@@ -23,6 +23,7 @@ LEVELS: tuple[tuple[str, ...], ...] = (
         "card",
         "config",
         "data",
+        "diagnosis",
         "feed",
         "graph",
         "machine",

@@ -217,7 +217,9 @@ def test_a_loss_that_is_not_finite_stops_and_keeps_the_last_good_checkpoint(
         return augment(*arguments) * (math.nan if count[0] == 8 else 1)
 
     monkeypatch.setattr(feed, "augment", augmented)
-    with pytest.raises(Diverged, match=r"in epoch 2 at step 3 of 5; the last good checkpoint is kept in run .*--lr"):
+    with pytest.raises(
+        Diverged, match=r"2 at step 3 of 5; not finite first: the images of the step; the last good .*--lr"
+    ):
         fit(tiny(photos, out="run"))
     kept = checkpoint("run")
     assert (kept["state"]["epoch"], kept["state"]["step"]) == (1, 0)
@@ -238,7 +240,9 @@ def test_weights_that_are_not_finite_are_never_saved(photos: Path, monkeypatch: 
 
     count = [0]
     monkeypatch.setattr(torch.optim.Adam, "step", step)
-    with pytest.raises(Diverged, match=r"weights became NaN or infinite in epoch 1 at step 4 of 5; the last good"):
+    with pytest.raises(
+        Diverged, match=r"in epoch 1 at step 4 of 5; not finite first: the weights conv.weight; the last"
+    ):
         fit(tiny(photos, out="run", checkpoint_steps=2))
     kept = checkpoint("run")
     assert kept["state"]["step"] == 2
@@ -247,7 +251,7 @@ def test_weights_that_are_not_finite_are_never_saved(photos: Path, monkeypatch: 
 
 @pytest.mark.parametrize("changes", [{}, {"checkpoint_steps": 1}, {"batch_size": 100, "epochs": 1, "validation": 0}])
 def test_a_learning_rate_far_too_high_diverges(photos: Path, changes: dict[str, Any]) -> None:
-    with pytest.raises(Diverged, match=r"became NaN or infinite"):
+    with pytest.raises(Diverged, match=r"became NaN or infinite .*; not finite first: the (output of|weights) \w+"):
         fit(tiny(photos, out="run", lr=1e30, **changes))
     assert "result.json" not in files("run")
     if "last.ckpt" in files("run"):
@@ -506,7 +510,7 @@ def test_the_figure_and_the_report_are_made(photos: Path, monkeypatch: pytest.Mo
 def test_the_card_tells_the_run_and_the_threshold(photos: Path) -> None:
     result = fit(tiny(photos, out="run", validation=20))
     card = runs.load_card("run")
-    assert card.trained() == replace(tiny(photos), validation=20)
+    assert card.trained() == replace(tiny(photos), validation=20, primary_scale=1.0)
     assert (card.data, card.epochs, card.train_images) == (str(photos), 2, 55)
     told = {name: result.test.to_dict()[name] for name in ("error_percent", "wrong", "total")}
     assert card.test == {**told, "interval": result.test.interval}

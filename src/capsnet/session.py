@@ -12,10 +12,11 @@ from torch import Tensor
 
 from capsnet import functional as F
 from capsnet.config import Config
+from capsnet.diagnosis import first_not_finite
 from capsnet.errors import InputError
 from capsnet.kernels import native
 from capsnet.models import Network
-from capsnet.objective import Losses
+from capsnet.objective import Batch, Losses
 from capsnet.runs import Checkpoint, Row, Run, fitted, fitting
 from capsnet.schema import brief, checked, shown
 
@@ -161,6 +162,7 @@ class Session:
         self.at, self.rows = Position(), list[dict[str, Any]]()
         self._sums = torch.zeros(4, dtype=torch.float64, device=fabric.device)  # of this epoch and process
         self._pending: list[Tensor] = []  # losses not yet known to be finite
+        self._images: Tensor | None = None  # of the last step
         self.kernels = native.status() if fabric.device.type == "cpu" else "PyTorch"
 
     def restore(self, checkpoint: Checkpoint) -> str | None:
@@ -285,9 +287,7 @@ class Session:
         flags = torch.tensor([-first_bad, max(self.received, default=0)], device=self.fabric.device)
         first_bad, stop = (int(flag) for flag in self.reduced(flags, "max").abs())
         if first_bad <= self.steps:
-            raise self.diverged(
-                f"loss became NaN or infinite in epoch {self.at.epoch + 1} at step {first_bad} of {self.steps}"
-            )
+            raise self.diverged(self._at_step(first_bad))
         self._pending.clear()
         if stop:
             self.save()
@@ -295,7 +295,26 @@ class Session:
             over = self.at.epoch == self.config.epochs
             raise Interrupted(self.run.directory, stop, "after the last epoch" if over else where)
 
+    def refuse(self, losses: Losses, batch: Batch) -> None:
+        """Stop before a loss that is not finite moves the weights, where looking at it costs nothing: on a CPU.
+
+        Raises:
+            Diverged: a loss of this step is not finite.
+        """
+        self._images = batch.images
+        here = self.fabric.device.type == "cpu" and self.fabric.world_size == 1
+        if here and not losses.total.isfinite().all():
+            raise self.diverged(self._at_step(self.at.step + 1))
+
     def diverged(self, what: str) -> Diverged:
-        """The exception that says what is not finite, what is kept, and what to try."""
+        """The exception that says what is not finite and where first, what is kept, and what to try."""
         kept = "the last good checkpoint is kept" if self.run.checkpoint_path.exists() else "there is no checkpoint yet"
-        return Diverged(f"{what}; {kept} in {self.run.directory} (try a smaller --lr, now {self.config.lr:g})")
+        first = first_not_finite(self.network, self._images)
+        other = ", or --precision 32" if self.config.precision == "bf16" else ""
+        return Diverged(
+            f"{what}; not finite first: {first}; {kept} in {self.run.directory} "
+            f"(try a smaller --lr, now {self.config.lr:g}{other})"
+        )
+
+    def _at_step(self, step: int) -> str:
+        return f"loss became NaN or infinite in epoch {self.at.epoch + 1} at step {step} of {self.steps}"

@@ -27,6 +27,7 @@ from capsnet.card import Card, Tested
 from capsnet.config import PRESETS, Config, from_dict, preset, preset_differences, with_defaults
 from capsnet.data import Dataset, Split, load
 from capsnet.data.photo import frame_of
+from capsnet.diagnosis import Chance
 from capsnet.errors import InputError
 from capsnet.evaluation import Evaluation, from_sums, measure
 from capsnet.feed import Feed
@@ -282,6 +283,7 @@ def _train(
     def step(batch: Batch, share: float = 1.0) -> Losses:
         optimizer.zero_grad(set_to_none=not config.cuda_graph)
         losses: Losses = objective(*batch)
+        session.refuse(losses, batch)
         fabric.backward(losses.total.mean() * share)
         optimizer.step()
         return losses
@@ -292,7 +294,10 @@ def _train(
     feed = Feed(dataset, config, fabric.device)
     session = Session(fabric, config, run, network, optimizer, train_images=count, received=received)
     notes = [note, session.restore(checkpoint) if checkpoint else None]
-    steps, validation = session.steps, None
+    steps, validation, losses = session.steps, None, None
+    chance = Chance(
+        dataset.train.labels, classes=len(dataset.classes), objects=dataset.objects, config=config, steps=steps
+    )
 
     with ExitStack() as stack:
         progress = stack.enter_context(Progress(epochs=config.epochs, steps=steps, quiet=not fabric.is_global_zero))
@@ -343,6 +348,8 @@ def _train(
                 write_board(row, network, dataset)
             session.finish_epoch(row)
             progress.epoch(row)
+            if line := chance.line(row, losses):
+                progress.note(line)
 
         test = _evaluate(session, plain, dataset, "test")
         if dataset.validation is not None and validation is None:  # resumed after the last epoch

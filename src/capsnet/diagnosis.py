@@ -1,0 +1,130 @@
+"""Why a training does not learn: it is at chance, or something is not finite; each in one line with what to change."""
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from capsnet.config import Config
+from capsnet.models import CapsNet, Network
+from capsnet.objective import Losses
+
+__all__ = ["Chance", "first_not_finite"]
+
+EARLIEST = 50
+"""Steps before which a training may well be at chance; or all of them, where it has fewer."""
+FEW_STEPS, FEW_IMAGES = 200, 20
+ALIKE = 0.02
+"""Standard deviation of a class capsule's length over a batch, below which all images look alike to it."""
+
+
+class Chance:
+    """Says once when a training is no better than always naming the most frequent class.
+
+    Args:
+        labels: of the training images, `[n]`, or `[n, k]` of images of k objects.
+        classes: number of classes.
+        objects: how many objects of different classes every image shows.
+        config: of the run, resolved.
+        steps: of each epoch.
+
+    Attributes:
+        percent: error of always naming the most frequent class, or any one set of k classes.
+    """
+
+    def __init__(self, labels: Tensor, *, classes: int, objects: int, config: Config, steps: int) -> None:
+        counts = labels.flatten().bincount(minlength=classes)
+        most = counts.max().item() / labels.numel() if objects == 1 else 1 / math.comb(classes, objects)
+        self.percent = 100 * (1 - most)
+        self.rarest = int(counts[counts > 0].min())
+        self.config, self.steps, self.said = config, steps, False
+
+    def line(self, row: dict[str, Any], losses: Losses | None) -> str | None:
+        """What is to be said after an epoch; None where there is nothing, or it was said before.
+
+        Args:
+            row: of `metrics.csv`.
+            losses: of the epoch's last step; None where it was done before the run was resumed.
+        """
+        done = row["epoch"] * self.steps
+        early = done < min(EARLIEST, (self.config.epochs or 0) * self.steps)
+        if self.said or early or row["train_error_percent"] < self.percent - 1e-9:
+            return None
+        self.said = True
+        return (
+            f"at chance: {row['train_error_percent']:.2f} % of the training images wrong in epoch {row['epoch']}, and "
+            f"always naming the most frequent class has {self.percent:.2f} %; likely causes: "
+            + "; ".join(self._causes(row, losses, done))
+        )
+
+    def _causes(self, row: dict[str, Any], losses: Losses | None, done: int) -> list[str]:
+        """The likely ones first, each with the options to change."""
+        config, causes = self.config, list[str]()
+        if losses is not None and losses.output.pose is not None:
+            scores = losses.output.scores.detach().float().cpu()
+            if float(scores.min()) > config.m_pos:
+                scale = "" if config.primary_scale == 0 else "--primary-scale 0, "
+                causes.append(
+                    f"every class capsule is longer than m+ = {config.m_pos:g} for every image, where squash has "
+                    f"hardly a gradient ({scale}a smaller --lr)"
+                )
+            elif float(scores.max()) < config.m_neg:
+                causes.append(
+                    f"every class capsule is shorter than m- = {config.m_neg:g} for every image, as routing divides "
+                    f"among {scores.shape[-1]} classes (more --epochs, --primary-scale 1, a larger --lr)"
+                )
+            elif len(scores) > 1 and float(scores.std(0).max()) < ALIKE:
+                causes.append("all images look alike to the class capsules (more --epochs, --standardize)")
+        if row["learning_rate"] < config.lr / 10:
+            causes.append(
+                f"the learning rate has fallen from {config.lr:g} to {row['learning_rate']:.2g} (--lr-decay-steps)"
+            )
+        if done < FEW_STEPS:
+            causes.append(f"only {done} steps (more --epochs, a smaller --batch-size)")
+        if self.rarest < FEW_IMAGES:
+            causes.append(f"{self.rarest} images of the rarest class (more images; --shift, --rotation, --flip)")
+        if config.reconstruction_weight * row["train_reconstruction_loss"] > row["train_classification_loss"]:
+            causes.append(
+                f"the decoder's loss outweighs the classes' (--reconstruction-weight, now "
+                f"{config.reconstruction_weight:g})"
+            )
+        return [*causes, f"--lr, now {config.lr:g}, too high or too low; or labels that do not follow from the images"]
+
+
+def first_not_finite(network: Network, images: Tensor | None) -> str:
+    """The first thing on the way through the network that is NaN or infinite: images, a weight, or a layer's output.
+
+    Args:
+        network: as it is; run once more, its layers one by one.
+        images: of the step; None to look at the weights only.
+    """
+    if images is not None and not images.isfinite().all():
+        return "the images of the step"
+    for name, parameter in network.named_parameters():
+        if not parameter.isfinite().all():
+            return f"the weights {name}"
+    found = list[str]()
+
+    def note(name: str) -> Any:
+        def hook(module: nn.Module, inputs: object, output: Any) -> None:
+            parts = output if isinstance(output, tuple) else (output,)
+            if any(isinstance(part, Tensor) and not part.isfinite().all() for part in parts):
+                found.append(f"the output of {name} ({type(module).__name__})")
+
+        return hook
+
+    hooks = [layer.register_forward_hook(note(name)) for name, layer in network.named_modules() if name]
+    stem = network.stem if isinstance(network, CapsNet) else ""
+    try:
+        if isinstance(network, CapsNet):
+            network.stem = "direct"  # in which every layer's own forward is called
+        if images is not None:
+            with torch.no_grad():
+                network(images)
+    finally:
+        for hook in hooks:
+            hook.remove()
+        if isinstance(network, CapsNet):
+            network.stem = stem
+    return found[0] if found else "the loss or a gradient, for all weights and outputs are finite"
