@@ -197,11 +197,55 @@ def test_a_figure_that_no_memory_holds_is_refused(width: float, height: float) -
         new(width, height)
 
 
-@pytest.mark.parametrize(("draw", "count"), [(plots.confusion, 250), (plots.class_errors, 2_000)])
-def test_many_classes_have_figures(draw: Callable[[Outcomes, tuple[str, ...]], Figure], count: int) -> None:
-    labels = torch.arange(count)
-    figure = draw(Outcomes(torch.zeros(count, count), labels, labels, None), tuple(map(str, range(count))))
-    assert max(figure.get_size_inches()) <= 500
+def of_classes(count: int) -> tuple[Outcomes, tuple[str, ...]]:
+    """Two images of each class; class k of every seventh is taken for k + 1 twice, of every third for k + 2 once."""
+    labels = torch.arange(count).repeat_interleave(2)
+    said = labels.clone()
+    for k in range(0, count - 2, 3):
+        said[2 * k] = k + 2
+    for k in range(0, count - 2, 7):
+        said[2 * k : 2 * k + 2] = k + 1
+    return Outcomes(torch.zeros(2 * count, count), labels, said, None), tuple(f"name{k}" for k in range(count))
+
+
+@pytest.mark.parametrize("draw", [plots.confusion, plots.class_errors])
+def test_no_figure_grows_with_the_number_of_classes(
+    draw: Callable[[Outcomes, tuple[str, ...]], Figure],
+) -> None:
+    size = [draw(*of_classes(count)).get_size_inches().prod() for count in (30, 31, 300, 3_000)]
+    assert size[1] <= 1.1 * max(size[0], 60)
+    assert size[2] == size[3]
+
+
+def test_of_many_classes_the_worst_are_shown_and_the_figure_says_so() -> None:
+    told = texts(plots.class_errors(*of_classes(100)))
+    assert "Error of the 30 worst of 100 classes, n = 200 images" in told
+    assert told.count("2 of 2<") == 14
+    assert told.count("1 of 2<") == 16
+    told = texts(plots.confusion(*of_classes(100)))
+    assert "The 30 most confused of 42 pairs of 100 classes, 56 wrong images of n = 200" in told
+    assert "name7, taken for name8" in told
+    few = of_classes(30)
+    assert "worst" not in texts(plots.class_errors(*few))
+    assert "predicted class" in texts(plots.confusion(*few))
+    right, names = of_classes(40)
+    assert "The 0 most confused of 0 pairs" in texts(plots.confusion(right._replace(predictions=right.labels), names))
+
+
+def test_confused_pairs_are_those_of_the_matrix() -> None:
+    outcomes, names = of_classes(50)
+    matrix = outcomes.confusion.fill_diagonal_(0)
+    pairs = plots.confused(outcomes)
+    assert {(i, j): n for i, j, n in pairs} == {(i, j): int(matrix[i, j]) for i, j in matrix.nonzero().tolist()}
+    assert [n for *_, n in pairs] == sorted((n for *_, n in pairs), reverse=True)
+    assert plots.confused(outcomes, most=3) == pairs[:3]
+    rows = list(plots.class_rows(outcomes, names))
+    assert rows[:4] == [
+        ("name0", 2, 2, "name1 (2)"),
+        ("name1", 2, 0, ""),
+        ("name2", 2, 0, ""),
+        ("name3", 2, 1, "name5 (1)"),
+    ]
 
 
 def test_an_unknown_format_is_refused() -> None:

@@ -13,7 +13,7 @@ from capsnet.card import Card
 from capsnet.config import Config
 from capsnet.data import Dataset, Split
 from capsnet.data.strokes import strokes
-from capsnet.models import Network, create
+from capsnet.models import CapsNet, Network, create
 from tiny import SIZES, pairs
 
 CARD = Card(threshold=Threshold(50.0, 0.05, 77, "validation"), epochs=2, train_images=120)
@@ -92,6 +92,33 @@ def test_a_colour_network_with_few_classes(photos: Path) -> None:
     own = load(str(photos))
     one = create("capsnet", image_shape=(3, 12, 13), num_classes=3, classes=own.classes, **SIZES).eval()
     assert "<h2>Reconstructions</h2>" in page(one, own)
+
+
+@pytest.mark.parametrize("classes", [30, 31])
+def test_of_more_than_30_classes_the_worst_are_drawn_and_a_table_has_all(classes: int) -> None:
+    split = Split(torch.randint(256, (2 * classes, 1, 28, 28), dtype=torch.uint8), torch.arange(classes).repeat(2))
+    names = tuple(f"<name {k}>" for k in range(classes))
+    made = Dataset("own", names, split, split)
+    told = page(network(num_classes=classes, classes=names), made)
+    many = classes > 30
+    assert ("There are 31 classes: the figures show the 30 with the largest error" in told) == many
+    assert ("<details><summary>All 31 classes</summary>" in told) == many
+    table = told.partition("<summary>All 31 classes")[2].partition("</details>")[0]
+    assert table.count("<tr>") == (32 if many else 0)
+    assert ("<td>&lt;name 30&gt;</td><td>2</td>" in table) == many
+    assert ('alt="Confusion matrix"' in told) == (not many)
+
+
+def test_routing_is_followed_for_fewer_images_where_there_are_many_classes() -> None:
+    def followed(classes: int, **sizes: object) -> int:
+        with torch.device("meta"):
+            one = create("capsnet", num_classes=classes, **sizes)
+        assert isinstance(one, CapsNet)
+        return report._routed(one)
+
+    assert followed(10) == 48
+    assert followed(1000, conv_channels=16, capsule_types=2) == 5
+    assert followed(1000) == 1
 
 
 def test_write(dataset: Dataset, tmp_path: Path) -> None:

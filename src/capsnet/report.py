@@ -23,6 +23,7 @@ from capsnet.errors import InputError
 from capsnet.evaluation import wilson_interval
 from capsnet.models import CapsNet, Network
 from capsnet.names import visible
+from capsnet.plots.classes import MOST
 from capsnet.runs import write_atomically
 
 if TYPE_CHECKING:
@@ -32,6 +33,7 @@ __all__ = ["draw_reconstructions", "drawn_apart", "report", "result_figures", "w
 
 REGRESSED = 3_000  # training images for the regression of pose factors: enough for 192 dimensions in each of 10 classes
 ROUTED = 48  # images whose routing is followed
+ROUTED_BYTES = 2**28  # that this may take; it is linear in the classes, and an image of a thousand takes 40 MiB
 SHOWN = 10  # right and wrong images drawn with their reconstructions
 
 STYLE = """
@@ -112,14 +114,15 @@ def report(
     low, high = (100 * end for end in wilson_interval(wrong, total))
     makers = result_figures(found, split, classes, rows)
     figures = {name: make() for name, make in makers.items() if network.objects == 1 or name == "curves"}
-    what = "test error" if network.objects == 1 else "exact-set test error"
+    what = f"{dataset.tested} error" if network.objects == 1 else f"exact-set {dataset.tested} error"
+    chosen = "nothing was chosen on the test images" if dataset.tested == "test" else "there are no test images"
     body = [
         f"<h1>{_text(title)}</h1>",
         f'<p class="dim">{_text(network.config["name"])}, {network.parameter_count():,} parameters, '
         f"on {_text(dataset.name)}</p>",
         f'<p class="result">{100 * wrong / total:.2f} % {what}</p>',
-        f"<p>{wrong:,} of {total:,} test images wrong; 95 % interval {low:.2f} to {high:.2f} %. Weights after the last "
-        "epoch; nothing was chosen on the test images.</p>",
+        f"<p>{wrong:,} of {total:,} {dataset.tested} images wrong; 95 % interval {low:.2f} to {high:.2f} %. Weights "
+        f"after the last epoch; {chosen}.</p>",
         _table(_numbers(found, card, result or {})),
     ]
     if rows:
@@ -132,7 +135,7 @@ def report(
     if split.factors and set(dataset.train.factors) == set(split.factors) and network.objects == 1:
         body += _pose(network, dataset)
     if network.objects == 1:
-        body += _errors(figures)
+        body += _errors(figures, found, classes)
     body += [
         "<h2>How to repeat it</h2>",
         f"<pre>{_text(command_of(config))}</pre>",
@@ -147,14 +150,21 @@ def report(
     )
 
 
-def _errors(figures: "Mapping[str, Figure]") -> list[str]:
+def _errors(figures: "Mapping[str, Figure]", found: Outcomes, classes: tuple[str, ...]) -> list[str]:
     """Section of where the network errs, and how sure it is."""
+    many = len(classes) > MOST
+    note = (
+        f"<p>There are {len(classes):,} classes: the figures show the {MOST} with the largest error and the {MOST} "
+        "pairs that are confused most often; the table has all classes.</p>"
+    )
     return [
         "<h2>Errors</h2>",
+        *([note] if many else []),
         '<div class="pair">',
-        _figure(figures["class-errors"], "Error of each class", "svg"),
-        _figure(figures["confusion"], "Confusion matrix", "svg"),
+        _figure(figures["class-errors"], "Error of the worst classes" if many else "Error of each class", "svg"),
+        _figure(figures["confusion"], "Most confused pairs" if many else "Confusion matrix", "svg"),
         "</div>",
+        *([_class_table(found, classes)] if many else []),
         '<div class="pair">',
         _figure(figures["reliability"], "Reliability diagram", "svg"),
         _figure(figures["lengths"], "Histogram of winning scores", "svg"),
@@ -262,9 +272,9 @@ def _capsules(network: CapsNet, split: Split, found: Outcomes) -> list[str]:
         one = (right if len(right) else wrong)[:1]
         changed = perturb(network, to_float(split.images[one]))
         body.append(_figure(plots.perturbations(changed, network.classes), "Perturbations", "png"))
-    inputs = to_float(split.images[:ROUTED])
+    inputs = to_float(split.images[: _routed(network)])
     routed = evidence(network, inputs)
-    figure = plots.couplings(routed, inputs, split.labels[:ROUTED], network.classes, show=4)
+    figure = plots.couplings(routed, inputs, split.labels[: len(inputs)], network.classes, show=4)
     return [
         *body,
         "<h2>Routing</h2>",
@@ -272,6 +282,14 @@ def _capsules(network: CapsNet, split: Split, found: Outcomes) -> list[str]:
         "ones, and what their votes add to the winner's length.</p>",
         _figure(figure, "Couplings and support by routing iteration", "png"),
     ]
+
+
+def _routed(network: CapsNet) -> int:
+    """Images whose routing is followed: `ROUTED`, but no more than `ROUTED_BYTES` hold, and at least one."""
+    layer, (_, height, width) = network.class_capsules, network.image_shape
+    votes = 3 * layer.weight[:, 0].numel()  # and what is made of them on the way
+    maps = 4 * layer.iterations * layer.weight.shape[2] * height * width  # couplings and support, also stacked
+    return max(1, min(ROUTED, ROUTED_BYTES // (4 * (votes + maps))))
 
 
 def _pose(network: Network, dataset: Dataset) -> list[str]:
@@ -295,6 +313,21 @@ def _figure(figure: "Figure", alt: str, format: str) -> str:
     content = base64.b64encode(plots.rendered(figure, format=format)).decode("ascii")
     width = round(96 * figure.get_size_inches()[0])
     return f'<figure><img src="data:{kind};base64,{content}" alt="{_text(alt)}" width="{width}"></figure>'
+
+
+def _class_table(found: Outcomes, classes: tuple[str, ...]) -> str:
+    """A line for each class."""
+    heads = ("class", "images", "wrong", "error, %", "most often taken for")
+    rows = [
+        (name, f"{images:,}", f"{wrong:,}", f"{100 * wrong / images:.2f}" if images else "-", taken or "-")
+        for name, images, wrong, taken in plots.class_rows(found, classes)
+    ]
+    lines = "".join(f"<tr>{''.join(f'<td>{_text(cell)}</td>' for cell in row)}</tr>" for row in rows)
+    head = "".join(f"<th>{cell}</th>" for cell in heads)
+    return (
+        f'<details><summary>All {len(classes):,} classes</summary><div class="wide"><table><tr>{head}</tr>{lines}'
+        "</table></div></details>"
+    )
 
 
 def _table(rows: Iterable[tuple[str, str]]) -> str:

@@ -4,20 +4,15 @@ Each function returns a figure; `save` writes it, with the command that made it 
 """
 
 from capsnet.plots.capsules import couplings, factors, perturbations, reconstructions, separations, sweep
+from capsnet.plots.classes import class_errors, class_rows, confused, confusion
 from capsnet.plots.figure import FORMATS, picture, rendered, save
-from capsnet.plots.results import (
-    class_errors,
-    confusion,
-    curves,
-    errors_by_factor,
-    gallery,
-    lengths,
-    reliability,
-)
+from capsnet.plots.results import curves, errors_by_factor, gallery, lengths, reliability
 
 __all__ = [
     "FORMATS",
     "class_errors",
+    "class_rows",
+    "confused",
     "confusion",
     "couplings",
     "curves",

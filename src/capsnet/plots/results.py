@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-__all__ = ["class_errors", "confusion", "curves", "errors_by_factor", "gallery", "lengths", "reliability"]
+__all__ = ["curves", "errors_by_factor", "gallery", "lengths", "reliability"]
 
 
 @styled
@@ -93,61 +93,6 @@ def errors_by_factor(wrong: Mapping[str, Tensor], factors: Mapping[str, Tensor],
     figure.legend(*first.get_legend_handles_labels(), loc="outside lower center", ncols=len(wrong))
     count = len(next(iter(varying.values())))
     figure.suptitle(f"Error by true pose factor, {count:,} images; bars are 95 % intervals")
-    return figure
-
-
-@styled
-def class_errors(found: Outcomes, classes: tuple[str, ...]) -> "Figure":
-    """Error of each class, with the number of wrong images and of all."""
-    matrix = found.confusion
-    totals = matrix.sum(1)
-    wrong = totals - matrix.diagonal()
-    percent = (100 * wrong / totals.clamp(min=1)).tolist()
-    figure = new(6.4, min(0.28 * len(classes) + 1.1, 500))
-    axes = figure.subplots()
-    axes.barh(range(len(classes)), percent, color=ORDER[0])
-    for k, (value, bad, total) in enumerate(zip(percent, wrong.tolist(), totals.tolist(), strict=True)):
-        axes.annotate(f"{bad} of {total:,}", (value, k), (4, 0), textcoords="offset points", va="center", fontsize=8)
-    axes.set_yticks(range(len(classes)), [short(name, 24) for name in classes])
-    axes.invert_yaxis()
-    axes.set_xlim(0, 1.25 * max([*percent, 0.01]))
-    axes.set_xlabel("wrong images of the class, %")
-    axes.set_title(f"Error of each class, n = {len(found.labels):,} images")
-    return figure
-
-
-@styled
-def confusion(found: Outcomes, classes: tuple[str, ...]) -> "Figure":
-    """True class in rows, predicted class in columns; shade is the share of the row, off the diagonal."""
-    matrix = found.confusion
-    share = (matrix / matrix.sum(1, keepdim=True).clamp(min=1)).numpy().copy()
-    np.fill_diagonal(share, 0)
-    size = min(max(4.2, 0.42 * len(classes) + 1.6), 60)
-    figure = new(size + 0.9, size)
-    axes = figure.subplots()
-    heat = axes.imshow(100 * share, cmap="Greys", vmin=0, vmax=max(0.1, 100 * float(share.max())))
-    figure.colorbar(heat, ax=axes, shrink=0.8).set_label("share of the true class, %; diagonal left out")
-    names = [short(name, 12) for name in classes]
-    axes.set_xticks(range(len(names)), names, rotation=90 if max(map(len, names)) > 3 else 0)
-    axes.set_yticks(range(len(names)), names)
-    if len(classes) <= 20:
-        darkest = float(share.max()) or 1.0
-        for row, column in np.ndindex(*share.shape):
-            if matrix[row, column]:
-                dark = share[row, column] > 0.55 * darkest
-                axes.text(
-                    column,
-                    row,
-                    str(int(matrix[row, column])),
-                    ha="center",
-                    va="center",
-                    fontsize=7,
-                    color="white" if dark else "black",
-                    weight="bold" if row == column else "normal",
-                )
-    axes.set_xlabel("predicted class")
-    axes.set_ylabel("true class")
-    axes.set_title(f"Confusion: number of images, n = {len(found.labels):,}")
     return figure
 
 
