@@ -1,13 +1,18 @@
 """The verb `list`."""
 
 from dataclasses import dataclass
-from typing import Any, Literal
+from datetime import datetime
+from typing import TYPE_CHECKING, Any, Literal
 
 from tyro.conf import Positional
 
 from capsnet import config
 from capsnet.cli.parsing import parse
 from capsnet.cli.printing import show, show_json
+from capsnet.errors import InputError
+
+if TYPE_CHECKING:
+    from capsnet.data.image_cache import Entry
 
 __all__ = ["run"]
 
@@ -19,12 +24,15 @@ class _List:
     Examples:
       capsnet list data
       capsnet list models --json
+      capsnet list cache --clear
     """
 
-    what: Positional[Literal["models", "weights", "data", "presets", "experiments"]]
-    """Of what."""
+    what: Positional[Literal["models", "weights", "data", "presets", "experiments", "cache"]]
+    """Of what; cache: images of folders that were decoded to files, see also CAPSNET_CACHE and CAPSNET_CACHE_LIMIT."""
     data_dir: str | None = None
     """Look for data files here first."""
+    clear: bool = False
+    """Of the cache: remove all that no process uses, and list that."""
     json: bool = False
     """Print as JSON."""
 
@@ -38,14 +46,17 @@ def run(arguments: list[str]) -> int:
         "data": lambda: _data(command.data_dir),
         "presets": _presets,
         "experiments": _experiments,
+        "cache": _cleared if command.clear else _cache,
     }
+    if command.clear and command.what != "cache":
+        raise InputError(f"--clear must be given with cache; got it with {command.what}")
     rows = makers[command.what]()
     if command.json:
         show_json(rows)
         return 0
     for row in rows:
         name, *rest = row.items()
-        show(name[1])
+        show(name[1] if name[0] not in ("total", "removed") else f"{name[0]}: {name[1]}")
         for key, value in rest:
             show(f"  {key}: {value}")
     return 0
@@ -110,6 +121,34 @@ def _data(data_dir: str | None) -> list[dict[str, Any]]:
             }
         )
     return rows
+
+
+def _cache() -> list[dict[str, Any]]:
+    from capsnet.data import image_cache
+
+    found = image_cache.entries()
+    return [*map(_entry, found), {"total": _size(found), "limit": f"{image_cache.limit() / 2**30:,.1f} GiB"}]
+
+
+def _cleared() -> list[dict[str, Any]]:
+    from capsnet.data import image_cache
+
+    removed, kept = image_cache.clear()
+    return [*map(_entry, removed), {"removed": _size(removed), "in use": _size(kept)}]
+
+
+def _entry(entry: "Entry") -> dict[str, Any]:
+    count, *shape = entry.shape
+    return {
+        "file": str(entry.path),
+        "images": f"{count:,} of {' x '.join(map(str, shape))}",
+        "size": f"{entry.size / 2**20:,.0f} MiB",
+        "last used": datetime.fromtimestamp(entry.used).astimezone().isoformat(" ", "seconds"),
+    }
+
+
+def _size(found: "list[Entry]") -> str:
+    return f"{sum(entry.size for entry in found) / 2**20:,.0f} MiB in {len(found)} file{'s' * (len(found) != 1)}"
 
 
 def _experiments() -> list[dict[str, Any]]:
