@@ -6,7 +6,7 @@ import os
 import signal
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import torch
@@ -78,18 +78,29 @@ def make_fabric(config: Config, device: torch.device, precision: str) -> Fabric:
 
 @contextmanager
 def signals() -> Iterator[list[int]]:
-    """Collect SIGINT and SIGTERM instead of dying of them; a second Ctrl-C acts at once."""
+    """Collect SIGINT, SIGTERM and SIGHUP (a closed terminal) instead of dying of them; a second Ctrl-C acts at once.
+
+    SIGHUP stays ignored where it is, as under nohup; a second one, which the shell and the system both send, changes
+    nothing.
+    """
     received: list[int] = []
+    hang_up = getattr(signal, "SIGHUP", None)  # Windows has none
 
     def handle(number: int, frame: Any) -> None:
         if number in received:
+            if number == hang_up:
+                return
             raise KeyboardInterrupt if number == signal.SIGINT else SystemExit(128 + number)
         received.append(number)
         if len(received) == 1 and first_process():
-            os.write(2, b"stopping after this step (once more to stop at once) ...\n")  # print is not reentrant
+            with suppress(OSError):  # the terminal may be gone
+                os.write(2, b"stopping after this step (once more to stop at once) ...\n")  # print is not reentrant
 
+    numbers = [signal.SIGINT, signal.SIGTERM]
+    if hang_up is not None and signal.getsignal(hang_up) != signal.SIG_IGN:
+        numbers.append(hang_up)
     try:
-        before = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
+        before = {number: signal.signal(number, handle) for number in numbers}
     except ValueError:  # not in the main thread: a caller's thread keeps its own ways
         before = {}
     try:

@@ -24,7 +24,7 @@ __all__ = ["Diverged", "Interrupted", "Position", "Session", "fitting_checkpoint
 
 
 class Interrupted(Exception):
-    """Ctrl-C or SIGTERM: the run was saved and can go on."""
+    """Ctrl-C, SIGTERM or SIGHUP: the run was saved and can go on."""
 
     def __init__(self, directory: Path, signal_number: int, where: str) -> None:
         super().__init__(f"stopped {where}; go on with: capsnet train --resume {directory}")

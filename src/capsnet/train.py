@@ -11,7 +11,7 @@ import math
 import os
 import time
 from collections.abc import Iterator
-from contextlib import ExitStack, nullcontext
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, cast
@@ -211,7 +211,9 @@ def _launch(config: Config, dataset: Dataset | None, resumed: runs.Run | None) -
         check_graph(config, device, network)
     fabric = make_fabric(config, device, precision)
     first = int(os.environ.get("RANK", "0")) == 0 and first_process()
-    with run.claimed() if first else nullcontext():
+    with ExitStack() as held:
+        if first:
+            run = _claimed(config, run, held, given=bool(resumed or config.out or config.overwrite))
         checkpoint = _checkpoint(run, config, network, dataset) if resumed else None
         if first:
             run.go_on(config) if resumed else run.begin(config, overwrite=config.overwrite)
@@ -230,6 +232,32 @@ def _launch(config: Config, dataset: Dataset | None, resumed: runs.Run | None) -
             raise SystemExit(0) from None  # all processes stop for the same reason, and the first one tells it
         finally:
             shutdown(fabric)
+
+
+def _claimed(config: Config, run: runs.Run, held: ExitStack, *, given: bool) -> runs.Run:
+    """The run with its directory kept to this process while `held` is open.
+
+    Args:
+        config: of the run.
+        run: its directory; where it was not `given` and another process took it meanwhile, the next free one.
+        held: what keeps it.
+        given: whether the directory is what the user named.
+
+    Raises:
+        InputError: a given directory is in use.
+    """
+    while True:
+        with ExitStack() as claim:
+            try:
+                claim.enter_context(run.claimed())
+            except InputError:
+                if given:
+                    raise
+            else:
+                if given or not run.exists():
+                    held.push(claim.pop_all())
+                    return run
+        run = runs.Run(_free_directory(config))
 
 
 def _checkpoint(run: runs.Run, config: Config, network: Network, dataset: Dataset) -> runs.Checkpoint | None:

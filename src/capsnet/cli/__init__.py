@@ -1,11 +1,10 @@
 """The command line: parse, call a library function, print. Results go to stdout, progress and errors to stderr.
 
-Exit codes: 0 success, 1 a training that diverged, 2 wrong input (one line), 130 Ctrl-C, 143 SIGTERM. Nothing heavy is
-imported before it is needed, so that --help is instant.
+Exit codes: 0 success, 1 a training that diverged, 2 wrong input (one line), 129 SIGHUP, 130 Ctrl-C, 143 SIGTERM.
+Nothing heavy is imported before it is needed, so that --help is instant.
 """
 
 import difflib
-import io
 import os
 import sys
 from collections.abc import Sequence
@@ -13,7 +12,7 @@ from importlib import import_module
 
 from capsnet import __version__
 from capsnet.cli.parsing import as_options
-from capsnet.cli.printing import say, show
+from capsnet.cli.printing import begin, end, say, show
 from capsnet.errors import InputError
 
 __all__ = ["main"]
@@ -77,19 +76,23 @@ examples:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; `arguments` are those of the process if not given. Returns the exit code."""
-    arguments = list(sys.argv[1:] if arguments is None else arguments)
-    for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):  # a name may have characters that the stream's encoding lacks
-            stream.reconfigure(errors="backslashreplace")
-    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # large arrays on huge pages: fewer page faults
-    if not arguments or arguments[0] in ("-h", "--help"):
-        show(*HELP.splitlines())
-        return 0 if arguments else 2
-    if arguments[0] == "--version":
-        show(f"capsnet {__version__}")
-        return 0
-    verb = arguments[0]
+    begin()
     try:
+        return _run(list(sys.argv[1:] if arguments is None else arguments))
+    finally:
+        end()
+
+
+def _run(arguments: list[str]) -> int:
+    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # large arrays on huge pages: fewer page faults
+    verb = arguments[0] if arguments else ""
+    try:
+        if verb in ("", "-h", "--help"):
+            show(*HELP.splitlines())
+            return 0 if verb else 2
+        if verb == "--version":
+            show(f"capsnet {__version__}")
+            return 0
         if verb not in VERBS:
             near = difflib.get_close_matches(verb, VERBS, n=1)
             hint = f" (did you mean {near[0]}?)" if near else ""
@@ -102,7 +105,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
         say(f"capsnet {verb}: interrupted")
         return 130
     except BrokenPipeError:  # `capsnet list data | head`
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except OSError as error:
         if error.filename is None:
