@@ -198,7 +198,7 @@ def test_a_value_of_the_wrong_type_is_refused(values: dict[str, Any], message: s
         ("channels", 2, "1 or 3"),
         ("decoder_sizes", (8, 0), "widths of 1 to 2,147,483,647"),
         ("validation", -1, "at least 0"),
-        ("device", "tpu", "one of auto, cpu, cuda"),
+        ("device", "tpu", "one of auto, cpu, cuda, mps"),
     ],
 )
 def test_a_value_out_of_range_is_refused(name: str, value: Any, rule: str) -> None:

@@ -15,6 +15,7 @@ __all__ = [
     "OPEN",
     "PRESETS",
     "Config",
+    "Device",
     "from_dict",
     "out_of_range",
     "preset",
@@ -28,6 +29,8 @@ LARGEST_SEED = 2**62 - 1
 """PyTorch takes seeds of 64 bits, and strokes are drawn from three times a seed and the next two numbers."""
 MOST_ITERATIONS = 100
 """That of `routing`, which is not imported here for the torch it needs."""
+Device = Literal["auto", "cpu", "cuda", "mps"]
+"""Choices of --device."""
 OPEN: dict[str, Any] = {"epochs": 3, "primary_scale": 1.0}
 """Options that may be left open (None), with their values for published data sets; `recipe` chooses for own images."""
 
@@ -167,8 +170,8 @@ class Config:
     """Of weights, order and augmentation."""
 
     # machine
-    device: Literal["auto", "cpu", "cuda"] = "auto"
-    """auto: a GPU if there is one."""
+    device: Device = "auto"
+    """auto: a CUDA GPU if there is one. mps (Apple's) is accepted where PyTorch has it, and untested."""
     devices: int = 1
     """Processes, one a device; `batch_size` stays the total."""
     precision: Literal["auto", "32", "bf16"] = "auto"

@@ -26,8 +26,15 @@ def resolve_device(config: Config) -> torch.device:
     """The kind of device that `config` means on this machine.
 
     Raises:
-        InputError: `cuda` where there is none, or more devices than there are (processes than cores, on a CPU).
+        InputError: `cuda` or `mps` where there is none, or more devices than there are (processes than cores, on a
+            CPU).
     """
+    if config.device == "mps":  # never chosen: nothing here was run on one
+        if not torch.backends.mps.is_available():
+            raise InputError("device mps must have an Apple GPU and a PyTorch that was built for it; found none")
+        if config.devices > 1:
+            raise InputError(f"devices must be at most the 1 GPU of this machine; got {config.devices}")
+        return torch.device("mps")
     gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if config.device == "cuda" and not gpus:
         raise InputError("device cuda must have a CUDA GPU and a CUDA build of PyTorch; found none")
@@ -48,8 +55,15 @@ def resolve_precision(config: Config, device: torch.device, network: Network) ->
     """What `precision` means on `device`: `32` or `bf16`.
 
     `auto` is `bf16` where the hardware multiplies it natively, but `32` where the network's convolutions take the
-    minimal stem on a CPU, which is faster still.
+    minimal stem on a CPU, which is faster still, and on `mps`.
+
+    Raises:
+        InputError: `bf16` on `mps`.
     """
+    if device.type == "mps":
+        if config.precision == "bf16":
+            raise InputError("precision must be 32 or auto on device mps; got bf16")
+        return "32"
     if config.precision != "auto":
         return config.precision
     if device.type == "cuda":

@@ -160,7 +160,8 @@ class Session:
         self.train_images, self.received = train_images, received
         self.steps = math.ceil(train_images / config.batch_size)
         self.at, self.rows = Position(), list[dict[str, Any]]()
-        self._sums = torch.zeros(4, dtype=torch.float64, device=fabric.device)  # of this epoch and process
+        place = torch.device("cpu") if fabric.device.type == "mps" else fabric.device  # which has no float64
+        self._sums = torch.zeros(4, dtype=torch.float64, device=place)  # of this epoch and process
         self._pending: list[Tensor] = []  # losses not yet known to be finite
         self._images: Tensor | None = None  # of the last step
         self.kernels = native.status() if fabric.device.type == "cpu" else "PyTorch"
@@ -175,7 +176,7 @@ class Session:
         groups = self.optimizer.state_dict()["param_groups"]  # its options are those of the configuration
         self.optimizer.load_state_dict({**checkpoint["optimizer"], "param_groups": groups})
         self.at, self.rows = Position(**checkpoint["state"]), [dict(row) for row in checkpoint["rows"]]
-        self._sums = checkpoint["sums"].to(self.fabric.device) / self.fabric.world_size  # each process bears its share
+        self._sums = checkpoint["sums"].to(self._sums.device) / self.fabric.world_size  # each process bears its share
         before = checkpoint.get("kernels", self.kernels)
         if before == self.kernels:
             return None
@@ -189,7 +190,7 @@ class Session:
         of_batch = torch.stack(
             [losses.total.sum(), losses.classification.sum(), losses.reconstruction.sum(), wrong.sum()]
         )
-        self._sums += of_batch.double() * counted
+        self._sums += of_batch.to(self._sums.device).double() * counted
         self._pending.append(of_batch[0])
         self.at.step += 1
 

@@ -11,6 +11,7 @@ from tyro.conf import Positional
 from capsnet.cli.parsing import BatchSize, Images, Range, Seed, parse
 from capsnet.cli.printing import say, show, show_json, show_table
 from capsnet.cli.subject import Subject
+from capsnet.config import Device
 from capsnet.errors import InputError
 
 __all__ = ["run"]
@@ -50,8 +51,8 @@ class _Attack:
     """Of the random start."""
     batch_size: BatchSize = 128
     """Images at a time; only memory and speed depend on it."""
-    device: Literal["auto", "cpu", "cuda"] = "auto"
-    """auto: a GPU if there is one."""
+    device: Device = "auto"
+    """auto: a CUDA GPU if there is one; mps (untested) on a Mac."""
     json: bool = False
     """Print everything as JSON."""
     out: str | None = None

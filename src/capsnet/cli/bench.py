@@ -36,7 +36,7 @@ number is a median with the smallest, the largest and n; variants are measured i
   --model NAME               capsnet or baseline   [capsnet]; --routing-iterations N   [3], and all other sizes
   --image-size N             [28]; --channels 1|3   [1]; --classes N   [10]; --batch-size N of a step   [128]
   --kernel --stem            how routing and convolutions are computed; --detach-routing
-  --device auto|cpu|cuda     --precision auto|32|bf16; --threads N
+  --device auto|cpu|cuda|mps --precision auto|32|bf16; --threads N
   --out FILE.json            keep the record; --overwrite replaces it; --json prints it in place of the tables
   --help-all                 every option
 

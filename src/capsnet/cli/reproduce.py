@@ -8,6 +8,7 @@ from tyro.conf import Positional, arg
 
 from capsnet.cli.parsing import Range, parse
 from capsnet.cli.printing import say, show
+from capsnet.config import Device
 
 __all__ = ["run"]
 
@@ -44,8 +45,8 @@ class _Reproduce:
     """Folder of the run directories."""
     data_dir: str | None = None
     """Where downloaded files are."""
-    device: Literal["auto", "cpu", "cuda"] = "auto"
-    """auto: a GPU if there is one."""
+    device: Device = "auto"
+    """auto: a CUDA GPU if there is one; mps (untested) on a Mac."""
     threads: Annotated[int | None, Range(1, 1_024)] = None
     """CPU threads."""
 

@@ -26,7 +26,8 @@ Train a network, test it once at the end, and keep everything in one run directo
   --no-reconstruction        train without the decoder; --reconstruction-weight, --mask label|prediction
   --epochs N                 [3; more for few images of your own]; --batch-size N over all devices together [128]
   --lr X                     learning rate at the start [0.001]; --seed N [0]
-  --device auto|cpu|cuda     --devices N processes   [1]; --precision auto|32|bf16 of the convolutions   [auto]
+  --device auto|cpu|cuda|mps --devices N processes [1]; --precision auto|32|bf16 of the convolutions [auto]; mps is
+                             untested
   --out DIR                  run directory   [runs/DATA-MODEL-seedN]; --overwrite replaces the run in it
   --config FILE              start from a config.yaml; options given beside it win
   --resume DIR               go on with a run that was stopped or killed, or with more --epochs
