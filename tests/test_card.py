@@ -11,6 +11,7 @@ from capsnet.cli.parsing import parse, start
 from capsnet.cli.train import _Train
 from capsnet.config import Config, preset
 from capsnet.data.photo import Frame
+from capsnet.data.preprocessing import Preprocessing
 from capsnet.errors import InputError
 
 CARD = Card(
@@ -18,7 +19,7 @@ CARD = Card(
     epochs=20,
     train_images=55_000,
     test={"error_percent": 0.5, "wrong": 50, "total": 10_000, "interval": (0.4, 0.6)},
-    frame=Frame(0.0, 20 / 28),
+    preprocessing=Preprocessing(28, 28, 1, framing="digits", frame=Frame(0.0, 20 / 28)),
     threshold=Threshold(30.0, 0.05, 5_000, "validation"),
 )
 

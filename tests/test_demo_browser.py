@@ -15,7 +15,7 @@ from capsnet.demo.app import application
 from capsnet.demo.serving import bind
 from capsnet.demo.viewer import Viewer
 from capsnet.models import create
-from tiny import SIZES
+from tiny import SIZES, reading
 
 pytestmark = pytest.mark.e2e
 pytest.importorskip("starlette", reason="the extra demo is not installed: no starlette")
@@ -61,14 +61,18 @@ def serving(viewer: Viewer) -> Iterator[str]:
 @pytest.fixture(scope="module")
 def address() -> Iterator[str]:
     network, card = runs.load("capsnet-mnist"), runs.load_card("capsnet-mnist")
-    yield from serving(Viewer(network, "capsnet-mnist", frame=card.frame, threshold=card.threshold))
+    yield from serving(
+        Viewer(network, "capsnet-mnist", reading=card.reading(network.image_shape), threshold=card.threshold)
+    )
 
 
 @pytest.fixture(scope="module")
 def colour_address() -> Iterator[str]:
     torch.manual_seed(0)
     network = create("capsnet", image_shape=(3, 24, 40), num_classes=12, **SIZES).eval().requires_grad_(False)
-    yield from serving(Viewer(network, "colour", frame=None, threshold=Threshold(1e-6, 0.05, 9, "train")))
+    yield from serving(
+        Viewer(network, "colour", reading=reading((3, 24, 40)), threshold=Threshold(1e-6, 0.05, 9, "train"))
+    )
 
 
 @pytest.fixture(scope="module")

@@ -148,7 +148,7 @@ def test_nothing_of_the_tracing_stays_in_the_kernels(exported: Exported) -> None
 
 
 def test_a_card_goes_along(tmp_path: Path) -> None:
-    card = Card(config={"data": "mnist"}, frame=Frame(0.0, 0.5))
+    card = Card(config={"data": "mnist"}, preprocessing=reading((1, 12, 13), Frame(0.0, 0.5)))
     export(KINDS["baseline"], tmp_path / "x", format="safetensors", images=images(2), card=card)
     assert runs.load_card(tmp_path / "x") == card
     export(KINDS["baseline"], tmp_path / "y", format="safetensors", images=images(2))

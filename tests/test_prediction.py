@@ -10,7 +10,7 @@ from capsnet.data.photo import Frame
 from capsnet.errors import InputError
 from capsnet.models import Network, create
 from capsnet.prediction import Prediction, predict
-from tiny import SIZES
+from tiny import SIZES, reading
 
 
 @pytest.fixture
@@ -66,7 +66,9 @@ def test_a_bad_file_costs_no_other_its_prediction(network: Network, files: list[
 
 def test_the_card_flags_strangers_and_frames_photographs(network: Network, files: list[Path], tmp_path: Path) -> None:
     errors = sorted(float(good(one).error or 0) for one in predict(network, [("", path) for path in files]))
-    card = Card(threshold=Threshold(errors[2], 0.05, 100, "validation"), frame=Frame(0.0, 0.7))
+    card = Card(
+        threshold=Threshold(errors[2], 0.05, 100, "validation"), preprocessing=reading((1, 12, 13), Frame(0.0, 0.7))
+    )
     found = [good(one) for one in predict(network, [("", path) for path in files], card=card)]
     assert sorted(float(one.error or 0) > errors[2] for one in found) == [False, False, False, True, True]
     assert all(one.stranger == (float(one.error or 0) > errors[2]) for one in found)

@@ -15,6 +15,8 @@ from torch import Tensor
 
 from capsnet.config import Config
 from capsnet.data import Dataset, Split
+from capsnet.data.photo import Frame
+from capsnet.data.preprocessing import Preprocessing
 
 SIZES: dict[str, Any] = {
     "conv_channels": 8,
@@ -28,6 +30,12 @@ SIZES: dict[str, Any] = {
 REAL = Path(os.environ.get("CAPSNET_DATA") or Path(__file__).parents[2] / "shared" / "data").resolve()
 """Where the real data sets are, if they are; told by the reason of a skipped test."""
 TIMES = ("images_per_second", "seconds")  # columns of metrics.csv that measure the machine
+
+
+def reading(shape: tuple[int, int, int], frame: Frame | None = None, **options: Any) -> Preprocessing:
+    """How files become images of a shape, framed if a frame is given."""
+    channels, height, width = shape
+    return Preprocessing(height, width, channels, framing="digits" if frame else "off", frame=frame, **options)
 
 
 def photos(root: Path, *, count: int = 30, size: tuple[int, int] = (12, 13), classes: str = "abc") -> Path:

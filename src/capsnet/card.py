@@ -8,8 +8,10 @@ from typing import Any, TypedDict, cast
 
 from capsnet import config as config_file
 from capsnet.analysis.strangers import Threshold
-from capsnet.config import Config, preset_differences
+from capsnet.config import Config, preset_differences, size_of
+from capsnet.data import available, describe
 from capsnet.data.photo import Frame
+from capsnet.data.preprocessing import Preprocessing
 from capsnet.errors import InputError
 from capsnet.files import read_json
 from capsnet.schema import checked
@@ -37,7 +39,8 @@ class Card:
         epochs: passes over the training images.
         train_images: number of them.
         test: `error_percent`, `wrong`, `total` and 95 % `interval` on all test images.
-        frame: how the ink lies in the training images; None where they have no plain ground.
+        preprocessing: how image files become what the network sees; see `reading`.
+        frame: how the ink lies in the training images, of cards from before `preprocessing`.
         threshold: above which reconstruction error an input is no object of the known classes; None without a decoder.
     """
 
@@ -45,6 +48,7 @@ class Card:
     epochs: int | None = None
     train_images: int | None = None
     test: Tested = field(default_factory=lambda: cast(Tested, {}))
+    preprocessing: Preprocessing | None = None
     frame: Frame | None = None
     threshold: Threshold | None = None
 
@@ -52,6 +56,24 @@ class Card:
     def data(self) -> str | None:
         """Data set that the weights were trained on."""
         return self.config.get("data")
+
+    def reading(self, image_shape: tuple[int, int, int]) -> Preprocessing:
+        """How image files become what the network sees: as the card says, or as one of an earlier version means.
+
+        Args:
+            image_shape: channels, height and width of the network's images.
+        """
+        if self.preprocessing is not None:
+            return self.preprocessing
+        channels, height, width = image_shape
+        name, crop = self.data, self.config.get("crop")
+        known = describe(str(name)) if name in available() else None
+        if crop is not None:
+            whole = known.image_shape[1:] if known else (height, width)
+            height, width = size_of(self.config.get("image_size")) or whole
+        digits = known is not None and known.framing == "digits" and self.frame is not None
+        frame = self.frame if digits else None
+        return Preprocessing(height, width, channels, crop, framing="digits" if digits else "off", frame=frame)
 
     @property
     def command(self) -> str | None:

@@ -21,12 +21,15 @@ __all__ = [
     "preset",
     "preset_differences",
     "read",
+    "size_of",
     "with_defaults",
     "write",
 ]
 
 LARGEST_SEED = 2**62 - 1
 """PyTorch takes seeds of 64 bits, and strokes are drawn from three times a seed and the next two numbers."""
+LARGEST_SIDE = 10_000
+"""Pixels, of images as a network sees them."""
 MOST_ITERATIONS = 100
 """That of `routing`, which is not imported here for the torch it needs."""
 Device = Literal["auto", "cpu", "cuda", "mps"]
@@ -51,10 +54,19 @@ class Config:
     """Data set (see `capsnet list data`), or a folder of your own images with a sub-folder for each class."""
     data_dir: str | None = None
     """The only directory to look for the files of `data` in; without it CAPSNET_DATA, the cache, then the mirrors."""
-    image_size: int | None = None
-    """Resize images to this many pixels square."""
+    image_size: int | str | None = None
+    """Resize images to this many pixels square, or to HEIGHTxWIDTH, without regard to their proportions. Default: as
+    they are; of a folder 32, unless all are of one size of at most 40 pixels a side."""
     channels: int | None = None
     """Turn images to 1 (grey) or 3 (colour) channels."""
+    bit_depth: int | None = None
+    """Of a folder's integer images of more than 8 bits. Default: that of their tags, else the fewest bits that hold all
+    values."""
+    framing: Literal["off", "digits"] | None = None
+    """digits: cut out the ink of an image file, scale and centre it as in MNIST, unless it has the network's size. Used
+    for a folder's images, and for every file that the network is then shown. Default: that of the data set."""
+    skip_unreadable: bool = False
+    """Pass over files of a folder that are no images, and tell of them."""
     validation: int | None = None
     """Training images held out for validation; 0 trains on all. Default: the data set's own validation split, else a
     tenth of the training images, at most 5,000."""
@@ -217,7 +229,7 @@ _MOST = {
     "seed": LARGEST_SEED,
     "data_seed": LARGEST_SEED,
     "routing_iterations": MOST_ITERATIONS,
-    "image_size": 10_000,  # as the largest image that is read, of 100,000,000 pixels
+    "image_size": LARGEST_SIDE,
     "threads": 1024,  # OpenMP ends the process where it cannot start as many
 }
 """The largest whole number of an option; `_LARGEST` of those that are not named here."""
@@ -231,7 +243,7 @@ _ANY = (lambda x: True, "")
 _RULES: dict[str, tuple[Any, str]] = {
     **dict.fromkeys(
         (
-            "image_size", "train_images", "crop", "routing_iterations", "conv_channels", "conv_kernel", "conv_stride",
+            "train_images", "crop", "routing_iterations", "conv_channels", "conv_kernel", "conv_stride",
             "capsule_types", "primary_dim", "primary_kernel", "primary_stride", "class_dim", "batch_size", "devices",
             "threads", "log_every",
         ),
@@ -256,6 +268,8 @@ _RULES: dict[str, tuple[Any, str]] = {
     "rotation": (lambda x: 0 <= x <= 180, "0 to 180 degrees"),
     "lr_decay": (lambda x: 0 < x <= 1, "in (0, 1]"),
     "channels": (lambda x: x in (1, 3), "1 or 3"),
+    "bit_depth": (lambda x: 8 <= x <= 32, "8 to 32"),
+    "image_size": (lambda x: size_of(x) is not None, f"pixels, 1 to {LARGEST_SIDE:,}, or HEIGHTxWIDTH, as 48x64"),
     "m_pos": (lambda x: 0 < x <= 1, "in (0, 1]"),
     "m_neg": _FRACTION,
     "decoder_sizes": (lambda x: all(1 <= size <= _LARGEST for size in x), f"widths of 1 to {_LARGEST:,}"),
@@ -278,6 +292,15 @@ PRESETS: dict[str, dict[str, Any]] = {
 `authors` is https://github.com/Sarasra/models/tree/master/research/capsules. Its margin loss is averaged over classes,
 ten in all its MNIST experiments; with another number of classes give `margin_scale` as 0.5 divided by that number.
 """
+
+
+def size_of(image_size: int | str | None) -> tuple[int, int] | None:
+    """Height and width that `--image-size` means; None for None, and where it means none."""
+    sides = str(image_size).lower().split("x")
+    if image_size is None or not all(side.isascii() and side.isdecimal() and len(side) < 6 for side in sides):
+        return None
+    height, width = int(sides[0]), int(sides[-1])
+    return (height, width) if len(sides) < 3 and 1 <= min(height, width) <= max(height, width) <= LARGEST_SIDE else None
 
 
 def preset(name: str) -> Config:

@@ -4,7 +4,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -12,7 +12,7 @@ from torch import Tensor
 from capsnet import functional as F
 from capsnet.card import Card
 from capsnet.data.dataset import to_float
-from capsnet.data.photo import Prepared, prepare
+from capsnet.data.preprocessing import Framing, Invert, Prepared, Preprocessing
 from capsnet.errors import InputError
 from capsnet.models import Network
 
@@ -33,6 +33,7 @@ class Prediction:
         stranger: whether `error` is above the card's threshold; None without either.
         inverted: whether dark and light were swapped.
         framed: whether the ink was cut out, scaled and centred.
+        notes: what else is to be told: that the image is empty, or what reading it lost or changed.
         image: as the network saw it, `float32 [channels, height, width]` in [0, 1].
         reconstruction: of the same shape, None without a decoder.
     """
@@ -46,6 +47,7 @@ class Prediction:
     stranger: bool | None
     inverted: bool
     framed: bool
+    notes: tuple[str, ...]
     image: Tensor
     reconstruction: Tensor | None
 
@@ -61,6 +63,7 @@ class Prediction:
             "stranger": self.stranger,
             "inverted": self.inverted,
             "framed": self.framed,
+            "notes": "; ".join(self.notes),
         }
 
 
@@ -69,8 +72,10 @@ def predict(
     sources: Iterable[tuple[str, str | Path | bytes]],
     *,
     card: Card | None = None,
-    invert: Literal["auto", "yes", "no"] = "auto",
+    framing: Framing | None = None,
+    invert: Invert = "auto",
     batch_size: int = 64,
+    precision: str = "32",
 ) -> Iterator[Prediction | InputError]:
     """Predict images one after the other; a bad file costs no other its prediction.
 
@@ -78,8 +83,10 @@ def predict(
         network: trained, in evaluation mode.
         sources: name of each image, and its place or content.
         card: of the network, see `runs.load_card`; without one, images are only resized, and none is a stranger.
-        invert: see `data.photo.prepare`.
+        framing: in place of the card's; see `data.preprocessing`.
+        invert: see `data.preprocessing`.
         batch_size: images at a time; only memory and speed depend on it.
+        precision: `32`, or `bf16` for convolutions and decoder.
 
     Yields:
         In the order of `sources`: a prediction, or the InputError of a file that is no readable image.
@@ -87,11 +94,12 @@ def predict(
     if network.objects > 1:
         raise InputError(f"network must be of images that show one object each; got one that finds {network.objects}")
     card = card or Card()
+    reading = card.reading(network.image_shape).with_framing(framing)
     waiting = iter(sources)
     while batch := list(islice(waiting, batch_size)):
-        prepared = [_prepared(network, name, source, card, invert) for name, source in batch]
+        prepared = [_prepared(reading, name, source, invert) for name, source in batch]
         ready = [one.image for one in prepared if isinstance(one, Prepared)]
-        found = iter(_answers(network, torch.stack(ready)) if ready else ())
+        found = iter(_answers(network, torch.stack(ready), precision) if ready else ())
         for (name, _), one in zip(batch, prepared, strict=True):
             if isinstance(one, InputError):
                 yield one
@@ -109,27 +117,28 @@ def predict(
                 stranger=None if limit is None or error is None else error > limit,
                 inverted=one.inverted,
                 framed=one.framed,
+                notes=one.notes,
                 image=image,
                 reconstruction=reconstruction,
             )
 
 
-def _prepared(
-    network: Network, name: str, source: str | Path | bytes, card: Card, invert: Literal["auto", "yes", "no"]
-) -> Prepared | InputError:
+def _prepared(reading: Preprocessing, name: str, source: str | Path | bytes, invert: Invert) -> Prepared | InputError:
     try:
-        place = Path(source) if isinstance(source, str) else source
-        return prepare(place, network.image_shape, frame=card.frame, invert=invert, name=name)
+        return reading(Path(source) if isinstance(source, str) else source, invert=invert, name=name)
     except InputError as error:
         return error
 
 
 @torch.inference_mode()
-def _answers(network: Network, images: Tensor) -> list[tuple[Tensor, Tensor, Tensor | None, float | None]]:
+def _answers(
+    network: Network, images: Tensor, precision: str
+) -> list[tuple[Tensor, Tensor, Tensor | None, float | None]]:
     """For each image: itself, the scores, its reconstruction and the error of that."""
     device = next(network.parameters()).device
     inputs = to_float(images).to(device)
-    output = network(inputs)
+    with torch.autocast(device.type, dtype=torch.bfloat16, enabled=precision == "bf16"):
+        output = network(inputs)
     scores = output.scores if output.pose is not None else output.scores.softmax(-1)
     if output.reconstruction is None:
         return [(image, row, None, None) for image, row in zip(inputs.cpu(), scores.cpu(), strict=True)]

@@ -12,7 +12,7 @@ from capsnet import machine, runs, train
 from capsnet.bench import gate, work
 from capsnet.bench.clock import Tape, Task, clock, timed
 from capsnet.bench.gate import Check
-from capsnet.config import Config, with_defaults
+from capsnet.config import Config, size_of, with_defaults
 from capsnet.data import Dataset, Split
 from capsnet.feed import Feed
 from capsnet.graph import GraphedStep, check_graph
@@ -34,8 +34,7 @@ PARTS: dict[str, tuple[str, ...]] = {
 
 def image_shape(config: Config) -> tuple[int, int, int]:
     """Channels, height and width: those of MNIST where the configuration leaves them open."""
-    size = config.image_size or 28
-    return config.channels or 1, size, size
+    return config.channels or 1, *(size_of(config.image_size) or (28, 28))
 
 
 def layout(config: Config, classes: int) -> Network:

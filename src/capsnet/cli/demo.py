@@ -1,7 +1,7 @@
 """The verb `demo`."""
 
 from dataclasses import dataclass
-from typing import Annotated
+from typing import Annotated, Literal
 
 from tyro.conf import Positional
 
@@ -23,6 +23,8 @@ class _Demo:
 
     model: Positional[str] = "capsnet-mnist"
     """Run directory, a folder with config.json and model.safetensors, or the name of weights of the package."""
+    framing: Literal["off", "digits"] | None = None
+    """digits: find the ink of an image file, scale and centre it as in MNIST; default: that of the network."""
     host: str = "127.0.0.1"
     """Address to serve at; 0.0.0.0 lets other machines use the page too."""
     port: Annotated[int, Range(0, 65535)] = 8000
@@ -45,7 +47,9 @@ def run(arguments: list[str]) -> int:
     from capsnet.demo import Viewer, serve
 
     card = runs.load_card(command.model)
-    viewer = Viewer(runs.load(command.model), command.model, frame=card.frame, threshold=card.threshold)
+    network = runs.load(command.model)
+    reading = card.reading(network.image_shape).with_framing(command.framing)
+    viewer = Viewer(network, command.model, reading=reading, threshold=card.threshold)
     try:
         serve(
             viewer,

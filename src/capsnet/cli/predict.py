@@ -2,7 +2,7 @@
 
 import csv
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
@@ -27,8 +27,9 @@ __all__ = ["run"]
 class _Predict:
     """Say what image files show: class, presence (length of its capsule), runner-up, reconstruction error.
 
-    Any size, grey or colour, dark on light or light on dark: images are made like those that the network was trained
-    on, and what was done is said. An image that the network cannot draw again is marked as a stranger.
+    Any size, grey or colour: images are read as those that the network was trained on, and what else was done is said.
+    Where it knows digits framed as in MNIST, a digit is found on its photograph, dark on light or light on dark. An
+    image that the network cannot draw again is marked as a stranger.
 
     Examples:
       capsnet predict capsnet-mnist photo-of-a-digit.jpg
@@ -40,8 +41,11 @@ class _Predict:
     """Run directory, folder with weights, or the name of weights that come with the package."""
     files: Positional[Annotated[tuple[str, ...], arg(metavar="FILES")]]
     """Image files, folders of them (with all below), or - for one image from standard input."""
+    framing: Literal["off", "digits"] | None = None
+    """digits: find the ink, scale and centre it as in MNIST, unless the image has the network's size; default: that of
+    the network."""
     invert: Literal["auto", "yes", "no"] = "auto"
-    """Swap dark and light; auto: where an image's ground is the opposite of the training images'."""
+    """Swap dark and light; auto: with framing digits, where the ground is the opposite of that of training images."""
     save_reconstructions: str | None = None
     """Write each image as the network saw it beside its reconstruction to this directory."""
     overwrite: bool = False
@@ -63,7 +67,9 @@ def run(arguments: list[str]) -> int:
         raise InputError("--json and --csv must not be given both; got both")
     if not command.files:
         raise InputError("FILES must be image files, folders or -; got none")
-    names = list(_names(command.files))
+    names, passed = _names(command.files)
+    for note in passed:
+        say(f"capsnet predict: {note}")
     from dataclasses import replace
 
     from capsnet import machine
@@ -78,7 +84,16 @@ def run(arguments: list[str]) -> int:
     device = machine.resolve_device(replace(Config(), device=command.device))
     sources = ((name, sys.stdin.buffer.read() if name == "-" else Path(name)) for name in names)
     network = subject.network.to(device)
-    predictions = predict(network, sources, card=subject.card, invert=command.invert, batch_size=command.batch_size)
+    precision = subject.precision(device)
+    predictions = predict(
+        network,
+        sources,
+        card=subject.card,
+        framing=command.framing,
+        invert=command.invert,
+        batch_size=command.batch_size,
+        precision=precision,
+    )
     write = _Writer(command, width=_width(names), label=_width(network.classes))
     faults = 0
     for number, found in enumerate(predictions):
@@ -124,6 +139,7 @@ class _Writer:
         self.rows.append(found)
         self.strangers += bool(found.stranger)
         notes = [note for note, is_so in (("inverted", found.inverted), ("centred and scaled", found.framed)) if is_so]
+        notes += found.notes
         if found.stranger:
             notes.insert(0, "STRANGER?")
         error = "-" if found.error is None else f"{found.error:.1f}"
@@ -147,25 +163,26 @@ def _width(names: Iterable[str]) -> int:
     return max(len(visible(name)) for name in names)
 
 
-def _names(files: tuple[str, ...]) -> Iterator[str]:
-    """The files, and the images in folders and below, in natural order."""
-    from capsnet.data.folder import image_files
+def _names(files: tuple[str, ...]) -> tuple[list[str], list[str]]:
+    """The files, and the images in folders and below, in natural order; and what was passed over in folders."""
+    from capsnet.data.image_folder import image_files
 
     if files.count("-") > 1:
         raise InputError("- must be given once at most, for the one image on standard input; got it twice")
+    names, passed = list[str](), list[str]()
     for file in files:
         path = Path(file)
-        if file == "-":
-            yield file
-        elif path.is_dir():
-            found = image_files(path)
+        if path.is_dir():
+            found, notes = image_files(path)
+            passed += [f"{file}: {note}" for note in notes]
             if not found:
                 raise InputError(f"folder {file} must hold images; got none")
-            yield from map(str, found)
-        elif path.is_file():
-            yield file
+            names += map(str, found)
+        elif file == "-" or path.is_file():
+            names.append(file)
         else:
             raise InputError(f"FILES must be image files, folders or -; got {file}, which does not exist")
+    return names, passed
 
 
 def _places(names: list[str], directory: Path, *, overwrite: bool) -> list[Path]:

@@ -12,10 +12,12 @@ from capsnet.config import Config
 from capsnet.errors import InputError
 
 if TYPE_CHECKING:
+    import torch
     from torch import Tensor
 
     from capsnet.card import Card
     from capsnet.data import Dataset, Split
+    from capsnet.data.manifest import Manifest
     from capsnet.models import Network
     from capsnet.plots.figure import Figure
 
@@ -97,7 +99,7 @@ class Subject:
         if data is None:
             raise InputError(f"--data must be given for {self.model}, which does not say what it was trained on")
         channels, height, width = self.network.image_shape
-        return Config(image_size=height if height == width else None, channels=channels)
+        return Config(image_size=f"{height}x{width}", channels=channels if channels in (1, 3) else None)
 
     def dataset(
         self, data: str | None = None, data_dir: str | None = None, *, held_out: bool = True, any_will_do: bool = False
@@ -114,9 +116,9 @@ class Subject:
             InputError: the data cannot be had, or other classes.
         """
         from capsnet import train
-        from capsnet.data import describe
+        from capsnet.data import describe, is_folder
 
-        trained = self.trained(data)
+        trained, recorded = self.trained(data), self.recorded()
         options = replace(
             trained,
             data=data or trained.data,
@@ -124,22 +126,23 @@ class Subject:
             validation=trained.validation if held_out else 0,
             devices=1,
         )
+        if data is not None and is_folder(data) and not self._is_own(options, recorded):
+            return self._of_others(options, recorded)
+        own = data is None or (recorded is not None and bool(recorded.splits))
         try:
-            dataset = train.prepare_data(options)
+            dataset = train.prepare_data(
+                options, recorded=recorded if own else None, shares=not own or recorded is not None, tell=say
+            )
         except InputError as error:
             strokes = describe("strokes")
-            if (
-                data
-                or not any_will_do
-                or (self.network.image_shape, self.network.classes)
-                != (
-                    strokes.image_shape,
-                    strokes.classes,
-                )
-            ):
+            known = (strokes.image_shape, strokes.classes)
+            if data or not any_will_do or (self.network.image_shape, self.network.classes) != known:
                 raise
             say(f"capsnet: {trained.data} cannot be read, so strokes are shown ({error})")
             dataset = train.prepare_data(replace(options, data="strokes", validation=None))
+            own = False
+        if own:
+            self._tell_differences(dataset, recorded)
         unnamed = self.network.classes == tuple(str(k) for k in range(len(dataset.classes)))
         if dataset.classes != self.network.classes and not unnamed:
             raise InputError(
@@ -148,6 +151,82 @@ class Subject:
             )
         self.network.check_images(dataset.test.images[:1].float())
         return dataset
+
+    def recorded(self) -> "Manifest | None":
+        """Which images its run used; None where that is not known."""
+        from capsnet import runs
+
+        return runs.Run(self.folder).manifest()
+
+    def precision(self, device: "torch.device") -> str:
+        """The precision that it is run in on a device: that of its training, as far as the device has it."""
+        from capsnet import machine
+
+        return machine.resolve_precision(replace(self._config or Config(), devices=1), device, self.network)
+
+    def _is_own(self, options: Config, recorded: "Manifest | None") -> bool:
+        """Whether a folder holds the images of the run, wherever it is."""
+        from capsnet.data.image_folder import scan
+        from capsnet.data.manifest import Manifest
+
+        if recorded is None or not recorded.splits:
+            return False
+        lines = Manifest.of_folder(scan(options.data, classes=recorded.classes)).lines
+        there = {line.path: line.hash for line in lines}
+        return all(there.get(line.path) == line.hash for line in recorded.lines)
+
+    def _of_others(self, options: Config, recorded: "Manifest | None") -> "Dataset":
+        """A folder that it was not trained on, as far as it has its classes: all images, or those of each split."""
+        from capsnet.data.dataset import Dataset
+        from capsnet.data.image_folder import scan
+
+        reading = replace(self.card.reading(self.network.image_shape), crop=None)
+        folder = scan(options.data, skip_unreadable=options.skip_unreadable, classes=self._class_names(options.data))
+        for note in folder.notes:
+            say(f"capsnet: {folder.root}: {note}")
+        if recorded is not None:
+            trained = {line.hash for line in recorded.lines if line.hash and line.split in ("train", "validation")}
+            seen = sum(file.hash in trained for file in folder.files)
+            if seen:
+                say(f"capsnet: {folder.root}: {seen:,} of {len(folder.files):,} images were used in training")
+        splits = folder.decoded(reading, tell=say)
+        every = splits.get("") or splits.get("test") or splits.get("validation") or splits["train"]
+        dataset = Dataset(
+            str(folder.root),
+            self.network.classes,
+            splits.get("train", every),
+            splits.get("test", every),
+            splits.get("validation", every),
+        )
+        crop = self.card.reading(self.network.image_shape).crop
+        return dataset if crop is None else dataset.cropped(crop)
+
+    def _class_names(self, data: str) -> tuple[str, ...]:
+        """The network's classes as a folder calls them; of a network that numbers them, the folder's own."""
+        from capsnet.data.image_folder import one_form, scan
+
+        count = len(self.network.classes)
+        if self.network.classes == tuple(str(k) for k in range(count)):
+            try:
+                found = scan(data).classes
+            except InputError:
+                found = ()
+            if len(found) == count:
+                return found
+        return tuple(map(one_form, self.network.classes))
+
+    def _tell_differences(self, dataset: "Dataset", recorded: "Manifest | None") -> None:
+        """Say what of the data is no longer as it was when the run began, and what was passed over."""
+        from capsnet.data.manifest import Manifest
+
+        for note in dataset.notes:
+            say(f"capsnet: {dataset.name}: {note}")
+        if recorded is None:
+            if dataset.folder is not None:
+                say(f"capsnet: {self.model} has no manifest of its images, so {dataset.name} is divided anew")
+            return
+        for difference in recorded.differences(Manifest.of(dataset)):
+            say(f"capsnet: {dataset.name} is not as it was trained on: {difference}")
 
     def split(self, dataset: "Dataset", name: str) -> "Split":
         """The split `test`, `validation` or `train` of a data set.
@@ -169,12 +248,9 @@ class Subject:
         import torch
 
         from capsnet.data.dataset import to_float
-        from capsnet.data.photo import prepare
 
-        shape = self.network.image_shape
-        return to_float(
-            torch.stack([prepare(Path(file), shape, frame=self.card.frame, invert=invert).image for file in files])
-        )
+        reading = self.card.reading(self.network.image_shape)
+        return to_float(torch.stack([reading(Path(file), invert=invert).image for file in files]))
 
     def place(self, name: str, out: str | None, *, suffix: str, overwrite: bool) -> Path:
         """Where a figure goes: `out`, or `figures/` of the run, or the working directory.

@@ -95,9 +95,9 @@ def run(arguments: list[str]) -> int:
             "figure": str(result.figure) if result.figure else None,
             "report": str(result.report) if result.report else None,
         }
-        show_json({**result.test.to_dict(), **files})
+        show_json({"tested": result.tested, **result.test.to_dict(), **files})
         return 0
-    show(f"test {result.test.summary()}")
+    show(f"{result.tested} {result.test.summary()}")
     show(f"run directory: {result.directory}")
     if result.figure:
         show(f"reconstructions: {result.figure}")

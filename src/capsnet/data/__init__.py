@@ -10,16 +10,18 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import numpy as np
 import torch
-from torch.nn import functional as F
 
+from capsnet.config import size_of
 from capsnet.data import affnist, cifar, fetch, idx, smallnorb, svhn
 from capsnet.data.dataset import Dataset, Split, check_memory
 from capsnet.data.fetch import Source
 from capsnet.data.multimnist import multimnist
+from capsnet.data.preprocessing import Framing
 from capsnet.errors import InputError
 
-__all__ = ["Dataset", "Description", "Split", "available", "describe", "load", "load_split"]
+__all__ = ["Dataset", "Description", "Split", "available", "describe", "is_folder", "load", "load_split"]
 
 
 @dataclass(frozen=True)
@@ -34,6 +36,7 @@ class Description:
         test: number of test images.
         licence: of the data.
         source: who made it and what to cite.
+        framing: `digits` where they are framed as in MNIST, so that photographs of digits can be made like them.
         where: its files on this machine, unverified; empty where there are none, or where none are needed.
         missing: names of files that are not on this machine; empty where none are.
     """
@@ -45,6 +48,7 @@ class Description:
     test: int
     licence: str
     source: str
+    framing: Framing = "off"
     where: tuple[Path, ...] = ()
     missing: tuple[str, ...] = ()
 
@@ -58,6 +62,7 @@ _DESCRIPTIONS = (
         test=2_000,
         licence="that of capsnet",
         source="drawn by capsnet itself, with the true pose of every digit; needs no download",
+        framing="digits",
     ),
     Description(
         name="mnist",
@@ -68,6 +73,7 @@ _DESCRIPTIONS = (
         licence="not stated by its authors, usually given as CC BY-SA 3.0",
         source="LeCun, Cortes, Burges; cite LeCun et al., Gradient-based learning applied to document "
         "recognition, Proc. IEEE 86(11), 1998",
+        framing="digits",
     ),
     Description(
         name="multimnist",
@@ -88,6 +94,7 @@ _DESCRIPTIONS = (
         licence="that of mnist, of which its images are made",
         source="made of mnist by capsnet: digits at random places on black, for affnist, as in Sabour, Frosst, Hinton, "
         "Dynamic Routing Between Capsules, NIPS 2017, Section 5.2",
+        framing="digits",
     ),
     Description(
         name="affnist",
@@ -98,6 +105,7 @@ _DESCRIPTIONS = (
         licence="not stated by its author; training images as mnist",
         source="Tijmen Tieleman, https://www.cs.toronto.edu/~tijmen/affNIST/; trained on expanded-mnist and tested on "
         "affNIST; its test.mat is not downloaded but must be put in place, and read with scipy (capsnet[mat])",
+        framing="digits",
     ),
     Description(
         name="affnist-generated",
@@ -108,6 +116,7 @@ _DESCRIPTIONS = (
         licence="that of mnist, of which its images are made",
         source="made of mnist by capsnet: trained on expanded-mnist and tested on mnist's test images, each under one "
         "random affine transformation within affNIST's ranges, with the true factors; not the official test set",
+        framing="digits",
     ),
     Description(
         name="fashion-mnist",
@@ -250,6 +259,11 @@ def available() -> tuple[str, ...]:
     return tuple(one.name for one in _DESCRIPTIONS)
 
 
+def is_folder(name: str | os.PathLike[str]) -> bool:
+    """Whether a name is that of a directory, and not of a published data set."""
+    return name not in ("", *available()) and Path(name).expanduser().is_dir()
+
+
 def describe(name: str, *, data_dir: str | os.PathLike[str] | None = None) -> Description:
     """What is known of a registered data set, and which of its files are on this machine; reads none of them.
 
@@ -282,7 +296,7 @@ def load(
     name: str | os.PathLike[str],
     *,
     data_dir: str | os.PathLike[str] | None = None,
-    image_size: int | None = None,
+    image_size: int | str | None = None,
     channels: int | None = None,
     seed: int = 0,
 ) -> Dataset:
@@ -293,8 +307,9 @@ def load(
             for one that is called as a registered set).
         data_dir: the only directory to look for the files in; without it CAPSNET_DATA, the cache and the mirrors.
             A damaged file is an error, and not passed over; see `fetch.py`.
-        image_size: height and width in pixels: strokes are drawn at it, one's own images resized by Lanczos,
-            others by antialiased bicubic interpolation; None keeps what the set has.
+        image_size: side in pixels, or `"HEIGHTxWIDTH"`: strokes are drawn at it, others resized without regard to
+            proportions, Lanczos-filtered. None keeps what a published set has; a directory's images are then 32 x 32,
+            unless all are of one size of at most 40 pixels a side.
         channels: 1 for grey (luma of ITU-R BT.601), 3 for colour (grey repeated); None keeps what the set
             has, and nothing else will do for the two cameras of smallnorb.
         seed: of the strokes, and of the split of a directory without train/ and test/; others come split.
@@ -306,26 +321,30 @@ def load(
         >>> load("mnist").image_shape  # (1, 28, 28)
     """
     _check_shape(image_size, channels)
-    if name not in ("", *available()) and Path(name).expanduser().is_dir():
-        from capsnet.data.folder import folder
+    if is_folder(name):
+        from capsnet.data.image_folder import scan
 
-        return folder(name, image_size=image_size, channels=channels, seed=seed)
+        folder = scan(name).divided(seed=seed)
+        return folder.read(folder.preprocessing(size=size_of(image_size), channels=channels), channels=channels)
     _check_name(name)
     _check_channels(str(name), channels)
     if name == "strokes":
         from capsnet.data.strokes import strokes
 
-        drawn = strokes(seed=seed) if image_size is None else strokes(image_size=image_size, seed=seed)
+        height, width = size_of(image_size) or describe("strokes").image_shape[1:]
+        if height != width:
+            raise InputError(f"image_size of strokes must be one side, as they are square; got {image_size}")
+        drawn = strokes(image_size=height, seed=seed)
         own = None if drawn.validation is None else _fit(drawn.validation, None, channels)
         train, test = (_fit(split, None, channels) for split in (drawn.train, drawn.test))
         return Dataset("strokes", drawn.classes, train, test, own)
     if name == "multimnist":
         about = describe("multimnist")
-        if (channels or 1, image_size or about.image_shape[1]) != about.image_shape[:2]:
+        if (channels or 1, *(size_of(image_size) or about.image_shape[1:])) != about.image_shape:
             raise InputError(f"image_size and channels of multimnist must be 36 and 1; got {image_size} and {channels}")
         return multimnist(about.name, about.classes, *_read("mnist", _SPLITS, data_dir))
     if name in _PLACED:
-        shift = affnist.MARGIN if image_size is None else round(affnist.MARGIN * image_size / affnist.SIZE)
+        shift = round(affnist.MARGIN * min(size_of(image_size) or (affnist.SIZE,)) / affnist.SIZE)
         train, test = (_fit(split, image_size, channels) for split in _read_placed(str(name), _SPLITS, data_dir))
         return Dataset(str(name), describe(str(name)).classes, train, test, shift=shift, placed=True)
     train, test = (_fit(split, image_size, channels) for split in _read(str(name), _SPLITS, data_dir))
@@ -337,7 +356,7 @@ def load_split(
     split: str,
     *,
     data_dir: str | os.PathLike[str] | None = None,
-    image_size: int | None = None,
+    image_size: int | str | None = None,
     channels: int | None = None,
 ) -> Split:
     """One split of a published data set; the files of the other need not be there.
@@ -422,29 +441,33 @@ def _cifar_folder(source: Source, data_dir: str | os.PathLike[str] | None) -> Pa
     return fetch.download(source, name, lambda path: cifar.unpack(path, into), wanted=[name], data_dir=data_dir)
 
 
-def _fit(split: Split, image_size: int | None, channels: int | None) -> Split:
-    """The split with images of another size or number of channels; a thousand at a time are float."""
+def _fit(split: Split, image_size: int | str | None, channels: int | None) -> Split:
+    """The split with images of another size or number of channels, as they would be read from files of them."""
     count, has, height, width = split.images.shape
-    size = (height, width) if image_size is None else (image_size, image_size)
-    channels = has if channels is None else channels
+    size, channels = size_of(image_size) or (height, width), channels or has
     if (channels, *size) == (has, height, width):
         return split
+    from PIL import Image
+
     check_memory(count, (channels, *size))
-    luma = torch.tensor([0.299, 0.587, 0.114])  # ITU-R BT.601
     images = torch.empty(count, channels, *size, dtype=torch.uint8)
-    for start in range(0, count, 1000):
-        values = split.images[start : start + 1000].float()
-        if channels < has:
-            values = torch.einsum("nchw,c->nhw", values, luma)[:, None]
-        if size != (height, width):
-            values = F.interpolate(values, size=size, mode="bicubic", antialias=True)
-        images[start : start + 1000] = values.round().clamp(0, 255)  # grey is repeated over the channels
+    for k, image in enumerate(split.images):
+        planes = [image.permute(1, 2, 0).numpy()] if has == 3 else list(image.numpy())  # as many as cameras
+        for channel, plane in enumerate(planes):
+            one = Image.fromarray(plane)
+            one = one.convert("L") if channels < has else one
+            one = one.resize(size[::-1], Image.Resampling.LANCZOS) if one.size != size[::-1] else one
+            pixels = torch.from_numpy(np.array(one))
+            if len(planes) > 1:
+                images[k, channel] = pixels
+            else:  # grey is repeated over the channels
+                images[k] = pixels if pixels.ndim == 2 else pixels.permute(2, 0, 1)
     return Split(images, split.labels, split.factors)
 
 
-def _check_shape(image_size: int | None, channels: int | None) -> None:
-    if image_size is not None and image_size < 1:
-        raise InputError(f"image_size must be at least 1 pixel; got {image_size}")
+def _check_shape(image_size: int | str | None, channels: int | None) -> None:
+    if image_size is not None and size_of(image_size) is None:
+        raise InputError(f"image_size must be pixels, at least 1, or HEIGHTxWIDTH; got {image_size}")
     if channels not in (None, 1, 3):
         raise InputError(f"channels must be 1 (grey) or 3 (colour); got {channels}")
 

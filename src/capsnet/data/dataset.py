@@ -3,6 +3,7 @@
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Literal
 
 import torch
 from torch import Tensor
@@ -11,7 +12,11 @@ from capsnet.data.augment import Augmentation, centre_crop, move
 from capsnet.data.overlay import pairs
 from capsnet.errors import InputError
 
-__all__ = ["Dataset", "Split", "check_memory", "to_float"]
+if TYPE_CHECKING:
+    from capsnet.data.image_folder import ImageFolder
+    from capsnet.data.preprocessing import Preprocessing
+
+__all__ = ["Dataset", "Split", "check_memory", "stratified", "to_float"]
 
 MAX_BYTES = 8 * 2**30
 """Of the images of a data set, all of which are held in memory."""
@@ -77,7 +82,7 @@ class Split:
         objects = None
         if self.objects is not None:
             objects = torch.stack([centre_crop(one, size) for one in self.objects.unbind(1)], dim=1)
-        return Split(centre_crop(self.images, size), self.labels, self.factors, objects)
+        return replace(self, images=centre_crop(self.images, size), objects=objects)
 
     def paired(self, *, shift: int, seed: int) -> "Split":
         """Each image laid once over one of another class, see `overlay.pairs`."""
@@ -101,6 +106,10 @@ class Dataset:
         crop: side in pixels of the random square that a training cuts out of each image, anew in every step; the other
             splits hold the central one. None where images are used whole.
         placed: whether images held out for validation are moved once by up to `shift`, as those of the test are.
+        tested: what `test` is: "validation" where a folder has train/ and val/ but no test/.
+        folder: that the images were read from, with the files of each split in the order of its images.
+        preprocessing: how they were read from it; without `crop`.
+        notes: what is to be told of how they were read.
 
     Raises:
         InputError: a label outside `[0, len(classes))`, a split without images, splits that differ in shape, an image
@@ -116,6 +125,10 @@ class Dataset:
     objects: int = 1
     crop: int | None = None
     placed: bool = False
+    tested: Literal["test", "validation"] = "test"
+    folder: "ImageFolder | None" = None
+    preprocessing: "Preprocessing | None" = None
+    notes: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         if self.objects not in (1, 2):
@@ -182,7 +195,7 @@ class Dataset:
         return replace(self, test=self.test.cropped(size), validation=validation, crop=size)
 
     def with_train(self, count: int, *, seed: int) -> "Dataset":
-        """The same with `count` random training images only.
+        """The same with `count` random training images only, of each class its share.
 
         Args:
             count: number of images.
@@ -193,27 +206,32 @@ class Dataset:
         """
         if not 0 < count <= len(self.train):
             raise InputError(f"train_images must be 1 to the {len(self.train)} there are; got {count}")
-        order = torch.randperm(len(self.train), generator=torch.Generator().manual_seed(seed))
-        return replace(self, train=self.train.take(order[:count].sort().values))
+        chosen = stratified(self.train.labels, count, seed=seed)
+        return replace(self, train=self.train.take(chosen.sort().values), folder=None)
 
-    def with_validation(self, count: int, *, seed: int) -> "Dataset":
-        """Split `count` random images off the training split as validation.
+    def with_validation(self, count: int, *, seed: int, shares: bool = True) -> "Dataset":
+        """Split `count` random images off the training split as validation, of each class its share.
 
         Args:
             count: 0 to train on everything: then there is no validation split, not even the data set's own.
             seed: chooses the images; the same seed always chooses the same.
+            shares: False chooses from all classes together, as runs without a manifest did.
 
         Raises:
             InputError: `count` leaves nothing to train on.
         """
         if count == 0:
-            return replace(self, validation=None)
+            return replace(self, validation=None, folder=None)
         if not 0 < count < len(self.train):
             raise InputError(
                 f"validation must be 0 to {len(self.train) - 1} of the {len(self.train)} training images; got {count}"
             )
-        order = torch.randperm(len(self.train), generator=torch.Generator().manual_seed(seed))
-        held_out, kept = order[:count].sort().values, order[count:].sort().values
+        if shares:
+            order = stratified(self.train.labels, count, seed=seed, held_out=True)
+        else:
+            order = torch.randperm(len(self.train), generator=torch.Generator().manual_seed(seed))[:count]
+        kept = torch.ones(len(self.train), dtype=torch.bool).index_fill_(0, order, False).nonzero().flatten()
+        held_out = order.sort().values
         validation = self.train.take(held_out)
         if self.objects > 1:
             validation = validation.paired(shift=self.shift, seed=seed)
@@ -222,9 +240,45 @@ class Dataset:
             validation = replace(validation, images=move(validation.images, drawn))
         if self.crop:
             validation = validation.cropped(self.crop)
-        return replace(self, train=self.train.take(kept), validation=validation)
+        return replace(self, train=self.train.take(kept), validation=validation, folder=None)
 
 
 def to_float(images: Tensor) -> Tensor:
     """`uint8` intensities 0..255 as `float32` in [0, 1]."""
     return images.float().div_(255)
+
+
+def stratified(labels: Tensor, count: int, *, seed: int, held_out: bool = False) -> Tensor:
+    """`count` random places, of each class its share; the same seed always chooses the same, and fewer are among more.
+
+    Args:
+        labels: `int64 [N]`.
+        count: of places.
+        seed: chooses them.
+        held_out: of each class at least one is left; else of each class one comes first.
+
+    Returns:
+        `int64 [count]`.
+
+    Raises:
+        InputError: there are not so many to choose from.
+    """
+    order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(seed))
+    by_class = order[labels[order].argsort(stable=True)]
+    sizes = labels.bincount()
+    of_each = sizes[labels[by_class]]
+    rank = torch.arange(len(labels)) - (sizes.cumsum(0) - sizes)[labels[by_class]]
+    share = (rank + 0.5) / of_each  # of its class before it
+    if held_out:
+        by_class, share = by_class[rank < of_each - 1], share[rank < of_each - 1]
+        if count > len(by_class):
+            classes = int((sizes > 0).sum())
+            raise InputError(
+                f"validation must be 0 to {len(by_class)}, which leaves an image of each of {classes} classes to train "
+                f"on; got {count}"
+            )
+    else:
+        share = torch.where(rank == 0, 0.0, share)
+    place = torch.empty(len(labels), dtype=torch.int64).index_put_((order,), torch.arange(len(labels)))
+    mixed = place[by_class].argsort()  # where shares are equal, at random
+    return by_class[mixed][share[mixed].argsort(stable=True)][:count]

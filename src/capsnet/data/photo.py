@@ -1,19 +1,14 @@
-"""Images as people have them, made like the images a network was trained on.
+"""A digit on a photograph: found, scaled and centred as in MNIST (LeCun, Bottou, Bengio, Haffner 1998, Section III).
 
-A photograph of a digit on paper differs from a training image of MNIST in all but the digit: it is dark on
-light, large, unevenly lit, grainy, and the digit lies anywhere. Where the training images show something on a
-plain ground (`Frame`), `prepare` finds the ink on the paper, and scales and centres it as the makers of MNIST
-did (LeCun, Bottou, Bengio, Haffner 1998, Section III); where they are photographs themselves, it only resizes.
+A photograph of a digit on paper differs from a training image of MNIST in all but the digit: it is dark on light,
+large, unevenly lit, grainy, and the digit lies anywhere.
 
 How the ink is found: the ground is what is left when every patch that differs from its surroundings is filled
 to their level (`_ground`), so that gradients of light and shadows that reach the border belong to the ground;
 ink is the difference from the ground, relative to it on paper, since light multiplies. Nothing here is learned.
 """
 
-import threading
-import warnings
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Literal, NamedTuple
 
 import numpy as np
@@ -22,20 +17,20 @@ from jaxtyping import Bool, Float, UInt8
 from torch import Tensor
 from torch.nn import functional as F
 
-from capsnet.data.folder import read_image
 from capsnet.errors import InputError
 
-__all__ = ["Frame", "Prepared", "frame_of", "prepare"]
+__all__ = ["SIDE", "Frame", "Framed", "channels_first", "frame_digit", "frame_of", "is_opposite"]
+
+SIDE = 512
+"""Longer side in pixels at which the ink is looked for."""
 
 _PLAIN = 0.8  # share of the border's pixels that lie on the ground: MNIST 1.00, Fashion-MNIST 0.89, CIFAR-10 0.10
 _NEAR = 0.1  # of intensity: so close to black or white is the ground
-_SIDE = 512  # longer side in pixels at which the ink is looked for
 _GRID = 112  # and of the coarse grid for ground and connected parts
 _STROKE = 0.3  # of the shorter side: what is narrower is ink and no shadow
 _CROSSING = 0.12  # of the shorter side: what crosses the border and is narrower is the end of a stroke
 _FAINTEST = 0.06  # of intensity: below, differences from the ground are paper and not ink
 _SPECK = 0.08  # of the largest part's ink: what has less is dirt
-_LOCK = threading.Lock()  # filters of warnings belong to the process, not to a thread
 
 
 @dataclass(frozen=True)
@@ -60,18 +55,18 @@ class Frame:
             raise InputError(f"box of a frame must be in (0, 1]; got {self.box}")
 
 
-class Prepared(NamedTuple):
-    """An image ready for a network.
+class Framed(NamedTuple):
+    """A digit as a network that knows framed ones sees it.
 
     Attributes:
         image: intensities 0 to 255.
         inverted: whether dark and light were swapped.
-        framed: whether the ink was cut out, scaled and centred; False where the image was only resized.
+        empty: whether no ink was found, and the image is all ground.
     """
 
     image: UInt8[Tensor, "channels height width"]
     inverted: bool
-    framed: bool
+    empty: bool
 
 
 def frame_of(images: UInt8[Tensor, "n channels height width"]) -> Frame | None:
@@ -97,70 +92,43 @@ def frame_of(images: UInt8[Tensor, "n channels height width"]) -> Frame | None:
     return Frame(ground, float(longer.median())) if len(longer) else None
 
 
-def prepare(
-    source: Path | bytes,
+def frame_digit(
+    pixels: np.ndarray,
     image_shape: tuple[int, int, int],
+    frame: Frame,
     *,
-    frame: Frame | None,
     invert: Literal["auto", "yes", "no"] = "auto",
-    name: str | None = None,
-) -> Prepared:
-    """Make an image like those that a network was trained on.
+) -> Framed:
+    """Find the ink, stretch it to full contrast, scale and centre it.
 
-    An image of exactly the network's size is taken for one of its kind: only its colours are converted, and it
-    is inverted where its border is clearly nearer to the opposite of the frame's ground. Any other is resized
-    without regard to its proportions if there is no frame; else its ink is found, stretched to full contrast,
-    scaled in proportion so that its bounding box is as long as the frame's, and laid on the frame's ground with
-    its centre of mass in the middle, or as near to it as the box allows. An image without ink becomes all
-    ground and no error: an empty sheet among many shall not stop the others, and a network can say that it sees
-    nothing.
+    Its bounding box becomes as long as the frame's, and its centre of mass comes to the middle of the frame's ground,
+    or as near to it as the box allows. An image without ink becomes all ground and no error: an empty sheet among many
+    shall not stop the others.
 
     Args:
-        source: a file, or what it holds; still images of one page, see `folder.py`.
-        image_shape: channels (1 or 3), height and width of the network's images.
-        frame: of the training images; None if they have none.
-        invert: swap dark and light; `auto` where the ink is darker than its ground and the frame's ground is dark,
-            or both the other way; never without a frame.
-        name: what errors call the image; default the path.
-
-    Raises:
-        InputError: not a readable image, or a shape or a choice that does not exist.
-
-    Example:
-        >>> prepare(Path("seven.jpg"), (1, 28, 28), frame=Frame(ground=0.0, box=20 / 28)).image.shape
-        torch.Size([1, 28, 28])
+        pixels: `uint8 [H, W]` or `[H, W, 3]`.
+        image_shape: channels (1 or 3), height and width of the result.
+        frame: of the digits that the network knows.
+        invert: swap dark and light; `auto` where the ink is darker than its ground and the frame's ground is dark, or
+            both the other way.
     """
     channels, height, width = image_shape
-    if channels not in (1, 3) or height < 1 or width < 1:
-        raise InputError(f"image_shape must be 1 or 3 channels, and height and width from 1 on; got {image_shape}")
-    if invert not in ("auto", "yes", "no"):
-        raise InputError(f"invert must be auto, yes or no; got {invert!r}")
-    with _LOCK, warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        kind = 1 if channels == 1 else None
-        array = read_image(source, channels=kind, least=max(_SIDE, 2 * height, 2 * width), name=name)
-        same_size = array.shape[:2] == (height, width)
-        if frame is None and not same_size:
-            array = read_image(source, channels=kind, size=(height, width), name=name)
-    if frame is None or same_size:
-        image = _channels_first(array, channels)
-        swap = invert == "yes" or (invert == "auto" and frame is not None and _is_opposite(image, frame))
-        return Prepared(255 - image if swap else image, swap, framed=False)
-    work = _channels_first(_reduced(array), channels).float() / 255
+    work = channels_first(_reduced(pixels), channels).float() / 255
     dark = _ink_is_dark(work) if invert == "auto" else (frame.ground < 0.5) == (invert == "yes")
     ink = _placed(_ink(work if dark else 1 - work, on_paper=dark), height, width, frame.box)
     towards = (0.0 if frame.ground >= 0.5 else 1.0) - frame.ground
     image = ((frame.ground + towards * ink) * 255).round().to(torch.uint8)
-    return Prepared(image, dark == (frame.ground < 0.5), framed=True)
+    return Framed(image, dark == (frame.ground < 0.5), empty=not bool(ink.any()))
 
 
-def _channels_first(array: np.ndarray, channels: int) -> UInt8[Tensor, "channels height width"]:
+def channels_first(array: np.ndarray, channels: int) -> UInt8[Tensor, "channels height width"]:
+    """Pixels `[H, W]` or `[H, W, 3]` as a tensor of so many channels; grey is repeated."""
     image = torch.from_numpy(array)
     image = image[None] if image.ndim == 2 else image.permute(2, 0, 1)
     return image.expand(channels, -1, -1).contiguous()
 
 
-def _is_opposite(image: UInt8[Tensor, "channels height width"], frame: Frame) -> bool:
+def is_opposite(image: UInt8[Tensor, "channels height width"], frame: Frame) -> bool:
     """Whether the border is nearer to the opposite of the frame's ground by far."""
     level = float(image.float().mean(0)[_ring(*image.shape[1:])].median()) / 255
     return abs(level - (1 - frame.ground)) + 0.25 < abs(level - frame.ground)
@@ -174,13 +142,13 @@ def _ring(height: int, width: int) -> Bool[Tensor, "height width"]:
 
 
 def _reduced(array: np.ndarray) -> np.ndarray:
-    """At most `_SIDE` pixels on the longer side."""
+    """At most `SIDE` pixels on the longer side."""
     from PIL import Image
 
     longer = max(array.shape[:2])
-    if longer <= _SIDE:
+    if longer <= SIDE:
         return array
-    size = [max(1, round(side * _SIDE / longer)) for side in array.shape[1::-1]]
+    size = [max(1, round(side * SIDE / longer)) for side in array.shape[1::-1]]
     return np.array(Image.fromarray(array).resize((size[0], size[1]), Image.Resampling.BOX))
 
 

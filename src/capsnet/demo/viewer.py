@@ -4,7 +4,7 @@ import base64
 import warnings
 from dataclasses import asdict
 from io import BytesIO
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from jaxtyping import Float, UInt8
@@ -15,8 +15,8 @@ from capsnet.analysis.couplings import evidence
 from capsnet.analysis.drawing import decoder_of
 from capsnet.analysis.strangers import Threshold
 from capsnet.data.dataset import to_float
-from capsnet.data.folder import FORMATS
-from capsnet.data.photo import Frame, prepare
+from capsnet.data.image_file import formats
+from capsnet.data.preprocessing import Invert, Preprocessing
 from capsnet.errors import InputError
 from capsnet.models import Network
 from capsnet.names import visible
@@ -34,20 +34,20 @@ class Viewer:
     Args:
         network: with capsules and a decoder, on the CPU, in evaluation mode.
         name: what the page calls it.
-        frame: how the ink lies in its training images; None where they have no plain ground.
+        reading: how image files become what it sees.
         threshold: above which reconstruction error an image belongs to none of the classes, if known.
 
     Raises:
         InputError: no capsules, no decoder, or images that are neither grey nor in colour, or of several objects.
     """
 
-    def __init__(self, network: Network, name: str, *, frame: Frame | None, threshold: Threshold | None) -> None:
+    def __init__(self, network: Network, name: str, *, reading: Preprocessing, threshold: Threshold | None) -> None:
         self.network, self.decoder = decoder_of(network)
         if network.image_shape[0] not in (1, 3):
             raise InputError(f"model must take images of 1 or 3 channels; got {network.image_shape[0]}")
         if network.objects > 1:
             raise InputError(f"model must be of images that show one object each; got one that finds {network.objects}")
-        self.name, self.frame, self.threshold = name, frame, threshold
+        self.name, self.reading, self.threshold = name, reading, threshold
         self.classes, self.image_shape = network.classes, network.image_shape
         self.dim = network.config["class_dim"]
 
@@ -62,25 +62,25 @@ class Viewer:
             "width": width,
             "dim": self.dim,
             "iterations": self.network.class_capsules.iterations,
-            "frame": None if self.frame is None else asdict(self.frame),
+            "frame": None if self.reading.frame is None else asdict(self.reading.frame),
             "threshold": self.threshold.value if self.threshold else None,
         }
 
     @torch.inference_mode()
-    def look(self, file: bytes, *, invert: Literal["auto", "yes", "no"], index: int | None) -> dict[str, Any]:
+    def look(self, file: bytes, *, invert: Invert, index: int | None) -> dict[str, Any]:
         """Prepare an image as the training images are, recognise it, and draw it again.
 
         Args:
             file: the content of an image file. The page sends a drawing as PGM or PPM of the network's own size, with
-                its ink already scaled and centred: it knows what is ink, which `prepare` would have to find.
-            invert: whether light and dark are exchanged, see `photo.prepare`.
+                its ink already scaled and centred: it knows what is ink, which `frame_digit` would have to find.
+            invert: whether light and dark are exchanged, see `data.preprocessing`.
             index: the capsule to draw, in [0, classes); None for the longest.
 
         Raises:
             InputError: not an image that can be read, or a giant one.
         """
         _check_size(file)
-        prepared = prepare(file, self.image_shape, frame=self.frame, invert=invert, name="image")
+        prepared = self.reading(file, invert=invert, name="image")
         images = to_float(prepared.image)[None]
         output = self.network(images, None if index is None else torch.tensor([index]))
         winner = int(output.scores[0].argmax())
@@ -93,6 +93,7 @@ class Viewer:
             "image": _encoded(prepared.image),
             "inverted": prepared.inverted,
             "framed": prepared.framed,
+            "notes": list(prepared.notes),
             "lengths": output.scores[0].tolist(),
             "poses": output.pose[0].tolist(),
             "winner": winner,
@@ -134,7 +135,7 @@ def _check_size(file: bytes) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of many pixels, which are refused here
         try:
-            with Image.open(BytesIO(file), formats=FORMATS) as image:
+            with Image.open(BytesIO(file), formats=formats()) as image:
                 width, height = image.size
         except Exception:  # of many types; what is wrong with the file is for `prepare` to tell
             return

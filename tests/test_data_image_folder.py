@@ -10,11 +10,26 @@ import pytest
 import torch
 from PIL import Image
 
-from capsnet.data import folder as module
-from capsnet.data.folder import folder
+from capsnet.data import Dataset, image_file, load
+from capsnet.data.image_folder import scan
 from capsnet.errors import InputError
 
 RED, BLUE = (200, 10, 30), (10, 20, 190)
+
+
+def folder(
+    path: Path,
+    *,
+    image_size: int | None = None,
+    channels: int | None = None,
+    test_fraction: float = 1 / 6,
+    seed: int = 0,
+    skip_unreadable: bool = False,
+) -> Dataset:
+    """The images of a folder, read as `capsnet.load` does."""
+    found = scan(path, skip_unreadable=skip_unreadable).divided(seed=seed, test_fraction=test_fraction)
+    size = None if image_size is None else (image_size, image_size)
+    return found.read(found.preprocessing(size=size, channels=channels), channels=channels)
 
 
 def save(path: Path, image: Image.Image | None = None, **options: Any) -> Path:
@@ -236,7 +251,7 @@ MORE: dict[str, Any] = {"save_all": True, "append_images": [Image.new("RGB", (40
         ("x.webp", encoded("WEBP", **MORE), "must be a still image of one page; got 2 frames"),
         ("x.tiff", encoded("TIFF", **MORE), "must be a still image of one page; got 2 frames"),
         ("x.tiff", float_tiff(), "must be a readable image; got: floating-point pixels"),
-        ("x.png", huge_png(), "400000000 pixels|must have at most 100000000 pixels; got 20000x20000"),
+        ("x.png", huge_png(), "must have at most 250,000,000 pixels; got 20000x20000"),
         (
             "x.png",
             b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 4 4\n",
@@ -253,8 +268,10 @@ def test_a_bad_file_is_named(pets: Path, name: str, content: bytes, message: str
 
 
 def test_many_pixels_are_refused_before_they_are_decoded(pets: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "_MAX_PIXELS", 11)
-    with pytest.raises(InputError, match=r"cat.[ab].png must have at most 11 pixels; got 4x3"):
+    monkeypatch.setattr(image_file, "MAX_PIXELS", 11)
+    with pytest.raises(
+        InputError, match=r"4 files are none: (\w+/[ab].png must have at most 11 pixels; got 4x3(; |$)){4}"
+    ):
         folder(pets)
 
 
@@ -280,17 +297,20 @@ def test_a_broken_link_is_named(pets: Path) -> None:
         folder(pets)
 
 
-def test_sizes_that_differ_ask_for_image_size(pets: Path) -> None:
-    save(pets / "dog" / "c.png", Image.new("L", (5, 3)))
-    with pytest.raises(InputError, match=r"pass --image-size .*got 4x3 in .*cat.*png and 5x3 in .*dog.c.png"):
-        folder(pets)
-    assert folder(pets, image_size=6).image_shape == (1, 6, 6)
-
-
-def test_a_set_that_does_not_fit_asks_for_image_size(pets: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("capsnet.data.dataset.MAX_BYTES", 47)
-    with pytest.raises(InputError, match=r"must fit into 0 GiB \(see --image-size\); got 4 of 3 x 4"):
-        folder(pets)
+@pytest.mark.parametrize(
+    ("sizes", "expected"),
+    [([(3, 4)], (3, 4)), ([(40, 17)], (40, 17)), ([(41, 17)], (32, 32)), ([(3, 4), (4, 3)], (32, 32))],
+    ids=str,
+)
+def test_the_size_is_theirs_if_one_and_small_and_else_32(
+    tmp_path: Path, sizes: list[tuple[int, int]], expected: tuple[int, int]
+) -> None:
+    for k in range(8):
+        height, width = sizes[k % len(sizes)]
+        save(tmp_path / "ab"[k // 4] / f"{k}.png", Image.new("L", (width, height), 7))
+    assert folder(tmp_path).image_shape == (1, *expected)
+    assert load(tmp_path).image_shape == (1, *expected)
+    assert load(tmp_path, image_size="5x6", channels=3).image_shape == (3, 5, 6)
 
 
 def make(root: Path, *names: str) -> None:
@@ -317,14 +337,14 @@ def make(root: Path, *names: str) -> None:
         (["a/1.png", "a/2.png", "b/1.png"], "class b must have at least 2 images, .*; got 1"),
         (
             ["a/1.png", "a/2.png", "b/1.png", "b/notes.txt"],
-            r"class folder .*b must hold images only .*; got notes.txt",
+            r"b/notes.txt must be an image \(.*\); got another name",
         ),
-        (["a/1.png", "a/2.png", "b/1.png", "b/more/2.png"], "b must hold images only; got the folder more/"),
+        (["a/1.png", "a/2.png", "b/1.png", "b/more/2.png"], "b/more must be an image; got a folder in a class folder"),
         (
             ["train/a/1.png", "train/b/1.png"],
-            "must hold both train/ and test/, or the classes only; got train/ alone",
+            r"must hold train/ and test/ or val/, or the classes only; got train/ alone",
         ),
-        (["test/a/1.png", "test/b/1.png"], "must hold both train/ and test/, .*; got test/ alone"),
+        (["test/a/1.png", "test/b/1.png"], "must hold train/ and test/ or val/, .*; got test/ alone"),
         (
             ["train/a/1.png", "train/b/1.png", "test/a/1.png"],
             "test must hold a folder for each of at least 2",
@@ -363,8 +383,6 @@ def test_a_wrong_layout_is_told(tmp_path: Path, names: list[str], message: str) 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"image_size": 0}, "image_size must be at least 1 pixel; got 0"),
-        ({"channels": 2}, r"channels must be 1 \(grey\) or 3 \(colour\); got 2"),
         ({"test_fraction": 1.0}, r"test_fraction must be in \(0, 1\); got 1.0"),
     ],
 )

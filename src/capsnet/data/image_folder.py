@@ -1,0 +1,485 @@
+"""One's own images as a data set: a folder for each class, below train/ and test/ (or val/), or divided here by seed.
+
+`scan` lists the folder and tells every fault at once; nothing is decoded. `ImageFolder.divided` says which image is in
+which split, `read` decodes them, see `preprocessing.py`. Nothing is passed over in silence: hidden files and what
+operating systems leave behind (Thumbs.db, desktop.ini, __MACOSX) are counted, and beside the class folders whatever is
+no image; a file that is no readable image is refused by name, or with `skip_unreadable` passed over and told.
+"""
+
+import hashlib
+import os
+import re
+import unicodedata
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence, Sized
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field, replace
+from itertools import groupby
+from pathlib import Path
+from typing import Literal, NamedTuple
+
+import torch
+
+from capsnet.data.dataset import Dataset, Split, stratified
+from capsnet.data.image_cache import decoded
+from capsnet.data.image_file import SUFFIXES, Header, read_header
+from capsnet.data.preprocessing import Preprocessing
+from capsnet.errors import InputError
+from capsnet.names import visible
+
+__all__ = ["ImageFile", "ImageFolder", "image_files", "one_form", "scan"]
+
+KEPT_SIDE = 40  # pixels: images of one size up to this are kept as they are
+SIDE = 32  # of all others, unless it is chosen
+TOLD = 20  # faults, of which the first are told by name
+_CLUTTER = ("thumbs.db", "desktop.ini", "__macosx")
+_VALIDATION = ("validation", "valid", "val")
+_THREADS = min(8, os.cpu_count() or 1)
+
+
+class ImageFile(NamedTuple):
+    """An image of a folder.
+
+    Attributes:
+        path: from the folder on, with `/`.
+        label: number of its class.
+        split: `train`, `validation` or `test`; empty where it is still to be divided, `unused` where none wants it.
+        hash: BLAKE2b of its content, 32 hexadecimal digits.
+        header: what it tells before it is decoded.
+    """
+
+    path: str
+    label: int
+    split: str
+    hash: str
+    header: Header
+
+
+@dataclass(frozen=True)
+class ImageFolder:
+    """The images of a folder, listed but not decoded.
+
+    Attributes:
+        root: the folder.
+        classes: names, in natural order ("2" before "10") and one Unicode form.
+        files: by split, class and name.
+        tested: what the final number is of: `validation` where there is train/ and val/ but no test/.
+        notes: what was passed over.
+    """
+
+    root: Path
+    classes: tuple[str, ...]
+    files: tuple[ImageFile, ...]
+    tested: Literal["test", "validation"] = "test"
+    notes: tuple[str, ...] = ()
+
+    def of(self, split: str) -> list[ImageFile]:
+        """The files of a split."""
+        return [file for file in self.files if file.split == split]
+
+    def divided(self, *, seed: int, test_fraction: float = 1 / 6) -> "ImageFolder":
+        """The same with a test split: the folder's own, or some of each class, at least one image.
+
+        Args:
+            seed: chooses the images; the same seed always chooses the same.
+            test_fraction: of each class, in (0, 1).
+
+        Raises:
+            InputError: a class of fewer than two images to divide.
+        """
+        if not 0 < test_fraction < 1:
+            raise InputError(f"test_fraction must be in (0, 1); got {test_fraction}")
+        if any(file.split for file in self.files):
+            return self._sorted(self.files)
+        generator = torch.Generator().manual_seed(seed)
+        files = list[ImageFile]()
+        for label, name in enumerate(self.classes):
+            own = [file for file in self.files if file.label == label]
+            if len(own) < 2:
+                raise InputError(
+                    f"class {name} must have at least 2 images, one to train and one to test; got {len(own)}"
+                )
+            count = min(max(round(test_fraction * len(own)), 1), len(own) - 1)
+            test = set(torch.randperm(len(own), generator=generator)[:count].tolist())
+            files += [file._replace(split="test" if k in test else "train") for k, file in enumerate(own)]
+        return self._sorted(files)
+
+    def with_validation(self, count: int, *, seed: int) -> "ImageFolder":
+        """The same with so many training images held out, of each class its share; 0: not even the folder's own.
+
+        Raises:
+            InputError: `count` leaves a class nothing to train on.
+        """
+        if self.tested == "validation" and count == 0:
+            return self  # they are what is tested
+        if self.tested == "validation":
+            raise InputError(f"validation must be left out, or 0, where {self.root} has val/ and no test/; got {count}")
+        files = [file._replace(split="unused") if file.split == "validation" else file for file in self.files]
+        return self._moved(files, count, "validation", seed)
+
+    def with_train(self, count: int, *, seed: int) -> "ImageFolder":
+        """The same with so many of the training images only, of each class its share.
+
+        Raises:
+            InputError: there are not so many.
+        """
+        there = len(self.of("train"))
+        if not 0 < count <= there:
+            raise InputError(f"train_images must be 1 to the {there} there are; got {count}")
+        return self._moved(list(self.files), there - count, "unused", seed)
+
+    def _moved(self, files: list[ImageFile], count: int, to: str, seed: int) -> "ImageFolder":
+        """The same with so many training images in another split."""
+        place = [k for k, file in enumerate(files) if file.split == "train"]
+        labels = torch.tensor([files[k].label for k in place])
+        if to == "validation":
+            moved = stratified(labels, count, seed=seed, held_out=True).tolist()
+        else:
+            moved = sorted(set(range(len(place))) - set(stratified(labels, len(place) - count, seed=seed).tolist()))
+        for k in moved:
+            files[place[k]] = files[place[k]]._replace(split=to)
+        return self._sorted(files)
+
+    def recorded(self, splits: Mapping[str, str]) -> "ImageFolder":
+        """The files in the splits that they were in, by path; others are unused."""
+        return self._sorted(file._replace(split=splits.get(file.path, "unused")) for file in self.files)
+
+    def size(self) -> tuple[int, int]:
+        """Height and width that the images are brought to unless it is chosen: their own, if one and small; else 32."""
+        sizes = {(file.header.height, file.header.width) for file in self.files}
+        own = next(iter(sizes))
+        return own if len(sizes) == 1 and max(own) <= KEPT_SIDE else (SIDE, SIDE)
+
+    def preprocessing(
+        self, *, size: tuple[int, int] | None = None, channels: int | None = None, bits: int | None = None
+    ) -> Preprocessing:
+        """How its images are read, with what is chosen; channels of images that may be in colour are 3."""
+        height, width = size or self.size()
+        deep = [file.header.bits for file in self.files if file.header.bits is not None]
+        colour = any(file.header.colour for file in self.files)
+        return Preprocessing(height, width, channels or (3 if colour else 1), bits=bits or max(deep, default=None))
+
+    def read(
+        self, preprocessing: Preprocessing, *, channels: int | None = None, tell: Callable[[str], object] | None = None
+    ) -> Dataset:
+        """Decode the images of all splits.
+
+        Args:
+            preprocessing: how; without a crop.
+            channels: as it was asked for; None for 1 where every image turns out to be grey.
+            tell: is given the place of decoded images that do not fit into memory.
+
+        Raises:
+            InputError: files that are no readable images, all of them told; or a split without images.
+        """
+        splits = self.decoded(preprocessing, tell=tell)
+        parts = [part for split in splits.values() for part in torch.split(split.images, 1000)]
+        if channels is None and all((part == part[:, :1]).all() for part in parts):
+            splits = {name: replace(split, images=split.images[:, :1]) for name, split in splits.items()}
+            preprocessing = replace(preprocessing, channels=1)
+        return self.dataset(splits, preprocessing)
+
+    def dataset(self, splits: dict[str, Split], preprocessing: Preprocessing) -> Dataset:
+        """The data set of these images.
+
+        Raises:
+            InputError: a split without images.
+        """
+        if self.tested == "validation":
+            splits["test"] = splits["validation"]
+        for name in ("train", "test"):
+            if name not in splits:
+                raise InputError(f"{self.root} must hold {name} images; got none")
+        return Dataset(
+            str(self.root),
+            self.classes,
+            splits["train"],
+            splits["test"],
+            splits.get("validation"),
+            tested=self.tested,
+            folder=self,
+            preprocessing=preprocessing,
+            notes=self.notes,
+        )
+
+    def decoded(self, preprocessing: Preprocessing, *, tell: Callable[[str], object] | None = None) -> dict[str, Split]:
+        """The images of each split that has any; `unused` ones are not decoded.
+
+        Raises:
+            InputError: files that are no readable images, all of them told.
+        """
+        wanted = [file for file in self.files if file.split != "unused"]
+
+        def decode(index: int) -> torch.Tensor:
+            return preprocessing(self.root / wanted[index].path).image
+
+        key = hashlib.blake2b(repr((preprocessing, [file.hash for file in wanted])).encode(), digest_size=16)
+        try:
+            images = decoded(len(wanted), preprocessing.image_shape, decode, key=key.hexdigest(), tell=tell)
+        except InputError:
+            if faults := self.faults(preprocessing):
+                raise InputError(_told(self.root, faults)) from None
+            raise
+        splits, start = dict[str, Split](), 0
+        for name, files in groupby(wanted, key=lambda file: file.split):
+            labels = torch.tensor([file.label for file in files])
+            splits[name] = Split(images[start : start + len(labels)], labels)
+            start += len(labels)
+        return splits
+
+    def faults(self, preprocessing: Preprocessing) -> dict[str, str]:
+        """Why files cannot be decoded, by path; decodes them all."""
+
+        def fault(file: ImageFile) -> str:
+            try:
+                preprocessing(self.root / file.path)
+            except InputError as error:
+                return _reason(error)
+            return ""
+
+        with ThreadPoolExecutor(_THREADS) as pool:
+            found = dict(zip((file.path for file in self.files), pool.map(fault, self.files), strict=True))
+        return {path: reason for path, reason in found.items() if reason}
+
+    def without(self, faults: Mapping[str, str]) -> "ImageFolder":
+        """The same without the files of these paths, and a note of them."""
+        if not faults:
+            return self
+        note = f"passed over {len(faults):,} unreadable: {_some(f'{path} ({why})' for path, why in faults.items())}"
+        return replace(
+            self,
+            files=tuple(file for file in self.files if file.path not in faults),
+            notes=(*self.notes, visible(note)),
+        )
+
+    def _sorted(self, files: Iterable[ImageFile]) -> "ImageFolder":
+        order = ("train", "validation", "test", "unused", "")
+        return replace(self, files=tuple(sorted(files, key=lambda file: (order.index(file.split), file.label))))
+
+
+def scan(
+    path: str | os.PathLike[str], *, skip_unreadable: bool = False, classes: Sequence[str] | None = None
+) -> ImageFolder:
+    """List a folder of images, a sub-folder for each class; read what the files' heads tell, and their hashes.
+
+    Args:
+        path: holds train/ and test/ or val/ (or all three; validation/ and valid/ are val/) with the same class folders
+            in each; or the class folders themselves.
+        skip_unreadable: pass over files that are no images, and tell of them, instead of refusing the folder.
+        classes: those of a trained network that is to be judged: the folder may then lack some, which is told, as are
+            others, whose images are left out.
+
+    Raises:
+        InputError: the folder is not of this form, or holds files that are no images; all of them are told.
+    """
+    root = Path(path).expanduser()
+    if not root.is_dir():
+        raise InputError(f"path of an image folder must be an existing directory; got {path}")
+    listing = _Listing(root, lenient=classes is not None)
+    given = listing.splits()
+    by_split = {split: listing.classes(directory) for split, directory in (given or {"": root}).items()}
+    if classes is None:
+        listing.compare(by_split)
+    names = tuple(classes) if classes is not None else tuple(next(iter(by_split.values())))
+    if listing.faults and not skip_unreadable:
+        raise InputError(_told(root, listing.faults))
+    places = [
+        (split, names.index(name), file)
+        for split, found in by_split.items()
+        for name, files in found.items()
+        if name in names
+        for file in files
+    ]
+    with ThreadPoolExecutor(_THREADS) as pool:
+        heads = list(pool.map(_head, (file for _, _, file in places)))
+    files, faults = list[ImageFile](), dict(listing.faults)
+    for (split, label, file), head in zip(places, heads, strict=True):
+        name = file.relative_to(root).as_posix()
+        if isinstance(head, InputError):
+            faults[name] = _reason(head)
+        else:
+            files.append(ImageFile(name, label, split, *head))
+    if faults and not skip_unreadable:
+        raise InputError(_told(root, faults))
+    if not files:
+        raise InputError(f"{root} must hold images of the classes {_some(names)}; got none")
+    tested: Literal["test", "validation"] = "validation" if given and "test" not in given else "test"
+    folder = ImageFolder(root, names, tuple(files), tested, listing.notes(by_split, classes))
+    return folder.without(faults)
+
+
+def image_files(directory: Path) -> tuple[list[Path], tuple[str, ...]]:
+    """All image files in a directory and below, told by their names, in natural order, each once; what was passed over.
+
+    Raises:
+        InputError: a directory that cannot be read.
+    """
+    listing = _Listing(directory, lenient=True)
+    found = listing.images(directory, set())
+    return found, listing.notes({}, None)
+
+
+def one_form(name: str) -> str:
+    """A name in the Unicode form in which names are compared: macOS writes an umlaut as two characters."""
+    return unicodedata.normalize("NFC", name)
+
+
+@dataclass
+class _Listing:
+    """What is found while a folder is listed.
+
+    Attributes:
+        root: the folder.
+        lenient: whether it is to be looked at only: one class will do, and other files are passed over.
+        faults: by path from the root on.
+        passed: kinds of files that were passed over, and how many.
+    """
+
+    root: Path
+    lenient: bool
+    faults: dict[str, str] = field(default_factory=dict)
+    passed: Counter[str] = field(default_factory=Counter)
+
+    def splits(self) -> dict[str, Path] | None:
+        """The folders of the splits, None where the root holds the classes themselves."""
+        directories, _ = self.entries(self.root)
+        by_name = {directory.name.lower(): directory for directory in directories}
+        validation = [name for name in _VALIDATION if name in by_name]
+        found = [name for name in ("train", "test", *validation[:1]) if name in by_name]
+        if not {"train", "test"} & set(found) or (len(found) == 1 and not self.entries(by_name[found[0]])[0]):
+            return None  # a class may happen to be called train
+        if "train" not in found or len(found) < 2:
+            if self.lenient:
+                return {"validation" if name in validation else name: by_name[name] for name in found}
+            raise InputError(
+                f"{self.root} must hold train/ and test/ or val/, or the classes only; got {found[0]}/ alone"
+            )
+        others = [name for name in by_name if name not in found]
+        if others:
+            raise InputError(
+                f"{self.root} must hold train/, test/ and at most one validation/ only; got {others[0]}/ as well"
+            )
+        return {"validation" if name in validation else name: by_name[name] for name in found}
+
+    def classes(self, directory: Path) -> dict[str, list[Path]]:
+        """The images of each class, in natural order."""
+        directories, loose = self.entries(directory)
+        for file in loose:
+            if file.suffix.lower() in SUFFIXES:
+                self.faults[self._name(file)] = (
+                    "must be in the folder of its class; got an image beside the class folders"
+                )
+            else:
+                self.passed[_kind(file)] += 1
+        if len(directories) < 2 and not self.lenient:
+            if self.faults and not directories:
+                raise InputError(_told(self.root, self.faults))
+            raise InputError(f"{directory} must hold a folder for each of at least 2 classes; got {len(directories)}")
+        classes = dict[str, list[Path]]()
+        for one in directories:
+            name, (inner, files) = one_form(one.name), self.entries(one)
+            if name in classes:
+                raise InputError(f"{directory} must hold one folder for each class; got two called {name}")
+            for folder in inner:
+                self.faults[self._name(folder) + "/"] = "must be an image; got a folder in a class folder"
+            for file in files:
+                if file.suffix.lower() not in SUFFIXES:
+                    self.faults[self._name(file)] = f"must be an image ({' '.join(SUFFIXES)}); got another name"
+            classes[name] = [file for file in files if file.suffix.lower() in SUFFIXES]
+            if not classes[name] and not self.lenient:
+                raise InputError(f"class folder {one} must hold at least one image; got none")
+        return classes
+
+    def compare(self, by_split: Mapping[str, Mapping[str, Sized]]) -> None:
+        """Raise InputError unless all splits have the classes of train/."""
+        first = next(iter(by_split))
+        for split, found in by_split.items():
+            for name in found.keys() ^ by_split[first].keys():
+                has, lacks = (split, first) if name in found else (first, split)
+                raise InputError(f"{self.root} must have the same classes in {has} and {lacks}; {lacks} lacks {name}")
+
+    def images(self, directory: Path, visited: set[tuple[int, int]]) -> list[Path]:
+        """All images in a directory and below, no directory twice, whatever links lead to it."""
+        state = directory.stat()
+        if (state.st_dev, state.st_ino) in visited:
+            self.passed["links to what was visited"] += 1
+            return []
+        visited.add((state.st_dev, state.st_ino))
+        directories, files = self.entries(directory)
+        found = [file for file in files if file.suffix.lower() in SUFFIXES]
+        for file in files:
+            if file.suffix.lower() not in SUFFIXES:
+                self.passed[_kind(file)] += 1
+        return found + [file for inner in directories for file in self.images(inner, visited)]
+
+    def entries(self, directory: Path) -> tuple[list[Path], list[Path]]:
+        """Directories and files in `directory`, without clutter, in natural order."""
+        try:
+            every = list(directory.iterdir())
+        except OSError as error:
+            raise InputError(f"{directory} must be a readable directory; got: {error.strerror}") from error
+        hidden = [one for one in every if one.name.startswith(".") or one.name.lower() in _CLUTTER]
+        self.passed["hidden"] += len(hidden)
+        kept = sorted(set(every) - set(hidden), key=lambda entry: _natural(entry.name))
+        return [entry for entry in kept if entry.is_dir()], [entry for entry in kept if not entry.is_dir()]
+
+    def notes(self, by_split: Mapping[str, Mapping[str, Sized]], classes: Sequence[str] | None) -> tuple[str, ...]:
+        """What was passed over, and for a network of known classes which are absent or others."""
+        notes = []
+        passed = [f"{count:,} {kind}" for kind, count in self.passed.items() if count]
+        if passed:
+            notes.append(f"passed over: {', '.join(passed)}")
+        if classes is not None:
+            found = Counter(
+                one for names in by_split.values() for one, files in names.items() for _ in range(len(files))
+            )
+            if absent := [name for name in classes if name not in found]:
+                notes.append(f"no image of {_some(absent)}")
+            if others := [f"{name} ({count:,})" for name, count in found.items() if name not in classes]:
+                notes.append(f"left out, classes that the network does not know: {_some(others)}")
+        return tuple(map(visible, notes))
+
+    def _name(self, path: Path) -> str:
+        return path.relative_to(self.root).as_posix()
+
+
+def _head(path: Path) -> tuple[str, Header] | InputError:
+    """Hash and header of a file."""
+    try:
+        content = path.read_bytes()
+        return hashlib.blake2b(content, digest_size=16).hexdigest(), read_header(content, name=str(path))
+    except InputError as error:
+        return error
+    except OSError as error:
+        return InputError(f"{path} must be a readable image; got: {error.strerror}")
+
+
+def _reason(error: InputError) -> str:
+    """What a file must be and is, without its name."""
+    return f"must {str(error).split(' must ', 1)[-1]}"
+
+
+def _told(root: Path, faults: Mapping[str, str]) -> str:
+    """One line for all files that cannot be used."""
+    (path, reason), *_ = faults.items()
+    hint = "; --skip-unreadable passes over such files"
+    if len(faults) == 1:
+        return visible(f"{root / path} {reason}{hint}")
+    told = _some((f"{path} {reason}" for path, reason in faults.items()), "; ")
+    return visible(f"{root} must hold images of its classes only; {len(faults):,} files are none: {told}{hint}")
+
+
+def _some(parts: Iterable[str], between: str = ", ") -> str:
+    every = list(parts)
+    more = f"{between}and {len(every) - TOLD:,} more" if len(every) > TOLD else ""
+    return between.join(every[:TOLD]) + more
+
+
+def _kind(file: Path) -> str:
+    return f"{file.suffix} files" if file.suffix else "files without suffix"
+
+
+def _natural(name: str) -> tuple[list[tuple[int, str]], str]:
+    """A sorting key that compares runs of digits as numbers."""
+    parts = re.findall(r"[0-9]+|[^0-9]+", name)
+    return [(int(part), "") if part[0] in "0123456789" else (-1, part.lower()) for part in parts], name

@@ -1,0 +1,126 @@
+"""Which images a run is trained, validated and tested on: a line for each file of a folder, or one for each split.
+
+The lines are kept as `manifest.csv` in the run directory, so that a folder that has changed since is not divided anew:
+an image that was trained on never becomes a test image.
+"""
+
+import csv
+import hashlib
+import io
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+
+from capsnet.data.dataset import Dataset, Split
+from capsnet.data.image_folder import ImageFolder
+from capsnet.errors import InputError
+
+__all__ = ["FILE", "Line", "Manifest"]
+
+FILE = "manifest.csv"
+_SPLITS = ("train", "validation", "test")
+_TOLD = 5
+
+
+class Line(NamedTuple):
+    """A line of a manifest.
+
+    Attributes:
+        split: `train`, `validation`, `test`, or `unused`.
+        class_name: of a file; empty for a whole split.
+        path: of a file, from the folder on; empty for a whole split.
+        hash: BLAKE2b of the file's content, or of the split's images and labels.
+    """
+
+    split: str
+    class_name: str
+    path: str
+    hash: str
+
+
+class Manifest(NamedTuple):
+    """The images of a run.
+
+    Attributes:
+        lines: one for each file, or one for each split.
+    """
+
+    lines: tuple[Line, ...]
+
+    @classmethod
+    def of(cls, dataset: Dataset) -> "Manifest":
+        """That of a data set: of every file of its folder, whether it is used or not, or of whole splits."""
+        if dataset.folder is not None:
+            return cls.of_folder(dataset.folder)
+        splits = {name: getattr(dataset, name) for name in _SPLITS}
+        return cls(tuple(Line(name, "", "", _hash(split)) for name, split in splits.items() if split is not None))
+
+    @classmethod
+    def of_folder(cls, folder: ImageFolder) -> "Manifest":
+        """That of all files of a folder."""
+        return cls(tuple(Line(one.split, folder.classes[one.label], one.path, one.hash) for one in folder.files))
+
+    @property
+    def classes(self) -> tuple[str, ...]:
+        """The classes of the files, in the order of their labels."""
+        return tuple(dict.fromkeys(line.class_name for line in self.lines if line.path and line.split == "train"))
+
+    @property
+    def splits(self) -> Mapping[str, str]:
+        """The split of each file, by path."""
+        return {line.path: line.split for line in self.lines if line.path}
+
+    def differences(self, other: "Manifest") -> tuple[str, ...]:
+        """What is new, missing or changed in `other`, in words; nothing if all is the same."""
+        if not self.splits or not other.splits:
+            ours, theirs = ({line.split: line.hash for line in one.lines} for one in (self, other))
+            changed = [name for name in _SPLITS if ours.get(name) != theirs.get(name)]
+            return (f"the images of {', '.join(changed)} are others",) if changed else ()
+        here, there = ({line.path: line for line in one.lines} for one in (self, other))
+        missing = [path for path in here if path not in there]
+        new = [path for path in there if path not in here]
+        changed = [path for path in here if path in there and here[path].hash != there[path].hash]
+        told = (("missing", missing), ("new", new), ("changed", changed))
+        return tuple(f"{len(paths):,} {what} ({_some(paths)})" for what, paths in told if paths)
+
+    def to_bytes(self) -> bytes:
+        """The content of the file; names that are no UTF-8 stay as they are."""
+        text = io.StringIO()
+        writer = csv.writer(text, lineterminator="\n")
+        writer.writerow(("split", "class", "path", "hash"))
+        writer.writerows(self.lines)
+        return text.getvalue().encode("utf-8", "surrogateescape")
+
+    @classmethod
+    def read(cls, path: Path) -> "Manifest | None":
+        """Read the file; None where there is none.
+
+        Raises:
+            InputError: it is no manifest.
+        """
+        if not path.is_file():
+            return None
+        try:
+            rows = list(csv.reader(io.StringIO(path.read_bytes().decode("utf-8", "surrogateescape"))))
+        except (OSError, csv.Error) as error:
+            raise InputError(f"{path} must be a manifest that capsnet wrote; got: {error}") from None
+        if not rows or rows[0] != ["split", "class", "path", "hash"] or any(len(row) != 4 for row in rows):
+            raise InputError(f"{path} must be a manifest that capsnet wrote, of split, class, path and hash")
+        return cls(tuple(Line(*row) for row in rows[1:]))
+
+
+def _hash(split: Split) -> str:
+    digest = hashlib.blake2b(digest_size=16)
+    for tensor in (split.images, split.labels, split.objects):
+        if tensor is not None:
+            digest.update(repr(tuple(tensor.shape)).encode())
+            for part in torch.split(tensor, 1000):
+                digest.update(part.contiguous().numpy().tobytes())
+    return digest.hexdigest()
+
+
+def _some(paths: Iterable[str]) -> str:
+    every = list(paths)
+    return ", ".join(every[:_TOLD]) + (", ..." if len(every) > _TOLD else "")

@@ -1,0 +1,251 @@
+"""The images of a run are known: a folder that changes is not divided anew, and what changed is told."""
+
+import json
+import shutil
+import unicodedata
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from PIL import Image
+
+from capsnet import cli, runs, train
+from capsnet.data import Dataset, Split
+from capsnet.data.image_folder import scan
+from capsnet.data.manifest import Line, Manifest
+from capsnet.errors import InputError
+from tiny import photos, tiny
+
+
+@pytest.fixture
+def own(workplace: Path) -> Path:
+    """90 colour images of 12 x 13 pixels in 3 classes, to be changed."""
+    return photos(workplace / "own")
+
+
+@pytest.fixture
+def trained(own: Path, blank_figure: None) -> Manifest:
+    """The manifest of a run on them in `run`."""
+    train.fit(tiny(own, out="run", epochs=1))
+    found = runs.Run("run").manifest()
+    assert found is not None
+    return found
+
+
+def evaluated(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[dict[str, Any], str]:
+    capsys.readouterr()
+    assert cli.main(["evaluate", "run", "--json", *arguments]) == 0
+    out, err = capsys.readouterr()
+    return json.loads(out), err
+
+
+def test_a_run_keeps_which_file_is_in_which_split(trained: Manifest, own: Path) -> None:
+    assert len(trained.lines) == 90
+    assert trained.classes == ("a", "b", "c")
+    assert {name: [line.split for line in trained.lines].count(name) for name in ("train", "validation", "test")} == {
+        "train": 68,
+        "validation": 7,
+        "test": 15,
+    }
+    assert all((own / line.path).is_file() and line.path.startswith(line.class_name) for line in trained.lines)
+    assert len({line.hash for line in trained.lines}) == 90
+
+
+def test_files_that_are_added_do_not_divide_a_folder_anew(
+    trained: Manifest, own: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before, quiet = evaluated(capsys)
+    assert "capsnet:" not in quiet
+    for number in (7, 400, 500):  # in natural order among the others
+        Image.new("RGB", (13, 12), (number % 256,) * 3).save(own / "a" / f"{number}0.png")
+    after, told = evaluated(capsys)
+    assert after == before
+    assert "own is not as it was trained on: 3 new (a/70.png, a/4000.png, a/5000.png)" in told
+
+
+def test_missing_and_changed_files_are_told_and_the_others_scored(
+    trained: Manifest, own: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    test = [line.path for line in trained.lines if line.split == "test"]
+    (own / test[0]).unlink()
+    Image.new("RGB", (13, 12), "red").save(own / test[1])
+    after, told = evaluated(capsys)
+    assert after["total"] == 14
+    assert f"not as it was trained on: 1 missing ({test[0]})" in told
+    assert f"not as it was trained on: 1 changed ({test[1]})" in told
+
+
+def test_a_folder_that_moved_is_the_same(trained: Manifest, own: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    before, _ = evaluated(capsys)
+    own.rename(own.with_name("moved"))
+    after, told = evaluated(capsys, "--data", "moved")
+    assert after == {**before, "data": "moved"}
+    assert "used in training" not in told
+    train.resume("run", epochs=2, data="moved")
+    assert runs.Run("run").config().data == "moved"
+
+
+@pytest.mark.parametrize("change", ["renamed class", "exchanged classes", "missing", "changed"])
+def test_a_run_does_not_go_on_with_other_images(trained: Manifest, own: Path, change: str) -> None:
+    (line, *_) = (line for line in trained.lines if line.split == "train")
+    if change == "renamed class":
+        (own / "c").rename(own / "0")
+    elif change == "exchanged classes":
+        for here, there in (("a", "x"), ("b", "a"), ("x", "b")):
+            (own / here).rename(own / there)
+    elif change == "missing":
+        (own / line.path).unlink()
+    else:
+        Image.new("RGB", (13, 12), "red").save(own / line.path)
+    before = Path("run/last.ckpt").read_bytes()
+    with pytest.raises(InputError, match=r"own must be the images that the run began with; since then: \d+ [mc]"):
+        train.resume("run", epochs=2)
+    assert Path("run/last.ckpt").read_bytes() == before
+
+
+def test_a_run_goes_on_beside_new_images(trained: Manifest, own: Path) -> None:
+    Image.new("RGB", (13, 12), "red").save(own / "a" / "new.png")
+    train.resume("run", epochs=2)
+    assert runs.Run("run").manifest() == trained
+
+
+def test_a_run_without_a_manifest_is_evaluated_and_goes_on_as_it_was_divided(
+    trained: Manifest, own: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    Path("run/manifest.csv").unlink()
+    found, told = evaluated(capsys)
+    assert found["total"] == 15
+    assert "capsnet: run has no manifest of its images, so " in told
+    legacy = train.prepare_data(tiny(own), shares=False)
+    order = torch.randperm(75, generator=torch.Generator().manual_seed(0))
+    whole = scan(own).divided(seed=0).of("train")
+    assert legacy.validation is not None
+    assert legacy.validation.labels.tolist() == [whole[k].label for k in order[:7].sort().values]
+    assert train.prepare_data(tiny(own)).validation.labels.bincount().tolist() != []  # type: ignore[union-attr]
+
+
+def test_a_test_folder_is_scored_whole(trained: Manifest, own: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """One image of a class, a class that is absent, and one that the network does not know."""
+    other = own.with_name("other")
+    for place in ("a/0.png", "a/1.png", "b/2.png", "zebra/3.png", "zebra/4.png"):
+        (other / place).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(own / "a" / Path(place).name, other / place)
+    found, told = evaluated(capsys, "--data", "other")
+    assert found["total"] == 3
+    assert [row["images"] for row in found["per_class"]] == [2, 1, 0]
+    assert "other: no image of c" in told
+    assert "other: left out, classes that the network does not know: zebra (2)" in told
+    same = ("a/0.png", "a/1.png", "a/2.png")
+    used = sum(line.split in ("train", "validation") for line in trained.lines if line.path in same)
+    assert (f"{used} of 3 images were used in training" in told) == bool(used)
+
+
+def test_a_test_folder_with_splits_gives_the_one_that_is_asked_for(
+    trained: Manifest, own: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for k, split in enumerate(("train", "test")):
+        for name in "ab":
+            shutil.copytree(own / name, own.with_name("other") / split / name)
+            (own.with_name("other") / split / name / "0.png").unlink() if k else None
+    assert evaluated(capsys, "--data", "other")[0]["total"] == 58
+    assert evaluated(capsys, "--data", "other", "--split", "train")[0]["total"] == 60
+
+
+def test_a_folder_without_a_known_class_is_refused(trained: Manifest, own: Path) -> None:
+    (own.with_name("other") / "zebra").mkdir(parents=True)
+    shutil.copy(own / "a" / "0.png", own.with_name("other") / "zebra")
+    assert cli.main(["evaluate", "run", "--data", "other"]) == 2
+
+
+def test_train_and_val_are_trained_and_the_number_is_called_a_validation_error(
+    own: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    layout = own.with_name("layout")
+    for k, split in enumerate(("train", "val")):
+        for name in "abc":
+            (layout / split / name).mkdir(parents=True)
+            for number in range(20 * k, 20 * k + 20 - 10 * k):
+                shutil.copy(own / name / f"{number}.png", layout / split / name)
+    options = ["--data", str(layout), "--epochs", "1", "--image-size", "24", "--conv-channels", "4", "--out", "run"]
+    assert cli.main(["train", *options, "--capsule-types", "2", "--decoder-sizes", "8"]) == 0
+    shown = capsys.readouterr().out
+    assert shown.startswith("validation error ")
+    assert "of 30 wrong" in shown
+    result = json.loads(Path("run/result.json").read_text(encoding="utf-8"))
+    assert (result["tested"], result["train_images"], result["test"]["total"]) == ("validation", 60, 30)
+    assert result["selection"].endswith("there are no test images")
+    assert "validation error" in Path("run/report.html").read_text(encoding="utf-8")
+    with pytest.raises(InputError, match=r"^validation must be left out, or 0, where .* has val/ and no test/; got 5$"):
+        train.prepare_data(tiny(layout, validation=5))
+
+
+def test_names_are_compared_in_one_unicode_form(own: Path) -> None:
+    for k, (split, form) in enumerate((("train", "NFC"), ("test", "NFD"))):
+        for name in ("Tür", "Öl"):
+            place = own.with_name("forms") / split / unicodedata.normalize(form, name)  # type: ignore[arg-type]
+            shutil.copytree(own / "ab"[k], place)
+    assert train.prepare_data(tiny(own.with_name("forms"))).classes == ("Tür", "Öl")
+
+
+def test_every_split_has_its_share_of_each_class(own: Path) -> None:
+    for number in range(27):
+        (own / "c" / f"{number}.png").unlink()  # 3 are left
+    dataset = train.prepare_data(tiny(own, validation=20))
+    assert dataset.validation is not None
+    assert dataset.train.labels.bincount().tolist()[2] == 1
+    assert dataset.validation.labels.bincount(minlength=3).tolist()[2] in (0, 1)
+    few = train.prepare_data(tiny(own, train_images=4))
+    assert few.train.labels.bincount().tolist() == [1, 2, 1] or few.train.labels.bincount().tolist() == [2, 1, 1]
+    with pytest.raises(InputError, match=r"^validation must be 0 to 49, which leaves an image of each of 3 classes to tr"):
+        train.prepare_data(tiny(own, validation=50))
+
+
+# of tensors
+
+
+def memory(seed: int = 0, *, validation: bool = True) -> Dataset:
+    draw = torch.Generator().manual_seed(seed)
+    images = torch.randint(256, (40, 3, 12, 13), dtype=torch.uint8, generator=draw)
+    split = Split(images, torch.arange(40) % 3)
+    rows = torch.arange(40)
+    held_out = split.take(rows[30:35]) if validation else None
+    return Dataset("memory", ("a", "b", "c"), split.take(rows[:30]), split.take(rows[35:]), held_out)
+
+
+def test_of_other_data_the_tensors_are_known() -> None:
+    one = Manifest.of(memory())
+    assert [line.split for line in one.lines] == ["train", "validation", "test"]
+    assert one == Manifest.of(memory())
+    assert one.differences(one) == ()
+    assert one.differences(Manifest.of(memory(1))) == ("the images of train, validation, test are others",)
+    relabelled = memory()
+    relabelled = replace(relabelled, test=Split(relabelled.test.images, (relabelled.test.labels + 1) % 3))
+    assert one.differences(Manifest.of(relabelled)) == ("the images of test are others",)
+
+
+def test_a_run_in_memory_does_not_go_on_with_other_images(photos: Path, workplace: Path, blank_figure: None) -> None:
+    config = tiny(photos, out="run", epochs=1)
+    train.fit(config, memory())
+    with pytest.raises(InputError, match=r"data memory must be the images that the run began with; since then: the im"):
+        train.resume("run", memory(1), epochs=2)
+    train.resume("run", memory(), epochs=2)
+
+
+# the file
+
+
+def test_a_manifest_is_read_as_it_was_written(tmp_path: Path) -> None:
+    names = ("plain", 'quoted "x", y', "line\nbreak", "\udcff\udcfe", "Ü\u202e", "")
+    one = Manifest(tuple(Line("train", name, f"{name}/1.png", "ab" * 16) for name in names))
+    (tmp_path / "manifest.csv").write_bytes(one.to_bytes())
+    assert Manifest.read(tmp_path / "manifest.csv") == one
+    assert Manifest.read(tmp_path / "nothing.csv") is None
+
+
+@pytest.mark.parametrize("content", [b"", b"a,b\n", b"split,class,path,hash\ntrain,a\n", b"\x00"])
+def test_another_file_is_refused(content: bytes, tmp_path: Path) -> None:
+    (tmp_path / "manifest.csv").write_bytes(content)
+    with pytest.raises(InputError, match=r"manifest.csv must be a manifest that capsnet wrote"):
+        Manifest.read(tmp_path / "manifest.csv")
