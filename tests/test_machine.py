@@ -47,7 +47,7 @@ def test_mps_is_accepted_and_never_chosen() -> None:
 def test_mps_is_float32_plain_and_direct() -> None:
     network = small()
     for precision in ("auto", "32"):
-        assert machine.resolve_precision(Config(precision=precision), MPS, network) == "32"  # type: ignore[arg-type]
+        assert machine.resolve_precision(Config(precision=precision), MPS, network) == "32"
     with pytest.raises(InputError, match=r"^precision must be 32 or auto on device mps; got bf16$"):
         machine.resolve_precision(Config(precision="bf16"), MPS, network)
     assert resolve_kernel("auto", MPS) == "plain"

@@ -57,8 +57,8 @@ def test_what_is_chosen(
     chosen = resolved(config, dataset(classes, images, size=size))
     assert (chosen.epochs, chosen.lr_decay_steps, chosen.primary_scale) == (epochs, decay, scale)
     assert resolved(chosen, dataset(2)) == chosen  # a resumed run stays as it began
-    same = {"epochs": config.epochs, "lr_decay_steps": config.lr_decay_steps, "primary_scale": config.primary_scale}
-    assert replace(chosen, **same) == config
+    given = config.epochs, config.lr_decay_steps, config.primary_scale
+    assert replace(chosen, epochs=given[0], lr_decay_steps=given[1], primary_scale=given[2]) == config
     line = told(config, chosen)
     assert (line is not None and "--epochs" in line) == (config.epochs is None and epochs != 3)
     assert (line is not None and "--primary-scale 0" in line) == (scale == 0)

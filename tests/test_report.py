@@ -110,9 +110,9 @@ def test_of_more_than_30_classes_the_worst_are_drawn_and_a_table_has_all(classes
 
 
 def test_routing_is_followed_for_fewer_images_where_there_are_many_classes() -> None:
-    def followed(classes: int, **sizes: object) -> int:
+    def followed(classes: int, **sizes: int) -> int:
         with torch.device("meta"):
-            one = create("capsnet", num_classes=classes, **sizes)
+            one = create("capsnet", num_classes=classes, **sizes)  # type: ignore[arg-type]
         assert isinstance(one, CapsNet)
         return report._routed(one)
 
