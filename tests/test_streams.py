@@ -7,11 +7,13 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import ExitStack
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from capsnet import machine
+from capsnet import machine, runs, train
 from capsnet.cli import main
 from capsnet.progress import Progress
 from tiny import files, options, photos, tiny
@@ -49,6 +51,16 @@ def test_a_full_output_is_one_line_and_2(words: str) -> None:
 @pytest.mark.parametrize("where", [">&-", "2>&-", ">&- 2>&-", "2> /dev/full", "| true"])
 def test_closed_streams_and_a_full_stderr_change_nothing(words: str, where: str) -> None:
     done = shell(f"$CAPSNET {words} {where}")
+    assert (done.returncode, done.stderr) == (0, b"")
+
+
+@pytest.mark.usefixtures("workplace")
+@pytest.mark.parametrize("words", ["list data", "--help", "train --help-all"])
+def test_a_pipe_that_nobody_reads_is_no_error(words: str) -> None:
+    theirs, ours = os.pipe()
+    os.close(theirs)
+    done = subprocess.run([*COMMAND, *words.split()], stdout=ours, stderr=subprocess.PIPE, timeout=100, check=False)
+    os.close(ours)
     assert (done.returncode, done.stderr) == (0, b"")
 
 
@@ -197,25 +209,27 @@ def test_three_equal_trainings_at_once_get_a_directory_each(workplace: Path) -> 
         assert {"result.json", "model.safetensors"} <= files(run)
 
 
+@pytest.mark.parametrize("finished", [False, True])
 def test_a_directory_that_another_process_takes_meanwhile_is_chosen_anew(
-    workplace: Path, monkeypatch: pytest.MonkeyPatch
+    workplace: Path, monkeypatch: pytest.MonkeyPatch, finished: bool
 ) -> None:
-    from capsnet import runs, train
-
     config = tiny(photos(workplace / "data", count=6), epochs=1, report=False)
     first = runs.Run(train._free_directory(config))
-    real, taken = train.prepare_data, []
+    real = train.prepare_data
 
-    def prepared(*arguments: object, **more: object) -> object:
-        taken.append(first.claimed())
-        taken[0].__enter__()
-        return real(*arguments, **more)  # type: ignore[arg-type]
+    def prepared(*arguments: Any, **more: Any) -> Any:
+        if finished:
+            first.directory.mkdir(parents=True)
+            first.config_path.write_text("preset: paper\n")
+        else:
+            held.enter_context(first.claimed())
+        return real(*arguments, **more)
 
-    monkeypatch.setattr(train, "prepare_data", prepared)
-    result = train.fit(config)
-    taken[0].__exit__(None, None, None)
+    with ExitStack() as held:
+        monkeypatch.setattr(train, "prepare_data", prepared)
+        result = train.fit(config)
     assert result.directory == first.directory.with_name(f"{first.directory.name}-2")
-    assert files(first.directory) == set()
+    assert files(first.directory) == ({"config.yaml"} if finished else set())
 
 
 @pytest.mark.slow
