@@ -188,7 +188,7 @@ def test_a_value_of_the_wrong_type_is_refused(values: dict[str, Any], message: s
         ("epochs", -1, "at least 0"),
         ("batch_size", 0, "at least 1"),
         ("routing_iterations", 0, "at least 1"),
-        ("image_size", 0, "at least 1"),
+        ("image_size", 0, "pixels, 1 to 10,000, or HEIGHTxWIDTH, as 48x64"),
         ("lr", 0.0, "above 0"),
         ("lr_decay", 1.1, r"in \(0, 1\]"),
         ("dropout", 1.0, r"in \[0, 1\)"),
@@ -292,13 +292,13 @@ MOST = {"seed": 2**62 - 1, "data_seed": 2**62 - 1, "routing_iterations": 100, "i
 @pytest.mark.parametrize("name", WHOLE_NUMBERS)
 def test_whole_numbers_have_a_largest_value(name: str) -> None:
     most = MOST.get(name, 2**31 - 1)
-    rule = rf"(at most {most:,}|1 or 3|widths of 1 to {most:,})"
+    rule = rf"(at most {most:,}|1 or 3|8 to 32|pixels, 1 to {most:,}, .*|widths of 1 to {most:,})"
     wrong: Any
     for value in (most + 1, 10**26, 10**5000):
         wrong = (value,) if name == "decoder_sizes" else value
         with pytest.raises(InputError, match=rf"^{name} must be {rule}; got [^\n]{{1,80}}$"):
             Config(**{name: wrong})
-    if name not in ("channels", "decoder_sizes"):
+    if name not in ("channels", "bit_depth", "decoder_sizes"):
         allowed: Any = most
         assert getattr(Config(**{name: allowed}), name) == most
 

@@ -1,4 +1,5 @@
 import io
+import re
 import struct
 import warnings
 import zlib
@@ -10,8 +11,10 @@ import pytest
 import torch
 from PIL import Image
 
+from capsnet import train
+from capsnet.config import Config
 from capsnet.data import Dataset, image_file, load
-from capsnet.data.image_folder import scan
+from capsnet.data.image_folder import image_files, scan
 from capsnet.errors import InputError
 
 RED, BLUE = (200, 10, 30), (10, 20, 190)
@@ -394,3 +397,62 @@ def test_wrong_arguments(pets: Path, arguments: dict[str, Any], message: str) ->
 def test_the_path_must_exist(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"path of an image folder must be an existing directory; got .*nowhere"):
         folder(tmp_path / "nowhere")
+
+
+# what is no image, and what is passed over
+
+
+def test_all_bad_files_are_told_at_once(pets: Path) -> None:
+    (pets / "cat" / "c.png").write_bytes(b"no image")
+    (pets / "dog" / "notes.txt").write_bytes(b"text")
+    save(pets / "loose.png")
+    (pets / "dog" / "d.jpg").write_bytes(encoded("JPEG")[:-500])  # of which only decoding tells
+    with pytest.raises(InputError) as told:
+        folder(pets)
+    for part in (
+        "3 files are none",
+        "loose.png must be in",
+        "cat/c.png must be a readable",
+        "dog/notes.txt must be an",
+    ):
+        assert part in str(told.value)
+    data = train.prepare_data(Config(data=str(pets), validation=0, skip_unreadable=True))
+    assert len(data.train) + len(data.test) == 4
+
+
+def test_files_that_only_decoding_finds_damaged_are_told_together_or_passed_over(pets: Path) -> None:
+    for name in ("cat/c.jpg", "dog/d.jpg"):
+        (pets / name).write_bytes(encoded("JPEG")[:-500])
+    with pytest.raises(InputError, match=r"2 files are none: cat/c.jpg must be a .* truncated.*; dog/d.jpg must be a"):
+        folder(pets, image_size=8)
+    config = Config(data=str(pets), image_size=8, validation=0, skip_unreadable=True)
+    data = train.prepare_data(config)
+    assert len(data.train) + len(data.test) == 4
+    assert re.match(r"passed over 2 unreadable: cat/c.jpg \(must be a readable image; got: .*truncated", data.notes[-1])
+
+
+def test_what_is_passed_over_is_told(pets: Path) -> None:
+    for name in (".hidden.png", "README.md", "list.csv", "more.csv"):
+        (pets / name).write_bytes(b"x")
+    assert scan(pets).notes == ("passed over: 1 hidden, 2 .csv files, 1 .md files",)
+
+
+def test_a_folder_is_listed_once_whatever_links_lead_to_it(pets: Path) -> None:
+    (pets / "cat" / "again").symlink_to(pets)
+    (pets / "dog" / "b.txt").write_bytes(b"x")
+    files, notes = image_files(pets)
+    assert [file.relative_to(pets).as_posix() for file in files] == [
+        "cat/a.png", "cat/b.png", "dog/a.png", "dog/b.png",
+    ]  # fmt: skip
+    assert notes == ("passed over: 1 links to what was visited, 1 .txt files",)
+
+
+def test_one_depth_holds_for_the_whole_folder(tmp_path: Path) -> None:
+    for k, most in enumerate((400, 900, 3000, 500)):
+        image = Image.fromarray(np.full((4, 4), most, np.uint16))
+        save(tmp_path / "ab"[k // 2] / f"{k}.png", image)
+    data = folder(tmp_path)
+    assert data.preprocessing is not None
+    assert data.preprocessing.bits == 12
+    shades = torch.cat([data.train.images, data.test.images])[:, 0, 0, 0]
+    assert sorted(shades.tolist()) == [round(255 * most / 4095) for most in (400, 500, 900, 3000)]

@@ -23,6 +23,7 @@ from capsnet.errors import InputError
 from capsnet.export import FORMATS, Export, compare, export
 from capsnet.kernels.buffers import pool
 from capsnet.models import Network, create
+from tiny import reading
 
 onnx = pytest.importorskip("onnx")
 onnxruntime = pytest.importorskip("onnxruntime")

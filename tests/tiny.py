@@ -29,6 +29,8 @@ SIZES: dict[str, Any] = {
 }
 REAL = Path(os.environ.get("CAPSNET_DATA") or Path(__file__).parents[2] / "shared" / "data").resolve()
 """Where the real data sets are, if they are; told by the reason of a skipped test."""
+KEPT = "images kept at 12 x 13 pixels (--image-size changes it)"
+"""What a training on `photos` says first."""
 TIMES = ("images_per_second", "seconds")  # columns of metrics.csv that measure the machine
 
 

@@ -296,6 +296,8 @@ ten in all its MNIST experiments; with another number of classes give `margin_sc
 
 def size_of(image_size: int | str | None) -> tuple[int, int] | None:
     """Height and width that `--image-size` means; None for None, and where it means none."""
+    if isinstance(image_size, int):
+        return (image_size, image_size) if 1 <= image_size <= LARGEST_SIDE else None
     sides = str(image_size).lower().split("x")
     if image_size is None or not all(side.isascii() and side.isdecimal() and len(side) < 6 for side in sides):
         return None

@@ -167,12 +167,10 @@ class Subject:
     def _is_own(self, options: Config, recorded: "Manifest | None") -> bool:
         """Whether a folder holds the images of the run, wherever it is."""
         from capsnet.data.image_folder import scan
-        from capsnet.data.manifest import Manifest
 
         if recorded is None or not recorded.splits:
             return False
-        lines = Manifest.of_folder(scan(options.data, classes=recorded.classes)).lines
-        there = {line.path: line.hash for line in lines}
+        there = {file.path: file.hash for file in scan(options.data, classes=recorded.classes).files}
         return all(there.get(line.path) == line.hash for line in recorded.lines)
 
     def _of_others(self, options: Config, recorded: "Manifest | None") -> "Dataset":
@@ -217,12 +215,13 @@ class Subject:
 
     def _tell_differences(self, dataset: "Dataset", recorded: "Manifest | None") -> None:
         """Say what of the data is no longer as it was when the run began, and what was passed over."""
+        from capsnet.data import is_folder
         from capsnet.data.manifest import Manifest
 
         for note in dataset.notes:
             say(f"capsnet: {dataset.name}: {note}")
         if recorded is None:
-            if dataset.folder is not None:
+            if is_folder(dataset.name):
                 say(f"capsnet: {self.model} has no manifest of its images, so {dataset.name} is divided anew")
             return
         for difference in recorded.differences(Manifest.of(dataset)):

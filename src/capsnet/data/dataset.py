@@ -3,20 +3,18 @@
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Literal
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
 from capsnet.data.augment import Augmentation, centre_crop, move
+from capsnet.data.image_file import Header
 from capsnet.data.overlay import pairs
+from capsnet.data.preprocessing import Preprocessing
 from capsnet.errors import InputError
 
-if TYPE_CHECKING:
-    from capsnet.data.image_folder import ImageFolder
-    from capsnet.data.preprocessing import Preprocessing
-
-__all__ = ["Dataset", "Split", "check_memory", "stratified", "to_float"]
+__all__ = ["Dataset", "ImageFile", "Split", "check_memory", "stratified", "to_float"]
 
 MAX_BYTES = 8 * 2**30
 """Of the images of a data set, all of which are held in memory."""
@@ -27,6 +25,24 @@ def check_memory(count: int, shape: tuple[int, ...]) -> None:
     if count * math.prod(shape) > MAX_BYTES:
         size = " x ".join(map(str, shape))
         raise InputError(f"images must fit into {MAX_BYTES >> 30} GiB (see --image-size); got {count:,} of {size}")
+
+
+class ImageFile(NamedTuple):
+    """An image of a folder.
+
+    Attributes:
+        path: from the folder on, with `/`.
+        label: number of its class.
+        split: `train`, `validation` or `test`; empty where it is still to be divided, `unused` where none wants it.
+        hash: BLAKE2b of its content, 32 hexadecimal digits.
+        header: what it tells before it is decoded.
+    """
+
+    path: str
+    label: int
+    split: str
+    hash: str
+    header: Header
 
 
 @dataclass(frozen=True, eq=False)
@@ -107,8 +123,8 @@ class Dataset:
             splits hold the central one. None where images are used whole.
         placed: whether images held out for validation are moved once by up to `shift`, as those of the test are.
         tested: what `test` is: "validation" where a folder has train/ and val/ but no test/.
-        folder: that the images were read from, with the files of each split in the order of its images.
-        preprocessing: how they were read from it; without `crop`.
+        files: of a folder, those that were read, those of each split in the order of its images, and unused ones.
+        preprocessing: how they were read; without `crop`.
         notes: what is to be told of how they were read.
 
     Raises:
@@ -126,8 +142,8 @@ class Dataset:
     crop: int | None = None
     placed: bool = False
     tested: Literal["test", "validation"] = "test"
-    folder: "ImageFolder | None" = None
-    preprocessing: "Preprocessing | None" = None
+    files: tuple[ImageFile, ...] = ()
+    preprocessing: Preprocessing | None = None
     notes: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
@@ -207,7 +223,7 @@ class Dataset:
         if not 0 < count <= len(self.train):
             raise InputError(f"train_images must be 1 to the {len(self.train)} there are; got {count}")
         chosen = stratified(self.train.labels, count, seed=seed)
-        return replace(self, train=self.train.take(chosen.sort().values), folder=None)
+        return replace(self, train=self.train.take(chosen.sort().values), files=())
 
     def with_validation(self, count: int, *, seed: int, shares: bool = True) -> "Dataset":
         """Split `count` random images off the training split as validation, of each class its share.
@@ -221,7 +237,7 @@ class Dataset:
             InputError: `count` leaves nothing to train on.
         """
         if count == 0:
-            return replace(self, validation=None, folder=None)
+            return replace(self, validation=None, files=())
         if not 0 < count < len(self.train):
             raise InputError(
                 f"validation must be 0 to {len(self.train) - 1} of the {len(self.train)} training images; got {count}"
@@ -240,7 +256,7 @@ class Dataset:
             validation = replace(validation, images=move(validation.images, drawn))
         if self.crop:
             validation = validation.cropped(self.crop)
-        return replace(self, train=self.train.take(kept), validation=validation, folder=None)
+        return replace(self, train=self.train.take(kept), validation=validation, files=())
 
 
 def to_float(images: Tensor) -> Tensor:

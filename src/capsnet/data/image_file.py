@@ -134,7 +134,8 @@ def read_image(
         with _GIANTS if giant else threading.Lock():
             if image.mode.startswith("I"):
                 bits = bits or _bits(image)
-            plain, notes = _plain(ImageOps.exif_transpose(image), bits, deep=_is_deep(image))
+            deep = _is_deep(image)  # known until it is loaded
+            plain, notes = _plain(ImageOps.exif_transpose(image), bits, deep=deep)
             if channels == 1:
                 plain = plain.convert("L")
             if size is not None and plain.size[::-1] not in (size, keep):

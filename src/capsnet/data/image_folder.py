@@ -16,18 +16,18 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from itertools import groupby
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Literal
 
 import torch
 
-from capsnet.data.dataset import Dataset, Split, stratified
+from capsnet.data.dataset import Dataset, ImageFile, Split, stratified
 from capsnet.data.image_cache import decoded
 from capsnet.data.image_file import SUFFIXES, Header, read_header
 from capsnet.data.preprocessing import Preprocessing
 from capsnet.errors import InputError
 from capsnet.names import visible
 
-__all__ = ["ImageFile", "ImageFolder", "image_files", "one_form", "scan"]
+__all__ = ["ImageFolder", "image_files", "one_form", "scan"]
 
 KEPT_SIDE = 40  # pixels: images of one size up to this are kept as they are
 SIDE = 32  # of all others, unless it is chosen
@@ -35,24 +35,6 @@ TOLD = 20  # faults, of which the first are told by name
 _CLUTTER = ("thumbs.db", "desktop.ini", "__macosx")
 _VALIDATION = ("validation", "valid", "val")
 _THREADS = min(8, os.cpu_count() or 1)
-
-
-class ImageFile(NamedTuple):
-    """An image of a folder.
-
-    Attributes:
-        path: from the folder on, with `/`.
-        label: number of its class.
-        split: `train`, `validation` or `test`; empty where it is still to be divided, `unused` where none wants it.
-        hash: BLAKE2b of its content, 32 hexadecimal digits.
-        header: what it tells before it is decoded.
-    """
-
-    path: str
-    label: int
-    split: str
-    hash: str
-    header: Header
 
 
 @dataclass(frozen=True)
@@ -197,7 +179,7 @@ class ImageFolder:
             splits["test"],
             splits.get("validation"),
             tested=self.tested,
-            folder=self,
+            files=self.files,
             preprocessing=preprocessing,
             notes=self.notes,
         )
@@ -281,8 +263,6 @@ def scan(
     if classes is None:
         listing.compare(by_split)
     names = tuple(classes) if classes is not None else tuple(next(iter(by_split.values())))
-    if listing.faults and not skip_unreadable:
-        raise InputError(_told(root, listing.faults))
     places = [
         (split, names.index(name), file)
         for split, found in by_split.items()
@@ -333,12 +313,14 @@ class _Listing:
         lenient: whether it is to be looked at only: one class will do, and other files are passed over.
         faults: by path from the root on.
         passed: kinds of files that were passed over, and how many.
+        listed: directories and files of each directory.
     """
 
     root: Path
     lenient: bool
     faults: dict[str, str] = field(default_factory=dict)
     passed: Counter[str] = field(default_factory=Counter)
+    listed: dict[Path, tuple[list[Path], list[Path]]] = field(default_factory=dict)
 
     def splits(self) -> dict[str, Path] | None:
         """The folders of the splits, None where the root holds the classes themselves."""
@@ -414,6 +396,8 @@ class _Listing:
 
     def entries(self, directory: Path) -> tuple[list[Path], list[Path]]:
         """Directories and files in `directory`, without clutter, in natural order."""
+        if directory in self.listed:
+            return self.listed[directory]
         try:
             every = list(directory.iterdir())
         except OSError as error:
@@ -421,7 +405,9 @@ class _Listing:
         hidden = [one for one in every if one.name.startswith(".") or one.name.lower() in _CLUTTER]
         self.passed["hidden"] += len(hidden)
         kept = sorted(set(every) - set(hidden), key=lambda entry: _natural(entry.name))
-        return [entry for entry in kept if entry.is_dir()], [entry for entry in kept if not entry.is_dir()]
+        found = [entry for entry in kept if entry.is_dir()], [entry for entry in kept if not entry.is_dir()]
+        self.listed[directory] = found
+        return found
 
     def notes(self, by_split: Mapping[str, Mapping[str, Sized]], classes: Sequence[str] | None) -> tuple[str, ...]:
         """What was passed over, and for a network of known classes which are absent or others."""

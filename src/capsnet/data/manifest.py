@@ -13,8 +13,7 @@ from typing import NamedTuple
 
 import torch
 
-from capsnet.data.dataset import Dataset, Split
-from capsnet.data.image_folder import ImageFolder
+from capsnet.data.dataset import Dataset, ImageFile, Split
 from capsnet.errors import InputError
 
 __all__ = ["FILE", "Line", "Manifest"]
@@ -52,15 +51,15 @@ class Manifest(NamedTuple):
     @classmethod
     def of(cls, dataset: Dataset) -> "Manifest":
         """That of a data set: of every file of its folder, whether it is used or not, or of whole splits."""
-        if dataset.folder is not None:
-            return cls.of_folder(dataset.folder)
+        if dataset.files:
+            return cls.of_files(dataset.files, dataset.classes)
         splits = {name: getattr(dataset, name) for name in _SPLITS}
         return cls(tuple(Line(name, "", "", _hash(split)) for name, split in splits.items() if split is not None))
 
     @classmethod
-    def of_folder(cls, folder: ImageFolder) -> "Manifest":
-        """That of all files of a folder."""
-        return cls(tuple(Line(one.split, folder.classes[one.label], one.path, one.hash) for one in folder.files))
+    def of_files(cls, files: Iterable[ImageFile], classes: tuple[str, ...]) -> "Manifest":
+        """That of files of these classes."""
+        return cls(tuple(Line(one.split, classes[one.label], one.path, one.hash) for one in files))
 
     @property
     def classes(self) -> tuple[str, ...]:
