@@ -249,3 +249,15 @@ def test_another_file_is_refused(content: bytes, tmp_path: Path) -> None:
     (tmp_path / "manifest.csv").write_bytes(content)
     with pytest.raises(InputError, match=r"manifest.csv must be a manifest that capsnet wrote"):
         Manifest.read(tmp_path / "manifest.csv")
+
+
+def test_weights_without_a_run_hold_out_the_images_that_the_run_did(
+    trained: Manifest, own: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The card says whether each class had its share, as it has since there are manifests."""
+    before, _ = evaluated(capsys, "--split", "validation")
+    Path("run/manifest.csv").unlink()
+    Path("run/config.yaml").unlink()
+    after, told = evaluated(capsys, "--split", "validation", "--precision", before["precision"])
+    assert after["confusion"] == before["confusion"]
+    assert "has no manifest" in told

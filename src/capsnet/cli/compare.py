@@ -10,6 +10,7 @@ from tyro.conf import Positional, arg
 from capsnet.cli.evaluate import Member, members, same_split
 from capsnet.cli.parsing import BatchSize, parse
 from capsnet.cli.printing import show, show_json
+from capsnet.config import Device
 from capsnet.errors import InputError
 
 if TYPE_CHECKING:
@@ -44,8 +45,8 @@ class _Compare:
     """Which part of the data set."""
     batch_size: BatchSize = 256
     """Images at a time; only memory and speed depend on it."""
-    device: Literal["auto", "cpu", "cuda"] = "auto"
-    """auto: a GPU if there is one."""
+    device: Device = "auto"
+    """auto: a CUDA GPU if there is one; mps (untested) on a Mac."""
     json: bool = False
     """Print everything as JSON."""
 

@@ -9,6 +9,7 @@ from tyro.conf import Positional, arg
 from capsnet.cli.parsing import BatchSize, Range, parse
 from capsnet.cli.printing import say, show, show_json, show_table
 from capsnet.cli.subject import Subject
+from capsnet.config import Device
 from capsnet.errors import InputError
 
 __all__ = ["Member", "members", "run", "same_split"]
@@ -49,8 +50,8 @@ class _Evaluate:
     """Images at a time; only memory and speed depend on it."""
     precision: Literal["auto", "32", "bf16"] | None = None
     """Of convolutions and decoder; default: that of the run; 32 for several runs and for --shifts."""
-    device: Literal["auto", "cpu", "cuda"] = "auto"
-    """auto: a GPU if there is one."""
+    device: Device = "auto"
+    """auto: a CUDA GPU if there is one; mps (untested) on a Mac."""
     json: bool = False
     """Print everything as JSON."""
 
@@ -250,7 +251,7 @@ def same_split(
     *,
     data: str | None,
     data_dir: str | None,
-    device: Literal["auto", "cpu", "cuda"],
+    device: Device,
 ) -> tuple["Dataset", "Split"]:
     """The split that all networks are judged on: that of the first one's data set; they go to the device.
 

@@ -12,6 +12,7 @@ from tyro.conf import Positional, arg
 from capsnet.cli.parsing import BatchSize, parse
 from capsnet.cli.printing import say, show, show_json
 from capsnet.cli.subject import Model, Subject
+from capsnet.config import Device
 from capsnet.errors import InputError
 from capsnet.names import visible
 
@@ -52,8 +53,8 @@ class _Predict:
     """Replace files in that directory."""
     batch_size: BatchSize = 64
     """Images at a time; only memory and speed depend on it."""
-    device: Literal["auto", "cpu", "cuda"] = "auto"
-    """auto: a GPU if there is one."""
+    device: Device = "auto"
+    """auto: a CUDA GPU if there is one; mps (untested) on a Mac."""
     json: bool = False
     """Print a JSON list."""
     csv: bool = False

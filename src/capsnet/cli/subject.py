@@ -131,7 +131,7 @@ class Subject:
         own = data is None or (recorded is not None and bool(recorded.splits))
         try:
             dataset = train.prepare_data(
-                options, recorded=recorded if own else None, shares=not own or recorded is not None, tell=say
+                options, recorded=recorded if own else None, shares=not (own and self._is_old(recorded)), tell=say
             )
         except InputError as error:
             strokes = describe("strokes")
@@ -157,6 +157,10 @@ class Subject:
         from capsnet import runs
 
         return runs.Run(self.folder).manifest()
+
+    def _is_old(self, recorded: "Manifest | None") -> bool:
+        """Whether its validation images were held out as before there were manifests."""
+        return recorded is None and self.card.preprocessing is None
 
     def precision(self, device: "torch.device") -> str:
         """The precision that it is run in on a device: that of its training, as far as the device has it."""
