@@ -77,6 +77,25 @@ def test_missing_and_changed_files_are_told_and_the_others_scored(
     assert f"not as it was trained on: 1 changed ({test[1]})" in told
 
 
+def test_files_that_are_no_images_do_not_keep_a_run_from_its_own(
+    trained: Manifest, own: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before, _ = evaluated(capsys)
+    (own / "a" / "notes.txt").write_bytes(b"text")
+    (own / "a" / "new.png").write_bytes((own / "a" / "0.png").read_bytes()[:-20])
+    after, told = evaluated(capsys)
+    assert after == before
+    assert "a/notes.txt" in told
+    train.resume("run", epochs=2)
+    other = own.with_name("other")
+    shutil.copytree(own, other)
+    (other / "a" / "0.png").unlink()
+    found, told = evaluated(capsys, "--data", "other")
+    assert found["total"] == 89
+    assert "passed over 1 unreadable: a/notes.txt" in told
+    assert "passed over 1 unreadable: a/new.png" in told
+
+
 def test_a_folder_that_moved_is_the_same(trained: Manifest, own: Path, capsys: pytest.CaptureFixture[str]) -> None:
     before, _ = evaluated(capsys)
     own.rename(own.with_name("moved"))

@@ -81,7 +81,7 @@ class Chance:
                 f"the learning rate has fallen from {config.lr:g} to {row['learning_rate']:.2g} (--lr-decay-steps)"
             )
         if done < FEW_STEPS:
-            causes.append(f"only {done} steps (more --epochs, a smaller --batch-size)")
+            causes.append(f"only {done} step{'s' * (done > 1)} (more --epochs, a smaller --batch-size)")
         if self.rarest < FEW_IMAGES:
             causes.append(f"{self.rarest} images of the rarest class (more images; --shift, --rotation, --flip)")
         if config.reconstruction_weight * row["train_reconstruction_loss"] > row["train_classification_loss"]:

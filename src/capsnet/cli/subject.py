@@ -174,7 +174,9 @@ class Subject:
 
         if recorded is None or not recorded.splits:
             return False
-        there = {file.path: file.hash for file in scan(options.data, classes=recorded.classes).files}
+        there = {
+            file.path: file.hash for file in scan(options.data, skip_unreadable=True, classes=recorded.classes).files
+        }
         return all(there.get(line.path) == line.hash for line in recorded.lines)
 
     def _of_others(self, options: Config, recorded: "Manifest | None") -> "Dataset":
@@ -183,7 +185,8 @@ class Subject:
         from capsnet.data.image_folder import scan
 
         reading = replace(self.card.reading(self.network.image_shape), crop=None)
-        folder = scan(options.data, skip_unreadable=options.skip_unreadable, classes=self._class_names(options.data))
+        folder = scan(options.data, skip_unreadable=True, classes=self._class_names(options.data))
+        folder = folder.without(folder.faults(reading))
         for note in folder.notes:
             say(f"capsnet: {folder.root}: {note}")
         if recorded is not None:
