@@ -92,8 +92,8 @@ def test_files_that_are_no_images_do_not_keep_a_run_from_its_own(
     (other / "a" / "0.png").unlink()
     found, told = evaluated(capsys, "--data", "other")
     assert found["total"] == 89
-    assert "passed over 1 unreadable: a/notes.txt" in told
-    assert "passed over 1 unreadable: a/new.png" in told
+    assert "passed over 2 unreadable: a/notes.txt" in told
+    assert "a/new.png (must be a readable image; got: " in told
 
 
 def test_a_folder_that_moved_is_the_same(trained: Manifest, own: Path, capsys: pytest.CaptureFixture[str]) -> None:
