@@ -144,7 +144,8 @@ async function start() {
     at("glance").textContent = seen ? `${name}${sure ? "" : "?"} · ${seen.lengths[seen.winner].toFixed(2)}` : "";
     at("winner").classList.toggle("unsure", !sure);
     at("winner").classList.toggle("long", name.length > 4);
-    at("verdict").textContent = seen?.inverted ? `${text}; light and dark were swapped` : text;
+    const remarks = [seen?.inverted ? "light and dark were swapped" : "", ...(seen?.notes ?? [])].filter(Boolean);
+    at("verdict").textContent = [text, ...remarks].join("; ");
     clearTimeout(saying); // once the drawing rests
     saying = setTimeout(() => {
       const said = seen ? `${sure ? "Winner" : "Perhaps"}: ${name}. ${text}` : "";
