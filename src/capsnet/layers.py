@@ -350,7 +350,10 @@ class ClassCapsules(nn.Module):
             raise InputError(f"kernel must be plain or auto with an epsilon in squash, here {epsilon:g}; got fused")
         self.iterations, self.leaky, self.detach_routing, self.epsilon = iterations, leaky, detach_routing, epsilon
         self.kernel = "plain" if epsilon else kernel
-        self.weight = nn.Parameter(torch.empty(in_capsules, in_dim, out_capsules, out_dim).normal_(std=0.1))
+        weight = torch.empty(in_capsules, in_dim, out_capsules, out_dim)
+        if not weight.is_meta:  # where `normal_` changes nothing, and imports the compiler in two seconds
+            weight.normal_(std=0.1)
+        self.weight = nn.Parameter(weight)
         self.bias = nn.Parameter(torch.full((out_capsules, out_dim), 0.1)) if bias else None
 
     def forward(self, u: Float[Tensor, "*batch in in_dim"]) -> RoutingResult:
