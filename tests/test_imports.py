@@ -13,7 +13,7 @@ import capsnet
 
 ROOT = Path(capsnet.__file__).parent
 LEVELS: tuple[tuple[str, ...], ...] = (
-    ("errors", "files", "names", "reference", "schema"),
+    ("errors", "files", "free_memory", "names", "reference", "schema"),
     ("functional",),
     ("routing", "kernels"),
     ("layers",),
@@ -27,6 +27,7 @@ LEVELS: tuple[tuple[str, ...], ...] = (
         "feed",
         "graph",
         "machine",
+        "memory",
         "models",
         "objective",
         "plots",

@@ -1,3 +1,5 @@
+import re
+import time
 from pathlib import Path
 
 import pytest
@@ -7,8 +9,7 @@ from capsnet import summary
 from capsnet.config import Config
 from capsnet.errors import InputError
 from capsnet.models import create
-from capsnet.objective import Objective
-from tiny import SIZES, files, tiny
+from tiny import files, tiny
 
 pytestmark = pytest.mark.usefixtures("workplace")
 
@@ -47,22 +48,14 @@ def test_the_baseline_has_a_table_too() -> None:
     assert summary.layer_table(network).splitlines()[-1].split()[-1] == "35,445,522"
 
 
-@pytest.mark.parametrize("kernel", ["plain", "fused"])
-@pytest.mark.parametrize("stem", ["direct", "minimal"])
-def test_activation_bytes_are_those_that_autograd_keeps(kernel: str, stem: str) -> None:
-    network = create("capsnet", image_shape=(3, 12, 13), num_classes=3, **SIZES, kernel=kernel, stem=stem)
-    weights = {parameter.data_ptr() for parameter in network.parameters()}
-    for batch_size in (6, 13):
-        kept: dict[int, int] = {}
-        alive: list[torch.Tensor] = []
-
-        def keep(tensor: torch.Tensor, kept: dict[int, int] = kept, alive: list[torch.Tensor] = alive) -> torch.Tensor:
-            alive.append(tensor)
-            kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
-            return tensor
-
-        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-            Objective(network, Config())(torch.rand(batch_size, 3, 12, 13), torch.zeros(batch_size, dtype=torch.int64))
-        real = sum(size for pointer, size in kept.items() if pointer not in weights)
-        told = summary.activation_bytes(network, Config(), batch_size, torch.device("cpu"))
-        assert told == pytest.approx(real, rel=0.02)
+def test_it_answers_at_once_where_training_would_need_100_gigabytes(
+    photos: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("capsnet.data.image_folder.decoded", None)  # no image is
+    summary.dry_run(tiny(photos))
+    start = time.monotonic()
+    told = summary.dry_run(Config(data=str(photos), image_size="1000x1500", batch_size=128))
+    assert time.monotonic() - start < 5
+    needed = re.search(r"memory: about ([\d,]+)\.\d GiB in each process; .* are ", told)
+    assert needed
+    assert int(needed[1].replace(",", "")) > 1000

@@ -168,7 +168,7 @@ def test_a_signal_saves_and_the_resumed_run_ends_the_same(
 
 
 def test_a_signal_during_the_evaluations_stops_there(photos: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(train, "EVALUATION_BATCH", 4)
+    monkeypatch.setattr("capsnet.models.inference_batch", lambda network: 4)
     fit(tiny(photos, out="whole"))
     for call, where in ((1, "in epoch 1 after step 5 of 5"), (5, "after the last epoch")):
         run, count = f"run-{call}", [0]
@@ -652,10 +652,11 @@ def test_a_cuda_graph_trains_the_same_network(photos: Path, kernel: str) -> None
 def test_a_network_that_no_memory_holds_is_refused_before_anything_is_written(
     photos: Path, workplace: Path, sizes: dict[str, Any]
 ) -> None:
-    rule = (
-        r"(fit into the [\d,]+ GiB of memory here; its [\d,]+ parameters take .* in training|PyTorch can count; they.*)"
+    refusal = (
+        r"training needs about [\d,.]+ GiB of memory, and [\d,.]+ [MG]iB are .*; choose a smaller --image-size, .*"
+        r"|sizes.* must be ones that PyTorch can count; .*"
     )
-    with pytest.raises(InputError, match=rf"^sizes of model \w+ must be ones that {rule}$"):
+    with pytest.raises(InputError, match=rf"^({refusal})$"):
         fit(tiny(photos, **sizes) if "model" not in sizes else Config(data=str(photos), **sizes))
     assert files(workplace) == set()
 

@@ -13,7 +13,7 @@ from capsnet.data import Split
 from capsnet.data.dataset import to_float
 from capsnet.errors import InputError
 from capsnet.kernels.stem import constant_weights
-from capsnet.models import Network, evaluation_mode
+from capsnet.models import Network, evaluation_mode, inference_batch
 from capsnet.objective import Objective
 
 __all__ = ["Evaluation", "evaluate", "measure", "to_float", "wilson_interval"]
@@ -122,7 +122,7 @@ def evaluate(
     split: Split,
     *,
     config: Config | None = None,
-    batch_size: int = 256,
+    batch_size: int | None = None,
     precision: str = "32",
 ) -> Evaluation:
     """Run `network` over a whole split, on the device where its weights are.
@@ -131,7 +131,8 @@ def evaluate(
         network: put in evaluation mode for the time.
         split: images of the shape it was built for, of as many objects each.
         config: the weights of the losses; the paper's if not given.
-        batch_size: images at a time; the result does not depend on it but by rounding.
+        batch_size: images at a time; the result does not depend on it but by rounding. Default: see
+            `models.inference_batch`.
         precision: `32`, or `bf16` for convolutions and decoder.
 
     Raises:
@@ -142,11 +143,11 @@ def evaluate(
     if precision not in ("32", "bf16"):
         raise InputError(f"precision must be 32 or bf16; got {precision!r}")
     objective = Objective(network, config or Config())
-    device = next(network.parameters()).device
+    device, batch = next(network.parameters()).device, batch_size or inference_batch(network)
     network.check_images(to_float(split.images[:1]))
     network.check_labels(split.labels)
     with torch.autocast(device.type, dtype=torch.bfloat16, enabled=precision == "bf16"):
-        sums = measure(objective, split, classes=len(network.classes), device=device, batch_size=batch_size)
+        sums = measure(objective, split, classes=len(network.classes), device=device, batch_size=batch)
     return from_sums(*sums, classes=network.classes, objects=network.objects)
 
 

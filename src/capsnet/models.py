@@ -31,7 +31,11 @@ __all__ = [
     "capsnet",
     "create",
     "evaluation_mode",
+    "inference_batch",
 ]
+
+LARGE_IMAGE = 40 * 40
+"""Pixels up to which images go through a network without gradients 256 at a time, and of more pixels fewer."""
 
 
 class Output(NamedTuple):
@@ -178,6 +182,12 @@ class ConvNet(Network):
         self.check_images(images)
         logits: Tensor = self.layers(F.standardized(images) if self.standardize else images)
         return Output(logits.float() if logits.dtype != torch.float64 else logits)
+
+
+def inference_batch(network: Network) -> int:
+    """Images at a time without gradients: 256, or as many as take no more memory than 256 of 40 x 40 pixels."""
+    _, height, width = network.image_shape
+    return max(1, min(256, 256 * LARGE_IMAGE // (height * width)))
 
 
 @contextmanager

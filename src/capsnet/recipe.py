@@ -67,5 +67,5 @@ def _votes(config: Config, dataset: Dataset) -> float:
     """Votes that each class capsule gets; 0 where there are no capsules."""
     options = {name: getattr(with_defaults(config), name) for name in models.builder_options(config.model)}
     shape, classes = dataset.image_shape, len(dataset.classes)
-    network = runs.outline(config.model, copies=4, image_shape=shape, num_classes=classes, **options)
+    network = runs.outline(config.model, image_shape=shape, num_classes=classes, **options)
     return network.primary.capsules / classes if isinstance(network, CapsNet) else 0.0

@@ -23,10 +23,12 @@ from zipfile import ZipFile
 import torch
 from torch import Tensor
 
-from capsnet import card, models
+from capsnet import card, memory, models
 from capsnet import config as config_file
 from capsnet.card import Card, Tested
 from capsnet.config import Config
+from capsnet.data import manifest
+from capsnet.data.manifest import Manifest
 from capsnet.errors import InputError
 from capsnet.files import read_bytes, read_json, read_text
 from capsnet.kernels import native
@@ -68,7 +70,7 @@ DRAWN = (
 )
 RESULTS = ("result.json", *PRETRAINED, "report.html", *(f"figures/{name}.*" for name in DRAWN))
 """What is made from the weights of the last epoch."""
-WRITTEN = ("last.ckpt", "metrics.csv", "tensorboard/events.out.tfevents.*", *RESULTS)
+WRITTEN = ("last.ckpt", "metrics.csv", manifest.FILE, "tensorboard/events.out.tfevents.*", *RESULTS)
 """What a run writes beside its config.yaml; `--overwrite` removes these and nothing else."""
 
 
@@ -130,6 +132,7 @@ class Run:
         self.config_path = self.directory / "config.yaml"
         self.checkpoint_path = self.directory / "last.ckpt"
         self.metrics_path = self.directory / "metrics.csv"
+        self.manifest_path = self.directory / manifest.FILE
         self.result_path = self.directory / "result.json"
         self.figures = self.directory / "figures"
 
@@ -217,6 +220,22 @@ class Run:
                     path.unlink()
         except OSError as error:
             raise InputError(f"out directory {self.directory} must be writable; got: {error.strerror}") from None
+
+    def manifest(self) -> Manifest | None:
+        """Which images the run uses; None of a run from before there were manifests.
+
+        Raises:
+            InputError: the file is no manifest.
+        """
+        return Manifest.read(self.manifest_path)
+
+    def write_manifest(self, images: Manifest) -> None:
+        """Keep which images the run uses.
+
+        Raises:
+            InputError: it cannot be written.
+        """
+        write_atomically(self.manifest_path, lambda path: path.write_bytes(images.to_bytes()))
 
     def config(self) -> Config:
         """The configuration of the run.
@@ -455,43 +474,30 @@ def _described(path: Path) -> Network:
     try:
         if faults := config_file.out_of_range(options):
             raise InputError(joined(faults))
-        return outline(**options)
+        network = outline(**options)
+        size = 4 * network.parameter_count()
+        task = f"model {name}, of {network.parameter_count():,} parameters,"
+        memory.check(2 * size, torch.device("cpu"), task=task, remedy="it must be loaded where there is more")
+        return network
     except InputError as error:
         raise InputError(f"{source}: {error}") from None
 
 
-def outline(name: str, *, copies: int = 1, **options: Any) -> Network:
+def outline(name: str, **options: Any) -> Network:
     """The network that `models.create` makes, without memory for its weights.
 
     Args:
         name: of the model.
-        copies: tensors as large as the weights that are to fit into memory: 4 in training, with a gradient and two
-            moments.
         options: of `models.create`.
 
     Raises:
-        InputError: see `models.create`; or its sizes are more than this machine has memory for.
+        InputError: see `models.create`; or sizes that PyTorch cannot count.
     """
     try:
         with torch.device("meta"):
-            network = models.create(name, **options)
+            return models.create(name, **options)
     except (RuntimeError, OverflowError, TypeError):
         raise InputError(f"sizes of model {name} must be ones that PyTorch can count; they are too large") from None
-    needed, there = 4 * copies * network.parameter_count(), _memory()
-    if needed > there:
-        raise InputError(
-            f"sizes of model {name} must be ones that fit into the {there / 2**30:,.0f} GiB of memory here; its "
-            f"{network.parameter_count():,} parameters take {needed / 2**30:,.0f} GiB{' in training' * (copies > 1)}"
-        )
-    return network
-
-
-def _memory() -> float:
-    """Bytes of memory of this machine; infinite where the system does not say."""
-    try:
-        return float(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
-    except (AttributeError, ValueError, OSError):  # no such function on Windows
-        return float("inf")
 
 
 def from_pretrained(name: str | Path, *, revision: str | None = None) -> Network:

@@ -6,32 +6,32 @@ from dataclasses import asdict
 import torch
 from torch import Tensor, nn
 
-from capsnet import machine, recipe, train
+from capsnet import free_memory, machine, memory, recipe, train
 from capsnet.config import Config
+from capsnet.data import Dataset, outline
 from capsnet.kernels import native
-from capsnet.layers import ClassCapsules, resolve_kernel
-from capsnet.models import CapsNet, Network, create
-from capsnet.objective import Objective
+from capsnet.layers import ClassCapsules
+from capsnet.models import Network, create
 
-__all__ = ["activation_bytes", "dry_run", "layer_table"]
+__all__ = ["dry_run", "layer_table"]
 
 
 def dry_run(config: Config) -> str:
     """Text of the resolved configuration, layer table and memory estimate of a run; nothing is trained or written.
 
+    Nothing is computed, and no image read where sizes and numbers are known without.
+
     Raises:
         InputError: as `train.fit` would before it trains.
     """
     device = machine.resolve_device(config)
-    dataset = train.prepare_data(config)
+    dataset = train.prepare_data(config, read=False)
     config = recipe.resolved(config, dataset)
     assert config.epochs is not None
-    network = train.build(config, dataset)
-    per_process = -(-config.batch_size // config.devices)
+    network = train.layout(config, dataset)
+    precision = machine.resolve_precision(config, device, network)
     steps = math.ceil(len(dataset.train) / config.batch_size)
-    parameters = network.parameter_count()
-    kernels = _kernels(network, config, device)
-    mebibytes = (16 * parameters + activation_bytes(network, config, per_process, device)) / 2**20
+    kernels = memory.kernels(network, device, precision)
     validation = 0 if dataset.validation is None else len(dataset.validation)
     return "\n".join(
         [
@@ -42,11 +42,10 @@ def dry_run(config: Config) -> str:
             f"data: {len(dataset.train):,} training, {validation:,} validation, {len(dataset.test):,} test images of "
             f"{' x '.join(map(str, dataset.image_shape))}; {len(dataset.classes)} classes",
             f"steps: {config.epochs * steps:,} ({config.epochs} epochs of {steps:,})",
-            f"device: {config.devices} x {device.type}, precision {machine.resolve_precision(config, device, network)}"
+            f"device: {config.devices} x {device.type}, precision {precision}"
             + "".join(f", {name} {value}" for name, value in kernels.items())
             + (f"; computed by {native.status()}" if device.type == "cpu" else ""),
-            f"memory: about {mebibytes:,.0f} MiB a process for weights, gradients, Adam and activations in float32, "
-            f"and {dataset.train.images.numel() / 2**20:,.0f} MiB of images",
+            f"memory: {_memory(network, config, device, dataset, precision)}",
         ]
     )
 
@@ -80,36 +79,17 @@ def layer_table(network: Network) -> str:
     )
 
 
-def activation_bytes(network: Network, config: Config, batch_size: int, device: torch.device) -> int:
-    """Bytes that one training step keeps for its backward pass in float32, counted without computing anything."""
-    storages: dict[int, tuple[object, int]] = {}
-
-    def keep(tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        storages[storage._cdata] = (storage, storage.nbytes())
-        return tensor
-
-    objective = Objective(_on_meta(network, **_kernels(network, config, device)), config)
-    weights = {parameter.untyped_storage()._cdata for parameter in objective.parameters()}
-    images = torch.empty(batch_size, *network.image_shape, device="meta")
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        each = (batch_size,) if network.objects == 1 else (batch_size, network.objects)
-        labels = torch.zeros(each, dtype=torch.int64, device="meta")
-        alone = None if network.objects == 1 else torch.empty(*each, *network.image_shape, device="meta")
-        losses = objective(images, labels, alone)
-        del losses
-    return sum(size for key, (_, size) in storages.items() if key not in weights)
-
-
-def _kernels(network: Network, config: Config, device: torch.device) -> dict[str, str]:
-    """How a capsule network is computed on `device`, by option; nothing for another network."""
-    if not isinstance(network, CapsNet):
-        return {}
-    in_float32 = machine.resolve_precision(config, device, network) == "32"
-    return {
-        "kernel": resolve_kernel(network.class_capsules.kernel, device),
-        "stem": network.resolved_stem(torch.empty(0, device=device)) if in_float32 else "direct",
-    }
+def _memory(network: Network, config: Config, device: torch.device, dataset: Dataset, precision: str) -> str:
+    """What each process takes of the memory of its device, and what is free."""
+    batch_size = -(-config.batch_size // config.devices)
+    needed = memory.training(network, config, device, precision=precision, batch_size=batch_size)
+    if device.type == "cuda":
+        needed += dataset.train.images.nbytes
+    else:
+        needed += outline.nbytes(dataset) + free_memory.resident()
+    there = free_memory.free(device)
+    text = f"about {memory.amount(needed)} in each process"
+    return text if there.size == math.inf else f"{text}; {memory.amount(there.size)} are {there.where}"
 
 
 def _on_meta(network: Network, **options: str) -> Network:

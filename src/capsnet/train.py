@@ -10,23 +10,27 @@ import hashlib
 import math
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 import torch
 from lightning_fabric import Fabric
 
-from capsnet import models, recipe, report, runs
+from capsnet import memory, models, recipe, report, runs
 from capsnet.analysis.outcomes import outcomes
 from capsnet.analysis.strangers import threshold_for
 from capsnet.board import board, check_board
 from capsnet.card import Card, Tested
-from capsnet.config import PRESETS, Config, from_dict, preset, preset_differences, with_defaults
-from capsnet.data import Dataset, Split, load
+from capsnet.config import PRESETS, Config, from_dict, preset, preset_differences, size_of, with_defaults
+from capsnet.data import Dataset, Split, available, is_folder, load, outline
+from capsnet.data import describe as describe_data
+from capsnet.data.image_folder import ImageFolder, scan
+from capsnet.data.manifest import Manifest
 from capsnet.data.photo import frame_of
+from capsnet.data.preprocessing import MNIST_FRAME, Preprocessing
 from capsnet.diagnosis import Chance
 from capsnet.errors import InputError
 from capsnet.evaluation import Evaluation, from_sums, measure
@@ -48,12 +52,12 @@ __all__ = [
     "build",
     "describe",
     "fit",
+    "layout",
     "learning_rate",
     "prepare_data",
     "resume",
 ]
 
-EVALUATION_BATCH = 256
 THRESHOLD_IMAGES = 5000  # training images that the threshold is set on where none are held out
 VALIDATION_COLUMNS = ("loss", "classification_loss", "reconstruction_loss", "error_percent")
 RESUMABLE = (
@@ -65,9 +69,10 @@ RESUMABLE = (
     "tensorboard",
     "report",
     "threads",
+    "data",
     "data_dir",
 )
-"""Options that may change when a run goes on; all others would make it another run."""
+"""Options that may change when a run goes on, `data` where its images are the same; all others make it another run."""
 UNTOLD = ("data_dir", "out", "overwrite", "log_every", "checkpoint_steps", "tensorboard", "report")
 """Options without influence on what is measured, left out of `differs_from_preset`."""
 
@@ -79,6 +84,7 @@ class Result:
     Attributes:
         directory: the run directory.
         test: on the test split, read once, after the last epoch.
+        tested: what that split is: "validation" of a folder with train/ and val/ but no test/.
         validation: on the validation split after the last epoch, or None.
         epochs: passes over the training images.
         seconds: of training, over all sessions of the run, validation included.
@@ -89,6 +95,7 @@ class Result:
 
     directory: Path
     test: Evaluation
+    tested: Literal["test", "validation"]
     validation: Evaluation | None
     epochs: int
     seconds: float
@@ -119,7 +126,7 @@ def resume(directory: str | Path, dataset: Dataset | None = None, **changes: Any
         directory: of the run.
         dataset: the one that `fit` was given, if it was.
         changes: options to change, of those that leave it the same run: more `epochs`, `devices`, `log_every`,
-            `checkpoint_steps`, `tensorboard`, `threads`, `data_dir`.
+            `checkpoint_steps`, `tensorboard`, `threads`, `data_dir`, and `data` where the same images have moved.
 
     Raises:
         InputError: no run or checkpoint there, another process trains in it, or another option is to change; otherwise
@@ -134,35 +141,149 @@ def resume(directory: str | Path, dataset: Dataset | None = None, **changes: Any
     ]
     if faults:
         raise InputError(f"{'; and '.join(faults)} (only {', '.join(RESUMABLE)} may change)")
+    if changes.get("data", saved.data) != saved.data and run.manifest() is None:
+        raise InputError(f"data of a resumed run must stay {saved.data}, for it has no manifest; got {changes['data']}")
     config = replace(saved, **{name: value for name, value in changes.items() if name in RESUMABLE})
     return _launch(config, dataset, resumed=run)
 
 
-def prepare_data(config: Config, dataset: Dataset | None = None) -> Dataset:
+def prepare_data(
+    config: Config,
+    dataset: Dataset | None = None,
+    *,
+    recorded: Manifest | None = None,
+    shares: bool = True,
+    tell: Callable[[str], object] | None = None,
+    check: Callable[[Dataset], object] | None = None,
+    read: bool = True,
+) -> Dataset:
     """The data set of `config`, or `dataset` if given, with its validation split.
 
+    Args:
+        config: of a run.
+        dataset: images of one's own in memory.
+        recorded: which files of a folder were in which split; those that are not recorded are left out.
+        shares: False holds out validation images as runs without a manifest did, see `Dataset.with_validation`.
+        tell: is given the place of decoded images that do not fit into memory.
+        check: is given the data set without its images (see `data.outline`) before they are read; it may raise.
+        read: False returns the data set without its images, where they need not be read to know it.
+
     Raises:
-        InputError: see `data.load` and `Dataset.with_validation`.
+        InputError: see `data.load`, `image_folder.scan` and `Dataset.with_validation`.
     """
-    dataset = dataset or load(
-        config.data,
-        data_dir=config.data_dir,
-        image_size=config.image_size,
-        channels=config.channels,
-        seed=config.data_seed,
-    )
+    divided = dataset is None and is_folder(config.data) and shares
+    if dataset is not None:
+        outlined = dataset
+    elif is_folder(config.data):
+        folder, reading = _scanned(config, recorded)
+        outlined = outline.of_folder(_divided(folder, config, recorded, divide=shares), reading)
+    else:
+        about = {name: getattr(config, name) for name in ("data_dir", "image_size", "channels")}
+        outlined = outline.of_registered(config.data, **about, seed=config.data_seed)
+    known = _with_splits(config, outlined, shares=shares, divided=divided)
+    if check is not None:
+        check(known)
+    if not read or not outline.is_outline(outlined):
+        return known
+    if is_folder(config.data):
+        dataset = _read_folder(config, folder, reading, recorded, divide=shares, tell=tell)
+    else:
+        dataset = load(config.data, **about, seed=config.data_seed)
+    return _with_splits(config, dataset, shares=shares, divided=divided)
+
+
+def _with_splits(config: Config, dataset: Dataset, *, shares: bool, divided: bool) -> Dataset:
+    """The same cropped and, unless it is divided already, with the validation and training images of `config`."""
     if config.crop is not None:
         dataset = dataset.cropped(config.crop)
+    if divided:
+        return dataset
     if config.validation is not None or dataset.validation is None:
         count = min(5000, len(dataset.train) // 10) if config.validation is None else config.validation
-        dataset = dataset.with_validation(count, seed=config.data_seed)
+        dataset = dataset.with_validation(count, seed=config.data_seed, shares=shares)
     if config.train_images is not None:
         dataset = dataset.with_train(config.train_images, seed=config.data_seed)
     return dataset
 
 
-def build(config: Config, dataset: Dataset) -> Network:
-    """The untrained network of `config` for the images and classes of `dataset`; weights follow the seed.
+def _scanned(config: Config, recorded: Manifest | None) -> tuple[ImageFolder, Preprocessing]:
+    """The images of a folder, not yet divided, and how they are to be read; a recorded one may have got other files."""
+    skip = config.skip_unreadable or recorded is not None
+    folder = scan(config.data, skip_unreadable=skip, classes=recorded.classes if recorded else None)
+    reading = folder.preprocessing(size=size_of(config.image_size), channels=config.channels, bits=config.bit_depth)
+    return folder, reading.with_framing(config.framing)
+
+
+def _read_folder(
+    config: Config,
+    folder: ImageFolder,
+    reading: Preprocessing,
+    recorded: Manifest | None,
+    *,
+    divide: bool,
+    tell: Callable[[str], object] | None,
+) -> Dataset:
+    """The images of a folder in the splits that are recorded, or in those of `config`."""
+    try:
+        return _divided(folder, config, recorded, divide=divide).read(reading, channels=config.channels, tell=tell)
+    except InputError:
+        faults = folder.faults(reading) if config.skip_unreadable or recorded is not None else {}
+        if not faults:
+            raise
+    folder = folder.without(faults)
+    return _divided(folder, config, recorded, divide=divide).read(reading, channels=config.channels, tell=tell)
+
+
+def _divided(folder: ImageFolder, config: Config, recorded: Manifest | None, *, divide: bool) -> ImageFolder:
+    if recorded is not None:
+        return folder.recorded(recorded.splits)
+    folder = folder.divided(seed=config.data_seed)
+    if not divide:
+        return folder
+    count = config.validation
+    if count is None and not folder.of("validation"):
+        count = min(5000, len(folder.of("train")) // 10)
+    if count is not None:
+        folder = folder.with_validation(count, seed=config.data_seed)
+    return folder if config.train_images is None else folder.with_train(config.train_images, seed=config.data_seed)
+
+
+def _as_read(config: Config, dataset: Dataset) -> Config:
+    """`config` with what was chosen of how a folder is read, so that it is read so again."""
+    reading = dataset.preprocessing
+    if reading is None:
+        return config
+    size = reading.height if reading.height == reading.width else f"{reading.height}x{reading.width}"
+    return replace(config, image_size=size, channels=reading.channels, bit_depth=reading.bits, framing=reading.framing)
+
+
+def _read_so(given: Config, dataset: Dataset) -> str | None:
+    """One line on how a folder's images are read where that was not chosen."""
+    reading = dataset.preprocessing
+    if reading is None or not dataset.files or given.image_size is not None:
+        return None
+    sizes = {(file.header.height, file.header.width) for file in dataset.files}
+    if sizes == {(reading.height, reading.width)}:
+        return f"images kept at {reading.height} x {reading.width} pixels (--image-size changes it)"
+    return (
+        f"images resized to {reading.height} x {reading.width} pixels, whatever their proportions "
+        "(--image-size changes it)"
+    )
+
+
+def _same_images(dataset: Dataset, recorded: Manifest, config: Config) -> None:
+    """Raise InputError unless the images of a run that goes on are those that it began with."""
+    there = Manifest.of(dataset)
+    used = Manifest(tuple(line for line in recorded.lines if line.split != "unused"))
+    differences = used.differences(Manifest(tuple(line for line in there.lines if line.split != "unused")))
+    if differences:
+        raise InputError(
+            f"data {config.data} must be the images that the run began with; since then: {'; '.join(differences)}"
+        )
+
+
+def layout(config: Config, dataset: Dataset) -> Network:
+    """The network of `config` for the images and classes of `dataset`, without memory for its weights.
 
     Raises:
         InputError: see `runs.outline`, or an option was given that this network does not have.
@@ -181,9 +302,18 @@ def build(config: Config, dataset: Dataset) -> Network:
         "objects": dataset.objects,
         **{name: getattr(config, name) for name in options},
     }
-    runs.outline(config.model, copies=4, **about)  # refuses what does not fit into memory
+    return runs.outline(config.model, **about)
+
+
+def build(config: Config, dataset: Dataset) -> Network:
+    """The untrained network of `config` for the images and classes of `dataset`; weights follow the seed.
+
+    Raises:
+        InputError: see `layout`.
+    """
+    about = layout(config, dataset).config
     torch.manual_seed(config.seed)
-    return models.create(config.model, **about)
+    return models.create(**about)
 
 
 def learning_rate(config: Config, step: int, steps_per_epoch: int) -> float:
@@ -200,23 +330,35 @@ def _launch(config: Config, dataset: Dataset | None, resumed: runs.Run | None) -
     device = resolve_device(config)
     if config.tensorboard:
         check_board(run.directory)
-    dataset = prepare_data(config, dataset)
+    recorded = run.manifest() if resumed else None
+    first = int(os.environ.get("RANK", "0")) == 0 and first_process()
+    dataset = prepare_data(
+        config,
+        dataset,
+        recorded=recorded,
+        shares=not (resumed and run.exists() and not recorded),
+        tell=Progress(epochs=0, steps=0, quiet=not first).note,
+        check=(lambda known: _check_memory(config, known, device)) if first else None,
+    )
+    if recorded is not None:
+        _same_images(dataset, recorded, config)
     if config.stop_at is not None and dataset.validation is None:
         raise InputError(f"stop_at must be given with validation images to judge by; got {config.stop_at} without any")
-    given, config = config, recipe.resolved(config, dataset)
+    given, config = config, recipe.resolved(_as_read(config, dataset), dataset)
     with torch.random.fork_rng(devices=[]):
         network = build(config, dataset)
     precision = resolve_precision(config, device, network)
     if config.cuda_graph:
         check_graph(config, device, network)
     fabric = make_fabric(config, device, precision)
-    first = int(os.environ.get("RANK", "0")) == 0 and first_process()
     with ExitStack() as held:
         if first:
             run = _claimed(config, run, held, given=bool(resumed or config.out or config.overwrite))
         checkpoint = _checkpoint(run, config, network, dataset) if resumed else None
         if first:
             run.go_on(config) if resumed else run.begin(config, overwrite=config.overwrite)
+            if not resumed:
+                run.write_manifest(Manifest.of(dataset))
 
         fabric.launch()
         if config.threads:
@@ -224,7 +366,7 @@ def _launch(config: Config, dataset: Dataset | None, resumed: runs.Run | None) -
         try:
             run = runs.Run(fabric.broadcast(str(run.directory)))
             with signals() as received, torch.random.fork_rng(devices=[]):
-                note = recipe.told(given, config)
+                note = "; ".join(filter(None, (*dataset.notes, _read_so(given, dataset), recipe.told(given, config))))
                 return _train(fabric, config, dataset, network, run, received, checkpoint, precision, note)
         except (Interrupted, Diverged, InputError):
             if fabric.is_global_zero:
@@ -232,6 +374,20 @@ def _launch(config: Config, dataset: Dataset | None, resumed: runs.Run | None) -
             raise SystemExit(0) from None  # all processes stop for the same reason, and the first one tells it
         finally:
             shutdown(fabric)
+
+
+def _check_memory(config: Config, dataset: Dataset, device: torch.device) -> None:
+    """Raise InputError where a training is not going to fit into memory."""
+    config = recipe.resolved(_as_read(config, dataset), dataset)
+    network = layout(config, dataset)
+    memory.check_training(
+        network,
+        config,
+        device,
+        dataset,
+        precision=resolve_precision(config, device, network),
+        processes=int(os.environ.get("LOCAL_WORLD_SIZE", config.devices)),
+    )
 
 
 def _claimed(config: Config, run: runs.Run, held: ExitStack, *, given: bool) -> runs.Run:
@@ -388,7 +544,8 @@ def _train(
     result = {
         "test": test.to_dict(),
         "validation": validation.to_dict() if validation else None,
-        "selection": _selection(config),
+        "selection": _selection(config, dataset.tested),
+        "tested": dataset.tested,
         "data": dataset.name,
         "train_images": len(dataset.train),
         "model": config.model,
@@ -415,7 +572,9 @@ def _train(
 
     session.by_first(finish)
     pool.clear()
-    return Result(run.directory, test, validation, session.at.epoch, session.at.seconds, figure, page, network)
+    return Result(
+        run.directory, test, dataset.tested, validation, session.at.epoch, session.at.seconds, figure, page, network
+    )
 
 
 def describe(network: Network, dataset: Dataset, config: Config, test: dict[str, Any], *, epochs: int) -> Card:
@@ -429,11 +588,12 @@ def describe(network: Network, dataset: Dataset, config: Config, test: dict[str,
         test: results on the test split, see `Evaluation.to_dict`.
         epochs: passes over the training images.
     """
-    threshold, train = None, dataset.shown("train")
-    assert train is not None
+    threshold = None
     if getattr(network, "decoder", None) is not None and network.objects == 1:
         split, name = dataset.validation, "validation"
         if split is None:
+            train = dataset.shown("train")
+            assert train is not None
             order = torch.randperm(len(train), generator=_generator(config.data_seed))
             split, name = train.take(order[:THRESHOLD_IMAGES]), "train"
         errors = outcomes(network, split).errors
@@ -444,15 +604,29 @@ def describe(network: Network, dataset: Dataset, config: Config, test: dict[str,
         epochs=epochs,
         train_images=len(dataset.train),
         test=checked({name: test[name] for name in Tested.__annotations__}, Tested),
-        frame=frame_of(train.images),
+        preprocessing=reading_of(network, dataset, config),
         threshold=threshold,
+    )
+
+
+def reading_of(network: Network, dataset: Dataset, config: Config) -> Preprocessing:
+    """How image files become what the network sees."""
+    if dataset.preprocessing is not None:
+        return replace(dataset.preprocessing, crop=dataset.crop)
+    known = describe_data(dataset.name) if dataset.name in available() else None
+    digits = (config.framing or (known.framing if known else "off")) == "digits"
+    frame = (frame_of(dataset.train.images) or MNIST_FRAME) if digits else None
+    height, width = dataset.train.images.shape[2:]
+    return Preprocessing(
+        height, width, network.image_shape[0], dataset.crop, framing="digits" if digits else "off", frame=frame
     )
 
 
 def _evaluate(session: Session, objective: Objective, dataset: Dataset, name: str) -> Evaluation:
     """Results on the split `name`, every example counted once over all processes; stops where the training would."""
     fabric, split = session.fabric, cast(Split, getattr(dataset, name))
-    together = EVALUATION_BATCH * fabric.world_size
+    batch = models.inference_batch(objective.network)
+    together = batch * fabric.world_size
     confusion, losses = torch.tensor(0), torch.tensor(0.0)
     with fabric.autocast(), constant_weights():
         for start in range(0, len(split), together):
@@ -462,7 +636,7 @@ def _evaluate(session: Session, objective: Objective, dataset: Dataset, name: st
                 split.take(torch.arange(start, min(start + together, len(split)))),
                 classes=len(dataset.classes),
                 device=fabric.device,
-                batch_size=EVALUATION_BATCH,
+                batch_size=batch,
                 rank=fabric.global_rank,
                 world_size=fabric.world_size,
             )
@@ -475,13 +649,14 @@ def _evaluate(session: Session, objective: Objective, dataset: Dataset, name: st
     return result
 
 
-def _selection(config: Config) -> str:
+def _selection(config: Config, tested: str) -> str:
     """How the epoch was chosen whose weights were tested."""
+    images = "no choice was made on the test images" if tested == "test" else "there are no test images"
     if config.stop_at is None:
-        return "none: weights after the last epoch, and no choice was made on the test images"
+        return f"none: weights after the last epoch, and {images}"
     return (
         f"weights after the first epoch with a validation error of at most {config.stop_at:g} %, or after "
-        f"{config.epochs} epochs; no choice was made on the test images"
+        f"{config.epochs} epochs; {images}"
     )
 
 

@@ -10,7 +10,7 @@ from torch import Tensor
 from capsnet import functional as F
 from capsnet.data.dataset import Split, to_float
 from capsnet.kernels.stem import constant_weights
-from capsnet.models import Network, evaluation_mode
+from capsnet.models import Network, evaluation_mode, inference_batch
 
 __all__ = ["Calibration", "Outcomes", "calibration", "outcomes"]
 
@@ -51,13 +51,13 @@ class Outcomes(NamedTuple):
 
 
 @torch.inference_mode()
-def outcomes(network: Network, split: Split, *, batch_size: int = 256) -> Outcomes:
+def outcomes(network: Network, split: Split, *, batch_size: int | None = None) -> Outcomes:
     """Run a network over a split, on the device where its weights are.
 
     Args:
         network: put in evaluation mode for the time.
         split: images of the shape it was built for, of as many objects each.
-        batch_size: images at a time.
+        batch_size: images at a time; default: see `models.inference_batch`.
 
     Raises:
         InputError: images of another shape or of another number of objects.
@@ -66,7 +66,7 @@ def outcomes(network: Network, split: Split, *, batch_size: int = 256) -> Outcom
     device, objects = next(network.parameters()).device, network.objects
     scores, errors = [], []
     with evaluation_mode(network), constant_weights():
-        for part in torch.split(split.images, batch_size):
+        for part in torch.split(split.images, batch_size or inference_batch(network)):
             images = to_float(part.to(device))
             output = network(images)
             sure = output.scores.softmax(-1) if objects == 1 else output.scores.sigmoid()

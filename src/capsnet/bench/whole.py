@@ -40,7 +40,7 @@ def image_shape(config: Config) -> tuple[int, int, int]:
 def layout(config: Config, classes: int) -> Network:
     """The network of `config` without memory: its sizes."""
     options = {name: getattr(with_defaults(config), name) for name in builder_options(config.model)}
-    return runs.outline(config.model, copies=4, image_shape=image_shape(config), num_classes=classes, **options)
+    return runs.outline(config.model, image_shape=image_shape(config), num_classes=classes, **options)
 
 
 class WholeNetwork:

@@ -60,7 +60,12 @@ def run(arguments: list[str]) -> int:
 
     found = members([*command.runs, *command.against])
     dataset, split = same_split(
-        found, command.split, data=command.data, data_dir=command.data_dir, device=command.device
+        found,
+        command.split,
+        data=command.data,
+        data_dir=command.data_dir,
+        device=command.device,
+        batch_size=command.batch_size,
     )
     results = [Ensemble.of(member.scores(split, batch_size=command.batch_size), split.labels) for member in found]
     count = len(command.runs)

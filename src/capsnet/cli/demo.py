@@ -43,11 +43,12 @@ def run(arguments: list[str]) -> int:
         raise InputError(
             "demo must have starlette and uvicorn; they are not installed (pip install 'capsnet[demo]')"
         ) from None
-    from capsnet import runs
+    from capsnet import memory, runs
     from capsnet.demo import Viewer, serve
 
     card = runs.load_card(command.model)
     network = runs.load(command.model)
+    memory.check_demo(network)
     reading = card.reading(network.image_shape).with_framing(command.framing)
     viewer = Viewer(network, command.model, reading=reading, threshold=card.threshold)
     try:

@@ -69,18 +69,19 @@ def run(arguments: list[str]) -> int:
 
 
 def _one(command: _Evaluate) -> int:
-    from capsnet import machine
+    from capsnet import machine, memory
     from capsnet.evaluation import evaluate
 
     subject = Subject(command.runs[0], several=True)
     network, trained = subject.network, subject.trained(command.data)
+    options = replace(trained, device=command.device, precision=command.precision or trained.precision, devices=1)
+    device = machine.resolve_device(options)
+    precision = machine.resolve_precision(options, device, network)
+    memory.check_inference(network, command.batch_size, device, task="evaluation", precision=precision)
     held_out = command.data is None or command.split == "validation"
     dataset = subject.dataset(command.data, command.data_dir, held_out=held_out)
     split = subject.split(dataset, command.split)
     _check_shown(subject, split, f"{dataset.name} {command.split}")
-    options = replace(trained, device=command.device, precision=command.precision or trained.precision, devices=1)
-    device = machine.resolve_device(options)
-    precision = machine.resolve_precision(options, device, network)
     result = evaluate(network.to(device), split, config=trained, batch_size=command.batch_size, precision=precision)
     if command.json:
         where = {"run": subject.model, "data": dataset.name, "split": command.split, "precision": precision}
@@ -99,7 +100,12 @@ def _several(command: _Evaluate) -> int:
     found = members(command.runs)
     check_shifts(command.shifts, found[0].subject.network.image_shape)
     dataset, split = same_split(
-        found, command.split, data=command.data, data_dir=command.data_dir, device=command.device
+        found,
+        command.split,
+        data=command.data,
+        data_dir=command.data_dir,
+        device=command.device,
+        batch_size=command.batch_size,
     )
     parts = [
         _Part.of(found, split, shifts, command.batch_size)
@@ -252,6 +258,7 @@ def same_split(
     data: str | None,
     data_dir: str | None,
     device: Device,
+    batch_size: int,
 ) -> tuple["Dataset", "Split"]:
     """The split that all networks are judged on: that of the first one's data set; they go to the device.
 
@@ -261,11 +268,12 @@ def same_split(
         data: another data set or folder, read as the first one's own was.
         data_dir: where downloaded files are.
         device: where the networks go.
+        batch_size: images at a time that each is going to be given.
 
     Raises:
-        InputError: the data cannot be had, or validation images that another network was trained on.
+        InputError: the data cannot be had, too little memory, or validation images that another network was trained on.
     """
-    from capsnet import machine
+    from capsnet import machine, memory
 
     first = found[0].subject
     if name == "validation":
@@ -276,10 +284,12 @@ def same_split(
                     "got validation"
                 )
     trained = first.trained(data)
+    place = machine.resolve_device(replace(trained, device=device, devices=1))
+    copies = len(found) - 1 if place.type == "cuda" else 0
+    memory.check_inference(first.network, batch_size, place, task="evaluation", copies=copies)
     dataset = first.dataset(data, data_dir, held_out=data is None or name == "validation")
     split = first.split(dataset, name)
     _check_shown(first, split, f"{dataset.name} {name}")
-    place = machine.resolve_device(replace(trained, device=device, devices=1))
     for member in found:
         member.subject.network.to(place)
     return dataset, split

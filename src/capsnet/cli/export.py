@@ -48,7 +48,7 @@ class _Export:
     check_all: bool = False
     """Compare on all test images."""
     batch_size: BatchSize = 256
-    """Images at a time in the comparison, after batches of 1, 2 and 7."""
+    """Images at a time in the comparison, after batches of 1, 2 and 7; fewer of images above 40 x 40 pixels."""
     json: bool = False
     """Print the result as JSON."""
 
@@ -58,10 +58,13 @@ def run(arguments: list[str]) -> int:
     command = parse(_Export, arguments, prog="capsnet export")
     import torch
 
-    from capsnet import runs
+    from capsnet import memory, runs
     from capsnet.export import FORMATS, export
+    from capsnet.models import inference_batch
 
     subject = Subject(command.model, several=True)
+    batch_size = min(command.batch_size, inference_batch(subject.network))
+    memory.check_export(subject.network, batch_size, command.to)
     name, images = _images(subject, command)
     path = Path(command.out or f"{subject.folder.resolve().name}{FORMATS[command.to] or '-safetensors'}")
     if command.to != "safetensors":
@@ -71,7 +74,7 @@ def run(arguments: list[str]) -> int:
         path,
         format=command.to,
         images=images,
-        batch_size=command.batch_size,
+        batch_size=batch_size,
         card=subject.card if subject.card.config else None,
         overwrite=command.overwrite,
     )

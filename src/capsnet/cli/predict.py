@@ -73,7 +73,7 @@ def run(arguments: list[str]) -> int:
         say(f"capsnet predict: {note}")
     from dataclasses import replace
 
-    from capsnet import machine
+    from capsnet import machine, memory
     from capsnet.analysis.drawing import decoder_of
     from capsnet.config import Config
     from capsnet.prediction import Prediction, predict
@@ -84,8 +84,9 @@ def run(arguments: list[str]) -> int:
         places = _places(names, Path(command.save_reconstructions), overwrite=command.overwrite)
     device = machine.resolve_device(replace(Config(), device=command.device))
     sources = ((name, sys.stdin.buffer.read() if name == "-" else Path(name)) for name in names)
-    network = subject.network.to(device)
     precision = subject.precision(device)
+    memory.check_inference(subject.network, command.batch_size, device, task="prediction", precision=precision)
+    network = subject.network.to(device)
     predictions = predict(
         network,
         sources,

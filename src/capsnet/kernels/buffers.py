@@ -1,6 +1,8 @@
 """Large arrays kept from one training step to the next: fresh memory costs several times the arithmetic done in it."""
 
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor
@@ -31,6 +33,15 @@ class BufferPool:
         """Keep `array` for the next `take`, unless it is a tracer's; its owner must not use it any more."""
         if type(array) is Tensor:
             self._free[name] = array.view(-1)
+
+    @contextmanager
+    def set_aside(self) -> Iterator[None]:
+        """Inside, nothing is kept but what was given inside; afterwards, what was kept before."""
+        before, self._free = self._free, {}
+        try:
+            yield
+        finally:
+            self._free = before
 
     def clear(self) -> None:
         """Free everything that is kept."""

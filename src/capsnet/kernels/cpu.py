@@ -139,6 +139,8 @@ class Sweeps:
                 c=_first(c, self.outs + self.leaky, columns),
                 d_b=_first(d_b, self.outs, columns),
             )
+            if self.weight.is_meta:
+                return  # the others take no more memory, see `capsnet.memory`
 
     def _array(self, name: str, *shape: int) -> Tensor:
         """A working array of undefined content, the pool's until this object is gone."""

@@ -165,6 +165,8 @@ class _Input:
             part = patches[: count * places]
             plan.tiles.patches(plan, self.images[start : start + count], part)
             yield slice(start * plan.rows, (start + count) * plan.rows), part, x[: count * places]
+            if part.is_meta:
+                break  # the others take no more memory, see `capsnet.memory`
         pool.give("stem patches", patches)
         pool.give("stem x", x)
 

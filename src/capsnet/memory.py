@@ -1,0 +1,308 @@
+"""Memory that training and inference need at most, what is free, and the refusal of what does not fit.
+
+What is needed is counted, not measured: training steps, passes without gradients and a checkpoint are gone through on
+PyTorch's `meta` device, where tensors have sizes but no content, and each tensor counts from its making to its end.
+Gradients, kept buffers (`kernels.buffers`) and temporary arrays are then those of a run. It takes a third of a second,
+whatever the sizes. `CAPSNET_MEMORY=off` refuses nothing.
+"""
+
+import os
+import weakref
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from types import MappingProxyType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from capsnet.config import Config
+from capsnet.data import Dataset, outline
+from capsnet.errors import InputError
+from capsnet.free_memory import free
+from capsnet.kernels.buffers import pool
+from capsnet.kernels.stem import constant_weights
+from capsnet.layers import resolve_kernel
+from capsnet.models import CapsNet, Network, create, evaluation_mode, inference_batch
+from capsnet.objective import Objective
+
+__all__ = [
+    "amount",
+    "check",
+    "check_demo",
+    "check_export",
+    "check_inference",
+    "check_training",
+    "inference",
+    "kernels",
+    "training",
+]
+
+LIBRARIES = 120 * 2**20
+"""Bytes of PyTorch's code and working memory that are first touched by computing."""
+CHECKPOINT = 3 * 9 / 8
+"""Size of a checkpoint in weights: these and two moments, in a buffer that grows by eighths."""
+CPU = torch.device("cpu")
+PLAIN = {"kernel": "plain", "stem": "direct"}
+"""How other programs compute an exported network."""
+EXPORTS = {"safetensors": (0.0, 2, 0), "pt2": (1.0, 1, 600 * 2**20), "onnx": (2.6, 7, 1100 * 2**20)}
+"""Of each format: arrays of a pass in those of a plain one, copies of the weights, and bytes that making it takes."""
+ELSEWHERE = "it must run where there is more"
+DEMO_IMAGES = 4
+"""Images whose plain pass takes what the demo does of one: its votes, and maps of them by iteration."""
+MADE = 2
+"""Times that the images of a data set are in memory while they are read and divided."""
+
+
+def training(network: Network, config: Config, device: torch.device, *, precision: str, batch_size: int) -> int:
+    """Most bytes that a training takes on `device` beyond what its process holds before, without the images.
+
+    Args:
+        network: on any device; only its sizes are looked at.
+        config: of the run.
+        device: where it trains.
+        precision: `32` or `bf16`.
+        batch_size: images of a step of one process.
+
+    Raises:
+        InputError: sizes that PyTorch cannot count.
+    """
+    with _counted(network, config, precision, kernels(network, device, precision)) as (objective, watch):
+        weights, moments, losses = watch.now, list[Tensor](), None
+        for _ in range(2):  # the second meets moments, kept buffers, and the losses of the first
+            for parameter in objective.parameters():
+                parameter.grad = None
+            losses = objective(*_batch(network, batch_size))
+            losses.total.mean().backward()
+            moments = moments or [torch.empty_like(each) for each in objective.parameters() for _ in range(2)]
+        saving = watch.now + int(CHECKPOINT * weights)
+        _infer(objective, network, inference_batch(network))
+        augmented = 4 * _batch(network, batch_size)[0].nbytes  # and its temporary arrays
+        del losses
+        return max(watch.peak, saving) + augmented + LIBRARIES
+
+
+def inference(
+    network: Network,
+    batch_size: int,
+    device: torch.device,
+    *,
+    precision: str = "32",
+    options: Mapping[str, str] = MappingProxyType({}),
+) -> int:
+    """Most bytes that passes without gradients take on `device` beyond the network's own weights.
+
+    Args:
+        network: on any device; only its sizes are looked at.
+        batch_size: images at a time.
+        device: where it computes.
+        precision: `32` or `bf16`.
+        options: `kernel` and `stem`, where they are not the network's.
+
+    Raises:
+        InputError: sizes that PyTorch cannot count.
+    """
+    options = {**kernels(network, device, precision), **options}
+    with _counted(network, Config(), precision, options) as (objective, watch):
+        weights = watch.now
+        _infer(objective, network, batch_size)
+        return watch.peak - weights + LIBRARIES
+
+
+def check(needed: float, device: torch.device, *, task: str, remedy: str) -> None:
+    """Raise InputError unless `needed` bytes are free for a task; `remedy` says what needs less."""
+    there = free(device)
+    if needed > there.size and os.environ.get("CAPSNET_MEMORY") != "off":
+        raise InputError(
+            f"{task} needs about {amount(needed)} of memory, and {amount(there.size)} are {there.where}; {remedy}"
+        )
+
+
+def check_training(
+    network: Network, config: Config, device: torch.device, dataset: Dataset, *, precision: str, processes: int
+) -> None:
+    """Raise InputError unless a training fits into the memory of this machine and its devices.
+
+    Args:
+        network: on any device; only its sizes are looked at.
+        config: of the run.
+        device: where it trains.
+        dataset: its images, of which those that are not read yet (see `data.outline`) are counted.
+        precision: `32` or `bf16`.
+        processes: on this machine, of which each has a device of its own, or all share a CPU.
+    """
+    images = outline.nbytes(dataset)
+    remedy = "choose a smaller --image-size"
+    check(processes * MADE * images, CPU, task="the images", remedy=remedy)
+    sharing = 1 if device.type == "cuda" else processes
+    images = dataset.train.images.nbytes if device.type == "cuda" else images
+
+    def needed(batch_size: int) -> int:
+        each = -(-batch_size // config.devices)
+        return sharing * (images + training(network, config, device, precision=precision, batch_size=each))
+
+    otherwise = f"{remedy}, or fewer --conv-channels and --capsule-types"
+    _check_batch(needed, config.batch_size, device, task="training", otherwise=otherwise)
+
+
+def check_inference(
+    network: Network, batch_size: int, device: torch.device, *, task: str, precision: str = "32", copies: int = 0
+) -> None:
+    """Raise InputError unless a loaded network can go through images `batch_size` at a time.
+
+    Args:
+        network: on any device.
+        batch_size: images at a time.
+        device: where it is to compute.
+        task: what is done, for the error.
+        precision: `32` or `bf16`.
+        copies: further networks of its size that are to go there.
+    """
+    copies += device.type != next(network.parameters()).device.type
+
+    def needed(batch_size: int) -> float:
+        return _weights(network) * copies + inference(network, batch_size, device, precision=precision)
+
+    if _most(network, batch_size) + _weights(network) * copies > free(device).size:  # else not worth counting
+        _check_batch(needed, batch_size, device, task=task, otherwise=ELSEWHERE)
+
+
+def check_demo(network: Network) -> None:
+    """Raise InputError unless a loaded network can be shown: an image at a time, with all its votes."""
+    count = inference(network, DEMO_IMAGES, CPU, options=PLAIN) if _most(network, DEMO_IMAGES) > free(CPU).size else 0
+    check(count, CPU, task="the demo", remedy=ELSEWHERE)
+
+
+def check_export(network: Network, batch_size: int, format: str) -> None:
+    """Raise InputError unless a loaded network can be exported and compared, `batch_size` images at a time."""
+    share, copies, floor = EXPORTS[format]
+
+    def needed(batch_size: int) -> float:
+        exported = share * (inference(network, batch_size, CPU, options=PLAIN) - LIBRARIES)
+        return max(floor, inference(network, batch_size, CPU) + exported + copies * _weights(network))
+
+    if _most(network, 4 * batch_size) + floor + copies * _weights(network) > free(CPU).size:
+        _check_batch(needed, batch_size, CPU, task=f"export to {format}", otherwise=ELSEWHERE)
+
+
+def _check_batch(
+    needed: Callable[[int], float], batch_size: int, device: torch.device, *, task: str, otherwise: str
+) -> None:
+    """Raise InputError unless `needed(batch_size)` bytes are free; tell of the largest half, quarter, ... that fits."""
+    there, total, smaller = free(device).size, needed(batch_size), batch_size // 2
+    while total > there and smaller:
+        if (less := needed(smaller)) <= there:
+            otherwise = f"--batch-size {smaller} takes about {amount(less)}"
+            break
+        smaller //= 2
+    check(total, device, task=task, remedy=otherwise)
+
+
+def kernels(network: Network, device: torch.device, precision: str) -> dict[str, str]:
+    """How a capsule network is computed on `device`, by option; nothing for another network."""
+    if not isinstance(network, CapsNet):
+        return {}
+    return {
+        "kernel": resolve_kernel(network.class_capsules.kernel, device),
+        "stem": network.resolved_stem(torch.empty(0, device=device)) if precision == "32" else "direct",
+    }
+
+
+def amount(size: float) -> str:
+    """A number of bytes to be read: `850 MiB`, `12.3 GiB`."""
+    return f"{size / 2**20:,.0f} MiB" if size < 2**30 else f"{size / 2**30:,.1f} GiB"
+
+
+# what is needed
+
+
+class _Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Count the memory of all tensors that are made inside.
+
+    Attributes:
+        now: bytes that are held.
+        peak: the most that were.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.now = self.peak = 0
+        self._sizes: dict[int, int] = {}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        results = func(*args, **(kwargs or {}))
+        for tensor in tree_leaves(results):
+            if isinstance(tensor, Tensor):
+                self._add(tensor.untyped_storage())
+        return results
+
+    def _add(self, storage: torch.UntypedStorage) -> None:
+        key, size = storage._cdata, storage.nbytes()
+        if key not in self._sizes:
+            self._sizes[key] = size
+            self.now += size
+            self.peak = max(self.peak, self.now)
+            weakref.finalize(storage, self._remove, key).atexit = False
+
+    def _remove(self, key: int) -> None:
+        self.now -= self._sizes.pop(key)
+
+
+class _Autocast(TorchFunctionMode):
+    """What `torch.autocast` to bfloat16, which knows no `meta`, does with convolutions and fully connected layers."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func in (torch.conv2d, nn.functional.linear):
+            args = [x.bfloat16() if isinstance(x, Tensor) and x.dtype == torch.float32 else x for x in args]
+        return func(*args, **(kwargs or {}))
+
+
+@contextmanager
+def _counted(
+    network: Network, config: Config, precision: str, options: dict[str, str]
+) -> Iterator[tuple[Objective, _Watch]]:
+    """The same network with its loss and `options`, without memory, and the count of what it takes."""
+    changed = {name: value for name, value in options.items() if name in network.config}
+    try:
+        with pool.set_aside(), _Watch() as watch, torch.device("meta"):
+            objective = Objective(create(**{**network.config, **changed}), config)
+            if precision == "bf16":
+                with _Autocast():
+                    yield objective, watch
+            else:
+                yield objective, watch
+    except (RuntimeError, OverflowError) as error:
+        raise InputError(f"sizes must be ones that PyTorch can count; got: {str(error).splitlines()[0]}") from None
+
+
+def _batch(network: Network, batch_size: int) -> tuple[Tensor, Tensor, Tensor | None]:
+    each = (batch_size,) if network.objects == 1 else (batch_size, network.objects)
+    objects = None if network.objects == 1 else torch.empty(*each, *network.image_shape)
+    return torch.empty(batch_size, *network.image_shape), torch.zeros(each, dtype=torch.int64), objects
+
+
+def _infer(objective: Objective, network: Network, batch_size: int) -> None:
+    with evaluation_mode(objective), torch.inference_mode(), constant_weights():
+        objective(*_batch(network, batch_size))
+
+
+def _weights(network: Network) -> int:
+    return 4 * network.parameter_count()
+
+
+def _most(network: Network, batch_size: int) -> float:
+    """More bytes than `inference` ever counts, in no time: activations have as many places as the image, or fewer."""
+    _, height, width = network.image_shape
+    channels = places = 0
+    for name, weight in network.named_parameters():
+        if weight.ndim == 4 and not name.startswith("class_capsules"):
+            channels += max(weight.shape[0], weight.shape[3])  # of either order of axes
+        elif weight.ndim == 4:
+            places += weight.numel() // weight.shape[1]  # votes
+        elif weight.ndim == 2:
+            places += len(weight)
+    images = batch_size * (12 * height * width * channels + 6 * places)
+    return 4.0 * (images + 6 * network.parameter_count()) + LIBRARIES

@@ -1,0 +1,372 @@
+"""Estimates of memory against measured peaks; what is free by limit; and refusals before anything is begun."""
+
+import json
+import os
+import re
+import resource
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from capsnet import free_memory, memory, models, runs
+from capsnet.cli import main
+from capsnet.config import Config
+from capsnet.errors import InputError
+from capsnet.free_memory import Free
+from tiny import files, tiny
+
+CPU = torch.device("cpu")
+TOLERANCE = 0.25  # of the peak above an idle `import capsnet`
+SMALL = ("--conv-channels", "16", "--capsule-types", "2", "--decoder-sizes", "32")
+
+MEASURED = """
+import json, sys
+
+def peak():
+    lines = open("/proc/self/status").read().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM"))
+
+import capsnet
+idle = peak()
+from capsnet import free_memory, memory
+estimates = []
+check = memory.check
+
+def recorded(needed, device, **about):
+    estimates.append(needed + free_memory.resident())
+    check(needed, device, **about)
+
+memory.check, memory._most = recorded, lambda *arguments: float("inf")  # counts, however small
+if "demo" in sys.argv:
+    import starlette, uvicorn, capsnet.demo
+    capsnet.demo.serve = lambda viewer, **about: (
+        viewer.look(open("image.png", "rb").read(), invert="auto", index=None),
+        viewer.evidence(__import__("torch").zeros(viewer.image_shape, dtype=__import__("torch").uint8), 0),
+    )
+from capsnet.cli import main
+code = main(sys.argv[1:])
+json.dump({"code": code, "idle": idle, "peak": peak(), "estimate": max(estimates)}, open("measured.json", "w"))
+"""
+
+
+def measured(*arguments: str) -> dict[str, int]:
+    """What a command is estimated to take and takes, in a fresh process; in bytes."""
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [sys.executable, "-c", MEASURED, *arguments], capture_output=True, text=True, env=environment, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    found: dict[str, int] = json.loads(Path("measured.json").read_text(encoding="utf-8"))
+    assert found["code"] == 0, done.stderr
+    return found
+
+
+def check_estimate(*arguments: str) -> None:
+    found = measured(*arguments)
+    ratio = (found["estimate"] - found["idle"]) / (found["peak"] - found["idle"])
+    assert 1 - TOLERANCE <= ratio <= 1 + TOLERANCE, f"{ratio:.2f} of {found['peak'] / 2**20:,.0f} MiB"
+
+
+def images(root: Path, shape: tuple[int, ...], count: int, classes: int = 10) -> str:
+    """A folder of noise."""
+    draw = np.random.default_rng(0)
+    for number in range(count):
+        place = root / str(number % classes) / f"{number}.png"
+        place.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(draw.integers(0, 256, shape, dtype=np.uint8)).save(place)
+    return str(root)
+
+
+only_linux = pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="the system tells no peak")
+
+
+@only_linux
+@pytest.mark.parametrize(
+    ("shape", "count", "options"),
+    [
+        ((28, 28), 300, ("--batch-size", "128", "--precision", "32", "--primary-scale", "1")),  # the paper's on MNIST
+        ((28, 28), 120, ("--batch-size", "48", "--kernel", "plain", "--stem", "direct", "--precision", "32")),
+        ((28, 28), 120, ("--batch-size", "64", "--no-reconstruction", "--kernel", "plain", "--stem", "minimal")),
+        ((28, 28), 120, ("--batch-size", "32", "--model", "baseline", "--precision", "32")),
+        ((64, 64, 3), 60, ("--batch-size", "16", "--image-size", "64", "--precision", "32")),
+        ((64, 64, 3), 200, (*SMALL, "--batch-size", "32", "--image-size", "64", "--precision", "32")),
+        ((28, 28), 120, ("--batch-size", "64", "--stem", "direct", "--precision", "bf16")),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, tuple) and value and isinstance(value[0], str) else None,
+)
+def test_training_takes_what_is_estimated(
+    workplace: Path, shape: tuple[int, ...], count: int, options: tuple[str, ...]
+) -> None:
+    data = images(workplace / "data", shape, count)
+    check_estimate("train", "--data", data, "--epochs", "1", "--threads", "1", "--out", "run", *options)
+
+
+@pytest.fixture
+def colour(workplace: Path) -> Path:
+    """Weights of the paper's network for 64 x 64 colours, and images of these in the current directory."""
+    torch.manual_seed(0)
+    network = models.create("capsnet", image_shape=(3, 64, 64))
+    runs.save_pretrained(network, workplace / "weights")
+    images(workplace / "data", (64, 64, 3), 120)
+    Image.open(workplace / "data" / "0" / "0.png").save(workplace / "image.png")
+    return workplace
+
+
+@only_linux
+@pytest.mark.usefixtures("colour")
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("evaluate", "weights", "--data", "data", "--split", "train", "--batch-size", "64"),
+        ("predict", "weights", "data", "--batch-size", "32"),
+        ("demo", "weights"),
+        ("export", "weights", "--to", "safetensors", "--images", "60", "--batch-size", "32"),
+        ("export", "weights", "--to", "pt2", "--images", "60", "--batch-size", "32"),
+        ("export", "weights", "--to", "onnx", "--images", "60", "--batch-size", "32"),
+    ],
+    ids=" ".join,
+)
+def test_other_commands_take_what_is_estimated(arguments: tuple[str, ...]) -> None:
+    check_estimate(*arguments)
+
+
+# refusals
+
+
+def limited(monkeypatch: pytest.MonkeyPatch, size: float) -> None:
+    """Let so many bytes be free on the CPU."""
+    for module in (free_memory, memory):
+        monkeypatch.setattr(module, "free", lambda device: Free(size, "free in a test"))
+
+
+@pytest.mark.parametrize(
+    ("mebibytes", "remedy"),
+    [(400, r"--batch-size \d+ takes about [23]\d\d MiB"), (10, r"choose a smaller --image-size, or fewer --conv-ch.*")],
+)
+def test_a_training_that_does_not_fit_is_one_line_and_nothing_is_written(
+    photos: Path,
+    workplace: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    mebibytes: int,
+    remedy: str,
+) -> None:
+    limited(monkeypatch, mebibytes * 2**20)
+    monkeypatch.setattr("capsnet.data.image_folder.decoded", None)  # no image is, before
+    code = main(["train", "--data", str(photos), "--image-size", "48", "--batch-size", "1024", *SMALL])
+    out, err = capsys.readouterr()
+    assert (code, out) == (2, "")
+    rule = (
+        rf"capsnet train: error: training needs about [\d,.]+ [MG]iB of memory, and {mebibytes} MiB are free in a test"
+    )
+    assert re.fullmatch(rf"{rule}; {remedy}\n", err), err
+    assert files(workplace) == set()
+
+
+def test_the_batch_size_that_is_told_fits(photos: Path, monkeypatch: pytest.MonkeyPatch, workplace: Path) -> None:
+    limited(monkeypatch, 400 * 2**20)
+    config = tiny(photos, image_size=48, batch_size=1024, out="run", epochs=1, report=False)
+    with pytest.raises(InputError) as refused:
+        main_fit(config)
+    told = int(str(refused.value).split("--batch-size ")[1].split()[0])
+    main_fit(tiny(photos, image_size=48, batch_size=told, out="run", epochs=1, report=False))
+    with pytest.raises(InputError):
+        main_fit(tiny(photos, image_size=48, batch_size=2 * told, out="other", epochs=1, report=False))
+
+
+def main_fit(config: Config) -> None:
+    from capsnet.train import fit
+
+    fit(config)
+
+
+def test_the_check_can_be_switched_off(photos: Path, monkeypatch: pytest.MonkeyPatch, workplace: Path) -> None:
+    limited(monkeypatch, 0)
+    monkeypatch.setenv("CAPSNET_MEMORY", "off")
+    main_fit(tiny(photos, epochs=1, out="run", report=False))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "task"),
+    [
+        (["evaluate", "capsnet-mnist"], "evaluation"),
+        (["evaluate", "capsnet-mnist", "--shifts", "1"], "evaluation"),
+        (["predict", "capsnet-mnist", "image.png"], "prediction"),
+        (["demo", "capsnet-mnist"], "the demo"),
+        (["export", "capsnet-mnist", "--to", "pt2"], "export to pt2"),
+    ],
+    ids=str,
+)
+def test_other_commands_are_refused_before_they_read_or_write(
+    workplace: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    arguments: list[str],
+    task: str,
+) -> None:
+    Image.new("L", (28, 28)).save("image.png")
+    limited(monkeypatch, 100 * 2**20)
+    code = main(arguments)
+    out, err = capsys.readouterr()
+    assert (code, out) == (2, "")
+    start = f"capsnet {arguments[0]}: error: {task} needs about "
+    assert err.startswith(start), err
+    assert "of memory, and 100 MiB are free in a test; " in err
+    assert err.count("\n") == 1
+    assert files(workplace) == {"image.png"}
+
+
+def test_weights_that_do_not_fit_are_not_loaded(monkeypatch: pytest.MonkeyPatch) -> None:
+    limited(monkeypatch, 10 * 2**20)
+    with pytest.raises(InputError, match=r"config.json: model capsnet, of 8,215,568 parameters, needs about 63 MiB"):
+        runs.load("capsnet-mnist")
+
+
+def test_a_limited_process_ends_with_one_line_where_it_was_killed(photos: Path, workplace: Path) -> None:
+    """Of its own address space: 3 GiB, in which 128 images of 300 x 224 never trained."""
+    command = [sys.executable, "-m", "capsnet", "train", "--data", str(photos), "--image-size", "300x224"]
+
+    def limit() -> None:
+        resource.setrlimit(resource.RLIMIT_AS, (4 * 2**30, 4 * 2**30))
+
+    done = subprocess.run(command, capture_output=True, text=True, preexec_fn=limit, check=False)
+    assert done.returncode == 2
+    assert "left of the process's limit (ulimit -v); choose a smaller --image-size" in done.stderr.splitlines()[-1]
+    assert files(workplace) == set()
+
+
+# what is counted
+
+
+@pytest.mark.parametrize("options", [{}, {"kernel": "plain"}, {"stem": "direct"}, {"reconstruction": False}], ids=str)
+@pytest.mark.parametrize("shape", [(1, 28, 28), (3, 64, 64)], ids=str)
+def test_what_is_not_worth_counting_is_more_than_the_count(shape: tuple[int, int, int], options: Any) -> None:
+    for name in models.available():
+        given = options if name == "capsnet" else {}
+        with torch.device("meta"):
+            network = models.create(name, image_shape=shape, **given)
+        for batch_size in (1, 16, 256):
+            assert memory.inference(network, batch_size, CPU) <= memory._most(network, batch_size)
+            plain = memory.inference(network, batch_size, CPU, options=memory.PLAIN)
+            assert plain <= memory._most(network, batch_size)
+
+
+def test_counting_leaves_kept_buffers_and_randomness_alone() -> None:
+    from capsnet.kernels.buffers import pool
+
+    kept = torch.zeros(3)
+    pool.give("stem v", kept)
+    state = torch.get_rng_state()
+    with torch.device("meta"):
+        network = models.create("capsnet")
+    memory.training(network, Config(primary_scale=1.0), CPU, precision="32", batch_size=4)
+    assert pool.take("stem v", (3,), kept).data_ptr() == kept.data_ptr()
+    assert torch.equal(torch.get_rng_state(), state)
+    pool.clear()
+
+
+def test_bfloat16_takes_less_than_float32() -> None:
+    with torch.device("meta"):
+        network = models.create("capsnet", stem="direct")
+    one, other = (
+        memory.training(network, Config(primary_scale=1.0), CPU, precision=precision, batch_size=128)
+        for precision in ("bf16", "32")
+    )
+    assert one < 0.9 * other
+
+
+def test_larger_images_go_through_in_smaller_batches() -> None:
+    sizes = [(28, 28), (40, 40), (64, 64), (300, 224), (5000, 5000)]
+    with torch.device("meta"):
+        networks = [
+            models.create("capsnet", image_shape=(1, *size), conv_channels=2, capsule_types=1) for size in sizes
+        ]
+    assert [models.inference_batch(network) for network in networks] == [256, 256, 100, 6, 1]
+
+
+# what is free
+
+
+def system(root: Path, monkeypatch: pytest.MonkeyPatch, **content: str) -> None:
+    """Files of `proc` and `sys` below `root`; `__` is a slash."""
+    monkeypatch.setattr(free_memory, "ROOT", root)
+    for name, text in {
+        "proc__meminfo": "MemTotal: 99 kB\nMemAvailable: 4096 kB\nSwapFree: 1024 kB\n",
+        **content,
+    }.items():
+        path = root / name.replace("__", "/").replace("_DOT_", ".")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text, encoding="utf-8")
+
+
+def test_memory_and_swap_of_the_machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    system(tmp_path, monkeypatch)
+    assert free_memory.free(CPU) == (5 * 2**20, "free on this machine")
+
+
+@pytest.mark.parametrize("group", ["", "/outer", "/outer/inner", "/not/seen/here"])
+def test_the_limit_of_a_container_of_version_2(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, group: str) -> None:
+    files_ = {"max": "3000000\n", "current": "2500000\n", "stat": "anon 1\ninactive_file 400000\n"}
+    place = "" if "not" in group else group.replace("/", "__")
+    limits = {f"sys__fs__cgroup{place}__memory_DOT_{name}": text for name, text in files_.items()}
+    system(tmp_path, monkeypatch, proc__self__cgroup=f"0::{group or '/'}\n", **limits)
+    assert free_memory.free(CPU) == (900_000, "free in this container (its memory limit)")
+
+
+def test_an_outer_group_may_be_the_tighter_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    limits = {
+        "sys__fs__cgroup__outer__memory_DOT_max": "1000000",
+        "sys__fs__cgroup__outer__memory_DOT_current": "900000",
+        "sys__fs__cgroup__outer__inner__memory_DOT_max": "max",
+        "sys__fs__cgroup__outer__inner__memory_DOT_current": "5",
+    }
+    system(tmp_path, monkeypatch, proc__self__cgroup="0::/outer/inner\n", **limits)
+    assert free_memory.free(CPU).size == 100_000
+
+
+def test_the_limit_of_a_container_of_version_1(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    limits = {
+        "sys__fs__cgroup__memory__job__memory_DOT_limit_in_bytes": "3000000",
+        "sys__fs__cgroup__memory__job__memory_DOT_usage_in_bytes": "2500000",
+        "sys__fs__cgroup__memory__job__memory_DOT_stat": "inactive_file 7\ntotal_inactive_file 100000\n",
+        "sys__fs__cgroup__memory__memory_DOT_limit_in_bytes": str(2**63 - 4096),
+        "sys__fs__cgroup__memory__memory_DOT_usage_in_bytes": "1",
+    }
+    system(tmp_path, monkeypatch, proc__self__cgroup="9:name=systemd:/\n4:cpu,memory:/job\n0::/\n", **limits)
+    assert free_memory.free(CPU).size == 600_000
+
+
+def test_a_used_up_limit_is_nothing_and_not_less(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    limits = {"sys__fs__cgroup__memory_DOT_max": "10", "sys__fs__cgroup__memory_DOT_current": "20"}
+    system(tmp_path, monkeypatch, proc__self__cgroup="0::/\n", **limits)
+    assert free_memory.free(CPU).size == 0
+
+
+@pytest.mark.parametrize(("name", "held", "option"), [("RLIMIT_AS", "VmSize", "-v"), ("RLIMIT_DATA", "VmData", "-d")])
+def test_the_limits_of_the_process(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, held: str, option: str
+) -> None:
+    system(tmp_path, monkeypatch, proc__self__status=f"Name: x\n{held}: 100 kB\n")
+    asked = getattr(resource, name)
+    none = resource.RLIM_INFINITY
+    monkeypatch.setattr(resource, "getrlimit", lambda kind: (300 * 1024, none) if kind == asked else (none, none))
+    assert free_memory.free(CPU) == (200 * 1024, f"left of the process's limit (ulimit {option})")
+
+
+def test_without_proc_the_machine_s_size_is_all_that_is_known(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(free_memory, "ROOT", tmp_path)
+    assert free_memory.free(CPU).where == "in this machine"
+    assert free_memory.resident() == 0
+    monkeypatch.delattr(os, "sysconf")
+    assert free_memory.free(CPU).size == float("inf")
+
+
+@pytest.mark.parametrize(("size", "shown"), [(0, "0 MiB"), (850 * 2**20, "850 MiB"), (1.5 * 2**40, "1,536.0 GiB")])
+def test_amounts_are_to_be_read(size: float, shown: str) -> None:
+    assert memory.amount(size) == shown
