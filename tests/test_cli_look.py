@@ -87,15 +87,15 @@ def test_perturb(run: Path, capsys: Capture) -> None:
 
 
 def test_perturb_takes_right_images_of_the_classes(run: Path, capsys: Capture, monkeypatch: pytest.MonkeyPatch) -> None:
-    from capsnet.analysis import outcomes as module
+    from capsnet import evaluation
 
-    real = module.outcomes
+    real = evaluation.predict_split
 
     def all_right(*arguments: object) -> object:
         found = real(*arguments)  # type: ignore[arg-type]
         return found._replace(predictions=found.labels)
 
-    monkeypatch.setattr(module, "outcomes", all_right)
+    monkeypatch.setattr(evaluation, "predict_split", all_right)
     assert json.loads(told(capsys, "perturb run --classes 2 --images 2 --json"))["classes"] == ["2", "2"]
     assert len(json.loads(told(capsys, "perturb run --classes all --json"))["classes"]) == 10
     assert json.loads(told(capsys, "perturb run --json"))["classes"] == ["0"]

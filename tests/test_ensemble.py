@@ -59,8 +59,10 @@ def test_scores_are_the_mean_of_the_lengths_and_the_softmax() -> None:
 
 def test_networks_for_several_objects_give_their_sigmoid() -> None:
     network = convolutions(0, objects=2)
-    expected = plain(network, to_float(some().images)).sigmoid()
-    torch.testing.assert_close(ensemble_scores([network], some()), expected)
+    images = some().images
+    split = Split(images, torch.tensor([[0, 1]] * 7), objects=torch.stack([images, images], dim=1))
+    expected = plain(network, to_float(images)).sigmoid()
+    torch.testing.assert_close(ensemble_scores([network], split), expected)
 
 
 def test_shifted_views_are_all_shifts_with_zeros_moving_in() -> None:

@@ -10,9 +10,9 @@ from capsnet.config import Config
 from capsnet.data import Split
 from capsnet.data.dataset import to_float
 from capsnet.errors import InputError
-from capsnet.evaluation import Evaluation, evaluate, from_sums, measure
+from capsnet.evaluation import Evaluation, Predictions, evaluate, predict_split
 from capsnet.models import Network, Output, create
-from capsnet.objective import Losses, Objective
+from capsnet.objective import Objective
 from tiny import SIZES, pairs
 
 
@@ -82,18 +82,31 @@ def test_the_size_of_batches_changes_nothing(network: Network, split: Split, bat
     assert one.loss == pytest.approx(other.loss, rel=1e-5)
 
 
+def divided(network: Network, split: Split, world_size: int, *, batch_size: int) -> Predictions:
+    """What the processes find, each its share and as if the others' rows were added to it."""
+    calls, parts = [0] * world_size, []
+    for rank in range(world_size):
+
+        def count(rank: int = rank) -> None:
+            calls[rank] += 1
+
+        share: dict[str, Any] = {"rank": rank, "world_size": world_size, "batch_size": batch_size}
+        parts.append(predict_split(network, split, each_batch=count, **share))
+    assert calls == [-(-len(split) // (batch_size * world_size))] * world_size  # it may wait for the other processes
+    scores, predictions, losses = (
+        torch.stack([getattr(part, name) for part in parts]).sum(0) for name in ("scores", "predictions", "losses")
+    )
+    errors = None if parts[0].reconstruction_errors is None else losses[:, 2]
+    return Predictions(scores, parts[0].labels, predictions, losses, errors)
+
+
 @pytest.mark.parametrize("world_size", [1, 2, 3, 40])
 def test_the_sums_of_all_processes_count_every_image_once(network: Network, split: Split, world_size: int) -> None:
-    objective = Objective(network, Config())
-    sums = [
-        measure(objective, split, classes=4, device=torch.device("cpu"), batch_size=5, rank=rank, world_size=world_size)
-        for rank in range(world_size)
-    ]
-    confusion, losses = (torch.stack(parts).sum(0) for parts in zip(*sums, strict=True))
-    result, whole = from_sums(confusion, losses, classes=network.classes), evaluate(network, split)
-    assert result.confusion == whole.confusion
+    found, whole = divided(network, split, world_size, batch_size=5), predict_split(network, split)
+    torch.testing.assert_close(found, whole, atol=1e-6, rtol=1e-4)
+    result = Evaluation.of(found, network.classes)
+    assert result.confusion == evaluate(network, split).confusion
     assert result.total == 37
-    assert result.loss == pytest.approx(whole.loss, rel=1e-5)
 
 
 def test_the_network_is_left_as_it_was(network: Network, split: Split) -> None:
@@ -134,33 +147,32 @@ def test_an_unknown_precision_is_refused() -> None:
 # several objects in each image
 
 
-class Told(nn.Module):
-    """Stands for an Objective: the scores of an image are the row of `scores` that its first pixel names."""
+class Told(Network):
+    """Says of an image the row of `scores` that its first pixel names."""
 
-    def __init__(self, scores: list[list[float]]) -> None:
+    def __init__(self, scores: list[list[float]], objects: int) -> None:
         super().__init__()
-        self.scores = torch.tensor(scores)
+        self.scores, self.objects = nn.Parameter(torch.tensor(scores)), objects
+        self.classes, self.image_shape = tuple("abcdefg"[: len(scores[0])]), (1, 2, 3)
 
-    def forward(self, images: Tensor, labels: Tensor, objects: Tensor | None = None) -> Losses:
-        rows = (images[:, 0, 0, 0] * 255).round().long()
-        each = rows.float()
-        return Losses(each + 1, each + 2, each + 3, Output(self.scores[rows]))
+    def forward(self, images: Tensor, labels: Tensor | None = None) -> Output:
+        return Output(self.scores[(images[:, 0, 0, 0] * 255).round().long()])
 
 
-def numbered(labels: list[Any]) -> Split:
-    """Images of 1 x 2 x 3 pixels, the k-th of intensity k."""
+def told_of(scores: list[list[float]], labels: list[Any], *, batch_size: int = 2) -> Predictions:
+    """Of images of 1 x 2 x 3 pixels, the k-th of intensity k."""
     images = torch.arange(len(labels), dtype=torch.uint8).view(-1, 1, 1, 1).expand(-1, 1, 2, 3)
     truth = torch.tensor(labels)
     objects = images[:, None].expand(-1, truth.shape[1], -1, -1, -1) if truth.ndim == 2 else None
-    return Split(images, truth, objects=objects)
+    network = Told(scores, truth[0].numel())
+    return predict_split(network, Split(images, truth, objects=objects), batch_size=batch_size)
 
 
-def measured(scores: list[list[float]], labels: list[Any], *, batch_size: int = 2, **options: int) -> Evaluation:
-    split, classes = numbered(labels), tuple("abcdefg"[: len(scores[0])])
-    sums = measure(
-        Told(scores), split, classes=len(classes), device=torch.device("cpu"), batch_size=batch_size, **options
-    )
-    return from_sums(*sums, classes=classes, objects=1 if isinstance(labels[0], int) else len(labels[0]))
+def measured(scores: list[list[float]], labels: list[Any], *, batch_size: int = 2) -> Evaluation:
+    """Of the same, as if the losses of the k-th were k + 1, k + 2 and k + 3."""
+    losses = torch.arange(len(labels))[:, None] + torch.arange(1.0, 4)
+    found = told_of(scores, labels, batch_size=batch_size)._replace(losses=losses)
+    return Evaluation.of(found, tuple("abcdefg"[: len(scores[0])]))
 
 
 def test_objects_found_are_on_the_diagonal_and_each_missed_one_beside_one_claimed() -> None:
@@ -238,20 +250,8 @@ def test_the_sums_of_all_processes_are_those_of_the_pairs(world_size: int) -> No
     torch.manual_seed(0)
     network = create("capsnet", image_shape=(1, 12, 13), num_classes=4, objects=2, **SIZES)
     split = pairs().test
-    sums = [
-        measure(
-            Objective(network, Config()),
-            split,
-            classes=4,
-            device=torch.device("cpu"),
-            batch_size=4,
-            rank=rank,
-            world_size=world_size,
-        )
-        for rank in range(world_size)
-    ]
-    confusion, losses = (torch.stack(parts).sum(0) for parts in zip(*sums, strict=True))
-    found, whole = from_sums(confusion, losses, classes=network.classes, objects=2), evaluate(network, split)
+    found = Evaluation.of(divided(network, split, world_size, batch_size=4), network.classes)
+    whole = evaluate(network, split)
     assert (found.confusion, found.wrong, found.total) == (whole.confusion, whole.wrong, len(split))
     for name in ("loss", "classification_loss", "reconstruction_loss"):
         assert getattr(found, name) == pytest.approx(getattr(whole, name), rel=1e-5)
@@ -282,3 +282,24 @@ def test_images_of_another_number_of_objects_are_refused(reconstruction: bool) -
         evaluate(one, made.test)
     with pytest.raises(InputError, match=r"^images must show 2 objects each; got 1$"):
         evaluate(two, made.train)
+
+
+@pytest.mark.parametrize("labels", [[1, 0], [[1, 2], [0, 1]]])
+def test_predictions_are_told_apart_where_their_presence_rounds_to_the_same(labels: list[Any]) -> None:
+    scores = [[199.0, 200.0, 300.0, -9.0], [99.0, 97.0, 98.0, -9.0]]
+    expected = [2, 0] if isinstance(labels[0], int) else [[1, 2], [0, 2]]
+    assert told_of(scores, labels).predictions.tolist() == expected
+
+
+@pytest.mark.parametrize("batch_size", [0, -1])
+def test_a_batch_without_images_is_refused(network: Network, split: Split, batch_size: int) -> None:
+    with pytest.raises(InputError, match=rf"^batch_size must be at least 1; got {batch_size}$"):
+        evaluate(network, split, batch_size=batch_size)
+
+
+def test_what_is_called_before_each_batch_sees_the_network_as_it_was(network: Network, split: Split) -> None:
+    modes: list[bool] = []
+    predict_split(
+        network, split, batch_size=10, each_batch=lambda: modes.append(network.training and torch.is_grad_enabled())
+    )
+    assert modes == [True] * 4

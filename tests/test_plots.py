@@ -13,10 +13,10 @@ from capsnet import plots
 from capsnet.analysis.couplings import evidence
 from capsnet.analysis.drawing import Separation, perturb, reconstruct
 from capsnet.analysis.factors import PoseExplained
-from capsnet.analysis.outcomes import Outcomes, calibration
 from capsnet.analysis.significance import wilson_interval
 from capsnet.data import Split
 from capsnet.errors import InputError
+from capsnet.evaluation import Predictions, calibration
 from capsnet.models import CapsNet, create
 from capsnet.plots.figure import new, pixels, sheet
 from tiny import SIZES
@@ -50,11 +50,11 @@ def texts(figure: Figure) -> str:
     return plots.rendered(figure, format="svg").decode()
 
 
-def found(wrong: int, count: int = 20) -> Outcomes:
+def found(wrong: int, count: int = 20) -> Predictions:
     labels = torch.arange(count) % 3
     predictions = (labels + (torch.arange(count) < wrong)) % 3
     scores = torch.full((count, 3), 0.1).scatter(1, predictions[:, None], 0.9)
-    return Outcomes(scores, labels, predictions, torch.rand(count))
+    return Predictions(scores, labels, predictions, torch.zeros(count, 3), torch.rand(count))
 
 
 @pytest.mark.parametrize(("channels", "count"), [(1, 1), (3, 23)])
@@ -143,15 +143,15 @@ def test_curves_of_training_and_validation() -> None:
 
 @pytest.mark.parametrize("wrong", [0, 1, 14])
 def test_figures_of_results_tell_n(wrong: int) -> None:
-    outcomes = found(wrong)
-    split = Split((images(20) * 255).to(torch.uint8), outcomes.labels)
+    predictions = found(wrong)
+    split = Split((images(20) * 255).to(torch.uint8), predictions.labels)
     figures = {
-        "n = 20": plots.class_errors(outcomes, NAMES),
-        "number of images, n = 20": plots.confusion(outcomes, NAMES),
-        f"n = {20 - wrong}": plots.lengths(outcomes),
-        "expected calibration error": plots.reliability(calibration(outcomes.winning, ~outcomes.wrong)),
+        "n = 20": plots.class_errors(predictions, NAMES),
+        "number of images, n = 20": plots.confusion(predictions, NAMES),
+        f"n = {20 - wrong}": plots.lengths(predictions),
+        "expected calibration error": plots.reliability(calibration(predictions.winning, ~predictions.wrong)),
         f"All {wrong} wrong images of n = 20" if wrong else "No image of n = 20 is wrong": plots.gallery(
-            outcomes, split, NAMES
+            predictions, split, NAMES
         ),
     }
     for expected, figure in figures.items():
@@ -169,10 +169,10 @@ def test_numbers_of_images_are_plain_where_dollars_are_no_formulas() -> None:
 
 
 def test_a_gallery_shows_the_surest_and_tells_how_many_there_are() -> None:
-    outcomes = found(9)
-    outcomes.scores[4] = torch.tensor([0.05, 0.2, 0.99])
-    split = Split((images(20) * 255).to(torch.uint8), outcomes.labels)
-    told = texts(plots.gallery(outcomes, split, NAMES, most=1))
+    predictions = found(9)
+    predictions.scores[4] = torch.tensor([0.05, 0.2, 0.99])
+    split = Split((images(20) * 255).to(torch.uint8), predictions.labels)
+    told = texts(plots.gallery(predictions, split, NAMES, most=1))
     assert "The surest 1 of 9 wrong images" in told
     assert "0.99" in told
 
@@ -197,7 +197,7 @@ def test_a_figure_that_no_memory_holds_is_refused(width: float, height: float) -
         new(width, height)
 
 
-def of_classes(count: int) -> tuple[Outcomes, tuple[str, ...]]:
+def of_classes(count: int) -> tuple[Predictions, tuple[str, ...]]:
     """Two images of each class; class k of every seventh is taken for k + 1 twice, of every third for k + 2 once."""
     labels = torch.arange(count).repeat_interleave(2)
     said = labels.clone()
@@ -205,12 +205,13 @@ def of_classes(count: int) -> tuple[Outcomes, tuple[str, ...]]:
         said[2 * k] = k + 2
     for k in range(0, count - 2, 7):
         said[2 * k : 2 * k + 2] = k + 1
-    return Outcomes(torch.zeros(2 * count, count), labels, said, None), tuple(f"name{k}" for k in range(count))
+    found = Predictions(torch.zeros(2 * count, count), labels, said, torch.zeros(2 * count, 3), None)
+    return found, tuple(f"name{k}" for k in range(count))
 
 
 @pytest.mark.parametrize("draw", [plots.confusion, plots.class_errors])
 def test_no_figure_grows_with_the_number_of_classes(
-    draw: Callable[[Outcomes, tuple[str, ...]], Figure],
+    draw: Callable[[Predictions, tuple[str, ...]], Figure],
 ) -> None:
     size = [draw(*of_classes(count)).get_size_inches().prod() for count in (30, 31, 300, 3_000)]
     assert size[1] <= 1.1 * max(size[0], 60)
@@ -233,13 +234,13 @@ def test_of_many_classes_the_worst_are_shown_and_the_figure_says_so() -> None:
 
 
 def test_confused_pairs_are_those_of_the_matrix() -> None:
-    outcomes, names = of_classes(50)
-    matrix = outcomes.confusion.fill_diagonal_(0)
-    pairs = plots.confused(outcomes)
+    predictions, names = of_classes(50)
+    matrix = predictions.confusion.fill_diagonal_(0)
+    pairs = plots.confused(predictions)
     assert {(i, j): n for i, j, n in pairs} == {(i, j): int(matrix[i, j]) for i, j in matrix.nonzero().tolist()}
     assert [n for *_, n in pairs] == sorted((n for *_, n in pairs), reverse=True)
-    assert plots.confused(outcomes, most=3) == pairs[:3]
-    rows = list(plots.class_rows(outcomes, names))
+    assert plots.confused(predictions, most=3) == pairs[:3]
+    rows = list(plots.class_rows(predictions, names))
     assert rows[:4] == [
         ("name0", 2, 2, "name1 (2)"),
         ("name1", 2, 0, ""),

@@ -7,12 +7,12 @@ import pytest
 import torch
 
 from capsnet import report
-from capsnet.analysis.outcomes import Outcomes, outcomes
 from capsnet.analysis.strangers import Threshold
 from capsnet.card import Card
 from capsnet.config import Config
 from capsnet.data import Dataset, Split
 from capsnet.data.strokes import strokes
+from capsnet.evaluation import Predictions, predict_split
 from capsnet.models import CapsNet, Network, create
 from tiny import SIZES, pairs
 
@@ -148,7 +148,7 @@ def of_pairs(name: str = "capsnet", classes: int = 4) -> Network:
 
 def test_the_report_of_pairs_tells_the_exact_set_error_and_draws_objects_apart() -> None:
     made, one = pairs(), of_pairs()
-    found = outcomes(one, made.test)
+    found = predict_split(one, made.test)
     wrong = int(found.wrong.sum())
     told = page(one, made, rows=ROWS, result=RESULT)
     assert f"{100 * wrong / 15:.2f} % exact-set test error" in told
@@ -163,7 +163,7 @@ def test_the_report_of_pairs_tells_the_exact_set_error_and_draws_objects_apart()
     assert "alt=" not in bare
 
 
-def all_pairs(classes: int) -> tuple[Split, Outcomes]:
+def all_pairs(classes: int) -> tuple[Split, Predictions]:
     """An image of every ordered pair of classes; in every third the second object is taken for another."""
     labels = torch.tensor([[a, b] for a in range(classes) for b in range(classes) if a != b])
     generator = torch.Generator().manual_seed(0)
@@ -173,7 +173,8 @@ def all_pairs(classes: int) -> tuple[Split, Outcomes]:
     if classes > 2:
         for n in range(0, len(labels), 3):
             said[n, 1] = next(k for k in range(classes) if k not in labels[n].tolist())
-    return split, Outcomes(torch.zeros(len(labels), classes), labels.sort(-1).values, said.sort(-1).values, None)
+    scores, losses = torch.zeros(len(labels), classes), torch.zeros(len(labels), 3)
+    return split, Predictions(scores, labels.sort(-1).values, said.sort(-1).values, losses, None)
 
 
 @pytest.mark.parametrize("classes", [3, 4, 7])
@@ -220,7 +221,7 @@ def test_the_picture_of_a_run_of_pairs_is_of_objects_drawn_apart(
     seen: list[int] = []
     real = report.drawn_apart
 
-    def counted(one: Network, split: Split, found: Outcomes, *, count: int) -> object:
+    def counted(one: Network, split: Split, found: Predictions, *, count: int) -> object:
         seen.append(len(split))
         assert len(found.predictions) == len(split)
         return real(one, split, found, count=count)

@@ -13,12 +13,11 @@ import torch
 
 import capsnet
 from capsnet import feed, machine, report, runs, train
-from capsnet.analysis.outcomes import outcomes
 from capsnet.config import Config, preset
 from capsnet.data import Dataset, load
 from capsnet.data.augment import augment
 from capsnet.errors import InputError
-from capsnet.evaluation import Evaluation, evaluate, from_sums, measure
+from capsnet.evaluation import Evaluation, evaluate, predict_split
 from capsnet.kernels import native
 from capsnet.session import Session
 from capsnet.train import Diverged, Interrupted, fit, resume
@@ -168,19 +167,22 @@ def test_a_signal_saves_and_the_resumed_run_ends_the_same(
 
 
 def test_a_signal_during_the_evaluations_stops_there(photos: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("capsnet.models.inference_batch", lambda network: 4)
+    monkeypatch.setattr("capsnet.evaluation.predictions.inference_batch", lambda network: 4)
     fit(tiny(photos, out="whole"))
     for call, where in ((1, "in epoch 1 after step 5 of 5"), (5, "after the last epoch")):
         run, count = f"run-{call}", [0]
 
-        def measured(*arguments: Any, call: int = call, count: list[int] = count, **options: Any) -> Any:
-            count[0] += 1
-            if count[0] == call:
-                send(signal.SIGTERM)
-            return measure(*arguments, **options)
+        def told(*arguments: Any, call: int = call, count: list[int] = count, **options: Any) -> Any:
+            def each_batch() -> None:
+                options["each_batch"]()
+                count[0] += 1
+                if count[0] == call:
+                    send(signal.SIGTERM)
+
+            return predict_split(*arguments, **{**options, "each_batch": each_batch})
 
         with monkeypatch.context() as patch:
-            patch.setattr(train, "measure", measured)
+            patch.setattr(train, "predict_split", told)
             with pytest.raises(Interrupted, match=where):
                 fit(tiny(photos, out=run))
         resume(run)
@@ -519,7 +521,7 @@ def test_the_card_tells_the_run_and_the_threshold(photos: Path) -> None:
     assert (card.threshold.images, card.threshold.split) == (20, "validation")
     dataset = train.prepare_data(card.trained())
     assert dataset.validation is not None
-    errors = outcomes(result.network, dataset.validation).errors
+    errors = predict_split(result.network, dataset.validation).reconstruction_errors
     assert errors is not None
     assert int((errors > card.threshold.value).sum()) == 1  # 5 % of 20
 
@@ -689,14 +691,17 @@ def test_the_kernels_are_told_and_others_that_go_on_are_too(
 # stop_at
 
 
+EVALUATION_OF = Evaluation.of
+
+
 def script(monkeypatch: pytest.MonkeyPatch, *wrong: int) -> list[int]:
     """The next evaluations find so many wrong images, of 10 for validation; what is left of the list."""
     left = list(wrong)
 
-    def told(*sums: Any, **options: Any) -> Evaluation:
-        return replace(from_sums(*sums, **options), wrong=left.pop(0))
+    def told(*arguments: Any) -> Evaluation:
+        return replace(EVALUATION_OF(*arguments), wrong=left.pop(0))
 
-    monkeypatch.setattr(train, "from_sums", told)
+    monkeypatch.setattr(Evaluation, "of", told)
     return left
 
 
@@ -720,7 +725,7 @@ def test_a_run_stops_at_the_first_epoch_that_is_good_enough(photos: Path, monkey
         "no choice was made on the test images"
     )
     assert selection("three") == "none: weights after the last epoch, and no choice was made on the test images"
-    monkeypatch.setattr(train, "from_sums", from_sums)
+    monkeypatch.setattr(Evaluation, "of", EVALUATION_OF)
     at_step(monkeypatch, 1, lambda: pytest.fail("trained"))
     assert resume("run", epochs=9).epochs == 3  # what was reached stays so
 
@@ -756,11 +761,11 @@ def test_a_run_stopped_while_its_test_is_read_does_not_train_on(photos: Path, mo
         measured[0] += 1
         if measured[0] == 3:  # two epochs' validation, then the test
             raise Killed
-        return measure(*arguments, **options)
+        return predict_split(*arguments, **options)
 
     with monkeypatch.context() as patch:
         script(patch, 8, 3, 9)
-        patch.setattr(train, "measure", at_the_test)
+        patch.setattr(train, "predict_split", at_the_test)
         with pytest.raises(Killed):
             fit(tiny(photos, out="run", epochs=6, validation=10, stop_at=30.0))
     at_step(monkeypatch, 1, lambda: pytest.fail("trained"))

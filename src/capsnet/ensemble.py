@@ -4,21 +4,20 @@ Sabour et al. 2017 (Section 7) report an ensemble of 7 networks on CIFAR-10 with
 it is the mean of their class capsules' lengths.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
-from torch.nn.functional import pad
 
 from capsnet import functional as F
-from capsnet.data.dataset import Split, to_float
+from capsnet.data.dataset import Split
 from capsnet.errors import InputError
 from capsnet.evaluation import wilson_interval
-from capsnet.kernels.stem import constant_weights
-from capsnet.models import Network, Output, evaluation_mode
+from capsnet.evaluation.predictions import predict_split, shifted
+from capsnet.models import Network
 
 __all__ = ["Ensemble", "check_alike", "check_shifts", "ensemble_scores", "shifted"]
 
@@ -89,7 +88,6 @@ class Ensemble:
         return f"{'exact-set ' * (self.objects > 1)}error {self.error_percent:.2f} % ({counts})"
 
 
-@torch.inference_mode()
 def ensemble_scores(
     networks: Sequence[Network], split: Split, *, shifts: int = 0, batch_size: int = 256
 ) -> Float[Tensor, "n classes"]:
@@ -115,21 +113,8 @@ def ensemble_scores(
     """
     check_alike({f"network {k} ({network.config['name']})": network for k, network in enumerate(networks, start=1)})
     check_shifts(shifts, networks[0].image_shape)
-    networks[0].check_images(to_float(split.images[:1]))
-    if batch_size < 1:
-        raise InputError(f"batch_size must be at least 1; got {batch_size}")
-    return torch.stack([_scores(network, split, shifts, batch_size) for network in networks]).mean(0)
-
-
-def shifted(
-    images: Float[Tensor, "batch channels height width"], shifts: int
-) -> Iterator[Float[Tensor, "batch channels height width"]]:
-    """`images` at all (2 shifts + 1)^2 shifts by up to `shifts` pixels along both axes, with zeros moving in."""
-    height, width = images.shape[-2:]
-    framed = pad(images, (shifts,) * 4)
-    for top in range(2 * shifts + 1):
-        for left in range(2 * shifts + 1):
-            yield framed[..., top : top + height, left : left + width].contiguous()
+    found = [predict_split(network, split, shifts=shifts, batch_size=batch_size) for network in networks]
+    return torch.stack([each.scores for each in found]).mean(0)
 
 
 def check_shifts(shifts: int, image_shape: tuple[int, int, int]) -> None:
@@ -154,21 +139,3 @@ def check_alike(networks: Mapping[str, Network]) -> None:
                 raise InputError(f"{name} must know the classes of {first}, whose class {k} is {wanted}; got {got}")
         if other.objects != model.objects:
             raise InputError(f"{name} must look for {model.objects} objects an image as {first}; got {other.objects}")
-
-
-def _scores(network: Network, split: Split, shifts: int, batch_size: int) -> Tensor:
-    """Mean scores of one network over the views of each image, `[n, classes]` on the CPU."""
-    device, means = next(network.parameters()).device, []
-    with evaluation_mode(network), constant_weights():
-        for part in torch.split(split.images, batch_size):
-            views = [_presence(network, view) for view in shifted(to_float(part.to(device)), shifts)]
-            means.append(torch.stack(views).mean(0).cpu())
-    return torch.cat(means)
-
-
-def _presence(network: Network, images: Tensor) -> Tensor:
-    """How surely each class is in the images, in [0, 1]."""
-    output: Output = network(images)
-    if output.pose is not None:
-        return output.scores
-    return output.scores.softmax(-1) if network.objects == 1 else output.scores.sigmoid()

@@ -14,6 +14,7 @@ from capsnet.card import Card
 from capsnet.data.dataset import to_float
 from capsnet.data.preprocessing import Framing, Invert, Prepared, Preprocessing
 from capsnet.errors import InputError
+from capsnet.evaluation import presence
 from capsnet.models import Network
 
 __all__ = ["Prediction", "predict"]
@@ -139,7 +140,7 @@ def _answers(
     inputs = to_float(images).to(device)
     with torch.autocast(device.type, dtype=torch.bfloat16, enabled=precision == "bf16"):
         output = network(inputs)
-    scores = output.scores if output.pose is not None else output.scores.softmax(-1)
+    scores = presence(network, output)
     if output.reconstruction is None:
         return [(image, row, None, None) for image, row in zip(inputs.cpu(), scores.cpu(), strict=True)]
     errors = F.reconstruction_loss(output.reconstruction, inputs).tolist()

@@ -14,13 +14,12 @@ from capsnet import plots
 from capsnet.analysis.couplings import evidence
 from capsnet.analysis.drawing import Separation, perturb, reconstruct, separate
 from capsnet.analysis.factors import pose_explained
-from capsnet.analysis.outcomes import Outcomes, calibration, outcomes
 from capsnet.card import Card, command_of
 from capsnet.config import Config
 from capsnet.data import Dataset, Split
 from capsnet.data.dataset import to_float
 from capsnet.errors import InputError
-from capsnet.evaluation import wilson_interval
+from capsnet.evaluation import Predictions, calibration, predict_split, wilson_interval
 from capsnet.models import CapsNet, Network
 from capsnet.names import visible
 from capsnet.plots.classes import MOST
@@ -64,7 +63,7 @@ summary { cursor: pointer; color: var(--dim); }
 
 
 def result_figures(
-    found: Outcomes, split: Split, classes: tuple[str, ...], rows: Sequence[Mapping[str, Any]] = ()
+    found: Predictions, split: Split, classes: tuple[str, ...], rows: Sequence[Mapping[str, Any]] = ()
 ) -> "dict[str, Callable[[], Figure]]":
     """Figures of how a run went and how good its network is, by name; each is drawn when called.
 
@@ -109,7 +108,7 @@ def report(
         InputError: images of another shape than the network's.
     """
     split, classes = dataset.test, network.classes
-    found = outcomes(network, split)
+    found = predict_split(network, split, config=config)
     wrong, total = int(found.wrong.sum()), len(split)
     low, high = (100 * end for end in wilson_interval(wrong, total))
     makers = result_figures(found, split, classes, rows)
@@ -150,7 +149,7 @@ def report(
     )
 
 
-def _errors(figures: "Mapping[str, Figure]", found: Outcomes, classes: tuple[str, ...]) -> list[str]:
+def _errors(figures: "Mapping[str, Figure]", found: Predictions, classes: tuple[str, ...]) -> list[str]:
     """Section of where the network errs, and how sure it is."""
     many = len(classes) > MOST
     note = (
@@ -192,21 +191,21 @@ def draw_reconstructions(network: Network, split: Split, path: Path, *, count: i
     """
     some = split.take(torch.arange(min(count, len(split))))
     if network.objects > 1:
-        parts = drawn_apart(network, some, outcomes(network, some), count=count)
+        parts = drawn_apart(network, some, predict_split(network, some), count=count)
         plots.save(plots.separations(parts, network.classes), path)
         return
     plots.save(plots.reconstructions(reconstruct(network, to_float(some.images), some.labels), network.classes), path)
 
 
 def drawn_apart(
-    network: Network, split: Split, found: Outcomes, *, count: int = SHOWN
+    network: Network, split: Split, found: Predictions, *, count: int = SHOWN
 ) -> dict[str, tuple[Separation, torch.Tensor]]:
     """Overlapping objects drawn apart: right images, wrong ones, and some told of a class that is not there.
 
     Args:
         network: with a decoder.
         split: images of two objects.
-        found: outcomes of these images.
+        found: predictions for these images.
         count: images of each kind, at most: the first ones.
 
     Returns:
@@ -230,15 +229,18 @@ def drawn_apart(
     }
 
 
-def _numbers(found: Outcomes, card: Card, result: Mapping[str, Any]) -> Iterable[tuple[str, str]]:
+def _numbers(found: Predictions, card: Card, result: Mapping[str, Any]) -> Iterable[tuple[str, str]]:
     validation = result.get("validation")
     if validation:
         yield "validation error", f"{validation['error_percent']:.2f} % of {validation['total']:,} images"
-    if found.errors is not None:
-        yield "reconstruction", f"{float(found.errors.mean()):.2f} summed squared error a test image, mean"
-    if card.threshold and found.errors is not None:
+    if found.reconstruction_errors is not None:
+        yield (
+            "reconstruction",
+            f"{float(found.reconstruction_errors.mean()):.2f} summed squared error a test image, mean",
+        )
+    if card.threshold and found.reconstruction_errors is not None:
         limit = card.threshold
-        share = 100 * float((found.errors > limit.value).double().mean())
+        share = 100 * float((found.reconstruction_errors > limit.value).double().mean())
         yield (
             "flagged as strangers",
             f"{share:.2f} % of the test images: reconstruction error above {limit.value:.2f}, which "
@@ -254,7 +256,7 @@ def _numbers(found: Outcomes, card: Card, result: Mapping[str, Any]) -> Iterable
             yield key, str(result[key])
 
 
-def _capsules(network: CapsNet, split: Split, found: Outcomes) -> list[str]:
+def _capsules(network: CapsNet, split: Split, found: Predictions) -> list[str]:
     """Sections of what the capsules hold."""
     body: list[str] = []
     wrong, right = found.wrong.nonzero().flatten(), (~found.wrong).nonzero().flatten()
@@ -315,7 +317,7 @@ def _figure(figure: "Figure", alt: str, format: str) -> str:
     return f'<figure><img src="data:{kind};base64,{content}" alt="{_text(alt)}" width="{width}"></figure>'
 
 
-def _class_table(found: Outcomes, classes: tuple[str, ...]) -> str:
+def _class_table(found: Predictions, classes: tuple[str, ...]) -> str:
     """A line for each class."""
     heads = ("class", "images", "wrong", "error, %", "most often taken for")
     rows = [

@@ -14,18 +14,17 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Any, Literal
 
 import torch
 from lightning_fabric import Fabric
 
 from capsnet import memory, models, recipe, report, runs
-from capsnet.analysis.outcomes import outcomes
 from capsnet.analysis.strangers import threshold_for
 from capsnet.board import board, check_board
 from capsnet.card import Card, Tested
 from capsnet.config import PRESETS, Config, from_dict, preset, preset_differences, size_of, with_defaults
-from capsnet.data import Dataset, Split, available, is_folder, load, outline
+from capsnet.data import Dataset, available, is_folder, load, outline
 from capsnet.data import describe as describe_data
 from capsnet.data.image_folder import ImageFolder, scan
 from capsnet.data.manifest import Manifest
@@ -33,11 +32,10 @@ from capsnet.data.photo import frame_of
 from capsnet.data.preprocessing import MNIST_FRAME, Preprocessing
 from capsnet.diagnosis import Chance
 from capsnet.errors import InputError
-from capsnet.evaluation import Evaluation, from_sums, measure
+from capsnet.evaluation import Evaluation, predict_split
 from capsnet.feed import Feed
 from capsnet.graph import GraphedStep, check_graph
 from capsnet.kernels.buffers import pool
-from capsnet.kernels.stem import constant_weights
 from capsnet.machine import first_process, make_fabric, resolve_device, resolve_precision, shutdown, signals
 from capsnet.models import Network
 from capsnet.objective import Batch, Losses, Objective
@@ -461,8 +459,9 @@ def _train(
     assert config.epochs is not None  # resolved
     environment = runs.environment(fabric.device)  # of the code that runs, not of what is on disk at the end
     network.to(fabric.device)
-    plain = Objective(network, config)
-    objective, optimizer = fabric.setup(plain, torch.optim.Adam(network.parameters(), lr=config.lr, fused=True))
+    objective, optimizer = fabric.setup(
+        Objective(network, config), torch.optim.Adam(network.parameters(), lr=config.lr, fused=True)
+    )
 
     def step(batch: Batch, share: float = 1.0) -> Losses:
         optimizer.zero_grad(set_to_none=not config.cuda_graph)
@@ -524,7 +523,7 @@ def _train(
 
             held_out: dict[str, float] = {}
             if dataset.validation is not None:
-                validation = _evaluate(session, plain, dataset, "validation")
+                validation = _evaluate(session, dataset, "validation")
                 held_out = {f"validation_{name}": getattr(validation, name) for name in VALIDATION_COLUMNS}
             rate = learning_rate(config, (at.epoch + 1) * steps - 1, steps)
             row = session.row(rate, time.perf_counter() - clock, held_out)
@@ -535,9 +534,9 @@ def _train(
             if line := chance.line(row, losses):
                 progress.note(line)
 
-        test = _evaluate(session, plain, dataset, "test")
+        test = _evaluate(session, dataset, "test")
         if dataset.validation is not None and validation is None:  # resumed after the last epoch
-            validation = _evaluate(session, plain, dataset, "validation")
+            validation = _evaluate(session, dataset, "validation")
     network = network.to("cpu", memory_format=torch.contiguous_format).eval()  # type: ignore[call-overload]
     figure = run.figures / "reconstructions.png" if getattr(network, "decoder", None) is not None else None
     page = run.directory / "report.html" if config.report else None
@@ -596,7 +595,7 @@ def describe(network: Network, dataset: Dataset, config: Config, test: dict[str,
             assert train is not None
             order = torch.randperm(len(train), generator=_generator(config.data_seed))
             split, name = train.take(order[:THRESHOLD_IMAGES]), "train"
-        errors = outcomes(network, split).errors
+        errors = predict_split(network, split).reconstruction_errors
         assert errors is not None
         threshold = threshold_for(errors, split=name)
     return Card(
@@ -622,27 +621,20 @@ def reading_of(network: Network, dataset: Dataset, config: Config) -> Preprocess
     )
 
 
-def _evaluate(session: Session, objective: Objective, dataset: Dataset, name: str) -> Evaluation:
+def _evaluate(session: Session, dataset: Dataset, name: str) -> Evaluation:
     """Results on the split `name`, every example counted once over all processes; stops where the training would."""
-    fabric, split = session.fabric, cast(Split, getattr(dataset, name))
-    batch = models.inference_batch(objective.network)
-    together = batch * fabric.world_size
-    confusion, losses = torch.tensor(0), torch.tensor(0.0)
-    with fabric.autocast(), constant_weights():
-        for start in range(0, len(split), together):
-            session.check()
-            sums = measure(
-                objective,
-                split.take(torch.arange(start, min(start + together, len(split)))),
-                classes=len(dataset.classes),
-                device=fabric.device,
-                batch_size=batch,
-                rank=fabric.global_rank,
-                world_size=fabric.world_size,
-            )
-            confusion, losses = confusion.to(fabric.device) + sums[0], losses.to(fabric.device) + sums[1]
-    sums = session.reduced(confusion), session.reduced(losses)
-    result = from_sums(*sums, classes=dataset.classes, objects=dataset.objects)
+    fabric = session.fabric
+    with fabric.autocast():
+        found = predict_split(
+            session.network,
+            getattr(dataset, name),
+            config=session.config,
+            rank=fabric.global_rank,
+            world_size=fabric.world_size,
+            reduced=session.reduced,
+            each_batch=session.check,
+        )
+    result = Evaluation.of(found, dataset.classes)
     if not math.isfinite(result.loss):
         epoch = session.at.epoch + (session.at.step > 0)
         raise session.diverged(f"{name} loss became NaN or infinite after epoch {epoch}")

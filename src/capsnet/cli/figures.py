@@ -35,13 +35,13 @@ def run(arguments: list[str]) -> int:
     if command.out is not None and len(command.only) != 1:
         raise InputError(f"--out must be given for one figure, with --only; got {len(command.only) or 'all'} figures")
     from capsnet import runs
-    from capsnet.analysis.outcomes import calibration, outcomes
+    from capsnet.evaluation import calibration, predict_split
     from capsnet.report import result_figures
 
     subject = Subject(command.model)
     dataset = subject.dataset(command.data, command.data_dir)
     split = subject.split(dataset, command.split)
-    found = outcomes(subject.network, split)
+    found = predict_split(subject.network, split)
     makers = result_figures(found, split, subject.network.classes, runs.Run(subject.folder).metrics())
     missing = [name for name in command.only if name not in makers]
     if missing:

@@ -50,8 +50,8 @@ def run(arguments: list[str]) -> int:
 
     from capsnet import plots, runs
     from capsnet.analysis.drawing import decoder_of, perturb
-    from capsnet.analysis.outcomes import outcomes
     from capsnet.data.dataset import to_float
+    from capsnet.evaluation import predict_split
 
     subject = Subject(command.model)
     network, _ = decoder_of(subject.network)
@@ -72,7 +72,7 @@ def run(arguments: list[str]) -> int:
     else:
         dataset = subject.dataset(command.data, command.data_dir, any_will_do=True)
         split = subject.split(dataset, command.split)
-        found = outcomes(network, split)
+        found = predict_split(network, split)
         rows = []
         for name in wanted or network.classes[:1]:
             of_class = (found.labels == network.classes.index(name)).nonzero().flatten()

@@ -38,22 +38,22 @@ def run(arguments: list[str]) -> int:
 
     from capsnet import plots
     from capsnet.analysis.drawing import decoder_of, reconstruct
-    from capsnet.analysis.outcomes import outcomes
     from capsnet.data.dataset import to_float
+    from capsnet.evaluation import predict_split
     from capsnet.report import drawn_apart
 
     subject = Subject(command.model, several=True)
     network, _ = decoder_of(subject.network)
     dataset = subject.dataset(command.data, command.data_dir, any_will_do=True)
     split = subject.split(dataset, command.split)
-    found = outcomes(network, split)
+    found = predict_split(network, split)
     wrong = found.wrong.nonzero().flatten()
     index = torch.cat([(~found.wrong).nonzero().flatten()[: command.right], wrong[: command.wrong]])
     if not len(index):
         raise InputError(f"data set {dataset.name} must have wrong images to draw with --right 0; all are right")
     some = split.take(index)
     if network.objects > 1:
-        parts = drawn_apart(network, some, outcomes(network, some), count=max(command.right, command.wrong))
+        parts = drawn_apart(network, some, predict_split(network, some), count=max(command.right, command.wrong))
         figure = plots.separations(parts, network.classes)
     else:
         figure = plots.reconstructions(reconstruct(network, to_float(some.images), some.labels), network.classes)
@@ -65,10 +65,10 @@ def run(arguments: list[str]) -> int:
         "wrong": len(wrong),
         **(
             {}
-            if found.errors is None
+            if found.reconstruction_errors is None
             else {
-                "reconstruction_error_right": _mean(found.errors[~found.wrong]),
-                "reconstruction_error_wrong": _mean(found.errors[found.wrong]),
+                "reconstruction_error_right": _mean(found.reconstruction_errors[~found.wrong]),
+                "reconstruction_error_wrong": _mean(found.reconstruction_errors[found.wrong]),
             }
         ),
         "figure": str(path),
@@ -77,7 +77,7 @@ def run(arguments: list[str]) -> int:
         show_json(numbers)
         return 0
     show(f"{dataset.name} {command.split}: {len(wrong):,} of {len(split):,} images wrong")
-    for name in ("right", "wrong") if found.errors is not None else ():
+    for name in ("right", "wrong") if found.reconstruction_errors is not None else ():
         mean = numbers[f"reconstruction_error_{name}"]
         show(
             f"summed squared error of the reconstruction, mean of the {name} images: "

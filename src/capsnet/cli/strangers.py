@@ -57,8 +57,8 @@ def run(arguments: list[str]) -> int:
 
     from capsnet import runs
     from capsnet.analysis.drawing import decoder_of
-    from capsnet.analysis.outcomes import outcomes
     from capsnet.analysis.strangers import auroc, reconstruction_errors
+    from capsnet.evaluation import predict_split
 
     subject = Subject(command.model)
     network, _ = decoder_of(subject.network)
@@ -69,8 +69,7 @@ def run(arguments: list[str]) -> int:
     place = subject.place("strangers", command.out, suffix="json", overwrite=command.overwrite) if command.out else None
     dataset = subject.dataset(command.data, command.data_dir)
     strange = {name: _strangers(name, network.image_shape, command.data_dir) for name in command.against}
-    found = outcomes(network, dataset.test)
-    known, threshold = found.errors, subject.card.threshold
+    known, threshold = predict_split(network, dataset.test).reconstruction_errors, subject.card.threshold
     assert known is not None
     rows: list[dict[str, Any]] = []
     for name, images in strange.items():

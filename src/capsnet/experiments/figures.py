@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 
 from capsnet import plots, runs
-from capsnet.analysis.outcomes import outcomes
 from capsnet.data import Split
+from capsnet.evaluation import predict_split
 from capsnet.experiments import records
 from capsnet.experiments.plan import Experiment
 from capsnet.experiments.records import Record, fingerprint
@@ -45,7 +45,7 @@ def draw(
             return
         network = runs.load(place)
         split = split_of(config, experiment.metric, data_dir).take(torch.arange(LOOKED_AT))
-        parts = drawn_apart(network, split, outcomes(network, split))
+        parts = drawn_apart(network, split, predict_split(network, split))
         yield plots.save(plots.separations(parts, network.classes), path, command=command)
     if experiment.name == "affnist":
         found = [one for one in records.read(folder, experiment.name, budget) if one.seed == 0]

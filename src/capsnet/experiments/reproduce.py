@@ -7,13 +7,12 @@ from typing import Any
 
 import torch
 
-from capsnet import functional as F
 from capsnet import machine, runs, train
-from capsnet.analysis.outcomes import outcomes
 from capsnet.config import Config
 from capsnet.data import Split, describe
 from capsnet.ensemble import Ensemble, ensemble_scores
 from capsnet.errors import InputError
+from capsnet.evaluation import Evaluation, predict_split
 from capsnet.experiments import records
 from capsnet.experiments.plan import Experiment, Row
 from capsnet.experiments.records import Record, fingerprint
@@ -206,11 +205,7 @@ def split_of(config: Config, data: str, data_dir: str | None = None) -> Split:
 
 def _judged(network: Network, split: Split) -> tuple[list[int], dict[str, float]]:
     """Which images are wrong, and the counts; of several objects also how many were missed."""
-    found = outcomes(network, split)
-    wrong = found.wrong.nonzero().flatten().tolist()
-    counts = {"error_percent": 100 * len(wrong) / len(split), "wrong": len(wrong), "total": len(split)}
-    if network.objects > 1:
-        present, predicted = F.found(found.scores, found.labels)
-        missed = int((present & ~predicted).sum())
-        counts |= {"missed": missed, "missed_percent": 100 * missed / int(present.sum())}
-    return wrong, counts
+    found = predict_split(network, split)
+    result = Evaluation.of(found, network.classes)
+    names = ("error_percent", "wrong", "total", *(("missed", "missed_percent") if network.objects > 1 else ()))
+    return found.wrong.nonzero().flatten().tolist(), {name: getattr(result, name) for name in names}

@@ -7,7 +7,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from capsnet.analysis.outcomes import Outcomes
+from capsnet.evaluation import Predictions
 from capsnet.plots.figure import ORDER, new, short, styled
 
 if TYPE_CHECKING:
@@ -19,7 +19,7 @@ MOST = 30
 """Classes that a figure shows, a row each; of more the worst ones, so that no figure grows with their number."""
 
 
-def confused(found: Outcomes, *, most: int | None = None) -> list[tuple[int, int, int]]:
+def confused(found: Predictions, *, most: int | None = None) -> list[tuple[int, int, int]]:
     """Pairs of classes that were confused: true class, predicted class, number of images, the most frequent first.
 
     Args:
@@ -32,7 +32,7 @@ def confused(found: Outcomes, *, most: int | None = None) -> list[tuple[int, int
     return [(int(pairs[k]) // classes, int(pairs[k]) % classes, int(counts[k])) for k in order]
 
 
-def class_rows(found: Outcomes, classes: tuple[str, ...]) -> Iterator[tuple[str, int, int, str]]:
+def class_rows(found: Predictions, classes: tuple[str, ...]) -> Iterator[tuple[str, int, int, str]]:
     """Of each class its name, images, wrong ones, and what it was most often taken for, empty where for nothing."""
     wrong, totals = _counts(found)
     first: dict[int, str] = {}
@@ -42,14 +42,14 @@ def class_rows(found: Outcomes, classes: tuple[str, ...]) -> Iterator[tuple[str,
         yield name, int(totals[k]), int(wrong[k]), first.get(k, "")
 
 
-def _counts(found: Outcomes) -> tuple[Tensor, Tensor]:
+def _counts(found: Predictions) -> tuple[Tensor, Tensor]:
     """Wrong images and all images of each class."""
     classes = found.scores.shape[-1]
     return found.labels[found.wrong].bincount(minlength=classes), found.labels.bincount(minlength=classes)
 
 
 @styled
-def class_errors(found: Outcomes, classes: tuple[str, ...]) -> "Figure":
+def class_errors(found: Predictions, classes: tuple[str, ...]) -> "Figure":
     """Error of each class, with the number of wrong images and of all; of more than `MOST` classes the worst ones."""
     wrong, totals = _counts(found)
     share = 100 * wrong / totals.clamp(min=1)
@@ -72,7 +72,7 @@ def class_errors(found: Outcomes, classes: tuple[str, ...]) -> "Figure":
 
 
 @styled
-def confusion(found: Outcomes, classes: tuple[str, ...]) -> "Figure":
+def confusion(found: Predictions, classes: tuple[str, ...]) -> "Figure":
     """True class in rows, predicted class in columns; shade is the share of the row, off the diagonal.
 
     Of more than `MOST` classes the pairs that were confused most often, a bar each.
@@ -111,7 +111,7 @@ def confusion(found: Outcomes, classes: tuple[str, ...]) -> "Figure":
     return figure
 
 
-def _most_confused(found: Outcomes, classes: tuple[str, ...]) -> "Figure":
+def _most_confused(found: Predictions, classes: tuple[str, ...]) -> "Figure":
     pairs, wrong = confused(found), int(found.wrong.sum())
     shown = pairs[:MOST]
     figure = new(6.4, 0.28 * max(len(shown), 1) + 1.1)

@@ -7,9 +7,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from capsnet.analysis.outcomes import Calibration, Outcomes
 from capsnet.analysis.significance import wilson_interval
 from capsnet.data.dataset import Split, to_float
+from capsnet.evaluation import Calibration, Predictions
 from capsnet.names import visible
 from capsnet.plots.figure import ORDER, new, pixels, short, styled
 
@@ -97,7 +97,7 @@ def errors_by_factor(wrong: Mapping[str, Tensor], factors: Mapping[str, Tensor],
 
 
 @styled
-def gallery(found: Outcomes, split: Split, classes: tuple[str, ...], *, most: int = 100) -> "Figure":
+def gallery(found: Predictions, split: Split, classes: tuple[str, ...], *, most: int = 100) -> "Figure":
     """Wrong images, the surest first, with the two largest scores.
 
     Args:
@@ -152,7 +152,7 @@ def reliability(found: Calibration) -> "Figure":
 
 
 @styled
-def lengths(found: Outcomes) -> "Figure":
+def lengths(found: Predictions) -> "Figure":
     """Histogram of the winning scores of right and of wrong images, and of the runners-up."""
     figure = new(6.0, 3.0)
     axes = figure.subplots()

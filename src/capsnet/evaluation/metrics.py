@@ -1,22 +1,20 @@
-"""How good a network is on a split: error with its interval, losses, confusion matrix; each example counted once."""
+"""Numbers made from the predictions for a split: error with its interval, losses, confusion matrix, calibration."""
 
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from jaxtyping import Bool, Float
+from torch import Tensor
 
-from capsnet import functional as F
 from capsnet.analysis.significance import wilson_interval
 from capsnet.config import Config
 from capsnet.data import Split
-from capsnet.data.dataset import to_float
 from capsnet.errors import InputError
-from capsnet.kernels.stem import constant_weights
-from capsnet.models import Network, evaluation_mode, inference_batch
-from capsnet.objective import Objective
+from capsnet.evaluation.predictions import Predictions, predict_split
+from capsnet.models import Network
 
-__all__ = ["Evaluation", "evaluate", "measure", "to_float", "wilson_interval"]
+__all__ = ["Calibration", "Evaluation", "calibration", "evaluate"]
 
 
 @dataclass(frozen=True)
@@ -24,8 +22,7 @@ class Evaluation:
     """Results on one split.
 
     Attributes:
-        confusion: number of objects by true class (rows) and predicted class (columns). Where an image shows several,
-            those found are on the diagonal, and of the others each missed class stands with one claimed in its place.
+        confusion: number of objects by true class (rows) and predicted class (columns), see `Predictions.confusion`.
         classes: names of the classes.
         loss: mean of the whole loss over the images.
         classification_loss: mean margin loss (scaled) or cross-entropy.
@@ -42,6 +39,14 @@ class Evaluation:
     reconstruction_loss: float
     wrong: int
     objects: int = 1
+
+    @classmethod
+    def of(cls, found: Predictions, classes: tuple[str, ...]) -> "Evaluation":
+        """The results that predictions for all images of a split make, at least one; losses are summed in float64."""
+        rows = tuple(tuple(row) for row in found.confusion.tolist())
+        loss, classification, reconstruction = found.losses.double().mean(0).tolist()
+        objects = found.labels[0].numel()
+        return cls(rows, classes, loss, classification, reconstruction, int(found.wrong.sum()), objects)
 
     @property
     def total(self) -> int:
@@ -142,57 +147,48 @@ def evaluate(
         raise InputError("split must hold at least one image; got none")
     if precision not in ("32", "bf16"):
         raise InputError(f"precision must be 32 or bf16; got {precision!r}")
-    objective = Objective(network, config or Config())
-    device, batch = next(network.parameters()).device, batch_size or inference_batch(network)
-    network.check_images(to_float(split.images[:1]))
-    network.check_labels(split.labels)
+    device = next(network.parameters()).device
     with torch.autocast(device.type, dtype=torch.bfloat16, enabled=precision == "bf16"):
-        sums = measure(objective, split, classes=len(network.classes), device=device, batch_size=batch)
-    return from_sums(*sums, classes=network.classes, objects=network.objects)
+        return Evaluation.of(predict_split(network, split, config=config, batch_size=batch_size), network.classes)
 
 
-def measure(
-    objective: nn.Module,
-    split: Split,
-    *,
-    classes: int,
-    device: torch.device,
-    batch_size: int,
-    rank: int = 0,
-    world_size: int = 1,
-) -> tuple[Tensor, Tensor]:
-    """Sums over the examples `rank, rank + world_size, ...` of a split.
+@dataclass(frozen=True)
+class Calibration:
+    """How far a winning score can be read as the probability of being right.
 
-    Adding the sums of all ranks gives those of the split, with every example counted once.
-
-    Returns:
-        The confusion matrix `int64 [classes, classes]`, and the sums of the three losses with the number of wrong
-        images, `float64 [4]`, on `device`.
+    Attributes:
+        edges: of the bins, `bins + 1` numbers from 0 to 1.
+        counts: images in each bin.
+        scores: mean winning score in each bin; None where it is empty.
+        accuracies: share of right predictions in each bin; None where it is empty.
+        error: expected calibration error: mean of |accuracy - score| over the bins, weighted by counts, in [0, 1]
+            (Guo et al. 2017, "On Calibration of Modern Neural Networks", arXiv 1706.04599, eq. 3).
     """
-    images, labels = split.images[rank::world_size], split.labels[rank::world_size]
-    objects = None if split.objects is None else split.objects[rank::world_size]
-    confusion = torch.zeros(classes * classes, dtype=torch.int64, device=device)
-    losses = torch.zeros(4, dtype=torch.float64, device=device)
-    with evaluation_mode(objective), torch.inference_mode(), constant_weights():
-        for start in range(0, len(labels), batch_size):
-            part = slice(start, start + batch_size)
-            target = labels[part].to(device)
-            alone = () if objects is None else (to_float(objects[part].to(device)),)
-            batch = objective(to_float(images[part].to(device)), target, *alone)
-            present, predicted = F.found(batch.output.scores, target)
-            right, missed, instead = (
-                which.nonzero()[:, 1] for which in (present & predicted, present & ~predicted, predicted & ~present)
-            )  # an image has as many missed as wrongly claimed classes, so its rows of both stand side by side
-            cells = torch.cat([right * (classes + 1), missed * classes + instead])
-            confusion += torch.bincount(cells, minlength=classes * classes)
-            wrong = (present != predicted).any(-1)
-            sums = [batch.total.sum(), batch.classification.sum(), batch.reconstruction.sum(), wrong.sum()]
-            losses += torch.stack(sums).double()
-    return confusion.view(classes, classes), losses
+
+    edges: tuple[float, ...]
+    counts: tuple[int, ...]
+    scores: tuple[float | None, ...]
+    accuracies: tuple[float | None, ...]
+    error: float
 
 
-def from_sums(confusion: Tensor, losses: Tensor, *, classes: tuple[str, ...], objects: int = 1) -> Evaluation:
-    """The Evaluation of what `measure` summed up."""
-    loss, classification, reconstruction = (losses[:3] * objects / confusion.sum()).tolist()
-    rows = tuple(tuple(row) for row in confusion.tolist())
-    return Evaluation(rows, classes, loss, classification, reconstruction, int(losses[3]), objects)
+def calibration(winning: Float[Tensor, "n"], right: Bool[Tensor, "n"], *, bins: int = 10) -> Calibration:
+    """Sort predictions by their winning score into equal bins and compare score and accuracy in each.
+
+    Args:
+        winning: largest score of each image, in [0, 1]; at least one.
+        right: whether its prediction is right.
+        bins: number of bins; a score on an edge belongs to the bin above it, 1 to the last.
+    """
+    index = (winning.double() * bins).long().clamp(0, bins - 1)
+    counts = torch.bincount(index, minlength=bins).tolist()
+    scores = torch.zeros(bins, dtype=torch.float64).index_add_(0, index, winning.double()).tolist()
+    rights = torch.zeros(bins, dtype=torch.float64).index_add_(0, index, right.double()).tolist()
+    gaps = sum(abs(ours - theirs) for ours, theirs in zip(rights, scores, strict=True))
+    return Calibration(
+        edges=tuple(k / bins for k in range(bins + 1)),
+        counts=tuple(counts),
+        scores=tuple(s / n if n else None for s, n in zip(scores, counts, strict=True)),
+        accuracies=tuple(r / n if n else None for r, n in zip(rights, counts, strict=True)),
+        error=gaps / len(winning),
+    )

@@ -1,9 +1,9 @@
 import pytest
 import torch
 
-from capsnet.analysis.outcomes import Outcomes, calibration, outcomes
 from capsnet.data.dataset import Split, to_float
 from capsnet.errors import InputError
+from capsnet.evaluation import Predictions, calibration, predict_split
 from capsnet.models import create
 from tiny import SIZES, pairs
 
@@ -13,30 +13,30 @@ def split(count: int = 11) -> Split:
     return Split(images, torch.arange(count) % 3)
 
 
-def test_outcomes_are_those_of_the_network_whatever_the_batch() -> None:
+def test_predictions_are_those_of_the_network_whatever_the_batch() -> None:
     network = create("capsnet", image_shape=(1, 12, 13), num_classes=3, **SIZES)
-    found = outcomes(network, split(), batch_size=4)
+    found = predict_split(network, split(), batch_size=4)
     assert network.training
     with torch.no_grad():
         output = network.eval()(split().images / 255)
     torch.testing.assert_close(found.scores, output.scores, atol=1e-6, rtol=1e-4)
-    assert found.errors is not None
+    assert found.reconstruction_errors is not None
     expected = (output.reconstruction - split().images / 255).square().sum((1, 2, 3))
-    torch.testing.assert_close(found.errors, expected)
+    torch.testing.assert_close(found.reconstruction_errors, expected)
     assert torch.equal(found.predictions, output.scores.argmax(-1))
     assert found.confusion.sum() == 11
     assert int(found.confusion.diagonal().sum()) == 11 - int(found.wrong.sum())
 
 
 def test_a_network_without_capsules_gives_its_softmax() -> None:
-    found = outcomes(create("baseline", image_shape=(1, 12, 13), num_classes=3), split())
-    assert found.errors is None
+    found = predict_split(create("baseline", image_shape=(1, 12, 13), num_classes=3), split())
+    assert found.reconstruction_errors is None
     torch.testing.assert_close(found.scores.sum(-1), torch.ones(11))
 
 
 def test_confusion_has_true_classes_in_rows() -> None:
     labels, predictions = torch.tensor([0, 0, 1, 2]), torch.tensor([0, 2, 1, 2])
-    found = Outcomes(torch.eye(3)[predictions], labels, predictions, None)
+    found = Predictions(torch.eye(3)[predictions], labels, predictions, torch.zeros(4, 3), None)
     assert found.confusion.tolist() == [[1, 0, 1], [0, 1, 0], [0, 0, 1]]
     assert found.wrong.tolist() == [False, True, False, False]
 
@@ -65,11 +65,11 @@ def test_of_several_objects_sets_are_compared(model: str) -> None:
     sizes = SIZES if model == "capsnet" else {"width": 0.05}
     network = create(model, image_shape=(1, 12, 13), num_classes=4, objects=2, **sizes).eval()
     test = pairs(test=23).test
-    found = outcomes(network, test, batch_size=5)
+    found = predict_split(network, test, batch_size=5)
     with torch.no_grad():
         scores = network(to_float(test.images)).scores
     torch.testing.assert_close(found.scores, scores if model == "capsnet" else scores.sigmoid(), atol=1e-6, rtol=1e-4)
-    assert found.errors is None
+    assert found.reconstruction_errors is None
     assert found.labels.shape == found.predictions.shape == (23, 2)
     wrong = 0
     for k in range(23):
@@ -84,13 +84,13 @@ def test_of_several_objects_sets_are_compared(model: str) -> None:
 
 def test_one_wrong_object_of_two_makes_the_image_wrong() -> None:
     labels, predictions = torch.tensor([[0, 1], [0, 2], [1, 2]]), torch.tensor([[0, 1], [0, 1], [0, 2]])
-    assert Outcomes(torch.eye(3), labels, predictions, None).wrong.tolist() == [False, True, True]
+    assert Predictions(torch.eye(3), labels, predictions, torch.zeros(3, 3), None).wrong.tolist() == [False, True, True]
 
 
 def test_images_of_another_number_of_objects_are_refused() -> None:
     made = pairs()
     one, two = (create("capsnet", image_shape=(1, 12, 13), num_classes=4, objects=k, **SIZES) for k in (1, 2))
     with pytest.raises(InputError, match=r"^images must show 1 object each; got 2$"):
-        outcomes(one, made.test)
+        predict_split(one, made.test)
     with pytest.raises(InputError, match=r"^images must show 2 objects each; got 1$"):
-        outcomes(two, made.train)
+        predict_split(two, made.train)
