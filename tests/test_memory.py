@@ -17,11 +17,19 @@ from PIL import Image
 from capsnet import free_memory, memory, models, runs
 from capsnet.cli import main
 from capsnet.config import Config
+from capsnet.data import Dataset, Split
 from capsnet.errors import InputError
 from capsnet.free_memory import Free
 from tiny import files, tiny
 
 CPU = torch.device("cpu")
+EIGHT, MANY = (
+    Dataset("images", ("a", "b"), split, split)
+    for split in (
+        Split(torch.empty(count, 1, 28, 28, dtype=torch.uint8, device="meta"), torch.arange(count) % 2)
+        for count in (8, 1000)
+    )
+)
 TOLERANCE = 0.25  # of the peak above an idle `import capsnet`
 SMALL = ("--conv-channels", "16", "--capsule-types", "2", "--decoder-sizes", "32")
 
@@ -86,19 +94,24 @@ def images(root: Path, shape: tuple[int, ...], count: int, classes: int = 10) ->
 only_linux = pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="the system tells no peak")
 
 
+TRAININGS: list[tuple[tuple[int, ...], int, tuple[str, ...]]] = [
+    ((28, 28), 300, ("--batch-size", "128", "--precision", "32", "--primary-scale", "1")),  # the paper's on MNIST
+    ((28, 28), 120, ("--batch-size", "48", "--kernel", "plain", "--stem", "direct", "--precision", "32")),
+    ((28, 28), 240, ("--batch-size", "64", "--no-reconstruction", "--kernel", "plain", "--stem", "minimal")),
+    ((28, 28), 120, ("--batch-size", "32", "--model", "baseline", "--precision", "32")),
+    ((64, 64, 3), 60, ("--batch-size", "16", "--image-size", "64", "--precision", "32")),
+    ((64, 64, 3), 200, (*SMALL, "--batch-size", "32", "--image-size", "64", "--precision", "32")),
+    ((28, 28), 240, ("--batch-size", "64", "--stem", "direct", "--precision", "bf16")),
+]
+
+
 @only_linux
 @pytest.mark.parametrize(
     ("shape", "count", "options"),
     [
-        ((28, 28), 300, ("--batch-size", "128", "--precision", "32", "--primary-scale", "1")),  # the paper's on MNIST
-        ((28, 28), 120, ("--batch-size", "48", "--kernel", "plain", "--stem", "direct", "--precision", "32")),
-        ((28, 28), 120, ("--batch-size", "64", "--no-reconstruction", "--kernel", "plain", "--stem", "minimal")),
-        ((28, 28), 120, ("--batch-size", "32", "--model", "baseline", "--precision", "32")),
-        ((64, 64, 3), 60, ("--batch-size", "16", "--image-size", "64", "--precision", "32")),
-        ((64, 64, 3), 200, (*SMALL, "--batch-size", "32", "--image-size", "64", "--precision", "32")),
-        ((28, 28), 120, ("--batch-size", "64", "--stem", "direct", "--precision", "bf16")),
+        pytest.param(*each, marks=[pytest.mark.slow] if k else [], id=" ".join(each[2]))
+        for k, each in enumerate(TRAININGS)
     ],
-    ids=lambda value: " ".join(value) if isinstance(value, tuple) and value and isinstance(value[0], str) else None,
 )
 def test_training_takes_what_is_estimated(
     workplace: Path, shape: tuple[int, ...], count: int, options: tuple[str, ...]
@@ -118,6 +131,7 @@ def colour(workplace: Path) -> Path:
     return workplace
 
 
+@pytest.mark.slow
 @only_linux
 @pytest.mark.usefixtures("colour")
 @pytest.mark.parametrize(
@@ -147,7 +161,7 @@ def limited(monkeypatch: pytest.MonkeyPatch, size: float) -> None:
 
 @pytest.mark.parametrize(
     ("mebibytes", "remedy"),
-    [(400, r"--batch-size \d+ takes about [23]\d\d MiB"), (10, r"choose a smaller --image-size, or fewer --conv-ch.*")],
+    [(240, r"--batch-size \d+ takes about [12]\d\d MiB"), (10, r"choose a smaller --image-size, or fewer --conv-ch.*")],
 )
 def test_a_training_that_does_not_fit_is_one_line_and_nothing_is_written(
     photos: Path,
@@ -170,7 +184,7 @@ def test_a_training_that_does_not_fit_is_one_line_and_nothing_is_written(
 
 
 def test_the_batch_size_that_is_told_fits(photos: Path, monkeypatch: pytest.MonkeyPatch, workplace: Path) -> None:
-    limited(monkeypatch, 400 * 2**20)
+    limited(monkeypatch, 155 * 2**20)
     config = tiny(photos, image_size=48, batch_size=1024, out="run", epochs=1, report=False)
     with pytest.raises(InputError) as refused:
         main_fit(config)
@@ -265,7 +279,7 @@ def test_counting_leaves_kept_buffers_and_randomness_alone() -> None:
     state = torch.get_rng_state()
     with torch.device("meta"):
         network = models.create("capsnet")
-    memory.training(network, Config(primary_scale=1.0), CPU, precision="32", batch_size=4)
+    memory.training(network, Config(primary_scale=1.0), CPU, EIGHT, precision="32", batch_size=4)
     assert pool.take("stem v", (3,), kept).data_ptr() == kept.data_ptr()
     assert torch.equal(torch.get_rng_state(), state)
     pool.clear()
@@ -275,7 +289,7 @@ def test_bfloat16_takes_less_than_float32() -> None:
     with torch.device("meta"):
         network = models.create("capsnet", stem="direct")
     one, other = (
-        memory.training(network, Config(primary_scale=1.0), CPU, precision=precision, batch_size=128)
+        memory.training(network, Config(primary_scale=1.0), CPU, MANY, precision=precision, batch_size=128)
         for precision in ("bf16", "32")
     )
     assert one < 0.9 * other

@@ -57,19 +57,24 @@ MADE = 2
 """Times that the images of a data set are in memory while they are read and divided."""
 
 
-def training(network: Network, config: Config, device: torch.device, *, precision: str, batch_size: int) -> int:
+def training(
+    network: Network, config: Config, device: torch.device, dataset: Dataset, *, precision: str, batch_size: int
+) -> int:
     """Most bytes that a training takes on `device` beyond what its process holds before, without the images.
 
     Args:
         network: on any device; only its sizes are looked at.
         config: of the run.
         device: where it trains.
+        dataset: of which only the numbers of images are looked at.
         precision: `32` or `bf16`.
         batch_size: images of a step of one process.
 
     Raises:
         InputError: sizes that PyTorch cannot count.
     """
+    evaluated = max(len(dataset.test), len(dataset.validation or dataset.train))
+    batch_size = min(batch_size, len(dataset.train))
     with _counted(network, config, precision, kernels(network, device, precision)) as (objective, watch):
         weights, moments, losses = watch.now, list[Tensor](), None
         for _ in range(2):  # the second meets moments, kept buffers, and the losses of the first
@@ -79,7 +84,7 @@ def training(network: Network, config: Config, device: torch.device, *, precisio
             losses.total.mean().backward()
             moments = moments or [torch.empty_like(each) for each in objective.parameters() for _ in range(2)]
         saving = watch.now + int(CHECKPOINT * weights)
-        _infer(objective, network, inference_batch(network))
+        _infer(objective, network, min(evaluated, inference_batch(network)))
         augmented = 4 * _batch(network, batch_size)[0].nbytes  # and its temporary arrays
         del losses
         return max(watch.peak, saving) + augmented + LIBRARIES
@@ -112,7 +117,7 @@ def inference(
         return watch.peak - weights + LIBRARIES
 
 
-def check(needed: float, device: torch.device, *, task: str, remedy: str) -> None:
+def check(needed: int | float, device: torch.device, *, task: str, remedy: str) -> None:
     """Raise InputError unless `needed` bytes are free for a task; `remedy` says what needs less."""
     there = free(device)
     if needed > there.size and os.environ.get("CAPSNET_MEMORY") != "off":
@@ -142,7 +147,7 @@ def check_training(
 
     def needed(batch_size: int) -> int:
         each = -(-batch_size // config.devices)
-        return sharing * (images + training(network, config, device, precision=precision, batch_size=each))
+        return sharing * (images + training(network, config, device, dataset, precision=precision, batch_size=each))
 
     otherwise = f"{remedy}, or fewer --conv-channels and --capsule-types"
     _check_batch(needed, config.batch_size, device, task="training", otherwise=otherwise)
@@ -163,7 +168,7 @@ def check_inference(
     """
     copies += device.type != next(network.parameters()).device.type
 
-    def needed(batch_size: int) -> float:
+    def needed(batch_size: int) -> int:
         return _weights(network) * copies + inference(network, batch_size, device, precision=precision)
 
     if _most(network, batch_size) + _weights(network) * copies > free(device).size:  # else not worth counting
@@ -180,16 +185,16 @@ def check_export(network: Network, batch_size: int, format: str) -> None:
     """Raise InputError unless a loaded network can be exported and compared, `batch_size` images at a time."""
     share, copies, floor = EXPORTS[format]
 
-    def needed(batch_size: int) -> float:
+    def needed(batch_size: int) -> int:
         exported = share * (inference(network, batch_size, CPU, options=PLAIN) - LIBRARIES)
-        return max(floor, inference(network, batch_size, CPU) + exported + copies * _weights(network))
+        return max(floor, int(inference(network, batch_size, CPU) + exported + copies * _weights(network)))
 
     if _most(network, 4 * batch_size) + floor + copies * _weights(network) > free(CPU).size:
         _check_batch(needed, batch_size, CPU, task=f"export to {format}", otherwise=ELSEWHERE)
 
 
 def _check_batch(
-    needed: Callable[[int], float], batch_size: int, device: torch.device, *, task: str, otherwise: str
+    needed: Callable[[int], int], batch_size: int, device: torch.device, *, task: str, otherwise: str
 ) -> None:
     """Raise InputError unless `needed(batch_size)` bytes are free; tell of the largest half, quarter, ... that fits."""
     there, total, smaller = free(device).size, needed(batch_size), batch_size // 2
@@ -211,7 +216,7 @@ def kernels(network: Network, device: torch.device, precision: str) -> dict[str,
     }
 
 
-def amount(size: float) -> str:
+def amount(size: int | float) -> str:
     """A number of bytes to be read: `850 MiB`, `12.3 GiB`."""
     return f"{size / 2**20:,.0f} MiB" if size < 2**30 else f"{size / 2**30:,.1f} GiB"
 

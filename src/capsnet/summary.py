@@ -82,7 +82,7 @@ def layer_table(network: Network) -> str:
 def _memory(network: Network, config: Config, device: torch.device, dataset: Dataset, precision: str) -> str:
     """What each process takes of the memory of its device, and what is free."""
     batch_size = -(-config.batch_size // config.devices)
-    needed = memory.training(network, config, device, precision=precision, batch_size=batch_size)
+    needed = memory.training(network, config, device, dataset, precision=precision, batch_size=batch_size)
     if device.type == "cuda":
         needed += dataset.train.images.nbytes
     else:
