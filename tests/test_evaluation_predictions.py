@@ -94,3 +94,11 @@ def test_images_of_another_number_of_objects_are_refused() -> None:
         predict_split(one, made.test)
     with pytest.raises(InputError, match=r"^images must show 2 objects each; got 1$"):
         predict_split(two, made.train)
+
+
+def test_with_shifts_losses_and_reconstructions_are_those_of_the_image_as_it_is() -> None:
+    network = create("capsnet", image_shape=(1, 12, 13), num_classes=3, **SIZES)
+    plain, views = predict_split(network, split()), predict_split(network, split(), shifts=1)
+    torch.testing.assert_close(views.losses, plain.losses, atol=1e-6, rtol=1e-4)
+    assert (views.scores - plain.scores).abs().max() > 1e-6
+    assert torch.equal(views.predictions, views.scores.argmax(-1))

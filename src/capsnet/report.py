@@ -233,14 +233,11 @@ def _numbers(found: Predictions, card: Card, result: Mapping[str, Any]) -> Itera
     validation = result.get("validation")
     if validation:
         yield "validation error", f"{validation['error_percent']:.2f} % of {validation['total']:,} images"
-    if found.reconstruction_errors is not None:
-        yield (
-            "reconstruction",
-            f"{float(found.reconstruction_errors.mean()):.2f} summed squared error a test image, mean",
-        )
-    if card.threshold and found.reconstruction_errors is not None:
-        limit = card.threshold
-        share = 100 * float((found.reconstruction_errors > limit.value).double().mean())
+    errors, limit = found.reconstruction_errors, card.threshold
+    if errors is not None:
+        yield "reconstruction", f"{float(errors.mean()):.2f} summed squared error a test image, mean"
+    if limit and errors is not None:
+        share = 100 * float((errors > limit.value).double().mean())
         yield (
             "flagged as strangers",
             f"{share:.2f} % of the test images: reconstruction error above {limit.value:.2f}, which "

@@ -58,31 +58,24 @@ def run(arguments: list[str]) -> int:
     else:
         figure = plots.reconstructions(reconstruct(network, to_float(some.images), some.labels), network.classes)
     path = subject.draw(command, "reconstructions", figure, ["reconstruct", *arguments])
+    errors, kinds = found.reconstruction_errors, {"right": ~found.wrong, "wrong": found.wrong}
+    means = {} if errors is None else {f"reconstruction_error_{name}": _mean(errors[of]) for name, of in kinds.items()}
     numbers = {
         "data": dataset.name,
         "split": command.split,
         "images": len(split),
         "wrong": len(wrong),
-        **(
-            {}
-            if found.reconstruction_errors is None
-            else {
-                "reconstruction_error_right": _mean(found.reconstruction_errors[~found.wrong]),
-                "reconstruction_error_wrong": _mean(found.reconstruction_errors[found.wrong]),
-            }
-        ),
+        **means,
         "figure": str(path),
     }
     if command.json:
         show_json(numbers)
         return 0
     show(f"{dataset.name} {command.split}: {len(wrong):,} of {len(split):,} images wrong")
-    for name in ("right", "wrong") if found.reconstruction_errors is not None else ():
-        mean = numbers[f"reconstruction_error_{name}"]
-        show(
-            f"summed squared error of the reconstruction, mean of the {name} images: "
-            + (f"{mean:.2f}" if mean else "-")
-        )
+    for name, mean in means.items():
+        kind = name.removeprefix("reconstruction_error_")
+        what = f"summed squared error of the reconstruction, mean of the {kind} images"
+        show(f"{what}: {mean:.2f}" if mean else f"{what}: -")
     show(f"figure: {path}")
     return 0
 
