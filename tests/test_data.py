@@ -501,7 +501,7 @@ def test_real_multimnist() -> None:
 def test_each_class_gets_its_share(count: int, held_out: bool) -> None:
     labels = torch.tensor([0] * 50 + [1] * 10 + [2] * 3 + [3])[torch.randperm(64)]
     if held_out and count > 60:
-        with pytest.raises(InputError, match=r"^validation must be 0 to 60, which leaves an image of each of 4 classes"):
+        with pytest.raises(InputError, match=r"^validation must be 0 to 60, which leaves an image of each of 4"):
             stratified(labels, count, seed=1, held_out=True)
         return
     chosen = stratified(labels, count, seed=1, held_out=held_out)

@@ -217,7 +217,7 @@ def test_every_split_has_its_share_of_each_class(own: Path) -> None:
     assert dataset.validation.labels.bincount(minlength=3).tolist()[2] in (0, 1)
     few = train.prepare_data(tiny(own, train_images=4))
     assert few.train.labels.bincount().tolist() == [1, 2, 1] or few.train.labels.bincount().tolist() == [2, 1, 1]
-    with pytest.raises(InputError, match=r"^validation must be 0 to 49, which leaves an image of each of 3 classes to tr"):
+    with pytest.raises(InputError, match=r"^validation must be 0 to 49, which leaves an image of each of 3"):
         train.prepare_data(tiny(own, validation=50))
 
 

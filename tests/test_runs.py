@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save_file
 
 import capsnet
 from capsnet import runs, train
+from capsnet.data.manifest import Manifest
 from capsnet.errors import InputError
 from capsnet.experiments import records
 from capsnet.models import Network, create
@@ -64,7 +65,7 @@ def test_a_missing_file_is_told(network: Network, name: str, message: str) -> No
 
 
 def test_a_run_that_is_not_finished_is_told(photos: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    runs.Run("run").begin(tiny(photos), overwrite=False)
+    runs.Run("run").begin(tiny(photos), Manifest(()), overwrite=False)
     with pytest.raises(
         InputError, match=r"must hold config.json; there is none \(the run is not finished; see --resume"
     ):
@@ -339,10 +340,10 @@ def test_write_atomically_leaves_the_old_file_or_the_new_one(workplace: Path) ->
 
 def test_what_a_kill_left_half_written_is_removed(photos: Path) -> None:
     run = runs.Run("run")
-    run.begin(tiny(photos), overwrite=False)
+    run.begin(tiny(photos), Manifest(()), overwrite=False)
     Path("run/.last.ckpt.123.partial").touch()
     run.go_on(tiny(photos))
-    assert files("run") == {"config.yaml"}
+    assert files("run") == {"config.yaml", "manifest.csv"}
 
 
 def test_a_run_that_is_being_trained_is_left_alone(photos: Path) -> None:

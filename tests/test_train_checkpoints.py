@@ -5,6 +5,7 @@ import shutil
 import struct
 import subprocess
 import sys
+import time
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
@@ -14,6 +15,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from capsnet import runs
 from capsnet.errors import InputError
 from capsnet.train import fit, resume
 from tiny import files, same_weights, tiny
@@ -230,3 +232,24 @@ def test_the_command_answers_with_one_line_and_2(checkpoint: dict[str, Any], nam
     assert done.returncode == 2, done.stderr
     assert done.stderr.startswith("capsnet train: error: checkpoint run/last.ckpt: ")
     assert done.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize(("seconds", "expected"), [(0.0, 8), (0.3, 2)])
+def test_checkpoints_of_short_epochs_take_a_small_share_of_the_time(
+    photos: Path, monkeypatch: pytest.MonkeyPatch, seconds: float, expected: int
+) -> None:
+    """A checkpoint of 0.3 seconds is written after the first and the last of eight epochs; the weights are the same."""
+    saved, save = list[int](), runs.Run.save_checkpoint
+
+    def slow(self: runs.Run, content: dict[str, Any]) -> None:
+        time.sleep(seconds)
+        saved.append(content["state"]["epoch"])
+        save(self, content)
+
+    monkeypatch.setattr(runs.Run, "save_checkpoint", slow)
+    fit(tiny(photos, out="run", epochs=8))
+    assert len(saved) == expected
+    assert saved[-1] == 8
+    monkeypatch.setattr(runs.Run, "save_checkpoint", save)
+    fit(tiny(photos, out="plain", epochs=8))
+    assert same_weights("run", "plain")

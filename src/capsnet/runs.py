@@ -175,14 +175,17 @@ class Run:
             pass
         return handle
 
-    def begin(self, config: Config, *, overwrite: bool) -> None:
-        """Make the directory and write the configuration, without the place: the file also repeats the run elsewhere.
+    def begin(self, config: Config, images: Manifest, *, overwrite: bool) -> None:
+        """Make the directory and write which images the run uses, then the configuration, with which it has begun.
+
+        The configuration is written without the place: the file also repeats the run elsewhere.
 
         Raises:
             InputError: there is a run already (and not `overwrite`), other files, or the directory cannot be made.
         """
         self._check_free(overwrite=overwrite)
         self._remove(*WRITTEN)
+        write_atomically(self.manifest_path, lambda path: path.write_bytes(images.to_bytes()))
         self.go_on(config)
 
     def go_on(self, config: Config) -> None:
@@ -210,7 +213,10 @@ class Run:
             )
         if self.exists():
             self.config()  # a config.yaml of something else is not ours to replace
-        elif self.directory.exists() and set(self.directory.iterdir()) - set(self.directory.glob(".*.partial")):
+        elif self.directory.exists() and set(self.directory.iterdir()) - {
+            self.manifest_path,
+            *self.directory.glob(".*.partial"),
+        }:
             raise InputError(f"out directory {self.directory} must be empty or new; it holds other files")
 
     def _remove(self, *patterns: str) -> None:
@@ -228,14 +234,6 @@ class Run:
             InputError: the file is no manifest.
         """
         return Manifest.read(self.manifest_path)
-
-    def write_manifest(self, images: Manifest) -> None:
-        """Keep which images the run uses.
-
-        Raises:
-            InputError: it cannot be written.
-        """
-        write_atomically(self.manifest_path, lambda path: path.write_bytes(images.to_bytes()))
 
     def config(self) -> Config:
         """The configuration of the run.

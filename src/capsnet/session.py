@@ -1,6 +1,7 @@
 """What surrounds the arithmetic of a training: where it stands, agreement between processes, checkpoints, stopping."""
 
 import math
+import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -126,6 +127,12 @@ def _fitting_moments(
     return fine
 
 
+SHARE = 0.05
+"""Of a training's time that may go into checkpoints at the ends of epochs, of which few images make many."""
+CHEAP = 0.1
+"""Seconds of a checkpoint that is always written."""
+
+
 class Session:
     """A training under way, seen by one of its processes.
 
@@ -163,6 +170,7 @@ class Session:
         place = torch.device("cpu") if fabric.device.type == "mps" else fabric.device  # which has no float64
         self._sums = torch.zeros(4, dtype=torch.float64, device=place)  # of this epoch and process
         self._pending: list[Tensor] = []  # losses not yet known to be finite
+        self._saved, self._saving = -math.inf, 0.0  # when, and how long it took
         self._images: Tensor | None = None  # of the last step
         self.kernels = native.status() if fabric.device.type == "cpu" else "PyTorch"
 
@@ -229,11 +237,14 @@ class Session:
         }
 
     def finish_epoch(self, row: dict[str, Any]) -> None:
-        """Keep the epoch's row, stand at the start of the next epoch, and save both."""
+        """Keep the epoch's row, stand at the start of the next one, and save both unless saving took long just now."""
         self.rows.append(row)
         self.at = Position(epoch=self.at.epoch + 1, seconds=self.at.seconds + row["seconds"])
         self._sums.zero_()
-        self.save()
+        over = self.at.epoch == self.config.epochs or self.reached()
+        due = self._saving < CHEAP or time.perf_counter() - self._saved >= self._saving / SHARE
+        if self.fabric.broadcast(over or due):
+            self.save()
         self.by_first(lambda: self.run.write_metrics(self.rows))
 
     def reduced(self, tensor: Tensor, reduce_op: str = "sum") -> Tensor:
@@ -259,7 +270,7 @@ class Session:
             InputError: it cannot be written; the one before is kept.
             Diverged: a weight is not finite; the one before is kept.
         """
-        total = self.reduced(self._sums)
+        begun, total = time.perf_counter(), self.reduced(self._sums)
         if not all(parameter.isfinite().all() for parameter in self.network.parameters()):
             raise self.diverged(
                 f"weights became NaN or infinite in epoch {self.at.epoch + 1} at step {self.at.step} of {self.steps}"
@@ -275,6 +286,8 @@ class Session:
             "kernels": self.kernels,
         }
         self.by_first(lambda: self.run.save_checkpoint(content))
+        self._saved = time.perf_counter()
+        self._saving = self._saved - begun
 
     def check(self) -> None:
         """Agree over all processes on whether to stop.

@@ -354,9 +354,10 @@ def _launch(config: Config, dataset: Dataset | None, resumed: runs.Run | None) -
             run = _claimed(config, run, held, given=bool(resumed or config.out or config.overwrite))
         checkpoint = _checkpoint(run, config, network, dataset) if resumed else None
         if first:
-            run.go_on(config) if resumed else run.begin(config, overwrite=config.overwrite)
-            if not resumed:
-                run.write_manifest(Manifest.of(dataset))
+            if resumed:
+                run.go_on(config)
+            else:
+                run.begin(config, Manifest.of(dataset), overwrite=config.overwrite)
 
         fabric.launch()
         if config.threads:
