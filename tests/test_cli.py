@@ -268,7 +268,9 @@ def test_signals_have_their_exit_codes(
 def test_divergence_has_exit_code_1(capsys: pytest.CaptureFixture[str], photos: Path) -> None:
     code, out, err = run(capsys, "train", *options(tiny(photos)), "--lr", "1e30", "--out", "run")
     assert (code, out, err.count("\n")) == (1, "", 2)
-    told = r"error: loss became NaN or infinite in epoch 1 at step \d of 5; not finite first: .*; there is no checkpoint"
+    told = (
+        r"error: loss became NaN or infinite in epoch 1 at step \d of 5; not finite first: .*; there is no checkpoint"
+    )
     assert re.search(told, err)
 
 

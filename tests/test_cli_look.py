@@ -306,7 +306,7 @@ def trained_on_pairs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     place = tmp_path_factory.mktemp("look") / "run"
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(report, "write", lambda path, *arguments, **about: path.write_text("", encoding="utf-8"))
-        fit(tiny(Path("pairs"), out=str(place), epochs=5, lr=0.01), pairs(train=80, test=30))
+        fit(tiny(Path("pairs"), out=str(place), epochs=8, lr=0.01), pairs(train=80, test=30))
     return place
 
 

@@ -136,7 +136,7 @@ def test_the_leaves_are_leaves() -> None:
 @pytest.mark.parametrize(
     ("package", "homes"),
     [
-        ("matplotlib", {"plots.capsules", "plots.figure", "plots.results"}),
+        ("matplotlib", {"plots.capsules", "plots.classes", "plots.figure", "plots.results"}),
         ("lightning_fabric", {"machine", "session", "train"}),
         ("pooch", {"data.fetch", "files"}),
         ("tyro", {name for name in MODULES if part(name) == "cli"}),

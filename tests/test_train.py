@@ -518,8 +518,8 @@ def test_the_figure_and_the_report_are_made(photos: Path, monkeypatch: pytest.Mo
 def test_the_card_tells_the_run_and_the_threshold(photos: Path) -> None:
     result = fit(tiny(photos, out="run", validation=20))
     card = runs.load_card("run")
-    as_read = {"image_size": "12x13", "channels": 3, "framing": "off"}
-    assert card.trained() == replace(tiny(photos), validation=20, primary_scale=1.0, **as_read)
+    given = replace(tiny(photos), validation=20, primary_scale=1.0)
+    assert card.trained() == replace(given, image_size="12x13", channels=3, framing="off")
     assert (card.data, card.epochs, card.train_images) == (str(photos), 2, 55)
     told = {name: result.test.to_dict()[name] for name in ("error_percent", "wrong", "total")}
     assert card.test == {**told, "interval": result.test.interval}

@@ -15,7 +15,6 @@ __all__ = [
     "OPEN",
     "PRESETS",
     "Config",
-    "Device",
     "from_dict",
     "out_of_range",
     "preset",

@@ -177,7 +177,8 @@ def prepare_data(
         outlined = outline.of_folder(_divided(folder, config, recorded, divide=shares), reading)
     else:
         about = {name: getattr(config, name) for name in ("data_dir", "image_size", "channels")}
-        outlined = outline.of_registered(config.data, **about, seed=config.data_seed)
+        known_by_name = config.data in available()
+        outlined = (outline.of_registered if known_by_name else load)(config.data, **about, seed=config.data_seed)
     known = _with_splits(config, outlined, shares=shares, divided=divided)
     if check is not None:
         check(known)

@@ -12,7 +12,7 @@ from capsnet.data.image_file import read_image
 from capsnet.data.photo import SIDE, Frame, channels_first, frame_digit, is_opposite
 from capsnet.errors import InputError
 
-__all__ = ["MNIST_FRAME", "Framing", "Invert", "Prepared", "Preprocessing"]
+__all__ = ["MNIST_FRAME", "Prepared", "Preprocessing"]
 
 Framing = Literal["off", "digits"]
 Invert = Literal["auto", "yes", "no"]
