@@ -74,9 +74,10 @@ class ImageFolder:
         if any(file.split for file in self.files):
             return self._sorted(self.files)
         generator = torch.Generator().manual_seed(seed)
-        files = list[ImageFile]()
-        for label, name in enumerate(self.classes):
-            own = [file for file in self.files if file.label == label]
+        files, by_class = list[ImageFile](), [list[ImageFile]() for _ in self.classes]
+        for file in self.files:
+            by_class[file.label].append(file)
+        for name, own in zip(self.classes, by_class, strict=True):
             if len(own) < 2:
                 raise InputError(
                     f"class {name} must have at least 2 images, one to train and one to test; got {len(own)}"
@@ -263,11 +264,12 @@ def scan(
     if classes is None:
         listing.compare(by_split)
     names = tuple(classes) if classes is not None else tuple(next(iter(by_split.values())))
+    label_of = {name: label for label, name in enumerate(names)}
     places = [
-        (split, names.index(name), file)
+        (split, label_of[name], file)
         for split, found in by_split.items()
         for name, files in found.items()
-        if name in names
+        if name in label_of
         for file in files
     ]
     with ThreadPoolExecutor(_THREADS) as pool:
