@@ -209,15 +209,15 @@ def test_the_check_can_be_switched_off(photos: Path, monkeypatch: pytest.MonkeyP
 @pytest.mark.parametrize(
     ("arguments", "task"),
     [
-        (["evaluate", "capsnet-mnist"], "evaluation"),
-        (["evaluate", "capsnet-mnist", "--shifts", "1"], "evaluation"),
+        (["evaluate", "capsnet-mnist", "--data", "strokes"], "evaluation"),
+        (["evaluate", "capsnet-mnist", "--data", "strokes", "--shifts", "1"], "evaluation"),
         (["predict", "capsnet-mnist", "image.png"], "prediction"),
         (["demo", "capsnet-mnist"], "the demo"),
         (["export", "capsnet-mnist", "--to", "pt2"], "export to pt2"),
     ],
     ids=str,
 )
-def test_other_commands_are_refused_before_they_read_or_write(
+def test_other_commands_are_refused_before_they_compute_or_write(
     workplace: Path,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],

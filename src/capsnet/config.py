@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, Literal, get_origin
 
 from capsnet.errors import InputError
-from capsnet.files import read_yaml
+from capsnet.files import is_directory, read_yaml
 from capsnet.schema import brief, checked, joined, shown
 
 __all__ = [
@@ -323,7 +323,7 @@ def with_defaults(config: Config) -> Config:
 def preset_differences(config: Config) -> dict[str, Any]:
     """The fields in which `config` is not its preset; for a folder of images, also what is open in the preset."""
     base = preset(config.preset)
-    if not Path(config.data).is_dir():
+    if not is_directory(config.data):
         base, config = with_defaults(base), with_defaults(config)
     return {name: value for name, value in asdict(config).items() if value != getattr(base, name)}
 

@@ -10,6 +10,7 @@ from capsnet.errors import InputError
 __all__ = [
     "Readable",
     "cache_dir",
+    "is_directory",
     "parse_json",
     "parse_yaml",
     "read_bytes",
@@ -42,6 +43,14 @@ def cache_dir() -> Path:
     import pooch
 
     return Path(pooch.os_cache("capsnet"))
+
+
+def is_directory(name: str | os.PathLike[str]) -> bool:
+    """Whether a name is that of a directory; False where it cannot be the name of anything, as it is too long."""
+    try:
+        return Path(name).expanduser().is_dir()
+    except (OSError, RuntimeError, ValueError):
+        return False
 
 
 def read_up_to(file: Readable, most: int, name: str) -> bytes:

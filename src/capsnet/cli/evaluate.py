@@ -77,11 +77,12 @@ def _one(command: _Evaluate) -> int:
     options = replace(trained, device=command.device, precision=command.precision or trained.precision, devices=1)
     device = machine.resolve_device(options)
     precision = machine.resolve_precision(options, device, network)
-    memory.check_inference(network, command.batch_size, device, task="evaluation", precision=precision)
     held_out = command.data is None or command.split == "validation"
     dataset = subject.dataset(command.data, command.data_dir, held_out=held_out)
     split = subject.split(dataset, command.split)
     _check_shown(subject, split, f"{dataset.name} {command.split}")
+    batch_size = min(command.batch_size, len(split))
+    memory.check_inference(network, batch_size, device, task="evaluation", precision=precision)
     result = evaluate(network.to(device), split, config=trained, batch_size=command.batch_size, precision=precision)
     if command.json:
         where = {"run": subject.model, "data": dataset.name, "split": command.split, "precision": precision}
@@ -286,10 +287,10 @@ def same_split(
     trained = first.trained(data)
     place = machine.resolve_device(replace(trained, device=device, devices=1))
     copies = len(found) - 1 if place.type == "cuda" else 0
-    memory.check_inference(first.network, batch_size, place, task="evaluation", copies=copies)
     dataset = first.dataset(data, data_dir, held_out=data is None or name == "validation")
     split = first.split(dataset, name)
     _check_shown(first, split, f"{dataset.name} {name}")
+    memory.check_inference(first.network, min(batch_size, len(split)), place, task="evaluation", copies=copies)
     for member in found:
         member.subject.network.to(place)
     return dataset, split

@@ -85,7 +85,8 @@ def run(arguments: list[str]) -> int:
     device = machine.resolve_device(replace(Config(), device=command.device))
     sources = ((name, sys.stdin.buffer.read() if name == "-" else Path(name)) for name in names)
     precision = subject.precision(device)
-    memory.check_inference(subject.network, command.batch_size, device, task="prediction", precision=precision)
+    batch_size = min(command.batch_size, len(names))
+    memory.check_inference(subject.network, batch_size, device, task="prediction", precision=precision)
     network = subject.network.to(device)
     predictions = predict(
         network,
@@ -93,7 +94,7 @@ def run(arguments: list[str]) -> int:
         card=subject.card,
         framing=command.framing,
         invert=command.invert,
-        batch_size=command.batch_size,
+        batch_size=batch_size,
         precision=precision,
     )
     write = _Writer(command, width=_width(names), label=_width(network.classes))

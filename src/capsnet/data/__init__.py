@@ -20,6 +20,7 @@ from capsnet.data.fetch import Source
 from capsnet.data.multimnist import multimnist
 from capsnet.data.preprocessing import Framing
 from capsnet.errors import InputError
+from capsnet.files import is_directory
 
 __all__ = ["Dataset", "Description", "Split", "available", "describe", "is_folder", "load", "load_split"]
 
@@ -261,7 +262,7 @@ def available() -> tuple[str, ...]:
 
 def is_folder(name: str | os.PathLike[str]) -> bool:
     """Whether a name is that of a directory, and not of a published data set."""
-    return name not in ("", *available()) and Path(name).expanduser().is_dir()
+    return name not in ("", *available()) and is_directory(name)
 
 
 def describe(name: str, *, data_dir: str | os.PathLike[str] | None = None) -> Description:
