@@ -5,7 +5,7 @@ import sys
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from tyro.conf import Positional, arg
 
@@ -116,7 +116,7 @@ class _Writer:
     """Prints predictions as they come."""
 
     def __init__(self, command: _Predict, *, width: int, label: int) -> None:
-        self.command, self.rows = command, list["Prediction"]()
+        self.command, self.rows, self.begun = command, list[dict[str, Any]](), False
         self.width, self.label = min(width, 60), max(5, min(label, 30))
         self.csv: csv.DictWriter[str] | None = None
         self.strangers = 0
@@ -125,7 +125,7 @@ class _Writer:
         """Print one prediction; all JSON comes at the end."""
         row = found.to_dict()
         if self.command.json:
-            self.rows.append(found)
+            self.rows.append(row)
         elif self.command.csv:
             if self.csv is None:
                 self.csv = csv.DictWriter(sys.stdout, list(row), lineterminator="\n")
@@ -137,9 +137,9 @@ class _Writer:
             self._line(found)
 
     def _line(self, found: "Prediction") -> None:
-        if not self.rows:
+        if not self.begun:
             show(self._row("file", "class", "presence", "runner-up", "error", "notes"))
-        self.rows.append(found)
+        self.begun = True
         self.strangers += bool(found.stranger)
         notes = [note for note, is_so in (("inverted", found.inverted), ("centred and scaled", found.framed)) if is_so]
         notes += found.notes
@@ -157,7 +157,7 @@ class _Writer:
     def close(self) -> None:
         """Print what comes at the end."""
         if self.command.json:
-            show_json([found.to_dict() for found in self.rows])
+            show_json(self.rows)
         elif self.strangers:
             show("STRANGER?: the reconstruction is so bad that it may be no object of the known classes")
 
