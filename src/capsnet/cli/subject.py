@@ -170,13 +170,12 @@ class Subject:
 
     def _is_own(self, options: Config, recorded: "Manifest | None") -> bool:
         """Whether a folder holds the images of the run, wherever it is."""
-        from capsnet.data.image_folder import scan
+        from capsnet.data.image_folder import portable, scan
 
         if recorded is None or not recorded.splits:
             return False
-        there = {
-            file.path: file.hash for file in scan(options.data, skip_unreadable=True, classes=recorded.classes).files
-        }
+        folder = scan(options.data, skip_unreadable=True, classes=recorded.classes)
+        there = {portable(file.path): file.hash for file in folder.files}
         return all(there.get(line.path) == line.hash for line in recorded.lines)
 
     def _of_others(self, options: Config, recorded: "Manifest | None") -> "Dataset":

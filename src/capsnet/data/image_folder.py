@@ -27,7 +27,7 @@ from capsnet.data.preprocessing import Preprocessing
 from capsnet.errors import InputError
 from capsnet.names import visible
 
-__all__ = ["ImageFolder", "image_files", "one_form", "scan"]
+__all__ = ["ImageFolder", "image_files", "one_form", "portable", "scan"]
 
 KEPT_SIDE = 40  # pixels: images of one size up to this are kept as they are
 SIDE = 32  # of all others, unless it is chosen
@@ -125,7 +125,7 @@ class ImageFolder:
 
     def recorded(self, splits: Mapping[str, str]) -> "ImageFolder":
         """The files in the splits that they were in, by path; others are unused."""
-        return self._sorted(file._replace(split=splits.get(file.path, "unused")) for file in self.files)
+        return self._sorted(file._replace(split=splits.get(portable(file.path), "unused")) for file in self.files)
 
     def size(self) -> tuple[int, int]:
         """Height and width that the images are brought to unless it is chosen: their own, if one and small; else 32."""
@@ -302,8 +302,13 @@ def image_files(directory: Path) -> tuple[list[Path], tuple[str, ...]]:
 
 
 def one_form(name: str) -> str:
-    """A name in the Unicode form in which names are compared: macOS writes an umlaut as two characters."""
-    return unicodedata.normalize("NFC", name)
+    """A name in the form in which names are compared: macOS writes an umlaut as two characters."""
+    return unicodedata.normalize("NFC", portable(name))
+
+
+def portable(name: str) -> str:
+    """A file's name as it is read where names are UTF-8, whatever the locale here; other bytes stay what they are."""
+    return name.encode("utf-8", "surrogateescape").decode("utf-8", "surrogateescape")
 
 
 @dataclass

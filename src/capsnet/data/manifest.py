@@ -14,6 +14,7 @@ from typing import NamedTuple
 import torch
 
 from capsnet.data.dataset import Dataset, ImageFile, Split
+from capsnet.data.image_folder import portable
 from capsnet.errors import InputError
 
 __all__ = ["FILE", "Line", "Manifest"]
@@ -59,7 +60,7 @@ class Manifest(NamedTuple):
     @classmethod
     def of_files(cls, files: Iterable[ImageFile], classes: tuple[str, ...]) -> "Manifest":
         """That of files of these classes."""
-        return cls(tuple(Line(one.split, classes[one.label], one.path, one.hash) for one in files))
+        return cls(tuple(Line(one.split, classes[one.label], portable(one.path), one.hash) for one in files))
 
     @property
     def classes(self) -> tuple[str, ...]:
