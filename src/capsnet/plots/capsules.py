@@ -172,7 +172,7 @@ def couplings(
     maps, support = found.maps[:, every, winners], found.support[:, every, winners]
     ratio = maps / maps[:1].where(maps[:1] > 0, torch.nan)  # no capsule sees some pixels at the right and bottom
 
-    figure = new(2.3 * iterations + 4.6, 1.2 * shown + 1.4)
+    figure = new(2.3 * iterations + 4.6, 1.35 * shown + 1.4)
     left, right = cast(Any, figure.subfigures(1, 2, width_ratios=[2.3 * iterations, 4.2]))
     grid = left.subplots(shown, 2 * iterations, squeeze=False)
     seen = ratio[:, :shown].nan_to_num(1.0)
@@ -183,7 +183,8 @@ def couplings(
             axes.set_axis_off()
         grid[k, 0].imshow(pixels(images[k]), cmap="gray", vmin=0, vmax=1)
         truth, answer = classes[int(labels[k])], classes[int(winners[k])]
-        grid[k, 0].set_title(short(answer) if truth == answer else f"{short(answer)} ({short(truth)})")
+        told = short(answer) if truth == answer else f"{short(answer)}\n({short(truth)})"
+        grid[k, 0].set_title(told, fontsize="small")
         for t in range(1, iterations):
             coupled = grid[k, t].imshow(ratio[t, k].numpy(), cmap="cividis", vmin=low, vmax=high)
         for t in range(iterations):
