@@ -70,7 +70,7 @@ def first_of(name: str, split: str, data_dir: str | None) -> Split:
 def test_a_file_of_a_test_image_becomes_the_test_image(kind: str, tmp_path: Path) -> None:
     name, options = kind.split(",")[0], KINDS[kind]
     config = Config(data=name, data_dir=None if name == "strokes" else str(REAL), validation=0, **options)
-    if describe(name, data_dir=config.data_dir).missing:
+    if name != "strokes" and (not REAL.is_dir() or describe(name, data_dir=REAL).missing):
         pytest.skip(f"no {name} in {REAL}")
     dataset = train.prepare_data(config)
     network = train.build(replace(config, **SIZES), dataset)
