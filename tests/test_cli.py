@@ -112,6 +112,7 @@ def test_every_option_in_the_help_of_bench_exists(capsys: pytest.CaptureFixture[
         ("--model capsnt", "baseline, baseline-multimnist, capsnet; got 'capsnt' (did you mean capsnet?)"),
         ("--preset paper2", "--preset must be one of paper, authors; got 'paper2' (did you mean paper?)"),
         ("--precision 16", "--precision must be one of auto, 32, bf16; got '16'"),
+        ("--framing on", "--framing must be one of digits, off; got 'on'"),
         ("--channels 2", "--channels must be 1 or 3; got 2"),
         ("--validation 1000", "--validation must be 0 to 72, which leaves an image of each of 3 classes to train on"),
         ("--config nowhere.yaml", "config file nowhere.yaml must be readable; got: No such file"),

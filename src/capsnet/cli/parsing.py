@@ -114,7 +114,10 @@ def _one_line(box: str, kind: type, prog: str) -> str:
     if found := re.fullmatch(r"Missing value for argument '(\S+)'.*", told):
         return f"{found[1]} must be followed by a value; got none"
     if found := re.fullmatch(r"invalid choice (.*) for argument '(\S+)'\. Expected one of \((.*)\)\.", told):
-        return f"{found[2]} must be one of {found[3].replace(chr(39), '')}; got {found[1]}"
+        choices = found[3].replace("'", "").split(", ")
+        if "None" in choices:  # the default, in no order
+            choices = sorted(set(choices) - {"None"})
+        return f"{found[2]} must be one of {', '.join(choices)}; got {found[1]}"
     if found := re.fullmatch(r"Error parsing (--\S+): (?:invalid literal for int|could not convert).*: (.*)", told):
         return f"{found[1]} must be a {'whole ' if 'literal for int' in told else ''}number; got {found[2]}"
     if found := re.fullmatch(r"Error parsing (--\S+): no type matching \{None\}\|(INT|FLOAT) .* from \[(.*)\]\.", told):
