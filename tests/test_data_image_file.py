@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 
 from capsnet.data import image_file
-from capsnet.data.image_file import DEPTHS, SUFFIXES, Header, fewest_bits, formats, read_header, read_image
+from capsnet.data.image_file import SUFFIXES, Header, formats, read_header, read_image
 from capsnet.errors import InputError
 
 
@@ -148,9 +148,3 @@ def test_a_header_knows_what_the_pixels_will_be() -> None:
     assert read_header(encoded(Image.new("RGB", (30, 20)), "JPEG", exif=exif)) == Header(30, 20, True, None)
     assert read_header(encoded(Image.new("L", (30, 20)))) == Header(20, 30, False, None)
     assert read_header(encoded(Image.new("P", (30, 20)))).colour
-
-
-def test_bits_that_hold_a_number() -> None:
-    assert [fewest_bits(number) for number in (0, 255, 256, 1023, 1024, 65535, 65536, 2**32)] == [
-        8, 8, 10, 10, 12, 16, 24, DEPTHS[-1],
-    ]  # fmt: skip

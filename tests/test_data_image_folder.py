@@ -428,7 +428,7 @@ def test_files_that_only_decoding_finds_damaged_are_told_together_or_passed_over
     config = Config(data=str(pets), image_size=8, validation=0, skip_unreadable=True)
     data = train.prepare_data(config)
     assert len(data.train) + len(data.test) == 4
-    assert re.match(r"passed over 2 unreadable: cat/c.jpg \(must be a readable image; got: .*truncated", data.notes[-1])
+    assert re.match(r"passed over 2 unreadable: cat/c.jpg \(must be a readable image; got: .*truncated", data.notes[0])
 
 
 def test_what_is_passed_over_is_told(pets: Path) -> None:

@@ -1,5 +1,6 @@
 """The images of a run are known: a folder that changes is not divided anew, and what changed is told."""
 
+import io
 import json
 import shutil
 import unicodedata
@@ -12,6 +13,7 @@ import torch
 from PIL import Image
 
 from capsnet import cli, runs, train
+from capsnet.cli.subject import Subject
 from capsnet.data import Dataset, Split
 from capsnet.data.image_folder import scan
 from capsnet.data.manifest import Line, Manifest
@@ -200,6 +202,68 @@ def test_train_and_val_are_trained_and_the_number_is_called_a_validation_error(
         train.prepare_data(tiny(layout, validation=5))
 
 
+def layout(own: Path, **splits: range) -> Path:
+    """The images divided into folders of these names."""
+    place = own.with_name("layout")
+    for split, numbers in splits.items():
+        for name in "abc":
+            (place / split / name).mkdir(parents=True)
+            for number in numbers:
+                shutil.copy(own / name / f"{number}.png", place / split / name)
+    return place
+
+
+def test_what_is_a_test_image_is_what_was_one(
+    own: Path, capsys: pytest.CaptureFixture[str], blank_figure: None
+) -> None:
+    """Where test/ is gone, validation images do not stand in for it; where it came later, they stay what is told."""
+    place = layout(own, train=range(10), val=range(10, 15), test=range(15, 20))
+    train.fit(tiny(place, out="run", epochs=1, validation=None))
+    assert evaluated(capsys)[0]["total"] == 15
+    shutil.rmtree(place / "test")
+    assert cli.main(["evaluate", "run"]) == 2
+    assert f"{place} must hold test images; got none" in capsys.readouterr().err
+    shutil.rmtree(place)
+    place = layout(own, train=range(10), val=range(10, 15))
+    train.fit(tiny(place, out="run", epochs=1, validation=None, overwrite=True))
+    before, _ = evaluated(capsys)
+    layout(own, test=range(15, 20))
+    after, told = evaluated(capsys)
+    assert after == before
+    assert "15 new (test/a/15.png" in told
+
+
+def test_looking_at_a_published_set_without_its_validation_images_warns_of_nothing(
+    workplace: Path, blank_figure: None, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("capsnet.train.load", lambda *arguments, **options: memory(validation=False))
+    train.fit(tiny(Path("memory"), out="run", epochs=1, validation=5), memory(validation=False))
+    for held_out in (True, False):
+        subject = Subject("run")
+        subject.dataset(held_out=held_out)
+    subject.dataset("memory", held_out=False)
+    assert "not as it was trained on" not in capsys.readouterr().err
+
+
+def test_a_folder_of_which_nothing_can_be_decoded_is_refused(
+    trained: Manifest, own: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    stream = io.BytesIO()
+    Image.effect_noise((64, 64), 90).convert("RGB").save(stream, "JPEG")
+    for name in "ab":
+        (own.with_name("other") / name).mkdir(parents=True)
+        (own.with_name("other") / name / "x.jpg").write_bytes(stream.getvalue()[:-500])
+    assert cli.main(["evaluate", "run", "--data", "other"]) == 2
+    assert "other must hold images that can be read; got none" in capsys.readouterr().err
+
+
+def test_training_tells_what_is_lost_in_its_images(own: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for number in range(2):
+        Image.new("RGB", (13, 12), "white").save(own / "a" / f"{number}.png")
+    notes = train.prepare_data(tiny(own)).notes
+    assert notes == ("2 of 90 images: blank: one colour all over (a/0.png, a/1.png)",)
+
+
 def test_names_are_compared_in_one_unicode_form(own: Path) -> None:
     for k, (split, form) in enumerate((("train", "NFC"), ("test", "NFD"))):
         for name in ("Tür", "Öl"):
@@ -215,6 +279,8 @@ def test_every_split_has_its_share_of_each_class(own: Path) -> None:
     assert dataset.validation is not None
     assert dataset.train.labels.bincount().tolist()[2] == 1
     assert dataset.validation.labels.bincount(minlength=3).tolist()[2] in (0, 1)
+    with pytest.raises(InputError, match=r"^train_images must be 3, one of each class, to the \d+ there are; got 2$"):
+        train.prepare_data(tiny(own, train_images=2))
     few = train.prepare_data(tiny(own, train_images=4))
     assert few.train.labels.bincount().tolist() == [1, 2, 1] or few.train.labels.bincount().tolist() == [2, 1, 1]
     with pytest.raises(InputError, match=r"^validation must be 0 to 49, which leaves an image of each of 3"):

@@ -228,7 +228,6 @@ _MOST = {
     "seed": LARGEST_SEED,
     "data_seed": LARGEST_SEED,
     "routing_iterations": MOST_ITERATIONS,
-    "image_size": LARGEST_SIDE,
     "threads": 1024,  # OpenMP ends the process where it cannot start as many
 }
 """The largest whole number of an option; `_LARGEST` of those that are not named here."""

@@ -16,10 +16,10 @@ from capsnet import functional as F
 from capsnet.data.dataset import Split
 from capsnet.errors import InputError
 from capsnet.evaluation import wilson_interval
-from capsnet.evaluation.predictions import predict_split, shifted
+from capsnet.evaluation.predictions import predict_split
 from capsnet.models import Network
 
-__all__ = ["Ensemble", "check_alike", "check_shifts", "ensemble_scores", "shifted"]
+__all__ = ["Ensemble", "check_alike", "check_shifts", "ensemble_scores"]
 
 
 @dataclass(frozen=True, eq=False)

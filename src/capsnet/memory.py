@@ -149,8 +149,8 @@ def check_training(
         each = -(-batch_size // config.devices)
         return sharing * (images + training(network, config, device, dataset, precision=precision, batch_size=each))
 
-    otherwise = f"{remedy}, or fewer --conv-channels and --capsule-types"
-    _check_batch(needed, config.batch_size, device, task="training", otherwise=otherwise)
+    narrower = "fewer --conv-channels and --capsule-types" if isinstance(network, CapsNet) else "a smaller --width"
+    _check_batch(needed, config.batch_size, device, task="training", otherwise=f"{remedy}, or {narrower}")
 
 
 def check_inference(

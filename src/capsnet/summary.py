@@ -26,7 +26,7 @@ def dry_run(config: Config) -> str:
     """
     device = machine.resolve_device(config)
     dataset = train.prepare_data(config, read=False)
-    config = recipe.resolved(config, dataset)
+    config = recipe.resolved(train.as_read(config, dataset), dataset)
     assert config.epochs is not None
     network = train.layout(config, dataset)
     precision = machine.resolve_precision(config, device, network)

@@ -26,7 +26,7 @@ from capsnet.card import Card, Tested
 from capsnet.config import PRESETS, Config, from_dict, preset, preset_differences, size_of, with_defaults
 from capsnet.data import Dataset, available, is_folder, load, outline
 from capsnet.data import describe as describe_data
-from capsnet.data.image_folder import ImageFolder, scan
+from capsnet.data.image_folder import ImageFolder, Unreadable, scan
 from capsnet.data.manifest import Manifest
 from capsnet.data.photo import frame_of
 from capsnet.data.preprocessing import MNIST_FRAME, Preprocessing
@@ -47,6 +47,7 @@ __all__ = [
     "Diverged",
     "Interrupted",
     "Result",
+    "as_read",
     "build",
     "describe",
     "fit",
@@ -177,8 +178,9 @@ def prepare_data(
         outlined = outline.of_folder(_divided(folder, config, recorded, divide=shares), reading)
     else:
         about = {name: getattr(config, name) for name in ("data_dir", "image_size", "channels")}
-        known_by_name = config.data in available()
-        outlined = (outline.of_registered if known_by_name else load)(config.data, **about, seed=config.data_seed)
+        outlined = (outline.of_registered if config.data in available() else load)(
+            config.data, **about, seed=config.data_seed
+        )
     known = _with_splits(config, outlined, shares=shares, divided=divided)
     if check is not None:
         check(known)
@@ -225,11 +227,10 @@ def _read_folder(
     """The images of a folder in the splits that are recorded, or in those of `config`."""
     try:
         return _divided(folder, config, recorded, divide=divide).read(reading, channels=config.channels, tell=tell)
-    except InputError:
-        faults = folder.faults(reading) if config.skip_unreadable or recorded is not None else {}
-        if not faults:
+    except Unreadable as error:
+        if not config.skip_unreadable and recorded is None:
             raise
-    folder = folder.without(faults)
+        folder = folder.without(error.faults)
     return _divided(folder, config, recorded, divide=divide).read(reading, channels=config.channels, tell=tell)
 
 
@@ -247,8 +248,13 @@ def _divided(folder: ImageFolder, config: Config, recorded: Manifest | None, *, 
     return folder if config.train_images is None else folder.with_train(config.train_images, seed=config.data_seed)
 
 
-def _as_read(config: Config, dataset: Dataset) -> Config:
-    """`config` with what was chosen of how a folder is read, so that it is read so again."""
+def as_read(config: Config, dataset: Dataset) -> Config:
+    """`config` with what was chosen of how a folder is read, so that it is read so again.
+
+    Args:
+        config: of a run.
+        dataset: read as it says.
+    """
     reading = dataset.preprocessing
     if reading is None:
         return config
@@ -343,7 +349,7 @@ def _launch(config: Config, dataset: Dataset | None, resumed: runs.Run | None) -
         _same_images(dataset, recorded, config)
     if config.stop_at is not None and dataset.validation is None:
         raise InputError(f"stop_at must be given with validation images to judge by; got {config.stop_at} without any")
-    given, config = config, recipe.resolved(_as_read(config, dataset), dataset)
+    given, config = config, recipe.resolved(as_read(config, dataset), dataset)
     with torch.random.fork_rng(devices=[]):
         network = build(config, dataset)
     precision = resolve_precision(config, device, network)
@@ -378,7 +384,7 @@ def _launch(config: Config, dataset: Dataset | None, resumed: runs.Run | None) -
 
 def _check_memory(config: Config, dataset: Dataset, device: torch.device) -> None:
     """Raise InputError where a training is not going to fit into memory."""
-    config = recipe.resolved(_as_read(config, dataset), dataset)
+    config = recipe.resolved(as_read(config, dataset), dataset)
     network = layout(config, dataset)
     memory.check_training(
         network,

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from capsnet import machine, runs, train
+from capsnet import machine, memory, runs, train
 from capsnet.bench import gate, work
 from capsnet.bench.clock import Tape, Task, clock, timed
 from capsnet.bench.gate import Check
@@ -71,10 +71,12 @@ class WholeNetwork:
         labels = torch.randint(classes, (self.images,), generator=self.draw)
         split = Split(pixels, labels)
         dataset = Dataset("random", tuple(str(k) for k in range(classes)), split, split)
+        outlined = layout(config, classes)
+        precision = machine.resolve_precision(config, self.device, outlined)
+        memory.check_training(outlined, config, self.device, dataset, precision=precision, processes=1)
         self.network: Network = train.build(config, dataset).to(self.device)
         if config.cuda_graph:
             check_graph(config, self.device, self.network)
-        precision = machine.resolve_precision(config, self.device, self.network)
         self.fabric = machine.make_fabric(config, self.device, precision)
         plain = Objective(self.network, config)
         adam = torch.optim.Adam(self.network.parameters(), lr=config.lr, fused=True)

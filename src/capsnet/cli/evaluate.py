@@ -77,8 +77,7 @@ def _one(command: _Evaluate) -> int:
     options = replace(trained, device=command.device, precision=command.precision or trained.precision, devices=1)
     device = machine.resolve_device(options)
     precision = machine.resolve_precision(options, device, network)
-    held_out = command.data is None or command.split == "validation"
-    dataset = subject.dataset(command.data, command.data_dir, held_out=held_out)
+    dataset = subject.dataset(command.data, command.data_dir, held_out=command.split == "validation")
     split = subject.split(dataset, command.split)
     _check_shown(subject, split, f"{dataset.name} {command.split}")
     batch_size = min(command.batch_size, len(split))
@@ -287,7 +286,7 @@ def same_split(
     trained = first.trained(data)
     place = machine.resolve_device(replace(trained, device=device, devices=1))
     copies = len(found) - 1 if place.type == "cuda" else 0
-    dataset = first.dataset(data, data_dir, held_out=data is None or name == "validation")
+    dataset = first.dataset(data, data_dir, held_out=name == "validation")
     split = first.split(dataset, name)
     _check_shown(first, split, f"{dataset.name} {name}")
     memory.check_inference(first.network, min(batch_size, len(split)), place, task="evaluation", copies=copies)

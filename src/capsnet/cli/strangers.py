@@ -3,7 +3,6 @@
 import json
 import shlex
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from capsnet.cli.parsing import parse
@@ -115,19 +114,18 @@ def _strangers(name: str, shape: tuple[int, int, int], data_dir: str | None) -> 
     """Images of no known class, `uint8`, of the network's shape."""
     import torch
 
-    from capsnet.data import available, load, load_split
+    from capsnet.data import available, is_folder, load, load_split
 
     channels, height, width = shape
     if name == "noise":
         generator = torch.Generator().manual_seed(NOISE_SEED)
         return torch.randint(0, 256, (NOISE_IMAGES, *shape), dtype=torch.uint8, generator=generator)
-    if name not in available() and not Path(name).is_dir():
+    if name not in available() and not is_folder(name):
         raise InputError(f"--against must be noise, a folder, or among {', '.join(available())}; got {name!r}")
-    if height != width:
-        raise InputError(f"--against must be noise for images of {width}x{height}, which are not square; got {name}")
-    if name == "strokes" or Path(name).is_dir():
-        return load(name, image_size=height, channels=channels).test.images
-    return load_split(name, "test", data_dir=data_dir, image_size=height, channels=channels).images
+    size = f"{height}x{width}"
+    if name == "strokes" or is_folder(name):
+        return load(name, image_size=size, channels=channels).test.images
+    return load_split(name, "test", data_dir=data_dir, image_size=size, channels=channels).images
 
 
 def _share(errors: "Tensor", limit: float) -> float:

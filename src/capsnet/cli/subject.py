@@ -1,6 +1,7 @@
 """What the verbs that look at a trained network share: the network, the images, and where a figure goes."""
 
 import shlex
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
 
     from capsnet.card import Card
     from capsnet.data import Dataset, Split
+    from capsnet.data.image_folder import ImageFolder
     from capsnet.data.manifest import Manifest
     from capsnet.models import Network
     from capsnet.plots.figure import Figure
@@ -123,15 +125,16 @@ class Subject:
             trained,
             data=data or trained.data,
             data_dir=data_dir or trained.data_dir,
-            validation=trained.validation if held_out else 0,
+            validation=trained.validation if held_out or data is None else 0,
             devices=1,
+            skip_unreadable=True,
         )
         if data is not None and is_folder(data) and not self._is_own(options, recorded):
             return self._of_others(options, recorded)
-        own = data is None or (recorded is not None and bool(recorded.splits))
+        own = data is None or is_folder(data)
         try:
             dataset = train.prepare_data(
-                options, recorded=recorded if own else None, shares=not (own and self._is_old(recorded)), tell=say
+                options, recorded=recorded if own else None, shares=not self._is_old(recorded), tell=say
             )
         except InputError as error:
             strokes = describe("strokes")
@@ -174,50 +177,56 @@ class Subject:
 
         if recorded is None or not recorded.splits:
             return False
-        folder = scan(options.data, skip_unreadable=True, classes=recorded.classes)
+        root = Path(options.data).expanduser()
+        if not all((root / line.path).is_file() for line in recorded.lines):
+            return False
+        folder = scan(root, skip_unreadable=True, classes=recorded.classes)
         there = {portable(file.path): file.hash for file in folder.files}
         return all(there.get(line.path) == line.hash for line in recorded.lines)
 
     def _of_others(self, options: Config, recorded: "Manifest | None") -> "Dataset":
         """A folder that it was not trained on, as far as it has its classes: all images, or those of each split."""
         from capsnet.data.dataset import Dataset
-        from capsnet.data.image_folder import scan
+        from capsnet.data.image_folder import Unreadable
 
-        reading = replace(self.card.reading(self.network.image_shape), crop=None)
-        folder = scan(options.data, skip_unreadable=True, classes=self._class_names(options.data))
-        folder = folder.without(folder.faults(reading))
-        for note in folder.notes:
+        reading, folder = self.card.reading(self.network.image_shape), self._scanned(options.data)
+        whole = replace(reading, crop=None)
+        try:
+            splits, notes = folder.decoded(whole, tell=say)
+        except Unreadable as error:
+            folder = folder.without(error.faults)
+            if not folder.files:
+                raise InputError(f"{folder.root} must hold images that can be read; got none") from None
+            splits, notes = folder.decoded(whole, tell=say)
+        for note in (*folder.notes, *notes):
             say(f"capsnet: {folder.root}: {note}")
         if recorded is not None:
             trained = {line.hash for line in recorded.lines if line.hash and line.split in ("train", "validation")}
             seen = sum(file.hash in trained for file in folder.files)
             if seen:
                 say(f"capsnet: {folder.root}: {seen:,} of {len(folder.files):,} images were used in training")
-        splits = folder.decoded(reading, tell=say)
-        every = splits.get("") or splits.get("test") or splits.get("validation") or splits["train"]
+        every = splits.get("")  # of a folder that is not divided
+        test = every or splits.get("test") or splits.get("validation") or splits["train"]
         dataset = Dataset(
             str(folder.root),
             self.network.classes,
-            splits.get("train", every),
-            splits.get("test", every),
-            splits.get("validation", every),
+            splits.get("train", test),
+            test,
+            every or splits.get("validation"),
         )
-        crop = self.card.reading(self.network.image_shape).crop
-        return dataset if crop is None else dataset.cropped(crop)
+        return dataset if reading.crop is None else dataset.cropped(reading.crop)
 
-    def _class_names(self, data: str) -> tuple[str, ...]:
-        """The network's classes as a folder calls them; of a network that numbers them, the folder's own."""
+    def _scanned(self, data: str) -> "ImageFolder":
+        """A folder's images of the network's classes; of one that numbers them, of the folder's own, if as many."""
         from capsnet.data.image_folder import one_form, scan
 
         count = len(self.network.classes)
         if self.network.classes == tuple(str(k) for k in range(count)):
-            try:
-                found = scan(data).classes
-            except InputError:
-                found = ()
-            if len(found) == count:
-                return found
-        return tuple(map(one_form, self.network.classes))
+            with suppress(InputError):
+                folder = scan(data, skip_unreadable=True)
+                if len(folder.classes) == count:
+                    return folder
+        return scan(data, skip_unreadable=True, classes=tuple(map(one_form, self.network.classes)))
 
     def _tell_differences(self, dataset: "Dataset", recorded: "Manifest | None") -> None:
         """Say what of the data is no longer as it was when the run began, and what was passed over."""

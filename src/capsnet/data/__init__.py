@@ -1,7 +1,7 @@
 """Data sets by name, `load("mnist")`, `load("strokes")`, `load("my/images")`, and the registry of the names.
 
 A published set is read from this machine or downloaded, see `fetch.py`; strokes are drawn on the spot; a
-directory is read as one's own images, see `folder.py`.
+directory is read as one's own images, see `image_folder.py`.
 """
 
 import difflib

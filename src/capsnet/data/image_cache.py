@@ -34,7 +34,7 @@ from capsnet.progress import Counter
 if sys.platform != "win32":
     import fcntl
 
-__all__ = ["Entry", "clear", "decoded", "entries", "limit"]
+__all__ = ["Entry", "clear", "cores", "decoded", "entries", "limit"]
 
 IN_MEMORY = 256 * 2**20
 """Bytes of images that are held in memory; more are mapped."""
@@ -242,8 +242,8 @@ def _fill(count: int, shape: tuple[int, int, int], decode: Decode, put: Callable
             stopped.set()
             raise
 
-    with Counter("decoding images", count) as counter, ThreadPoolExecutor(_cores()) as pool:
-        tasks = [pool.submit(work) for _ in range(min(count, _cores()))]
+    with Counter("decoding images", count) as counter, ThreadPoolExecutor(cores()) as pool:
+        tasks = [pool.submit(work) for _ in range(min(count, cores()))]
         try:
             while wait(tasks, _POLL, FIRST_EXCEPTION).not_done and not stopped.is_set():
                 counter.update(done)
@@ -253,7 +253,7 @@ def _fill(count: int, shape: tuple[int, int, int], decode: Decode, put: Callable
         task.result()
 
 
-def _cores() -> int:
+def cores() -> int:
     """Cores that this process may run on."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 

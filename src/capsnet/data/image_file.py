@@ -5,6 +5,7 @@ white would hide what is drawn. Palettes and CMYK become RGB. Integers of more t
 use (see `read_image`), never by a constant that would flatten them. What was done beside that is noted.
 """
 
+import importlib.metadata
 import io
 import re
 import threading
@@ -21,7 +22,7 @@ from capsnet.errors import InputError
 if TYPE_CHECKING:
     from PIL import Image
 
-__all__ = ["DEPTHS", "MAX_PIXELS", "SUFFIXES", "Header", "Picture", "formats", "read_header", "read_image"]
+__all__ = ["DEPTHS", "MAX_PIXELS", "SUFFIXES", "Header", "Picture", "formats", "read_header", "read_image", "version"]
 
 SUFFIXES = (
     ".avif", ".bmp", ".gif", ".heic", ".heif", ".jfif", ".jpe", ".jpeg", ".jpg", ".pbm", ".pgm", ".png", ".ppm", ".tif",
@@ -64,6 +65,13 @@ class Header(NamedTuple):
     width: int
     colour: bool
     bits: int | None
+
+
+def version() -> tuple[str, ...]:
+    """Of what decodes: pixels that were kept of another are not used."""
+    import PIL
+
+    return importlib.metadata.version("capsnet"), PIL.__version__
 
 
 @cache
@@ -247,11 +255,7 @@ def _bits(image: "Image.Image") -> int:
         return told[0]
     if image.format == "PPM":
         return 16  # Pillow scales them as the file's header tells
-    return fewest_bits(int(_values(image).max()))
-
-
-def fewest_bits(largest: int) -> int:
-    """The fewest of `DEPTHS` that hold an integer."""
+    largest = int(_values(image).max())
     return next((bits for bits in DEPTHS if largest < 2**bits), DEPTHS[-1])
 
 

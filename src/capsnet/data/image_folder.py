@@ -21,20 +21,32 @@ from typing import Literal
 import torch
 
 from capsnet.data.dataset import Dataset, ImageFile, Split, stratified
-from capsnet.data.image_cache import decoded
-from capsnet.data.image_file import SUFFIXES, Header, read_header
+from capsnet.data.image_cache import cores, decoded
+from capsnet.data.image_file import SUFFIXES, Header, read_header, version
 from capsnet.data.preprocessing import Preprocessing
 from capsnet.errors import InputError
 from capsnet.names import visible
 
-__all__ = ["ImageFolder", "image_files", "one_form", "portable", "scan"]
+__all__ = ["ImageFolder", "Unreadable", "image_files", "one_form", "portable", "scan"]
 
 KEPT_SIDE = 40  # pixels: images of one size up to this are kept as they are
 SIDE = 32  # of all others, unless it is chosen
 TOLD = 20  # faults, of which the first are told by name
 _CLUTTER = ("thumbs.db", "desktop.ini", "__macosx")
 _VALIDATION = ("validation", "valid", "val")
-_THREADS = min(8, os.cpu_count() or 1)
+_THREADS = min(8, cores())
+
+
+class Unreadable(InputError):
+    """Files of a folder that cannot be decoded.
+
+    Attributes:
+        faults: why, by path.
+    """
+
+    def __init__(self, root: Path, faults: dict[str, str]) -> None:
+        super().__init__(_told(root, faults))
+        self.faults = faults
 
 
 @dataclass(frozen=True)
@@ -72,6 +84,9 @@ class ImageFolder:
         if not 0 < test_fraction < 1:
             raise InputError(f"test_fraction must be in (0, 1); got {test_fraction}")
         if any(file.split for file in self.files):
+            there = {file.label for file in self.of("train")}
+            if lacking := [name for label, name in enumerate(self.classes) if label not in there]:
+                raise InputError(f"{self.root} must hold training images of each class; got none of {_some(lacking)}")
             return self._sorted(self.files)
         generator = torch.Generator().manual_seed(seed)
         files, by_class = list[ImageFile](), [list[ImageFile]() for _ in self.classes]
@@ -106,9 +121,9 @@ class ImageFolder:
         Raises:
             InputError: there are not so many.
         """
-        there = len(self.of("train"))
-        if not 0 < count <= there:
-            raise InputError(f"train_images must be 1 to the {there} there are; got {count}")
+        fewest, there = len(self.classes), len(self.of("train"))
+        if not fewest <= count <= there:
+            raise InputError(f"train_images must be {fewest}, one of each class, to the {there} there are; got {count}")
         return self._moved(list(self.files), there - count, "unused", seed)
 
     def _moved(self, files: list[ImageFile], count: int, to: str, seed: int) -> "ImageFolder":
@@ -125,7 +140,9 @@ class ImageFolder:
 
     def recorded(self, splits: Mapping[str, str]) -> "ImageFolder":
         """The files in the splits that they were in, by path; others are unused."""
-        return self._sorted(file._replace(split=splits.get(portable(file.path), "unused")) for file in self.files)
+        tested: Literal["test", "validation"] = "test" if "test" in splits.values() else "validation"
+        files = (file._replace(split=splits.get(portable(file.path), "unused")) for file in self.files)
+        return replace(self._sorted(files), tested=tested)
 
     def size(self) -> tuple[int, int]:
         """Height and width that the images are brought to unless it is chosen: their own, if one and small; else 32."""
@@ -155,12 +172,12 @@ class ImageFolder:
         Raises:
             InputError: files that are no readable images, all of them told; or a split without images.
         """
-        splits = self.decoded(preprocessing, tell=tell)
+        splits, notes = self.decoded(preprocessing, tell=tell)
         parts = [part for split in splits.values() for part in torch.split(split.images, 1000)]
         if channels is None and all((part == part[:, :1]).all() for part in parts):
             splits = {name: replace(split, images=split.images[:, :1]) for name, split in splits.items()}
             preprocessing = replace(preprocessing, channels=1)
-        return self.dataset(splits, preprocessing)
+        return replace(self, notes=(*self.notes, *notes)).dataset(splits, preprocessing)
 
     def dataset(self, splits: dict[str, Split], preprocessing: Preprocessing) -> Dataset:
         """The data set of these images.
@@ -168,7 +185,7 @@ class ImageFolder:
         Raises:
             InputError: a split without images.
         """
-        if self.tested == "validation":
+        if self.tested == "validation" and "validation" in splits:
             splits["test"] = splits["validation"]
         for name in ("train", "test"):
             if name not in splits:
@@ -185,32 +202,46 @@ class ImageFolder:
             notes=self.notes,
         )
 
-    def decoded(self, preprocessing: Preprocessing, *, tell: Callable[[str], object] | None = None) -> dict[str, Split]:
+    def decoded(
+        self, preprocessing: Preprocessing, *, tell: Callable[[str], object] | None = None
+    ) -> tuple[dict[str, Split], tuple[str, ...]]:
         """The images of each split that has any; `unused` ones are not decoded.
 
+        Returns:
+            The splits, and what is to be told of how their images were read, unless they were in the cache.
+
         Raises:
-            InputError: files that are no readable images, all of them told.
+            Unreadable: files that cannot be decoded.
         """
         wanted = [file for file in self.files if file.split != "unused"]
+        noted = dict[str, list[int]]()
 
         def decode(index: int) -> torch.Tensor:
-            return preprocessing(self.root / wanted[index].path).image
+            prepared = preprocessing(self.root / wanted[index].path)
+            for note in prepared.notes:
+                noted.setdefault(note, []).append(index)
+            return prepared.image
 
-        key = hashlib.blake2b(repr((preprocessing, [file.hash for file in wanted])).encode(), digest_size=16)
+        key = hashlib.blake2b(repr((version(), preprocessing, [file.hash for file in wanted])).encode(), digest_size=16)
         try:
             images = decoded(len(wanted), preprocessing.image_shape, decode, key=key.hexdigest(), tell=tell)
         except InputError:
-            if faults := self.faults(preprocessing):
-                raise InputError(_told(self.root, faults)) from None
+            if faults := self._faults(preprocessing):
+                raise Unreadable(self.root, faults) from None
             raise
         splits, start = dict[str, Split](), 0
         for name, files in groupby(wanted, key=lambda file: file.split):
             labels = torch.tensor([file.label for file in files])
             splits[name] = Split(images[start : start + len(labels)], labels)
             start += len(labels)
-        return splits
+        notes = (
+            f"{len(places):,} of {len(wanted):,} images: {note} "
+            f"({_some((wanted[k].path for k in sorted(places)), most=3)})"
+            for note, places in sorted(noted.items())
+        )
+        return splits, tuple(map(visible, notes))
 
-    def faults(self, preprocessing: Preprocessing) -> dict[str, str]:
+    def _faults(self, preprocessing: Preprocessing) -> dict[str, str]:
         """Why files cannot be decoded, by path; decodes them all."""
 
         def fault(file: ImageFile) -> str:
@@ -337,9 +368,10 @@ class _Listing:
         found = [name for name in ("train", "test", *validation[:1]) if name in by_name]
         if not {"train", "test"} & set(found) or (len(found) == 1 and not self.entries(by_name[found[0]])[0]):
             return None  # a class may happen to be called train
+        places = {"validation" if name in validation else name: by_name[name] for name in found}
         if "train" not in found or len(found) < 2:
             if self.lenient:
-                return {"validation" if name in validation else name: by_name[name] for name in found}
+                return places
             raise InputError(
                 f"{self.root} must hold train/ and test/ or val/, or the classes only; got {found[0]}/ alone"
             )
@@ -348,13 +380,13 @@ class _Listing:
             raise InputError(
                 f"{self.root} must hold train/, test/ and at most one validation/ only; got {others[0]}/ as well"
             )
-        return {"validation" if name in validation else name: by_name[name] for name in found}
+        return places
 
     def classes(self, directory: Path) -> dict[str, list[Path]]:
         """The images of each class, in natural order."""
         directories, loose = self.entries(directory)
         for file in loose:
-            if file.suffix.lower() in SUFFIXES:
+            if _is_image(file):
                 self.faults[self._name(file)] = (
                     "must be in the folder of its class; got an image beside the class folders"
                 )
@@ -372,9 +404,9 @@ class _Listing:
             for folder in inner:
                 self.faults[self._name(folder) + "/"] = "must be an image; got a folder in a class folder"
             for file in files:
-                if file.suffix.lower() not in SUFFIXES:
+                if not _is_image(file):
                     self.faults[self._name(file)] = f"must be an image ({' '.join(SUFFIXES)}); got another name"
-            classes[name] = [file for file in files if file.suffix.lower() in SUFFIXES]
+            classes[name] = [file for file in files if _is_image(file)]
             if not classes[name] and not self.lenient:
                 raise InputError(f"class folder {one} must hold at least one image; got none")
         return classes
@@ -395,9 +427,9 @@ class _Listing:
             return []
         visited.add((state.st_dev, state.st_ino))
         directories, files = self.entries(directory)
-        found = [file for file in files if file.suffix.lower() in SUFFIXES]
+        found = [file for file in files if _is_image(file)]
         for file in files:
-            if file.suffix.lower() not in SUFFIXES:
+            if not _is_image(file):
                 self.passed[_kind(file)] += 1
         return found + [file for inner in directories for file in self.images(inner, visited)]
 
@@ -439,8 +471,9 @@ class _Listing:
 def _head(path: Path) -> tuple[str, Header] | InputError:
     """Hash and header of a file."""
     try:
-        content = path.read_bytes()
-        return hashlib.blake2b(content, digest_size=16).hexdigest(), read_header(content, name=str(path))
+        with path.open("rb") as file:
+            digest = hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=16))
+        return digest.hexdigest(), read_header(path)
     except InputError as error:
         return error
     except OSError as error:
@@ -462,10 +495,15 @@ def _told(root: Path, faults: Mapping[str, str]) -> str:
     return visible(f"{root} must hold images of its classes only; {len(faults):,} files are none: {told}{hint}")
 
 
-def _some(parts: Iterable[str], between: str = ", ") -> str:
+def _some(parts: Iterable[str], between: str = ", ", *, most: int = TOLD) -> str:
     every = list(parts)
-    more = f"{between}and {len(every) - TOLD:,} more" if len(every) > TOLD else ""
-    return between.join(every[:TOLD]) + more
+    more = f"{between}and {len(every) - most:,} more" if len(every) > most else ""
+    return between.join(every[:most]) + more
+
+
+def _is_image(file: Path) -> bool:
+    """Whether its name is that of an image."""
+    return file.suffix.lower() in SUFFIXES
 
 
 def _kind(file: Path) -> str:

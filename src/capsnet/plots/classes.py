@@ -19,16 +19,15 @@ MOST = 30
 """Classes that a figure shows, a row each; of more the worst ones, so that no figure grows with their number."""
 
 
-def confused(found: Predictions, *, most: int | None = None) -> list[tuple[int, int, int]]:
+def confused(found: Predictions) -> list[tuple[int, int, int]]:
     """Pairs of classes that were confused: true class, predicted class, number of images, the most frequent first.
 
     Args:
-        found: of images of one object each.
-        most: pairs, at most; default: all. Nothing here grows with the square of the number of classes.
+        found: of images of one object each. Nothing here grows with the square of the number of classes.
     """
     classes = found.scores.shape[-1]
     pairs, counts = torch.unique((found.labels * classes + found.predictions)[found.wrong], return_counts=True)
-    order = counts.argsort(descending=True, stable=True)[:most]
+    order = counts.argsort(descending=True, stable=True)
     return [(int(pairs[k]) // classes, int(pairs[k]) % classes, int(counts[k])) for k in order]
 
 
