@@ -166,6 +166,11 @@ def test_strangers(run: Path, capsys: Capture) -> None:
     assert row["flagged"] == pytest.approx(float((strange > limit).double().mean()), abs=1e-3)
     assert record["threshold"]["images"] == 40
     assert 0 <= record["known"]["false_alarms"] <= 0.3
+    (Path("odd") / "below").mkdir(parents=True)
+    for name in ("a.png", "below/b.png"):
+        Image.new("L", (40, 50), 90).save(Path("odd") / name)
+    (row,) = json.loads(told(capsys, "strangers run --against odd --json"))["strangers"]
+    assert (row["strangers"], row["images"]) == ("odd", 2)
     out = told(capsys, "strangers run --against noise")
     assert "known: 60 test images of strokes" in out
 

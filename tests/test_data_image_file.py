@@ -73,6 +73,9 @@ def test_colours_that_8_bits_would_flatten_are_refused() -> None:
         return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", head) + chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b"")
 
     assert read_image(deep(65535)).pixels.max() == 255
+    assert read_image(deep(65535)).notes == ()
+    noted = ("16-bit colours no lighter than 63 of 255: scale them up if they have fewer bits",)
+    assert read_image(deep(16383)).notes == noted
     with pytest.raises(InputError, match=r"^image must be a readable image; got: colours that use the lowest of"):
         read_image(deep(1023))
 

@@ -456,3 +456,9 @@ def test_one_depth_holds_for_the_whole_folder(tmp_path: Path) -> None:
     assert data.preprocessing.bits == 12
     shades = torch.cat([data.train.images, data.test.images])[:, 0, 0, 0]
     assert sorted(shades.tolist()) == [round(255 * most / 4095) for most in (400, 500, 900, 3000)]
+
+
+def test_a_class_under_two_names_is_told(pets: Path) -> None:
+    (pets / "wolf").symlink_to(pets / "dog")
+    with pytest.raises(InputError, match=r"wolf must be a folder of its own; got another name of dog/"):
+        folder(pets)

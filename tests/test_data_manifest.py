@@ -103,7 +103,7 @@ def test_a_folder_that_moved_is_the_same(trained: Manifest, own: Path, capsys: p
     own.rename(own.with_name("moved"))
     after, told = evaluated(capsys, "--data", "moved")
     assert after == {**before, "data": "moved"}
-    assert "used in training" not in told
+    assert "were used" not in told
     train.resume("run", epochs=2, data="moved")
     assert runs.Run("run").config().data == "moved"
 
@@ -159,8 +159,8 @@ def test_a_test_folder_is_scored_whole(trained: Manifest, own: Path, capsys: pyt
     assert "other: no image of c" in told
     assert "other: left out, classes that the network does not know: zebra (2)" in told
     same = ("a/0.png", "a/1.png", "a/2.png")
-    used = sum(line.split in ("train", "validation") for line in trained.lines if line.path in same)
-    assert (f"{used} of 3 images were used in training" in told) == bool(used)
+    used = sum(line.split == "train" for line in trained.lines if line.path in same)
+    assert (f"{used} of 3 images were used to train" in told) == bool(used)
 
 
 def test_a_test_folder_with_splits_gives_the_one_that_is_asked_for(
@@ -172,6 +172,25 @@ def test_a_test_folder_with_splits_gives_the_one_that_is_asked_for(
             (own.with_name("other") / split / name / "0.png").unlink() if k else None
     assert evaluated(capsys, "--data", "other")[0]["total"] == 58
     assert evaluated(capsys, "--data", "other", "--split", "train")[0]["total"] == 60
+
+
+def test_a_network_of_digits_does_not_take_ten_other_classes_for_its_own(
+    own: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name in "abcdefghij":
+        (own.with_name("ten") / name).mkdir(parents=True)
+        shutil.copy(own / "a" / "0.png", own.with_name("ten") / name)
+    assert cli.main(["evaluate", "capsnet-mnist", "--data", "ten"]) == 2
+    assert "ten must hold images of the classes 0, 1, 2" in capsys.readouterr().err
+
+
+def test_the_runs_own_folder_by_name_is_the_runs_own(
+    trained: Manifest, own: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (own / next(line.path for line in trained.lines if line.split == "train")).unlink()
+    found, told = evaluated(capsys, "--data", str(own))
+    assert found["total"] == 15
+    assert "not as it was trained on: 1 missing" in told
 
 
 def test_a_folder_without_a_known_class_is_refused(trained: Manifest, own: Path) -> None:
@@ -322,7 +341,7 @@ def test_a_run_in_memory_does_not_go_on_with_other_images(photos: Path, workplac
 
 
 def test_a_manifest_is_read_as_it_was_written(tmp_path: Path) -> None:
-    names = ("plain", 'quoted "x", y', "line\nbreak", "\udcff\udcfe", "Ü\u202e", "")
+    names = ("plain", 'quoted "x", y', "line\nbreak", "return\r", "both\r\n", "\udcff\udcfe", "Ü\u202e", "")
     one = Manifest(tuple(Line("train", name, f"{name}/1.png", "ab" * 16) for name in names))
     (tmp_path / "manifest.csv").write_bytes(one.to_bytes())
     assert Manifest.read(tmp_path / "manifest.csv") == one

@@ -107,6 +107,28 @@ def predicted(capsys: pytest.CaptureFixture[str], *arguments: str) -> list[dict[
     return list(csv.DictReader(io.StringIO(capsys.readouterr().out)))
 
 
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"image_size": 28},
+        {"image_size": 80, "crop": 64},  # the files are 64 x 64
+        {"image_size": 32, "crop": 24, "channels": 3},
+        {"image_size": "20x30", "framing": "digits"},
+        {"image_size": 64, "framing": "digits", "crop": 28},
+    ],
+    ids=str,
+)
+def test_a_file_of_a_folder_becomes_what_its_training_image_is(options: dict[str, Any], workplace: Path) -> None:
+    config = Config(data=str(discs(workplace / "discs", "shades")), validation=10, **options)
+    dataset = train.prepare_data(config)
+    read = train.reading_of(train.build(replace(config, **SIZES), dataset), dataset, config)
+    for name in ("train", "validation", "test"):
+        split, files = dataset.shown(name), [file for file in dataset.files if file.split == name]
+        assert split is not None
+        for k in range(0, len(files), 7):
+            assert torch.equal(read(workplace / "discs" / files[k].path).image, split.images[k])
+
+
 @pytest.mark.parametrize("kind", ["sizes", "shades"])
 def test_predict_and_evaluate_agree_to_the_image(
     kind: str, workplace: Path, capsys: pytest.CaptureFixture[str], blank_figure: None
@@ -194,14 +216,15 @@ def test_a_card_of_today_tells_it(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("size", [(24, 24), (32, 32), (50, 41)])
-def test_an_image_of_the_networks_size_is_taken_whole_and_others_lose_their_edge(
+def test_every_image_loses_its_edge_but_one_that_is_what_the_network_is_to_see(
     size: tuple[int, int], tmp_path: Path
 ) -> None:
+    """The page of the demo sends what is drawn in the network's own size."""
     draw = torch.randint(256, (3, *size), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
     path, read = saved(draw, tmp_path / "x.png"), Preprocessing(32, 32, 3, crop=24)
-    image = read(path).image
     whole = Preprocessing(32, 32, 3)(path).image
-    assert torch.equal(image, draw if size == (24, 24) else whole[:, 4:28, 4:28])
+    assert torch.equal(read(path).image, whole[:, 4:28, 4:28])
+    assert torch.equal(read(path, seen=True).image, draw if size == (24, 24) else whole[:, 4:28, 4:28])
 
 
 BLANK = "blank: one colour all over"

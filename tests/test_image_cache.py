@@ -170,7 +170,7 @@ def test_what_a_killed_process_leaves_is_not_taken_for_whole(cache: Path) -> Non
 
 
 def test_a_waiting_process_takes_over_from_a_killed_one(cache: Path) -> None:
-    first = start(100, 0.05)
+    first = start(100, 1.0)  # far from done when the second one comes
     line_of(first, "decoded")
     second = start(100, 0)
     assert "waiting for another process" in line_of(second, "waiting")

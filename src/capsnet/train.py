@@ -265,7 +265,11 @@ def as_read(config: Config, dataset: Dataset) -> Config:
 def _read_so(given: Config, dataset: Dataset) -> str | None:
     """One line on how a folder's images are read where that was not chosen."""
     reading = dataset.preprocessing
-    if reading is None or not dataset.files or given.image_size is not None:
+    if reading is None or not dataset.files:
+        return None
+    if reading.framing == "digits":
+        return "digits cut out, scaled in proportion and centred (--framing off resizes whole images)"
+    if given.image_size is not None:
         return None
     sizes = {(file.header.height, file.header.width) for file in dataset.files}
     if sizes == {(reading.height, reading.width)}:

@@ -3,6 +3,7 @@
 import json
 import shlex
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from capsnet.cli.parsing import parse
@@ -12,6 +13,8 @@ from capsnet.errors import InputError
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+    from capsnet.data.preprocessing import Preprocessing
 
 __all__ = ["run"]
 
@@ -67,7 +70,8 @@ def run(arguments: list[str]) -> int:
         )
     place = subject.place("strangers", command.out, suffix="json", overwrite=command.overwrite) if command.out else None
     dataset = subject.dataset(command.data, command.data_dir)
-    strange = {name: _strangers(name, network.image_shape, command.data_dir) for name in command.against}
+    reading = subject.card.reading(network.image_shape)
+    strange = {name: _strangers(name, reading, command.data_dir) for name in command.against}
     known, threshold = predict_split(network, dataset.test).reconstruction_errors, subject.card.threshold
     assert known is not None
     rows: list[dict[str, Any]] = []
@@ -110,22 +114,38 @@ def run(arguments: list[str]) -> int:
     return 0
 
 
-def _strangers(name: str, shape: tuple[int, int, int], data_dir: str | None) -> "Tensor":
-    """Images of no known class, `uint8`, of the network's shape."""
+def _strangers(name: str, reading: "Preprocessing", data_dir: str | None) -> "Tensor":
+    """Images of no known class, `uint8`, as the network sees them."""
     import torch
 
     from capsnet.data import available, is_folder, load, load_split
 
-    channels, height, width = shape
+    channels, height, width = reading.image_shape
     if name == "noise":
         generator = torch.Generator().manual_seed(NOISE_SEED)
-        return torch.randint(0, 256, (NOISE_IMAGES, *shape), dtype=torch.uint8, generator=generator)
+        return torch.randint(0, 256, (NOISE_IMAGES, channels, height, width), dtype=torch.uint8, generator=generator)
     if name not in available() and not is_folder(name):
         raise InputError(f"--against must be noise, a folder, or among {', '.join(available())}; got {name!r}")
+    if is_folder(name):
+        return _of_files(Path(name).expanduser(), reading)
     size = f"{height}x{width}"
-    if name == "strokes" or is_folder(name):
+    if name == "strokes":
         return load(name, image_size=size, channels=channels).test.images
     return load_split(name, "test", data_dir=data_dir, image_size=size, channels=channels).images
+
+
+def _of_files(folder: Path, reading: "Preprocessing") -> "Tensor":
+    """All images in a folder and below, read as the network's own are."""
+    import torch
+
+    from capsnet.data.image_folder import image_files
+
+    files, notes = image_files(folder)
+    if not files:
+        raise InputError(f"--against must be a folder of images; got {folder}, which holds none")
+    for note in notes:
+        say(f"capsnet strangers: {folder}: {note}")
+    return torch.stack([reading(file).image for file in files])
 
 
 def _share(errors: "Tensor", limit: float) -> float:

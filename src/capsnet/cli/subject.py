@@ -146,7 +146,7 @@ class Subject:
             own = False
         if own:
             self._tell_differences(dataset, recorded)
-        unnamed = self.network.classes == tuple(str(k) for k in range(len(dataset.classes)))
+        unnamed = self._unnamed and len(self.network.classes) == len(dataset.classes)
         if dataset.classes != self.network.classes and not unnamed:
             raise InputError(
                 f"data set {dataset.name} must have the {len(self.network.classes)} classes of the network, "
@@ -154,6 +154,11 @@ class Subject:
             )
         self.network.check_images(dataset.test.images[:1].float())
         return dataset
+
+    @property
+    def _unnamed(self) -> bool:
+        """Whether its classes have numbers for want of names: of weights that do not say what they were trained on."""
+        return self._config is None and self.network.classes == tuple(map(str, range(len(self.network.classes))))
 
     def recorded(self) -> "Manifest | None":
         """Which images its run used; None where that is not known."""
@@ -178,6 +183,8 @@ class Subject:
         if recorded is None or not recorded.splits:
             return False
         root = Path(options.data).expanduser()
+        if root.resolve() == Path(self.trained().data).expanduser().resolve():
+            return True
         if not all((root / line.path).is_file() for line in recorded.lines):
             return False
         folder = scan(root, skip_unreadable=True, classes=recorded.classes)
@@ -201,10 +208,10 @@ class Subject:
         for note in (*folder.notes, *notes):
             say(f"capsnet: {folder.root}: {note}")
         if recorded is not None:
-            trained = {line.hash for line in recorded.lines if line.hash and line.split in ("train", "validation")}
-            seen = sum(file.hash in trained for file in folder.files)
-            if seen:
-                say(f"capsnet: {folder.root}: {seen:,} of {len(folder.files):,} images were used in training")
+            for split, use in (("train", "to train"), ("validation", "for validation")):
+                used = {line.hash for line in recorded.lines if line.split == split}
+                if seen := sum(file.hash in used for file in folder.files):
+                    say(f"capsnet: {folder.root}: {seen:,} of {len(folder.files):,} images were used {use}")
         every = splits.get("")  # of a folder that is not divided
         test = every or splits.get("test") or splits.get("validation") or splits["train"]
         dataset = Dataset(
@@ -220,11 +227,10 @@ class Subject:
         """A folder's images of the network's classes; of one that numbers them, of the folder's own, if as many."""
         from capsnet.data.image_folder import one_form, scan
 
-        count = len(self.network.classes)
-        if self.network.classes == tuple(str(k) for k in range(count)):
+        if self._unnamed:
             with suppress(InputError):
                 folder = scan(data, skip_unreadable=True)
-                if len(folder.classes) == count:
+                if len(folder.classes) == len(self.network.classes):
                     return folder
         return scan(data, skip_unreadable=True, classes=tuple(map(one_form, self.network.classes)))
 

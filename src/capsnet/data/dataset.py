@@ -223,7 +223,10 @@ class Dataset:
         if not 0 < count <= len(self.train):
             raise InputError(f"train_images must be 1 to the {len(self.train)} there are; got {count}")
         chosen = stratified(self.train.labels, count, seed=seed)
-        return replace(self, train=self.train.take(chosen.sort().values), files=())
+        train = self.train.take(chosen.sort().values)
+        without = len(self.classes) - int((train.labels.bincount() > 0).sum())
+        notes = (f"{without} of {len(self.classes)} classes have no training image",) if without else ()
+        return replace(self, train=train, files=(), notes=(*self.notes, *notes))
 
     def with_validation(self, count: int, *, seed: int, shares: bool = True) -> "Dataset":
         """Split `count` random images off the training split as validation, of each class its share.

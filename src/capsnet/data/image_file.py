@@ -229,9 +229,12 @@ def _plain(image: "Image.Image", bits: int | None, *, deep: bool) -> tuple["Imag
     if image.has_transparency_data:
         return _on_ground(image.convert("RGBA"))
     plain = image.convert("L" if image.mode in ("1", "L") else "RGB")
-    if deep and 0 < np.asarray(plain).max() < 16:
+    most = int(np.asarray(plain).max()) if deep else 255
+    if 0 < most < 16:
         raise ValueError("colours that use the lowest of their 16 bits only, which are lost in 8; scale them up first")
-    return plain, ()
+    return plain, (f"16-bit colours no lighter than {most} of 255: scale them up if they have fewer bits",) * (
+        most < 128
+    )
 
 
 def _is_deep(image: "Image.Image") -> bool:

@@ -315,7 +315,9 @@ def scan(
     if faults and not skip_unreadable:
         raise InputError(_told(root, faults))
     if not files:
-        raise InputError(f"{root} must hold images of the classes {_some(names)}; got none")
+        raise InputError(
+            _told(root, faults) if faults else f"{root} must hold images of the classes {_some(names)}; got none"
+        )
     tested: Literal["test", "validation"] = "validation" if given and "test" not in given else "test"
     folder = ImageFolder(root, names, tuple(files), tested, listing.notes(by_split, classes))
     return folder.without(faults)
@@ -396,8 +398,13 @@ class _Listing:
             if self.faults and not directories:
                 raise InputError(_told(self.root, self.faults))
             raise InputError(f"{directory} must hold a folder for each of at least 2 classes; got {len(directories)}")
-        classes = dict[str, list[Path]]()
+        classes, visited = dict[str, list[Path]](), dict[tuple[int, int], Path]()
         for one in directories:
+            state = one.stat()
+            other = visited.setdefault((state.st_dev, state.st_ino), one)
+            if other != one:
+                self.faults[self._name(one) + "/"] = f"must be a folder of its own; got another name of {other.name}/"
+                continue
             name, (inner, files) = one_form(one.name), self.entries(one)
             if name in classes:
                 raise InputError(f"{directory} must hold one folder for each class; got two called {name}")

@@ -88,7 +88,7 @@ class Manifest(NamedTuple):
     def to_bytes(self) -> bytes:
         """The content of the file; names that are no UTF-8 stay as they are."""
         text = io.StringIO()
-        writer = csv.writer(text, lineterminator="\n")
+        writer = csv.writer(text, lineterminator="\n", quoting=csv.QUOTE_ALL)
         writer.writerow(("split", "class", "path", "hash"))
         writer.writerows(self.lines)
         return text.getvalue().encode("utf-8", "surrogateescape")
@@ -103,7 +103,7 @@ class Manifest(NamedTuple):
         if not path.is_file():
             return None
         try:
-            rows = list(csv.reader(io.StringIO(path.read_bytes().decode("utf-8", "surrogateescape"))))
+            rows = list(csv.reader(io.StringIO(path.read_bytes().decode("utf-8", "surrogateescape"), newline="")))
         except (OSError, csv.Error) as error:
             raise InputError(f"{path} must be a manifest that capsnet wrote; got: {error}") from None
         if not rows or rows[0] != ["split", "class", "path", "hash"] or any(len(row) != 4 for row in rows):

@@ -87,7 +87,9 @@ class Preprocessing:
             return self
         return replace(self, framing=framing, frame=MNIST_FRAME if framing == "digits" else None)
 
-    def __call__(self, source: Path | bytes, *, invert: Invert = "auto", name: str | None = None) -> Prepared:
+    def __call__(
+        self, source: Path | bytes, *, invert: Invert = "auto", name: str | None = None, seen: bool = False
+    ) -> Prepared:
         """Read an image file and make it what the network sees.
 
         Args:
@@ -95,6 +97,7 @@ class Preprocessing:
             invert: swap dark and light; `auto` only with framing "digits", where the ink is on the opposite of the
                 frame's ground.
             name: what errors call the image; default the path.
+            seen: whether an image of the size after `crop` is what the network is to see, and not to be cut again.
 
         Raises:
             InputError: not a readable image, or two channels, which no image file has.
@@ -103,22 +106,23 @@ class Preprocessing:
             raise InputError(f"network must take images of 1 or 3 channels to read files; it takes {self.channels}")
         if invert not in ("auto", "yes", "no"):
             raise InputError(f"invert must be auto, yes or no; got {invert!r}")
-        kind, (_, *seen) = 1 if self.channels == 1 else None, self.image_shape
+        kind, size = 1 if self.channels == 1 else None, (self.height, self.width)
         options: dict[str, Any] = {"channels": kind, "bits": self.bits, "name": name}
-        size = self.height, self.width
+        keep = (self.crop, self.crop) if seen and self.crop else None
         if self.frame is None:
-            pixels, notes = read_image(source, size=size, keep=tuple(seen), **options)
+            pixels, notes = read_image(source, size=size, keep=keep, **options)
         else:
             pixels, notes = read_image(source, least=max(SIDE, *(2 * side for side in size)), **options)
-        fits = pixels.shape[:2] in (size, tuple(seen))
+        fits = pixels.shape[:2] in (size, keep)
         if self.frame is not None and not fits:
             found = frame_digit(pixels, (self.channels, *size), self.frame, invert=invert)
             notes = (*notes, "no ink") if found.empty else notes
             return Prepared(self._cropped(found.image), found.inverted, framed=True, notes=notes)
-        image = self._cropped(channels_first(pixels, self.channels))
+        whole = channels_first(pixels, self.channels)
+        swap = invert == "yes" or (invert == "auto" and self.frame is not None and is_opposite(whole, self.frame))
+        image = self._cropped(whole)
         blank = bool((image == image[:, :1, :1]).all())
         notes = (*notes, "blank: one colour all over") if blank else notes
-        swap = invert == "yes" or (invert == "auto" and self.frame is not None and is_opposite(image, self.frame))
         return Prepared(255 - image if swap else image, swap, notes=notes)
 
     def _cropped(self, image: Tensor) -> Tensor:

@@ -80,7 +80,7 @@ class Viewer:
             InputError: not an image that can be read, or a giant one.
         """
         _check_size(file)
-        prepared = self.reading(file, invert=invert, name="image")
+        prepared = self.reading(file, invert=invert, name="image", seen=True)
         images = to_float(prepared.image)[None]
         output = self.network(images, None if index is None else torch.tensor([index]))
         winner = int(output.scores[0].argmax())
