@@ -41,7 +41,7 @@ class _Evaluate:
     shifts: Annotated[int, Range(0, 1_000)] = 0
     """Also with the mean over all shifts of an image by up to this many pixels along both axes."""
     data: str | None = None
-    """Another data set or folder with as many classes, read as the run's own was; images must be of the same shape."""
+    """Another data set of the same image shape, or a folder of images of any size, read as the run's own were."""
     data_dir: str | None = None
     """Where downloaded files are."""
     split: Literal["test", "validation", "train"] = "test"

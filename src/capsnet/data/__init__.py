@@ -181,7 +181,8 @@ _DESCRIPTIONS = (
 )
 
 _MADE_OF = {"multimnist": "mnist", "expanded-mnist": "mnist", "affnist": "mnist", "affnist-generated": "mnist"}
-_PLACED = ("expanded-mnist", "affnist", "affnist-generated")
+PLACED = ("expanded-mnist", "affnist", "affnist-generated")
+"""Sets of digits at random places on a larger ground."""
 _PLACED_TEST_SEED = 0
 _AFFNIST = Source(name="affnist", files={affnist.FILE: None}, mirrors=())  # no checksum is known of what is in the zip
 _READERS = {"svhn": svhn.read, "smallnorb": smallnorb.read}
@@ -329,27 +330,42 @@ def load(
         return folder.read(folder.preprocessing(size=size_of(image_size), channels=channels), channels=channels)
     _check_name(name)
     _check_channels(str(name), channels)
+    height, width = sides(str(name), image_size, channels)
     if name == "strokes":
         from capsnet.data.strokes import strokes
 
-        height, width = size_of(image_size) or describe("strokes").image_shape[1:]
-        if height != width:
-            raise InputError(f"image_size of strokes must be one side, as they are square; got {image_size}")
         drawn = strokes(image_size=height, seed=seed)
         own = None if drawn.validation is None else _fit(drawn.validation, None, channels)
         train, test = (_fit(split, None, channels) for split in (drawn.train, drawn.test))
         return Dataset("strokes", drawn.classes, train, test, own)
     if name == "multimnist":
-        about = describe("multimnist")
-        if (channels or 1, *(size_of(image_size) or about.image_shape[1:])) != about.image_shape:
-            raise InputError(f"image_size and channels of multimnist must be 36 and 1; got {image_size} and {channels}")
-        return multimnist(about.name, about.classes, *_read("mnist", _SPLITS, data_dir))
-    if name in _PLACED:
-        shift = round(affnist.MARGIN * min(size_of(image_size) or (affnist.SIZE,)) / affnist.SIZE)
+        return multimnist("multimnist", describe("multimnist").classes, *_read("mnist", _SPLITS, data_dir))
+    if name in PLACED:
+        shift = placed_shift(height, width)
         train, test = (_fit(split, image_size, channels) for split in _read_placed(str(name), _SPLITS, data_dir))
         return Dataset(str(name), describe(str(name)).classes, train, test, shift=shift, placed=True)
     train, test = (_fit(split, image_size, channels) for split in _read(str(name), _SPLITS, data_dir))
     return Dataset(str(name), describe(str(name)).classes, train, test)
+
+
+def sides(name: str, image_size: int | str | None, channels: int | None) -> tuple[int, int]:
+    """Height and width of a published set's images at `image_size`.
+
+    Raises:
+        InputError: strokes that are not square, or MultiMNIST of another size or in colour.
+    """
+    shape = next(one.image_shape for one in _DESCRIPTIONS if one.name == name)
+    height, width = size_of(image_size) or shape[1:]
+    if name == "strokes" and height != width:
+        raise InputError(f"image_size of strokes must be one side, as they are square; got {image_size}")
+    if name == "multimnist" and (channels or 1, height, width) != shape:
+        raise InputError(f"image_size and channels of multimnist must be 36 and 1; got {image_size} and {channels}")
+    return height, width
+
+
+def placed_shift(height: int, width: int) -> int:
+    """How far a training moves digits of `PLACED` on so many pixels."""
+    return round(affnist.MARGIN * min(height, width) / affnist.SIZE)
 
 
 def load_split(
@@ -377,7 +393,7 @@ def load_split(
     _check_channels(name, channels)
     if split not in _SPLITS or name in ("strokes", "multimnist"):
         raise InputError(f"split must be train or test of a published data set; got {split} of {name}")
-    (wanted,) = (_read_placed if name in _PLACED else _read)(name, (split,), data_dir)
+    (wanted,) = (_read_placed if name in PLACED else _read)(name, (split,), data_dir)
     return _fit(wanted, image_size, channels)
 
 

@@ -6,18 +6,14 @@ import torch
 from torch import Tensor
 
 from capsnet.config import size_of
-from capsnet.data import affnist, available, describe, image_cache, load
+from capsnet.data import PLACED, available, describe, image_cache, load, placed_shift, sides
 from capsnet.data.dataset import Dataset, Split, check_memory
 from capsnet.data.image_folder import ImageFolder
 from capsnet.data.multimnist import SHIFT
 from capsnet.data.preprocessing import Preprocessing
-from capsnet.data.strokes import strokes
-from capsnet.errors import InputError
+from capsnet.data.strokes import VALIDATION, strokes
 
 __all__ = ["is_outline", "nbytes", "of_folder", "of_registered"]
-
-STROKES_VALIDATION = 1_000
-"""Images that strokes bring for validation."""
 
 
 def of_registered(
@@ -36,29 +32,24 @@ def of_registered(
         InputError: as `data.load`.
     """
     about = describe(name, data_dir=data_dir) if name in available() else None
-    height, width = size_of(image_size) or (about.image_shape[1:] if about else (0, 0))
     odd = about and about.image_shape[0] == 2 and channels is not None
     if about is None or about.missing or odd or (image_size is not None and size_of(image_size) is None):
         return load(name, data_dir=data_dir, image_size=image_size, channels=channels, seed=seed)
+    height, width = sides(name, image_size, channels)
     shape = (channels or about.image_shape[0], height, width)
     held_out = None
     if name == "strokes":
-        if height != width:
-            raise InputError(f"image_size of strokes must be one side, as they are square; got {image_size}")
         strokes(train=1, validation=0, test=1, image_size=min(height, 28), seed=seed)  # refuses what they cannot be
-        held_out = _split(STROKES_VALIDATION, shape, len(about.classes))
+        held_out = _split(VALIDATION, shape, len(about.classes))
     if name == "multimnist":
-        if shape != about.image_shape:
-            raise InputError(f"image_size and channels of multimnist must be 36 and 1; got {image_size} and {channels}")
         first = _labels(about.test, len(about.classes))
         both = torch.stack([first, (first + 1) % len(about.classes)], dim=1)
         test = Split(_images(about.test, shape), both, objects=_images(about.test, (2, *shape)))
         return Dataset(name, about.classes, _split(about.train, shape, 10), test, shift=SHIFT, objects=2)
     train, test = (_split(count, shape, len(about.classes)) for count in (about.train, about.test))
     check_memory(sum(len(split) for split in (train, test, held_out) if split), shape)
-    if name in ("affnist", "affnist-generated", "expanded-mnist"):
-        shift = round(affnist.MARGIN * min(height, width) / affnist.SIZE)
-        return Dataset(name, about.classes, train, test, shift=shift, placed=True)
+    if name in PLACED:
+        return Dataset(name, about.classes, train, test, shift=placed_shift(height, width), placed=True)
     return Dataset(name, about.classes, train, test, held_out)
 
 

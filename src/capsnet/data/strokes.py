@@ -70,6 +70,8 @@ FACTORS: dict[str, tuple[float, float]] = {
     "x_pixels": (-2.5, 2.5),
     "y_pixels": (-2.5, 2.5),
 }
+VALIDATION = 1_000
+"""Images of the split for validation."""
 _LARGEST_SEED = 2**62 - 1  # PyTorch takes seeds below 2**64, and three are made of one
 _NATIVE_SIZE = 28
 _DIGIT_HEIGHT = 20 / 28  # of the image at scale 1, as in MNIST
@@ -92,7 +94,7 @@ class _Curves(NamedTuple):
 
 
 def strokes(
-    *, image_size: int = 28, train: int = 10_000, validation: int = 1_000, test: int = 2_000, seed: int = 0
+    *, image_size: int = 28, train: int = 10_000, validation: int = VALIDATION, test: int = 2_000, seed: int = 0
 ) -> Dataset:
     """Draw the data set: white ink on black, "0" to "9" equally often, pose factors uniform in their ranges.
 
