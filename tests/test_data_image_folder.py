@@ -1,6 +1,8 @@
 import io
 import re
 import struct
+import subprocess
+import sys
 import warnings
 import zlib
 from pathlib import Path
@@ -13,9 +15,10 @@ from PIL import Image
 
 from capsnet import train
 from capsnet.config import Config
-from capsnet.data import Dataset, image_file, load
+from capsnet.data import Dataset, image_cache, image_file, load
 from capsnet.data.image_folder import image_files, scan
 from capsnet.errors import InputError
+from tiny import same_weights, tiny
 
 RED, BLUE = (200, 10, 30), (10, 20, 190)
 
@@ -462,3 +465,38 @@ def test_a_class_under_two_names_is_told(pets: Path) -> None:
     (pets / "wolf").symlink_to(pets / "dog")
     with pytest.raises(InputError, match=r"wolf must be a folder of its own; got another name of dog/"):
         folder(pets)
+
+
+def test_a_training_on_mapped_images_ends_as_one_in_memory(
+    photos: Path,
+    workplace: Path,
+    blank_figure: None,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    train.fit(tiny(photos, out="memory", epochs=1))
+    monkeypatch.setattr(image_cache, "IN_MEMORY", 0)
+    train.fit(tiny(photos, out="mapped", epochs=1, report=False))
+    assert same_weights("memory", "mapped")
+    assert len(image_cache.entries()) == 1
+    assert str(image_cache.entries()[0].path) in capsys.readouterr().err
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="reads the peak of the memory in /proc")
+def test_a_report_of_1000_classes_takes_less_than_a_gigabyte_more(workplace: Path) -> None:
+    for k in range(1000):
+        for number in range(3):
+            save(workplace / "many" / str(k) / f"{number}.png", Image.new("L", (12, 12), (7 * k + number) % 256))
+    sizes = "--conv-channels 8 --conv-kernel 5 --primary-kernel 5 --capsule-types 2 --decoder-sizes 16"
+    sizes += " --threads 1 --epochs 1 --validation 0"
+    program = (
+        "import sys; from capsnet.cli import main; code = main(sys.argv[1:]); "
+        "print([line for line in open('/proc/self/status') if line.startswith('VmHWM')][0].split()[1]); sys.exit(code)"
+    )
+    peaks = []
+    for words in ("--no-report --out plain", "--out reported"):
+        command = [sys.executable, "-c", program, "train", "--data", "many", *sizes.split(), *words.split()]
+        done = subprocess.run(command, capture_output=True, text=True, check=True)
+        peaks.append(int(done.stdout.split()[-1]))
+    assert peaks[1] - peaks[0] < 2**20  # kibibytes

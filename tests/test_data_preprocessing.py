@@ -266,3 +266,27 @@ def test_predict_says_that_a_sheet_is_empty(tmp_path: Path, capsys: pytest.Captu
 def test_values_that_do_not_exist_are_refused(values: tuple[Any, ...], message: str) -> None:
     with pytest.raises(InputError, match=f"^{message}$"):
         Preprocessing(*values)
+
+
+def test_photographs_are_trained_evaluated_and_predicted(
+    workplace: Path, capsys: pytest.CaptureFixture[str], blank_figure: None
+) -> None:
+    """2,000 x 3,000 pixels, JPEG, half of them stored turned as EXIF says, names with spaces: sky above, or below."""
+    for name, upper, lower in (("sky above", 220, 60), ("sky below", 60, 220)):
+        (workplace / "my photos" / name).mkdir(parents=True)
+        for number in range(8):
+            photo = Image.new("RGB", (3000, 2000), (lower, 90, 80))
+            photo.paste((upper, 160, 200), (0, 0, 3000, 900 + 20 * number))
+            exif = Image.Exif()
+            if number % 2:
+                photo, exif[0x0112] = photo.transpose(Image.Transpose.ROTATE_90), 6
+            photo.save(workplace / "my photos" / name / f"IMG {number} copy.JPG", exif=exif)
+    words = ("--conv-channels", "16", "--capsule-types", "2", "--decoder-sizes", "32", "--threads", "1")
+    assert cli.main(["train", "--data", "my photos", "--shift", "0", "--out", "my run", *words]) == 0
+    assert "validation" not in capsys.readouterr().out.splitlines()[0]
+    assert runs.Run("my run").config().image_size == 32
+    assert cli.main(["evaluate", "my run", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["wrong"] == 0
+    rows = predicted(capsys, "my run", "my photos")
+    assert [Path(row["file"]).parent.name for row in rows] == [row["class"] for row in rows]
+    assert len(rows) == 16
