@@ -807,7 +807,7 @@ def test_some_training_images_leave_the_others_where_they_are(photos: Path) -> N
     every = {image.numpy().tobytes() for image in whole.train.images}
     assert {image.numpy().tobytes() for image in few.train.images} < every
     assert result.epochs == 1
-    with pytest.raises(InputError, match=r"^train_images must be 1 to the 68 there are; got 69$"):
+    with pytest.raises(InputError, match=r"^train_images must be 3, one of each class, to the 68 there are; got 69$"):
         fit(tiny(photos, train_images=69))
 
 
