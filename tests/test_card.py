@@ -7,8 +7,9 @@ import pytest
 
 from capsnet.analysis.strangers import Threshold
 from capsnet.card import Card, command_of
-from capsnet.cli.parsing import parse, start
-from capsnet.cli.train import _Train
+from capsnet.cli import CAPSNET
+from capsnet.cli.parsing import parse
+from capsnet.cli.train import Train
 from capsnet.config import Config, preset
 from capsnet.data.photo import Frame
 from capsnet.data.preprocessing import Preprocessing
@@ -85,5 +86,6 @@ def test_a_damaged_card_says_what_is_wrong(tmp_path: Path, text: str, message: s
 def test_the_command_makes_the_same_configuration(config: Config) -> None:
     words = shlex.split(command_of(replace(config, out="somewhere", tensorboard=True)))
     assert words[:2] == ["capsnet", "train"]
-    base, _ = start(words[2:], "--preset")
-    assert parse(_Train, words[2:], prog="capsnet train", default=_Train(base)).run == config
+    command = parse(CAPSNET, words[1:], prog="capsnet")
+    assert isinstance(command, Train)
+    assert Config(**vars(command.options)) == config

@@ -1,4 +1,4 @@
-"""`capsnet compare`, and `capsnet evaluate` of several runs, on networks whose answers are known beforehand."""
+"""`capsnet evaluate` of several networks, and of some against others, whose answers are known beforehand."""
 
 import json
 import math
@@ -157,16 +157,16 @@ def test_several_runs_with_shifts(capsys: Capture) -> None:
 def test_compare_one_run_with_one(capsys: Capture) -> None:
     constant("one", 1.0, 0.0, 0.0, seed=3)
     constant("two", 0.0, 0.0, 1.0, seed=3)  # c
-    assert told(capsys, "compare one --against two").splitlines() == [
+    assert told(capsys, "evaluate one --against two").splitlines() == [
         "images test, 12 images",
-        "runs:",
+        "networks:",
         f"  one (seed 3): {error(7)}",
         "against:",
         f"  two (seed 3): {error(9)}",
-        "over the images, for there is one run a side",
+        "over the images: each side is one network",
         "exact McNemar test: 3 images mistaken only by one, 5 only by two, p = 0.73",
     ]
-    numbers = json.loads(told(capsys, "compare one --against two --json"))
+    numbers = json.loads(told(capsys, "evaluate one --against two --json"))
     assert numbers["test"] == mcnemar(set(range(3)), set(range(3, 8))).to_dict()
     assert numbers["runs"]["members"][0]["run"] == "one"
     assert numbers["against"]["members"][0]["wrong"] == 9
@@ -175,7 +175,7 @@ def test_compare_one_run_with_one(capsys: Capture) -> None:
 def test_compare_takes_so_many_images_at_a_time(capsys: Capture, helpful: list[tuple[int, int]]) -> None:
     constant("one", 1.0, 0.0, 0.0)
     constant("two", 0.0, 1.0, 0.0)
-    told(capsys, "compare one --against two --batch-size 5")
+    told(capsys, "evaluate one --against two --batch-size 5")
     assert helpful == [(0, 5), (0, 5)]
 
 
@@ -187,15 +187,15 @@ def test_compare_runs_with_the_same_seeds(capsys: Capture) -> None:
     for name, seed, sure in (("s", 2, (1, 0, 0)), ("t", 0, (0, 1, 0)), ("u", 1, (0, 0, 1))):
         constant(name, *map(float, sure), seed=seed)
     expected = paired_t([a, b, c], [b, c, a])
-    lines = told(capsys, "compare p q r --against s t u").splitlines()
-    assert lines[-2:] == ["paired by seed, for both sides have the seeds 0, 1, 2", expected.summary()]
+    lines = told(capsys, "evaluate p q r --against s t u").splitlines()
+    assert lines[-2:] == ["paired by seed: both sides have the seeds 0, 1, 2", expected.summary()]
     assert lines[2:6] == [
         f"  p (seed 0): {error(7)}",
         f"  q (seed 1): {error(8)}",
         f"  r (seed 2): {error(9)}",
         "  mean 66.667 %, standard deviation 8.333 over 3 runs",
     ]
-    numbers = json.loads(told(capsys, "compare r p q --against s t u --json"))
+    numbers = json.loads(told(capsys, "evaluate r p q --against s t u --json"))
     assert numbers["test"] == pytest.approx(expected.to_dict() | {"interval": pytest.approx(expected.interval)})
     assert numbers["reason"] == lines[-2]
     assert numbers["runs"]["summary"]["mean"] == pytest.approx(800 / 12)
@@ -205,16 +205,16 @@ def test_compare_runs_with_the_same_seeds(capsys: Capture) -> None:
 @pytest.mark.parametrize(
     ("seeds", "reason"),
     [
-        ((0, 1, 0, 2), "not paired, for the seeds differ: 0, 1 against 0, 2"),
-        ((0, 1, 3, 3), "not paired, for seed 3 occurs 2 times on one side"),
-        ((0, 1, 1, None), "not paired, for the seed of s is not known"),
+        ((0, 1, 0, 2), "not paired, because the seeds differ: 0, 1 against 0, 2"),
+        ((0, 1, 3, 3), "not paired, because seed 3 occurs 2 times on one side"),
+        ((0, 1, 1, None), "not paired, because the seed of s is not known"),
     ],
 )
 def test_compare_runs_that_cannot_be_paired(capsys: Capture, seeds: tuple[int | None, ...], reason: str) -> None:
     for name, seed, sure in zip("pqrs", seeds, ((1, 0, 0), (0, 1, 0), (0, 0, 1), (0, 1, 0)), strict=True):
         constant(name, *map(float, sure), seed=seed)
     expected = welch_t([7 / 0.12, 8 / 0.12], [9 / 0.12, 8 / 0.12])
-    assert told(capsys, "compare p q --against r s").splitlines()[-2:] == [reason, expected.summary()]
+    assert told(capsys, "evaluate p q --against r s").splitlines()[-2:] == [reason, expected.summary()]
 
 
 @pytest.mark.usefixtures("place")
@@ -222,7 +222,7 @@ def test_other_data_and_other_splits(capsys: Capture) -> None:
     constant("one", 1.0, 0.0, 0.0, seed=None)
     constant("two", 0.0, 1.0, 0.0, validation=6)
     photos(Path("others"), count=12)  # all of which are scored
-    numbers = json.loads(told(capsys, "compare one --against two --data others --json"))
+    numbers = json.loads(told(capsys, "evaluate one --against two --data others --json"))
     assert (numbers["data"], numbers["test"]["b"], numbers["test"]["c"]) == ("others", 12, 12)
     assert numbers["runs"]["members"][0]["seed"] is None
     numbers = json.loads(told(capsys, "evaluate two --split validation --shifts 1 --json"))
@@ -232,28 +232,33 @@ def test_other_data_and_other_splits(capsys: Capture) -> None:
 @pytest.mark.parametrize(
     ("line", "message"),
     [
-        ("evaluate one two one/", "RUN must be named once; got one and one/"),
-        ("compare one --against images/../one", "RUN must be named once; got one and images/../one"),
+        ("evaluate one two one/", "MODEL must be named once; got one and one/"),
+        ("evaluate one --against images/../one", "MODEL must be named once; got one and images/../one"),
         ("evaluate one four", "four must know 3 classes as one; got 4"),
-        ("compare one --against capsnet-mnist", "capsnet-mnist must take images (3, 12, 13) as one; got (1, 28, 28)"),
-        ("evaluate one two --precision bf16", "--precision must be 32 for several runs and for --shifts; got bf16"),
-        ("evaluate one --shifts 1 --precision bf16", "--precision must be 32 for several runs and for --shifts"),
+        ("evaluate one --against capsnet-mnist", "capsnet-mnist must take images (3, 12, 13) as one; got (1, 28, 28)"),
+        ("evaluate one two --precision bf16", "--precision must be 32 for several networks and for --shifts; got bf16"),
+        ("evaluate one --shifts 1 --precision bf16", "--precision must be 32 for several networks and for --shifts"),
         ("evaluate one --shifts 12", "shifts must be 0 to 11 pixels for these images; got 12"),
         ("evaluate one --shifts -1", "--shifts must be at least 0; got -1"),
         ("evaluate one two --batch-size 0", "--batch-size must be at least 1; got 0"),
         ("evaluate one three --split validation", "where one and three held out other images; got validation"),
-        ("compare one --against three --split validation", "where one and three held out other images; got validation"),
+        (
+            "evaluate one --against three --split validation",
+            "where one and three held out other images; got validation",
+        ),
         ("evaluate two one nowhere", "model folder nowhere must hold config.json; there is none"),
         ("evaluate pair", "images of images test must show 2 of pair's classes each; got 1"),
         ("evaluate pair --shifts 1", "images of images test must show 2 of pair's classes each; got 1"),
-        ("compare", "RUN must be given; got none"),
-        ("compare one", "--against must be at least one run; got none"),
+        ("evaluate", "MODEL must be given; got none"),
         (
-            "compare one two --against three",
-            "at least two for several, for one alone does not tell its spread; got 1 for 2",
+            "evaluate one two --against three",
+            "at least two for several, because the variance of one is not known; got 1 for 2",
         ),
-        ("compare one --against two three", "--against must be one run for one RUN, and at least two for several"),
-        ("compare one --against two --batch-size 0", "--batch-size must be at least 1; got 0"),
+        (
+            "evaluate one --against two three",
+            "--against must be one network for one MODEL, and at least two",
+        ),
+        ("evaluate one --against two --batch-size 0", "--batch-size must be at least 1; got 0"),
     ],
 )
 @pytest.mark.usefixtures("place")

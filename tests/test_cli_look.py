@@ -14,7 +14,7 @@ from PIL import Image
 
 from capsnet import report, runs
 from capsnet.analysis.strangers import auroc, reconstruction_errors
-from capsnet.cli import main
+from capsnet.cli import CAPSNET, main
 from capsnet.data.strokes import strokes
 from capsnet.train import fit
 from tiny import files, pairs, tiny
@@ -63,25 +63,27 @@ def kind(path: Path | str) -> str | None:
 
 
 def test_reconstruct(run: Path, capsys: Capture) -> None:
-    out = told(capsys, "reconstruct run --right 3 --wrong 2")
+    out = told(capsys, "plot reconstructions run --right 3 --wrong 2")
     assert out.endswith("figure: run/figures/reconstructions.png\n")
     with Image.open("run/figures/reconstructions.png") as picture:
-        assert picture.info["Description"] == "capsnet reconstruct run --right 3 --wrong 2"
-    numbers = json.loads(told(capsys, "reconstruct run --json --format svg --split train"))
+        assert picture.info["Description"] == "capsnet plot reconstructions run --right 3 --wrong 2"
+    numbers = json.loads(told(capsys, "plot reconstructions run --json --format svg --split train"))
     assert numbers["images"] == 300
     assert numbers["figure"].endswith("reconstructions.svg")
     assert numbers["reconstruction_error_right"] > 0
 
 
 def test_perturb(run: Path, capsys: Capture) -> None:
-    numbers = json.loads(told(capsys, "perturb run --image images/0.png images/1.png --classes 3 8 --span 0.5 --json"))
+    numbers = json.loads(
+        told(capsys, "plot perturbations run --image images/0.png images/1.png --classes 3 8 --span 0.5 --json")
+    )
     assert numbers["classes"] == ["3", "8", "3", "8"]
     assert numbers["deltas"][0] == -0.5
     change = torch.tensor(numbers["change"])
     assert change.shape == (4, 4, 11)
     assert (change[:, :, 5] == 0).all()
     assert change[:, :, 0].max() > 0
-    told(capsys, "perturb run --image images/0.png --gif sweep.gif --out one.pdf --format pdf --steps 3")
+    told(capsys, "plot perturbations run --image images/0.png --gif sweep.gif --out one.pdf --format pdf --steps 3")
     assert kind("sweep.gif") == "GIF"
     assert Path("one.pdf").read_bytes()[:4] == b"%PDF"
 
@@ -96,51 +98,53 @@ def test_perturb_takes_right_images_of_the_classes(run: Path, capsys: Capture, m
         return found._replace(predictions=found.labels)
 
     monkeypatch.setattr(evaluation, "predict_split", all_right)
-    assert json.loads(told(capsys, "perturb run --classes 2 --images 2 --json"))["classes"] == ["2", "2"]
-    assert len(json.loads(told(capsys, "perturb run --classes all --json"))["classes"]) == 10
-    assert json.loads(told(capsys, "perturb run --json"))["classes"] == ["0"]
+    assert json.loads(told(capsys, "plot perturbations run --classes 2 --images 2 --json"))["classes"] == ["2", "2"]
+    assert len(json.loads(told(capsys, "plot perturbations run --classes all --json"))["classes"]) == 10
+    assert json.loads(told(capsys, "plot perturbations run --json"))["classes"] == ["0"]
 
 
 def test_perturb_draws_no_more_sheets_than_a_figure_holds(
     run: Path, capsys: Capture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("capsnet.cli.perturb.MOST_SHEETS", 9)
-    code, out, err = typed(capsys, "perturb run --classes all")
+    monkeypatch.setattr("capsnet.cli.plot.MOST_SHEETS", 9)
+    code, out, err = typed(capsys, "plot perturbations run --classes all")
     assert (code, out) == (2, "")
     assert err.endswith(": --images, --image and --classes must make at most 9 sheets; got 10\n")
 
 
 def test_couplings(run: Path, capsys: Capture) -> None:
-    numbers = json.loads(told(capsys, "couplings run --images 20 --show 2 --json"))
+    numbers = json.loads(told(capsys, "plot couplings run --images 20 --show 2 --json"))
     assert (numbers["data"], numbers["images"]) == ("strokes", 20)
     assert len(numbers["entropy_bits"]) == 3
     assert numbers["entropy_bits"][0] == pytest.approx(numbers["entropy_bits_of_uniform"], abs=1e-5)
     assert kind(numbers["figure"]) == "PNG"
-    out = told(capsys, "couplings run --image images/0.png")
+    out = told(capsys, "plot couplings run --image images/0.png")
     assert "images/0.png: mean of 1 images" in out
     assert len(out.splitlines()) == 6
 
 
 def test_factors(run: Path, capsys: Capture) -> None:
-    out = told(capsys, "factors run --against run")
+    out = told(capsys, "analyse pose run --against run")
     assert "slant degrees" in out
     assert "n = 60" in out
-    networks = json.loads(told(capsys, "factors run --json"))["networks"]
+    assert told(capsys, "plot pose run --against run") == f"{out}figure: run/figures/pose.png\n"
+    networks = json.loads(told(capsys, "analyse pose run --json --out pose.json"))["networks"]
+    assert json.loads(Path("pose.json").read_text(encoding="utf-8"))["networks"] == networks
     assert list(networks) == ["capsnet"]
     assert networks["capsnet"]["train_images"] == 300
 
 
 def test_figures(run: Path, capsys: Capture) -> None:
-    out = told(capsys, "figures run")
-    names = {"curves", "class-errors", "confusion", "gallery", "lengths", "reliability"}
-    assert {Path(line).stem for line in out.splitlines()} == names
-    assert all(kind(line) == "PNG" for line in out.splitlines())
-    numbers = json.loads(told(capsys, "figures run --only confusion --out c.svg --format svg --json"))
+    out = told(capsys, "plot all run")
+    paths = [Path(line.removeprefix("figure: ")) for line in out.splitlines()]
+    assert [path.stem for path in paths] == ["curves", "class-errors", "confusion", "gallery", "lengths", "reliability"]
+    assert all(kind(path) == "PNG" for path in paths)
+    numbers = json.loads(told(capsys, "plot confusion run --out c.svg --format svg --json"))
     assert numbers["figures"] == ["c.svg"]
     assert sum(map(sum, numbers["confusion"])) == numbers["images"] == 60
     (run / "metrics.csv").unlink()
-    assert typed(capsys, "figures run --only curves")[2] == (
-        "capsnet figures: error: curves must be of a run directory with metrics.csv; run has none\n"
+    assert typed(capsys, "plot curves run")[2] == (
+        "capsnet plot curves: error: curves must be of a run directory with metrics.csv; run has none\n"
     )
 
 
@@ -154,10 +158,10 @@ def test_report(run: Path, capsys: Capture) -> None:
 
 
 def test_strangers(run: Path, capsys: Capture) -> None:
-    record = json.loads(told(capsys, "strangers run --against noise --json --out record.json"))
+    record = json.loads(told(capsys, "analyse ood run --against noise --json --out record.json"))
     assert json.loads(Path("record.json").read_text(encoding="utf-8")) == record
-    (row,) = record["strangers"]
-    assert (row["strangers"], row["images"]) == ("noise", 10_000)
+    (row,) = record["ood"]
+    assert (row["data"], row["images"]) == ("noise", 10_000)
     network, few = runs.load("run"), strokes(train=300, validation=40, test=60)
     noise = torch.randint(0, 256, (10_000, 1, 28, 28), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
     strange, known = (reconstruction_errors(network, images / 255) for images in (noise, few.test.images))
@@ -169,10 +173,10 @@ def test_strangers(run: Path, capsys: Capture) -> None:
     (Path("odd") / "below").mkdir(parents=True)
     for name in ("a.png", "below/b.png"):
         Image.new("L", (40, 50), 90).save(Path("odd") / name)
-    (row,) = json.loads(told(capsys, "strangers run --against odd --json"))["strangers"]
-    assert (row["strangers"], row["images"]) == ("odd", 2)
-    out = told(capsys, "strangers run --against noise")
-    assert "known: 60 test images of strokes" in out
+    (row,) = json.loads(told(capsys, "analyse ood run --against odd --json"))["ood"]
+    assert (row["data"], row["images"]) == ("odd", 2)
+    out = told(capsys, "analyse ood run --against noise")
+    assert "in distribution: 60 test images of strokes" in out
 
 
 @pytest.mark.parametrize("form", ["", "--json", "--csv"])
@@ -212,26 +216,32 @@ def test_nothing_is_overwritten_unasked(run: Path, capsys: Capture) -> None:
     Path("seen").mkdir()
     Path("seen/0.png").write_text("mine", encoding="utf-8")
     for line in (
-        "couplings run --images 1 --out mine.png",
+        "plot couplings run --images 1 --out mine.png",
         "report run --out mine.png",
-        "perturb run --gif mine.png",
-        "strangers run --against noise --out mine.png",
+        "plot perturbations run --gif mine.png",
+        "analyse ood run --against noise --out mine.png",
         "predict run images --save-reconstructions seen",
     ):
         code, out, err = typed(capsys, line)
         assert (code, out) == (2, ""), line
         assert "--overwrite" in err
     assert Path("mine.png").read_text(encoding="utf-8") == Path("seen/0.png").read_text(encoding="utf-8") == "mine"
-    told(capsys, "couplings run --images 1 --out mine.png --overwrite")
+    told(capsys, "plot couplings run --images 1 --out mine.png --overwrite")
     assert kind("mine.png") == "PNG"
 
 
 def test_bad_input_is_told_before_the_work(run: Path, capsys: Capture, monkeypatch: pytest.MonkeyPatch) -> None:
     Path("mine.png").touch()
     monkeypatch.setattr("capsnet.analysis.factors.features", None)  # where it is called, a TypeError
-    assert typed(capsys, "factors run --against nowhere")[0] == 2
+    assert typed(capsys, "plot pose run --against nowhere")[0] == 2
     monkeypatch.setattr("capsnet.runs.load", None)
-    for line in ("reconstruct run", "perturb run", "couplings run", "factors run", "figures run --only lengths"):
+    for line in (
+        "plot reconstructions run",
+        "plot perturbations run",
+        "plot couplings run",
+        "plot pose run",
+        "plot lengths run",
+    ):
         code, _, err = typed(capsys, f"{line} --out mine.png")
         assert code == 2
         assert err.endswith("--out must be a new file, or be given with --overwrite; got mine.png\n")
@@ -240,19 +250,18 @@ def test_bad_input_is_told_before_the_work(run: Path, capsys: Capture, monkeypat
 @pytest.mark.parametrize(
     ("line", "message"),
     [
-        ("reconstruct run --right 0 --wrong 0", "--right and --wrong must not both be 0; got 0 and 0"),
-        ("perturb run --classes 11", "--classes must be all, or among 0, 1, 2"),
-        ("perturb run --image images/0.png --steps 4", "--steps must be odd and at least 3"),
-        ("perturb run --images 0", "--images must be at least 1; got 0"),
-        ("couplings run --image images/0.png --data strokes", "--data must not be given with --image"),
-        ("perturb run --image images/0.png --data strokes", "--data must not be given with --image"),
-        ("couplings run --show 0", "--show must be at least 1; got 0"),
-        ("couplings run --image nofile.png", "nofile.png must be a readable image"),
-        ("figures run --out a.png", "--out must be given for one figure, with --only; got all figures"),
-        ("figures run --only confuson", "--only"),
-        ("factors run --against nowhere", "model folder nowhere must hold config.json; there is none"),
-        ("strangers run --against nope", "--against must be noise, a folder, or among strokes, mnist"),
-        ("strangers run --against", "--against must be at least one data set"),
+        ("plot reconstructions run --right 0 --wrong 0", "--right and --wrong must not both be 0; got 0 and 0"),
+        ("plot perturbations run --classes 11", "--classes must be all, or among 0, 1, 2"),
+        ("plot perturbations run --image images/0.png --steps 4", "steps must be odd and at least 3"),
+        ("plot perturbations run --images 0", "--images must be at least 1; got 0"),
+        ("plot couplings run --image images/0.png --data strokes", "--data must not be given with --image"),
+        ("plot perturbations run --image images/0.png --data strokes", "--data must not be given with --image"),
+        ("plot couplings run --show 0", "--show must be at least 1; got 0"),
+        ("plot couplings run --image nofile.png", "nofile.png must be a readable image"),
+        ("plot all run --out a.png", "--out must be given for one figure; got 6 figures"),
+        ("plot pose run --against nowhere", "model folder nowhere must hold config.json; there is none"),
+        ("analyse ood run --against nope", "--against must be noise, a folder, or among strokes, mnist"),
+        ("analyse ood run --against", "--against must be at least one data set"),
         ("predict run", "FILES must be image files, folders or -; got none"),
         ("predict run nofile.png", "got nofile.png, which does not exist"),
         ("predict run run", "folder run must hold images"),
@@ -261,7 +270,6 @@ def test_bad_input_is_told_before_the_work(run: Path, capsys: Capture, monkeypat
         ("predict run - -", "- must be given once at most"),
         ("predict nowhere images", "model folder nowhere must hold config.json; there is none"),
         ("predict capsnet-minst images", "must hold config.json; there is none (did you mean capsnet-mnist?)"),
-        ("predict run images --invert maybe", "--invert must be one of auto, yes, no; got 'maybe'"),
     ],
 )
 def test_bad_input_is_one_line(run: Path, capsys: Capture, line: str, message: str) -> None:
@@ -278,20 +286,20 @@ def test_a_network_without_capsules_is_told(run: Path, capsys: Capture) -> None:
     from capsnet.models import create
 
     runs.save_pretrained(create("baseline"), "plain")
-    for verb in ("reconstruct", "perturb", "couplings", "strangers"):
+    for verb in ("plot reconstructions", "plot perturbations", "plot couplings", "analyse ood"):
         code, _, err = typed(capsys, f"{verb} plain")
         assert code == 2
         assert "model must have capsules; got baseline, which has none" in err
-    assert "slant degrees" not in typed(capsys, "factors plain")[1]
+    assert "slant degrees" not in typed(capsys, "plot pose plain")[1]
 
 
 def test_shipped_weights_show_strokes_where_their_data_cannot_be_had(workplace: Path, capsys: Capture) -> None:
-    code, out, err = typed(capsys, "couplings capsnet-mnist --images 2 --show 1")
+    code, out, err = typed(capsys, "plot couplings capsnet-mnist --images 2 --show 1")
     assert code == 0
     assert "strokes: mean of 2 images" in out
     assert "mnist cannot be read, so strokes are shown" in err
     assert Path("capsnet-mnist-couplings.png").exists()
-    code, _, err = typed(capsys, "figures capsnet-mnist")
+    code, _, err = typed(capsys, "plot all capsnet-mnist")
     assert code == 2
     assert len(err.splitlines()) == 1
 
@@ -338,10 +346,10 @@ def test_reconstruct_draws_overlapping_objects_apart(
     monkeypatch.setattr(plots, "separations", separations)
     found = json.loads((pair_run / "result.json").read_text(encoding="utf-8"))["test"]
     wrong = found["wrong"]
-    out = told(capsys, "reconstruct run --right 3 --wrong 5")
+    out = told(capsys, "plot reconstructions run --right 3 --wrong 5")
     assert out == f"pairs test: {wrong} of 30 images wrong\nfigure: run/figures/reconstructions.png\n"
     with Image.open("run/figures/reconstructions.png") as picture:
-        assert picture.info["Description"] == "capsnet reconstruct run --right 3 --wrong 5"
+        assert picture.info["Description"] == "capsnet plot reconstructions run --right 3 --wrong 5"
     assert 5 < wrong < 27, "or right and wrong are not told apart"
     assert drawn[-1] == {
         "Right": 3,
@@ -349,13 +357,15 @@ def test_reconstruct_draws_overlapping_objects_apart(
         "Wrong, drawn as what is there": 5,
         "Told of an object that is not there": 3,
     }
-    numbers = json.loads(told(capsys, "reconstruct run --json --right 0 --wrong 2 --split validation --format svg"))
+    numbers = json.loads(
+        told(capsys, "plot reconstructions run --json --right 0 --wrong 2 --split validation --format svg")
+    )
     assert set(numbers) == {"data", "split", "images", "wrong", "figure"}
     assert (numbers["split"], numbers["images"]) == ("validation", 8)
     assert all("Right" not in heading for heading in drawn[-1])
-    code, out, err = typed(capsys, "reconstruct run --split train")  # which show one object each
+    code, out, err = typed(capsys, "plot reconstructions run --split train")  # which show one object each
     assert (code, out) == (2, "")
-    assert err == "capsnet reconstruct: error: images must show 2 objects each; got 1\n"
+    assert err == "capsnet plot reconstructions: error: images must show 2 objects each; got 1\n"
 
 
 def test_report_of_pairs(pair_run: Path, capsys: Capture) -> None:
@@ -368,12 +378,12 @@ def test_report_of_pairs(pair_run: Path, capsys: Capture) -> None:
 @pytest.mark.parametrize(
     "line",
     [
-        "perturb run",
-        "couplings run",
-        "factors run",
-        "figures run",
-        "strangers run --against noise",
-        "attack run",
+        "plot perturbations run",
+        "plot couplings run",
+        "plot pose run",
+        "plot all run",
+        "analyse ood run --against noise",
+        "analyse attack run",
         "predict run image.png",
     ],
 )
@@ -382,6 +392,6 @@ def test_verbs_of_single_objects_refuse_a_network_of_pairs(pair_run: Path, capsy
     before = files(".")
     code, out, err = typed(capsys, line)
     assert (code, out) == (2, "")
-    verb = line.split()[0]
+    verb = " ".join(CAPSNET.named(line.split()))
     assert err == f"capsnet {verb}: error: run must be of images that show one object each; it finds 2\n"
     assert files(".") == before

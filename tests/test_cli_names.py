@@ -155,7 +155,10 @@ def test_errors_name_files_in_one_line(capsys: Capture) -> None:
             ["train", "--data", DATA, "--out", NOT_UTF8, "--tensorboard"],
             "out must be a name in UTF-8 for TensorBoard; got",
         ),
-        (["perturb", RUN, "--out", "same.png", "--gif", "./same.png"], "--gif must be another file than --out"),
+        (
+            ["plot", "perturbations", RUN, "--out", "same.png", "--gif", "./same.png"],
+            "--gif must be another file than --out",
+        ),
     ],
 )
 def test_files_that_cannot_be_written_are_told(capsys: Capture, words: list[str], message: str) -> None:
@@ -191,14 +194,14 @@ def test_a_stream_that_lacks_a_character_shows_its_escape(capsys: Capture, monke
 
 @pytest.mark.usefixtures("place")
 def test_figures(capsys: Capture) -> None:
-    names = ("class-errors", "confusion", "gallery")
-    out = told(capsys, "figures", RUN, "--format", "svg", "--only", *names)
-    assert out.splitlines() == [visible(f"{RUN}/figures/{name}.svg") for name in names]
+    out = told(capsys, "plot", "all", RUN, "--format", "svg")
+    for name in ("class-errors", "confusion", "gallery"):
+        assert visible(f"figure: {RUN}/figures/{name}.svg") in out.splitlines()
     text = Path(RUN, "figures", "confusion.svg").read_text(encoding="utf-8")
     shown = "".join(ElementTree.fromstring(text).itertext())
     assert all(visible(name) in shown for name in ("[bold]", "$x^", "a_$b", "two\nlines\r", NOT_UTF8, "<b>&\"'"))
-    for verb, format in (("reconstruct", "pdf"), ("perturb", "png"), ("couplings", "svg")):
-        assert told(capsys, verb, RUN, "--format", format).endswith(f".{format}\n")
+    for kind, format in (("reconstructions", "pdf"), ("perturbations", "png"), ("couplings", "svg")):
+        assert told(capsys, "plot", kind, RUN, "--format", format).endswith(f".{format}\n")
 
 
 @pytest.mark.parametrize("what", ["models", "weights", "data", "presets", "experiments"])

@@ -3,24 +3,22 @@
 import shutil
 import typing
 from dataclasses import fields
-from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from capsnet import report
-from capsnet.cli import VERBS, main
-from capsnet.cli.parsing import Range
-from capsnet.config import Config
+from capsnet.cli import CAPSNET, main
+from capsnet.cli.parsing import Group, Range
+from capsnet.config import Options
 from capsnet.data.strokes import strokes
 from capsnet.train import fit
 from tiny import tiny
 
 Capture = pytest.CaptureFixture[str]
 
-POSITIONAL = {"predict": ["x", "y"], "reproduce": ["table1"], "table": [], "bench": [], "train": [], "list": ["data"]}
-NEEDED = {"compare": ["--against", "x"]}
+POSITIONAL = {"predict": ["x", "y"], "reproduce": ["table1"], "train": [], "list": ["data"]}
 
 
 def numbers(hint: Any) -> set[type]:
@@ -33,11 +31,19 @@ def numbers(hint: Any) -> set[type]:
 def options() -> list[tuple[str, str, Any]]:
     """Verb, option and annotation of all that is a number, but for those of Config, which checks its own."""
     found = []
-    for verb, module in VERBS.items():
-        kind = getattr(import_module(f"capsnet.cli.{module}"), f"_{verb.capitalize()}")
+    for verb, kind in commands(CAPSNET).items():
         hints = typing.get_type_hints(kind, include_extras=True)
-        names = [field.name for field in fields(kind) if hints[field.name] is not Config]
+        names = [field.name for field in fields(kind) if Options not in typing.get_args(hints[field.name])]
         found += [(verb, name, hints[name]) for name in names if numbers(hints[name])]
+    return found
+
+
+def commands(group: Group) -> dict[str, Any]:
+    """Each command by its words."""
+    found: dict[str, Any] = {}
+    for name, verb in group.verbs.items():
+        inside = commands(verb) if isinstance(verb, Group) else {"": verb}
+        found |= {f"{name} {word}".strip(): kind for word, kind in inside.items()}
     return found
 
 
@@ -55,22 +61,29 @@ def test_the_reader_of_annotations_sees_numbers() -> None:
     assert numbers(tuple[float, ...] | None) == {float}
     assert numbers(typing.Annotated[int | None, Range(1, 2)]) == {int}
     assert numbers(typing.Literal[1] | str) == set()
-    assert {("perturb", "span"), ("attack", "epsilons")} <= {(verb, name) for verb, name, _ in options()}
+    assert {("plot perturbations", "span"), ("analyse attack", "epsilons")} <= {
+        (verb, name) for verb, name, _ in options()
+    }
 
 
 @pytest.mark.parametrize(("verb", "name", "hint"), OPTIONS)
 def test_a_number_outside_its_range_is_one_line(capsys: Capture, verb: str, name: str, hint: Any) -> None:
     (within,) = ranges(hint)
     option = f"--{name.replace('_', '-')}"
-    words = [verb, *POSITIONAL.get(verb, ["x"]), *NEEDED.get(verb, [])]
-    wrong = ["nan", "inf", "-inf", "1e308", str(10**30), str(-(10**30)), "x"]
-    wrong += [str(number) for number in (-1, 0) if within.rule(number)]
+    words = [*verb.split(), *POSITIONAL.get(verb, ["x"])]
+    wrong = [str(10**30), str(-(10**30)), *(str(number) for number in (-1, 0) if within.rule(number))]
+    wrong += ["nan", "inf", "-inf", "1e308"] if float in numbers(hint) else []
     for value in wrong:
         assert main([*words, f"{option}={value}"]) == 2, value
         out, err = capsys.readouterr()
         assert (out, err.count("\n")) == ("", 1)
         assert f"{option} must be " in err
         assert len(err) < 200
+    for value in ("x", "" if float in numbers(hint) else "1.5"):
+        assert main([*words, f"{option}={value}"]) == 2, value
+        out, err = capsys.readouterr()
+        assert out == ""
+        assert f"Error parsing {option}" in err
 
 
 @pytest.fixture(scope="module")
@@ -88,16 +101,16 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
         ("evaluate run --batch-size MOST", 0),
         ("evaluate run --shifts MOST", 2),
         ("predict run image.png --batch-size MOST", 0),
-        ("reconstruct run --right MOST --wrong MOST", 0),
-        ("reconstruct run --right 1 --wrong 0", 0),
-        ("perturb run --span MOST", 0),
-        ("perturb run --images MOST", 0),
-        ("perturb run --classes all --images MOST", 0),
-        ("perturb run --steps MOST", 0),
-        ("couplings run --images MOST --show MOST", 0),
-        ("attack run --images MOST --batch-size MOST --seed MOST --steps 2 --step-size MOST", 0),
+        ("plot reconstructions run --right MOST --wrong MOST", 0),
+        ("plot reconstructions run --right 1 --wrong 0", 0),
+        ("plot perturbations run --span MOST", 0),
+        ("plot perturbations run --images MOST", 0),
+        ("plot perturbations run --classes all --images MOST", 0),
+        ("plot perturbations run --steps MOST", 0),
+        ("plot couplings run --images MOST --show MOST", 0),
+        ("analyse attack run --images MOST --batch-size MOST --seed MOST --steps 2 --step-size MOST", 0),
         ("export run --to safetensors --images MOST --batch-size MOST", 0),
-        ("compare run --against copy --batch-size MOST", 0),
+        ("evaluate run --against copy --batch-size MOST", 0),
     ],
 )
 def test_the_largest_numbers_work(
@@ -108,10 +121,11 @@ def test_the_largest_numbers_work(
     for name in ("run", "copy"):
         shutil.copytree(trained, workplace / name)
     shutil.copyfile("run/figures/reconstructions.png", "image.png")
-    verb, *words = line.split()
+    words = line.split()
+    verb = " ".join(CAPSNET.named(words))
     most = {name: str(ranges(hint)[0].high) for of, name, hint in options() if of == verb}
     for k, word in enumerate(words):
         if word == "MOST":
             words[k] = most[words[k - 1][2:].replace("-", "_")]
-    assert main([verb, *words]) == code
+    assert main(words) == code
     assert capsys.readouterr().err.count("\n") <= 20

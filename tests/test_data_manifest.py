@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 
 from capsnet import cli, runs, train
-from capsnet.cli.subject import Subject
+from capsnet.cli.trained_model import TrainedModel
 from capsnet.data import Dataset, Split
 from capsnet.data.image_folder import scan
 from capsnet.data.manifest import Line, Manifest
@@ -258,7 +258,7 @@ def test_looking_at_a_published_set_without_its_validation_images_warns_of_nothi
     monkeypatch.setattr("capsnet.train.load", lambda *arguments, **options: memory(validation=False))
     train.fit(tiny(Path("memory"), out="run", epochs=1, validation=5), memory(validation=False))
     for held_out in (True, False):
-        subject = Subject("run")
+        subject = TrainedModel("run")
         subject.dataset(held_out=held_out)
     subject.dataset("memory", held_out=False)
     assert "not as it was trained on" not in capsys.readouterr().err

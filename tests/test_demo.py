@@ -25,7 +25,9 @@ import capsnet
 from capsnet import functional as F
 from capsnet.analysis.couplings import evidence
 from capsnet.analysis.strangers import Threshold
-from capsnet.cli import demo as verb
+from capsnet.cli import CAPSNET, main
+from capsnet.cli.demo import Demo
+from capsnet.cli.parsing import parse
 from capsnet.data.photo import Frame
 from capsnet.demo import guard, messages
 from capsnet.demo.app import IMAGE_LIMIT, PLACES, application
@@ -621,8 +623,7 @@ def saved(tmp_path: Path) -> Path:
 @pytest.fixture
 def server(saved: Path) -> Iterator[tuple[subprocess.Popen[str], str]]:
     """`capsnet demo` in a process of its own, and the page's address."""
-    code = "import sys; from capsnet.cli import demo; sys.exit(demo.run(sys.argv[1:]))"
-    command = [sys.executable, "-W", "error", "-c", code, str(saved), "--port", "0", "--no-browser"]
+    command = [sys.executable, "-W", "error", "-m", "capsnet", "demo", str(saved), "--port", "0", "--no-browser"]
     process = subprocess.Popen(
         command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"}
     )
@@ -673,7 +674,7 @@ def test_a_taken_port_is_told(saved: Path) -> None:
     with bind("127.0.0.1", 0) as taken:
         port = taken.getsockname()[1]
         with pytest.raises(InputError, match=rf"^--port must be free; got {port}, which is taken"):
-            verb.run([str(saved), "--port", str(port), "--no-browser"])
+            Demo(str(saved), port=port, browser=False).run("")
 
 
 @pytest.mark.parametrize(
@@ -681,7 +682,6 @@ def test_a_taken_port_is_told(saved: Path) -> None:
     [
         (["--port", "65536"], "--port must be at most 65,535; got 65536"),
         (["--port", "-1"], "--port must be at least 0; got -1"),
-        (["--port", "x"], "--port must be a whole number; got 'x'"),
         (["--host", "192.0.2.1"], "--host must be an address of this machine; got '192.0.2.1'"),
         (["--host", ""], "--host must be an address of this machine; got ''"),
         (["--host", "a" * 300], "--host must be an address of this machine"),
@@ -689,7 +689,7 @@ def test_a_taken_port_is_told(saved: Path) -> None:
 )
 def test_wrong_places_are_told(saved: Path, options: list[str], message: str) -> None:
     with pytest.raises(InputError) as raised:
-        verb.run([str(saved), "--no-browser", *options])
+        parse(CAPSNET, ["demo", str(saved), "--no-browser", *options], prog="capsnet").run("")
     assert str(raised.value).startswith(message)
     assert "\n" not in str(raised.value)
 
@@ -699,7 +699,7 @@ def test_what_is_not_installed_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
         with monkeypatch.context() as patch:
             patch.setitem(sys.modules, package, None)
             with pytest.raises(InputError, match=r"they are not installed \(pip install 'capsnet\[demo\]'\)$"):
-                verb.run(["--no-browser"])
+                Demo(browser=False).run("")
 
 
 @pytest.mark.parametrize("browser", [True, False])
@@ -707,7 +707,7 @@ def test_the_browser_is_opened_if_wanted(saved: Path, monkeypatch: pytest.Monkey
     opened: list[str] = []
     monkeypatch.setattr("webbrowser.open", opened.append)
     monkeypatch.setattr("uvicorn.Server.run", lambda self, sockets: time.sleep(0.2))
-    assert verb.run([str(saved), "--port", "0", *([] if browser else ["--no-browser"])]) == 0
+    assert main(["demo", str(saved), "--port", "0", *([] if browser else ["--no-browser"])]) == 0
     assert [address.rsplit(":", 1)[0] for address in opened] == (["http://127.0.0.1"] if browser else [])
 
 
@@ -720,7 +720,7 @@ def test_the_card_tells_frame_and_threshold(saved: Path, monkeypatch: pytest.Mon
     )
     monkeypatch.setattr("capsnet.runs.load_card", lambda _: card)
     monkeypatch.setattr("capsnet.demo.serve", lambda viewer, **_: made.append(viewer))
-    assert verb.run([str(saved)]) == 0
+    assert Demo(str(saved)).run("") == 0
     assert (made[0].reading, made[0].threshold) == (card.preprocessing, card.threshold)
 
 

@@ -80,12 +80,12 @@ def test_its_code_is_plain_python_of_this_package_and_matplotlib(name: str) -> N
 
 def test_the_files_it_speaks_of_are_there() -> None:
     import capsnet
-    from capsnet.cli import VERBS
+    from capsnet.cli import CAPSNET
 
     package = Path(capsnet.__file__).parent
     assert all((package / name).is_file() for name in re.findall(r"`(\w+\.py)`", PROSE))
     commands = set(re.findall(r"`capsnet (\w+)", PROSE))
-    assert {"train", "demo", "report", "perturb"} <= commands <= set(VERBS)
+    assert {"train", "demo", "report", "plot"} <= commands <= set(CAPSNET.verbs)
     assert NOTEBOOK.name in (EXAMPLES / "README.md").read_text(encoding="utf-8")
 
 

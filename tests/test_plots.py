@@ -179,7 +179,7 @@ def test_a_gallery_shows_the_surest_and_tells_how_many_there_are() -> None:
 
 def test_a_file_tells_the_command_and_is_the_same_every_time(tmp_path: Path) -> None:
     figure = plots.lengths(found(3))
-    command = "capsnet figures runs/x --only lengths"
+    command = "capsnet plot lengths runs/x"
     path = plots.save(figure, tmp_path / "new" / "a.png", command=command)
     with Image.open(path) as picture:
         assert picture.info["Description"] == command

@@ -38,7 +38,7 @@ def run(workplace: Path) -> Path:
 
 
 @pytest.mark.usefixtures("workplace")
-@pytest.mark.parametrize("words", ["list data", "--help", "--version", "train --help", "train --help-all"])
+@pytest.mark.parametrize("words", ["list data", "--help", "--version", "train --help", "plot"])
 def test_a_full_output_is_one_line_and_2(words: str) -> None:
     done = shell(f"$CAPSNET {words} > /dev/full")
     assert done.returncode == 2
@@ -47,7 +47,7 @@ def test_a_full_output_is_one_line_and_2(words: str) -> None:
 
 
 @pytest.mark.usefixtures("workplace")
-@pytest.mark.parametrize("words", ["list data", "--help", "train --help-all"])
+@pytest.mark.parametrize("words", ["list data", "--help", "train --help"])
 @pytest.mark.parametrize("where", [">&-", "2>&-", ">&- 2>&-", "2> /dev/full", "| true"])
 def test_closed_streams_and_a_full_stderr_change_nothing(words: str, where: str) -> None:
     done = shell(f"$CAPSNET {words} {where}")
@@ -55,7 +55,7 @@ def test_closed_streams_and_a_full_stderr_change_nothing(words: str, where: str)
 
 
 @pytest.mark.usefixtures("workplace")
-@pytest.mark.parametrize("words", ["list data", "--help", "train --help-all"])
+@pytest.mark.parametrize("words", ["list data", "--help", "train --help"])
 def test_a_pipe_that_nobody_reads_is_no_error(words: str) -> None:
     theirs, ours = os.pipe()
     os.close(theirs)
@@ -184,9 +184,9 @@ def test_names_that_the_encoding_lacks_lose_no_result(workplace: Path) -> None:
         f"predict run {image}",
         f"predict run {image} --json",
         f"predict run {image} --csv",
-        "figures run --format svg",
+        "plot all run --format svg",
         "report run",
-        "reconstruct run",
+        "plot reconstructions run",
         "export run --to safetensors --out exported",
     ):
         done = shell(f"$CAPSNET {line}", **NARROW)

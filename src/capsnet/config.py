@@ -15,6 +15,7 @@ __all__ = [
     "OPEN",
     "PRESETS",
     "Config",
+    "Options",
     "from_dict",
     "out_of_range",
     "preset",
@@ -38,12 +39,8 @@ OPEN: dict[str, Any] = {"epochs": 3, "primary_scale": 1.0}
 
 
 @dataclass(frozen=True)
-class Config:
-    """Every choice of a run; saved as `config.yaml` beside its results.
-
-    The defaults are preset `paper`: the text of Sabour, Frosst, Hinton 2017. Where the text is silent the field says
-    where its default is from.
-    """
+class Options:
+    """The fields of a `Config`, unchecked."""
 
     preset: Literal["paper", "authors"] = "paper"
     """Recipe the other options start from: the paper's text, or its first author's published code."""
@@ -205,6 +202,15 @@ class Config:
     """Write TensorBoard curves and reconstructions too."""
     report: bool = True
     """Write report.html at the end: figures, numbers, and how to repeat the run."""
+
+
+@dataclass(frozen=True)
+class Config(Options):
+    """Every choice of a run; saved as `config.yaml` beside its results.
+
+    The defaults are preset `paper`: the text of Sabour, Frosst, Hinton 2017. Where the text is silent the field says
+    where its default is from.
+    """
 
     def __post_init__(self) -> None:
         values = {field.name: getattr(self, field.name) for field in fields(self)}

@@ -5,16 +5,16 @@ from typing import Annotated, Literal
 
 from tyro.conf import Positional
 
-from capsnet.cli.parsing import Range, parse
+from capsnet.cli.parsing import Range
 from capsnet.cli.printing import show
 from capsnet.errors import InputError
 
-__all__ = ["run"]
+__all__ = ["Demo"]
 
 
 @dataclass(frozen=True)
-class _Demo:
-    """A page in the browser: draw, watch the capsules, and move what they say of the image.
+class Demo:
+    """Serve a page in the browser: draw, watch the capsules, and change their dimensions.
 
     Examples:
       capsnet demo
@@ -32,33 +32,31 @@ class _Demo:
     browser: bool = True
     """Open the page in the browser."""
 
+    def run(self, line: str) -> int:
+        """Serve the page until Ctrl-C."""
+        try:
+            import starlette  # noqa: F401
+            import uvicorn  # noqa: F401
+        except ImportError:
+            raise InputError(
+                "demo must have starlette and uvicorn; they are not installed (pip install 'capsnet[demo]')"
+            ) from None
+        from capsnet import memory, runs
+        from capsnet.demo import Viewer, serve
 
-def run(arguments: list[str]) -> int:
-    """Serve the page until Ctrl-C."""
-    command = parse(_Demo, arguments, prog="capsnet demo")
-    try:
-        import starlette  # noqa: F401
-        import uvicorn  # noqa: F401
-    except ImportError:
-        raise InputError(
-            "demo must have starlette and uvicorn; they are not installed (pip install 'capsnet[demo]')"
-        ) from None
-    from capsnet import memory, runs
-    from capsnet.demo import Viewer, serve
-
-    card = runs.load_card(command.model)
-    network = runs.load(command.model)
-    memory.check_demo(network)
-    reading = card.reading(network.image_shape).with_framing(command.framing)
-    viewer = Viewer(network, command.model, reading=reading, threshold=card.threshold)
-    try:
-        serve(
-            viewer,
-            host=command.host,
-            port=command.port,
-            browser=command.browser,
-            told=lambda address: show(f"{command.model} at {address} (Ctrl-C ends it)"),
-        )
-    except KeyboardInterrupt:  # the way to end it
-        show("")
-    return 0
+        card = runs.load_card(self.model)
+        network = runs.load(self.model)
+        memory.check_demo(network)
+        reading = card.reading(network.image_shape).with_framing(self.framing)
+        viewer = Viewer(network, self.model, reading=reading, threshold=card.threshold)
+        try:
+            serve(
+                viewer,
+                host=self.host,
+                port=self.port,
+                browser=self.browser,
+                told=lambda address: show(f"{self.model} at {address} (Ctrl-C ends it)"),
+            )
+        except KeyboardInterrupt:  # the way to end it
+            show("")
+        return 0

@@ -1,155 +1,174 @@
-"""The verb `evaluate`."""
+"""The verb `evaluate`: the error of trained networks, of several as an ensemble, and against others."""
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from tyro.conf import Positional, arg
-
-from capsnet.cli.parsing import BatchSize, Range, parse
+from capsnet.cli.parsing import BatchSize, Models, Range
 from capsnet.cli.printing import say, show, show_json, show_table
-from capsnet.cli.subject import Subject
+from capsnet.cli.trained_model import TrainedModel
 from capsnet.config import Device
 from capsnet.errors import InputError
 
-__all__ = ["Member", "members", "run", "same_split"]
+__all__ = ["Evaluate"]
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from capsnet.analysis.significance import McNemar, Summary
+    from capsnet.analysis.significance import McNemar, Summary, TTest
     from capsnet.data import Dataset, Split
     from capsnet.ensemble import Ensemble
     from capsnet.evaluation import Evaluation
 
 
 @dataclass(frozen=True)
-class _Evaluate:
+class Evaluate:
     """Error with its 95 % interval, per-class table, confusion matrix and losses of a trained network.
 
-    Of several networks: the error of each, mean and standard deviation, the error of all as an ensemble (the mean of
-    their scores), and McNemar's test of the ensemble against the first.
+    Of several networks: the error of each, mean and standard deviation, the error of their ensemble (mean of the
+    scores), and McNemar's test of the ensemble against the first network.
+
+    With --against, whether two errors differ by more than chance. One network against one: the exact McNemar test over
+    the images that only one of them gets wrong; it does not cover the variance between trainings. Several against
+    several: a t test over the trainings, paired by seed if both sides have the same seeds, otherwise Welch's.
 
     Examples:
       capsnet evaluate runs/mnist
-      capsnet evaluate runs/mnist --split train --json
       capsnet evaluate runs/seed0 runs/seed1 runs/seed2 --shifts 1
+      capsnet evaluate runs/mnist --against capsnet-mnist
+      capsnet evaluate runs/r3-seed0 runs/r3-seed1 --against runs/r1-seed0 runs/r1-seed1 --json
     """
 
-    runs: Positional[Annotated[tuple[str, ...], arg(metavar="RUN [RUN ...]")]]
-    """Run directories, folders with weights, or names of weights that come with the package."""
+    models: Models
+    """Run directories, folders with weights, or names of weights that ship with the package."""
+    against: tuple[str, ...] = ()
+    """Other networks to compare with, of the same classes and image shape."""
     shifts: Annotated[int, Range(0, 1_000)] = 0
-    """Also with the mean over all shifts of an image by up to this many pixels along both axes."""
+    """Also average the scores over all shifts of an image by up to this many pixels along both axes."""
     data: str | None = None
-    """Another data set of the same image shape, or a folder of images of any size, read as the run's own were."""
+    """Data set, or folder of images of any size, read as the network's own was; default: that of the first network."""
     data_dir: str | None = None
-    """Where downloaded files are."""
+    """Directory of downloaded files."""
     split: Literal["test", "validation", "train"] = "test"
-    """Which part of the data set."""
+    """Split of the data set."""
     batch_size: BatchSize = 256
-    """Images at a time; only memory and speed depend on it."""
+    """Images per batch; affects only memory and speed."""
     precision: Literal["auto", "32", "bf16"] | None = None
-    """Of convolutions and decoder; default: that of the run; 32 for several runs and for --shifts."""
+    """Precision of convolutions and decoder; default: that of the run; 32 for several networks and for --shifts."""
     device: Device = "auto"
     """auto: a CUDA GPU if there is one; mps (untested) on a Mac."""
     json: bool = False
     """Print everything as JSON."""
 
+    def run(self, line: str) -> int:
+        """Evaluate, print tables or JSON."""
+        if not self.models:
+            raise InputError("MODEL must be given; got none")
+        if len(self.models) == 1 and not self.shifts and not self.against:
+            return self._one()
+        if self.precision == "bf16":
+            raise InputError("--precision must be 32 for several networks and for --shifts; got bf16")
+        if self.against and (len(self.models) == 1) != (len(self.against) == 1):
+            raise InputError(
+                "--against must be one network for one MODEL, and at least two for several, because the variance of "
+                f"one is not known; got {len(self.against)} for {len(self.models)}"
+            )
+        from capsnet.ensemble import check_shifts
 
-def run(arguments: list[str]) -> int:
-    """Evaluate trained networks, print tables or JSON."""
-    command = parse(_Evaluate, arguments, prog="capsnet evaluate")
-    if not command.runs:
-        raise InputError("RUN must be given; got none")
-    if len(command.runs) == 1 and not command.shifts:
-        return _one(command)
-    if command.precision == "bf16":
-        raise InputError("--precision must be 32 for several runs and for --shifts; got bf16")
-    return _several(command)
+        runs = _evaluated_runs([*self.models, *self.against])
+        check_shifts(self.shifts, runs[0].trained.network.image_shape)
+        dataset, split = _same_split(runs, self)
+        record = {"data": dataset.name, "split": self.split, "precision": "32"}
+        if not self.json:
+            show(f"{dataset.name} {self.split}, {len(split):,} images")
+        return (self._compare if self.against else self._ensemble)(runs, split, record)
 
+    def _one(self) -> int:
+        from capsnet import machine, memory
+        from capsnet.evaluation import evaluate
 
-def _one(command: _Evaluate) -> int:
-    from capsnet import machine, memory
-    from capsnet.evaluation import evaluate
-
-    subject = Subject(command.runs[0], several=True)
-    network, trained = subject.network, subject.trained(command.data)
-    options = replace(trained, device=command.device, precision=command.precision or trained.precision, devices=1)
-    device = machine.resolve_device(options)
-    precision = machine.resolve_precision(options, device, network)
-    dataset = subject.dataset(command.data, command.data_dir, held_out=command.split == "validation")
-    split = subject.split(dataset, command.split)
-    _check_shown(subject, split, f"{dataset.name} {command.split}")
-    batch_size = min(command.batch_size, len(split))
-    memory.check_inference(network, batch_size, device, task="evaluation", precision=precision)
-    result = evaluate(network.to(device), split, config=trained, batch_size=command.batch_size, precision=precision)
-    if command.json:
-        where = {"run": subject.model, "data": dataset.name, "split": command.split, "precision": precision}
-        show_json({**where, **result.to_dict()})
-    else:
-        show(f"{dataset.name} {command.split} {result.summary()}")
-        show(_losses(result))
-        _print_tables(result)
-    return 0
-
-
-def _several(command: _Evaluate) -> int:
-    from capsnet.analysis.significance import mcnemar
-    from capsnet.ensemble import check_shifts
-
-    found = members(command.runs)
-    check_shifts(command.shifts, found[0].subject.network.image_shape)
-    dataset, split = same_split(
-        found,
-        command.split,
-        data=command.data,
-        data_dir=command.data_dir,
-        device=command.device,
-        batch_size=command.batch_size,
-    )
-    parts = [
-        _Part.of(found, split, shifts, command.batch_size)
-        for shifts in ((0, command.shifts) if command.shifts else (0,))
-    ]
-    averaging = mcnemar(parts[1].whole.wrong, parts[0].whole.wrong) if command.shifts else None
-    if command.json:
-        record = {
-            "runs": list(command.runs),
-            "data": dataset.name,
-            "split": command.split,
-            "precision": "32",
-            "results": [part.to_dict() for part in parts],
-            "averaging": averaging and averaging.to_dict(),
-        }
-        show_json(record)
+        trained = TrainedModel(self.models[0], several=True)
+        network, config = trained.network, trained.trained(self.data)
+        options = replace(config, device=self.device, precision=self.precision or config.precision, devices=1)
+        device = machine.resolve_device(options)
+        precision = machine.resolve_precision(options, device, network)
+        dataset = trained.dataset(self.data, self.data_dir, held_out=self.split == "validation")
+        split = trained.split(dataset, self.split)
+        _check_objects(trained, split, f"{dataset.name} {self.split}")
+        batch_size = min(self.batch_size, len(split))
+        memory.check_inference(network, batch_size, device, task="evaluation", precision=precision)
+        result = evaluate(network.to(device), split, config=config, batch_size=self.batch_size, precision=precision)
+        if self.json:
+            where = {"run": trained.model, "data": dataset.name, "split": self.split, "precision": precision}
+            show_json({**where, **result.to_dict()})
+        else:
+            show(f"{dataset.name} {self.split} {result.summary()}")
+            show(_losses(result))
+            _print_tables(result)
         return 0
-    show(f"{dataset.name} {command.split}, {len(split):,} images")
-    for part in parts:
-        part.tell()
-    if averaging is not None:
-        show(f"with shifts against without: {averaging.summary('with shifts', 'without')}")
-    return 0
+
+    def _ensemble(self, runs: list["_EvaluatedRun"], split: "Split", record: dict[str, Any]) -> int:
+        from capsnet.analysis.significance import mcnemar
+
+        parts = [
+            _Part.of(runs, split, shifts, self.batch_size) for shifts in ((0, self.shifts) if self.shifts else (0,))
+        ]
+        averaging = mcnemar(parts[1].whole.wrong, parts[0].whole.wrong) if self.shifts else None
+        if self.json:
+            record |= {"results": [part.to_dict() for part in parts], "averaging": averaging and averaging.to_dict()}
+            show_json({"runs": list(self.models), **record})
+            return 0
+        for part in parts:
+            part.show()
+        if averaging is not None:
+            show(f"with shifts against without: {averaging.summary('with shifts', 'without')}")
+        return 0
+
+    def _compare(self, runs: list["_EvaluatedRun"], split: "Split", record: dict[str, Any]) -> int:
+        from capsnet.analysis.significance import McNemar, summarise
+        from capsnet.ensemble import Ensemble
+
+        scores = (run.scores(split, shifts=self.shifts, batch_size=self.batch_size) for run in runs)
+        results = [Ensemble.of(each, split.labels) for each in scores]
+        count = len(self.models)
+        ours, theirs = (_Side(runs[part], results[part]) for part in (slice(count), slice(count, None)))
+        test, reason = _test(ours, theirs)
+        if self.json:
+            sides = {"runs": ours.to_dict(), "against": theirs.to_dict()}
+            show_json({**record, "shifts": self.shifts, **sides, "reason": reason, "test": test.to_dict()})
+            return 0
+        for name, side in (("networks", ours), ("against", theirs)):
+            show(f"{name}:")
+            for run, result in zip(side.runs, side.results, strict=True):
+                show(f"  {run.name}: {result.summary()}")
+            if len(side.runs) > 1:
+                show(f"  {summarise(side.errors).summary()}")
+        show(reason)
+        show(test.summary(*(f"by {run.model}" for run in runs)) if isinstance(test, McNemar) else test.summary())
+        return 0
 
 
 @dataclass(frozen=True)
 class _Part:
-    """What networks get wrong, each alone and as an ensemble, at one number of shifts."""
+    """Errors of several networks and of their ensemble, at one number of shifts."""
 
-    found: list["Member"]
+    runs: list["_EvaluatedRun"]
     shifts: int
     alone: list["Ensemble"]
     ensemble: "Ensemble | None"
 
     @classmethod
-    def of(cls, found: list["Member"], split: "Split", shifts: int, batch_size: int) -> "_Part":
+    def of(cls, runs: list["_EvaluatedRun"], split: "Split", shifts: int, batch_size: int) -> "_Part":
         import torch
 
         from capsnet.ensemble import Ensemble
 
-        scores = [member.scores(split, shifts=shifts, batch_size=batch_size) for member in found]
+        scores = [run.scores(split, shifts=shifts, batch_size=batch_size) for run in runs]
         alone = [Ensemble.of(each, split.labels) for each in scores]
-        together = Ensemble.of(torch.stack(scores).mean(0), split.labels) if len(found) > 1 else None
-        return cls(found, shifts, alone, together)
+        return cls(
+            runs, shifts, alone, Ensemble.of(torch.stack(scores).mean(0), split.labels) if len(runs) > 1 else None
+        )
 
     @property
     def whole(self) -> "Ensemble":
@@ -174,132 +193,106 @@ class _Part:
         return {
             "shifts": self.shifts,
             "views": self.views,
-            "members": [member.to_dict(each) for member, each in zip(self.found, self.alone, strict=True)],
+            "members": [run.to_dict(each) for run, each in zip(self.runs, self.alone, strict=True)],
             "summary": summary and summary.to_dict(),
             "ensemble": self.ensemble and self.ensemble.to_dict(),
             "ensemble_against_first": against and against.to_dict(),
         }
 
-    def tell(self) -> None:
+    def show(self) -> None:
         if self.shifts:
             pixels = "1 pixel" if self.shifts == 1 else f"{self.shifts} pixels"
             show(f"with shifts, the mean over {self.views} views of each image moved by up to {pixels}:")
-        for member, each in zip(self.found, self.alone, strict=True):
-            show(f"{member.name}: {each.summary()}")
+        show(*(f"{run.name}: {each.summary()}" for run, each in zip(self.runs, self.alone, strict=True)))
         if self.ensemble and (summary := self.summary()) and (against := self.against_first()):
-            first = self.found[0].run
+            first = self.runs[0].model
             show(summary.summary())
-            show(f"ensemble of {len(self.found)}: {self.ensemble.summary()}")
+            show(f"ensemble of {len(self.runs)}: {self.ensemble.summary()}")
             show(f"ensemble against {first}: {against.summary('by the ensemble', f'by {first}')}")
 
 
-class Member:
-    """One of the networks that a command names, and what its run says of it.
+class _EvaluatedRun:
+    """One of several networks.
 
     Attributes:
-        run: as it was named.
-        subject: network and card.
-        seed: of its training; None where that is not known.
-        held_out: what chose its validation images; empty where that is not known.
+        model: as it was named.
+        trained: network and model card.
+        seed: seed of its training; None if it is not known.
+        held_out: the options that chose its validation images; empty if they are not known.
     """
 
-    run: str
-    subject: Subject
-    seed: int | None
-    held_out: tuple[object, ...]
-
-    def __init__(self, run: str) -> None:
-        self.run, self.subject = run, Subject(run, several=True)
-        told = self.subject.is_run or self.subject.card.config
-        trained = self.subject.trained() if told else None
-        self.seed = trained.seed if trained else None
-        self.held_out = (trained.data, trained.data_seed, trained.validation) if trained else ()
+    def __init__(self, model: str) -> None:
+        self.model, self.trained = model, TrainedModel(model, several=True)
+        config = self.trained.trained() if self.trained.is_run or self.trained.card.config else None
+        self.seed = config.seed if config else None
+        self.held_out = (config.data, config.data_seed, config.validation) if config else ()
 
     @property
     def name(self) -> str:
-        """The run with its seed."""
-        return self.run if self.seed is None else f"{self.run} (seed {self.seed})"
+        return self.model if self.seed is None else f"{self.model} (seed {self.seed})"
 
-    def scores(self, split: "Split", *, shifts: int = 0, batch_size: int = 256) -> "Tensor":
-        """Its scores of every image, see `ensemble_scores`; says on stderr what it is doing."""
+    def scores(self, split: "Split", *, shifts: int, batch_size: int) -> "Tensor":
+        """Its scores of every image, see `ensemble_scores`."""
         from capsnet.ensemble import ensemble_scores
 
         views = (2 * shifts + 1) ** 2
-        say(f"{self.run}: {len(split):,} images" + (f", {views} views of each" if shifts else ""))
-        return ensemble_scores([self.subject.network], split, shifts=shifts, batch_size=batch_size)
+        say(f"{self.model}: {len(split):,} images" + (f", {views} views of each" if shifts else ""))
+        return ensemble_scores([self.trained.network], split, shifts=shifts, batch_size=batch_size)
 
     def to_dict(self, result: "Ensemble") -> dict[str, Any]:
-        """Run, seed and `result` as JSON can hold them."""
-        return {"run": self.run, "seed": self.seed, **result.to_dict()}
+        return {"run": self.model, "seed": self.seed, **result.to_dict()}
 
 
-def members(runs: Sequence[str]) -> list[Member]:
-    """The networks of `runs`, on the CPU.
-
-    Raises:
-        InputError: one that is named twice or cannot be loaded, or networks that differ in classes or image shape.
-    """
+def _evaluated_runs(models: Sequence[str]) -> list[_EvaluatedRun]:
+    """The networks, on the CPU; each must be named once, with the same classes and image shape."""
     from capsnet.ensemble import check_alike
     from capsnet.runs import folder_of
 
-    folders = [folder_of(name).resolve() for name in runs]
-    for k, (name, folder) in enumerate(zip(runs, folders, strict=True)):
+    folders = [folder_of(name).resolve() for name in models]
+    for k, (name, folder) in enumerate(zip(models, folders, strict=True)):
         if folder in folders[:k]:
-            raise InputError(f"RUN must be named once; got {runs[folders.index(folder)]} and {name}")
-    found = [Member(name) for name in runs]
-    check_alike({member.run: member.subject.network for member in found})
-    return found
+            raise InputError(f"MODEL must be named once; got {models[folders.index(folder)]} and {name}")
+    runs = [_EvaluatedRun(name) for name in models]
+    check_alike({run.model: run.trained.network for run in runs})
+    return runs
 
 
-def same_split(
-    found: Sequence[Member],
-    name: Literal["test", "validation", "train"],
-    *,
-    data: str | None,
-    data_dir: str | None,
-    device: Device,
-    batch_size: int,
-) -> tuple["Dataset", "Split"]:
-    """The split that all networks are judged on: that of the first one's data set; they go to the device.
-
-    Args:
-        found: the networks.
-        name: of the split.
-        data: another data set or folder, read as the first one's own was.
-        data_dir: where downloaded files are.
-        device: where the networks go.
-        batch_size: images at a time that each is going to be given.
+def _same_split(runs: Sequence[_EvaluatedRun], options: Evaluate) -> tuple["Dataset", "Split"]:
+    """The split that all networks are judged on: that of the first one's data set. Moves them to the device.
 
     Raises:
         InputError: the data cannot be had, too little memory, or validation images that another network was trained on.
     """
     from capsnet import machine, memory
 
-    first = found[0].subject
-    if name == "validation":
-        for member in found:
-            if member.held_out != found[0].held_out:
-                raise InputError(
-                    f"--split must be test or train where {found[0].run} and {member.run} held out other images; "
-                    "got validation"
-                )
-    trained = first.trained(data)
-    place = machine.resolve_device(replace(trained, device=device, devices=1))
-    copies = len(found) - 1 if place.type == "cuda" else 0
-    dataset = first.dataset(data, data_dir, held_out=name == "validation")
-    split = first.split(dataset, name)
-    _check_shown(first, split, f"{dataset.name} {name}")
-    memory.check_inference(first.network, min(batch_size, len(split)), place, task="evaluation", copies=copies)
-    for member in found:
-        member.subject.network.to(place)
+    first = runs[0].trained
+    for run in runs if options.split == "validation" else ():
+        if run.held_out != runs[0].held_out:
+            raise InputError(
+                f"--split must be test or train where {runs[0].model} and {run.model} held out other images; "
+                "got validation"
+            )
+    device = machine.resolve_device(replace(first.trained(options.data), device=options.device, devices=1))
+    dataset = first.dataset(options.data, options.data_dir, held_out=options.split == "validation")
+    split = first.split(dataset, options.split)
+    _check_objects(first, split, f"{dataset.name} {options.split}")
+    memory.check_inference(
+        first.network,
+        min(options.batch_size, len(split)),
+        device,
+        task="evaluation",
+        copies=len(runs) - 1 if device.type == "cuda" else 0,
+    )
+    for run in runs:
+        run.trained.network.to(device)
     return dataset, split
 
 
-def _check_shown(subject: Subject, split: "Split", name: str) -> None:
+def _check_objects(trained: TrainedModel, split: "Split", name: str) -> None:
     """Raise InputError unless the images show as many objects each as the network looks for."""
-    wanted, shown = subject.network.objects, split.labels[0].numel()
-    if shown != wanted:
-        raise InputError(f"images of {name} must show {wanted} of {subject.model}'s classes each; got {shown}")
+    wanted, there = trained.network.objects, split.labels[0].numel()
+    if there != wanted:
+        raise InputError(f"images of {name} must show {wanted} of {trained.model}'s classes each; got {there}")
 
 
 def _losses(result: "Evaluation") -> str:
@@ -335,3 +328,63 @@ def _print_tables(result: "Evaluation") -> None:
             for name, counts in zip(result.classes, result.confusion, strict=True)
         ],
     )
+
+
+@dataclass(frozen=True)
+class _Side:
+    """Some networks and what they get wrong."""
+
+    runs: list["_EvaluatedRun"]
+    results: list["Ensemble"]
+
+    @property
+    def errors(self) -> list[float]:
+        return [result.error_percent for result in self.results]
+
+    @property
+    def seeds(self) -> list[int | None]:
+        return [run.seed for run in self.runs]
+
+    def by_seed(self) -> list[float]:
+        """Errors in the order of the seeds, which are known."""
+        order = sorted(zip(self.seeds, self.errors, strict=True), key=lambda pair: pair[0] or 0)
+        return [error for _, error in order]
+
+    def to_dict(self) -> dict[str, object]:
+        from capsnet.analysis.significance import summarise
+
+        return {
+            "members": [run.to_dict(result) for run, result in zip(self.runs, self.results, strict=True)],
+            "summary": summarise(self.errors).to_dict(),
+        }
+
+
+def _test(ours: _Side, theirs: _Side) -> tuple["TTest | McNemar", str]:
+    """The test that these runs allow, and why it is this one."""
+    from capsnet.analysis.significance import mcnemar, paired_t, welch_t
+
+    if len(ours.runs) == 1:
+        return mcnemar(ours.results[0].wrong, theirs.results[0].wrong), "over the images: each side is one network"
+    hindrance = _hindrance(ours, theirs)
+    if hindrance is None:
+        seeds = _listed(ours.seeds)
+        return paired_t(ours.by_seed(), theirs.by_seed()), f"paired by seed: both sides have the seeds {seeds}"
+    return welch_t(ours.errors, theirs.errors), f"not paired, because {hindrance}"
+
+
+def _hindrance(ours: _Side, theirs: _Side) -> str | None:
+    """Why runs cannot be paired by seed; None if they can."""
+    for run in (*ours.runs, *theirs.runs):
+        if run.seed is None:
+            return f"the seed of {run.model} is not known"
+    for side in (ours, theirs):
+        seed, times = Counter(side.seeds).most_common(1)[0]
+        if times > 1:
+            return f"seed {seed} occurs {times} times on one side"
+    if set(ours.seeds) != set(theirs.seeds):
+        return f"the seeds differ: {_listed(ours.seeds)} against {_listed(theirs.seeds)}"
+    return None
+
+
+def _listed(seeds: Sequence[int | None]) -> str:
+    return ", ".join(map(str, sorted(seed for seed in seeds if seed is not None)))

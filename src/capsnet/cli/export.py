@@ -1,26 +1,23 @@
 """The verb `export`."""
 
-import shlex
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from tyro.conf import Positional
-
-from capsnet.cli.parsing import BatchSize, Images, parse
+from capsnet.cli.parsing import BatchSize, Images, Model
 from capsnet.cli.printing import say, show, show_json
-from capsnet.cli.subject import Subject
+from capsnet.cli.trained_model import TrainedModel
 from capsnet.errors import InputError
 from capsnet.names import check_utf8
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-__all__ = ["run"]
+__all__ = ["Export"]
 
 
 @dataclass(frozen=True)
-class _Export:
+class Export:
     """Write a trained network for other programs: ONNX, PyTorch's PT2, or a folder of safetensors.
 
     Any number of images at a time; outputs scores, reconstruction and pose. Written only if it predicts on the
@@ -31,8 +28,8 @@ class _Export:
       capsnet export runs/mnist --to pt2 --out mnist.pt2 --check-all
     """
 
-    model: Positional[str]
-    """Run directory, folder with weights, or the name of weights that come with the package."""
+    model: Model
+    """Run directory, folder with weights, or the name of weights that ship with the package."""
     to: Literal["onnx", "pt2", "safetensors"] = "onnx"
     """Format; onnx needs: pip install 'capsnet[onnx]'."""
     out: str | None = None
@@ -42,7 +39,7 @@ class _Export:
     data: str | None = None
     """Another data set or folder to compare on, read as the network's own was."""
     data_dir: str | None = None
-    """Where downloaded files are."""
+    """Directory of downloaded files."""
     images: Images = 256
     """Test images to compare on: the first ones."""
     check_all: bool = False
@@ -52,60 +49,58 @@ class _Export:
     json: bool = False
     """Print the result as JSON."""
 
+    def run(self, line: str) -> int:
+        """Export a network, say how it compares."""
+        import torch
 
-def run(arguments: list[str]) -> int:
-    """Export a network, say how it compares."""
-    command = parse(_Export, arguments, prog="capsnet export")
-    import torch
+        from capsnet import memory, runs
+        from capsnet.export import FORMATS, export
+        from capsnet.models import inference_batch
 
-    from capsnet import memory, runs
-    from capsnet.export import FORMATS, export
-    from capsnet.models import inference_batch
-
-    subject = Subject(command.model, several=True)
-    batch_size = min(command.batch_size, inference_batch(subject.network))
-    memory.check_export(subject.network, batch_size, command.to)
-    name, images = _images(subject, command)
-    path = Path(command.out or f"{subject.folder.resolve().name}{FORMATS[command.to] or '-safetensors'}")
-    if command.to != "safetensors":
-        check_utf8(path, command.to)
-    result = export(
-        subject.network,
-        path,
-        format=command.to,
-        images=images,
-        batch_size=batch_size,
-        card=subject.card if subject.card.config else None,
-        overwrite=command.overwrite,
-    )
-    if command.json:
-        record = {
-            "command": shlex.join(["capsnet", "export", *arguments]),
-            "model": command.model,
-            "data": name,
-            **result.to_dict(),
-            **runs.environment(torch.device("cpu")),
-        }
-        show_json(record)
-    else:
-        show(f"{result.summary()} ({name})")
-    return 0
+        trained = TrainedModel(self.model, several=True)
+        batch_size = min(self.batch_size, inference_batch(trained.network))
+        memory.check_export(trained.network, batch_size, self.to)
+        name, images = _images(trained, self)
+        path = Path(self.out or f"{trained.folder.resolve().name}{FORMATS[self.to] or '-safetensors'}")
+        if self.to != "safetensors":
+            check_utf8(path, self.to)
+        result = export(
+            trained.network,
+            path,
+            format=self.to,
+            images=images,
+            batch_size=batch_size,
+            card=trained.card if trained.card.config else None,
+            overwrite=self.overwrite,
+        )
+        if self.json:
+            record = {
+                "command": line,
+                "model": self.model,
+                "data": name,
+                **result.to_dict(),
+                **runs.environment(torch.device("cpu")),
+            }
+            show_json(record)
+        else:
+            show(f"{result.summary()} ({name})")
+        return 0
 
 
-def _images(subject: Subject, command: _Export) -> tuple[str, "Tensor"]:
+def _images(trained: TrainedModel, command: Export) -> tuple[str, "Tensor"]:
     """What to compare on, and its name."""
     import torch
 
     from capsnet.data.dataset import to_float
 
     try:
-        dataset = subject.dataset(command.data, command.data_dir, held_out=False, any_will_do=not command.check_all)
+        dataset = trained.dataset(command.data, command.data_dir, held_out=False, any_will_do=not command.check_all)
     except InputError as error:
         if command.data or command.check_all:
             raise
         say(f"capsnet export: compared on noise ({error})")
         count = min(command.images, 256)
-        noise = torch.rand(count, *subject.network.image_shape, generator=torch.Generator().manual_seed(0))
+        noise = torch.rand(count, *trained.network.image_shape, generator=torch.Generator().manual_seed(0))
         return "noise", noise
     images = dataset.test.images if command.check_all else dataset.test.images[: command.images]
     return f"{dataset.name} test", to_float(images)

@@ -7,19 +7,18 @@ from typing import TYPE_CHECKING, Any, Literal
 from tyro.conf import Positional
 
 from capsnet import config
-from capsnet.cli.parsing import parse
-from capsnet.cli.printing import show, show_json
+from capsnet.cli.printing import show, show_json, show_table
 from capsnet.errors import InputError
 
 if TYPE_CHECKING:
     from capsnet.data.image_cache import Entry
 
-__all__ = ["run"]
+__all__ = ["List"]
 
 
 @dataclass(frozen=True)
-class _List:
-    """Show what there is.
+class List:
+    """List models, weights, data sets, presets, experiments, or the cache of decoded images.
 
     Examples:
       capsnet list data
@@ -28,38 +27,39 @@ class _List:
     """
 
     what: Positional[Literal["models", "weights", "data", "presets", "experiments", "cache"]]
-    """Of what; cache: images of folders that were decoded to files, see also CAPSNET_CACHE and CAPSNET_CACHE_LIMIT."""
+    """What to list. cache: decoded images of folders (see CAPSNET_CACHE and CAPSNET_CACHE_LIMIT)."""
     data_dir: str | None = None
-    """Look for data files here first."""
+    """Directory of downloaded files."""
     clear: bool = False
-    """Of the cache: remove all that no process uses, and list that."""
+    """Remove every cache file that no process uses, and list those."""
     json: bool = False
     """Print as JSON."""
 
-
-def run(arguments: list[str]) -> int:
-    """Print what there is."""
-    command = parse(_List, arguments, prog="capsnet list")
-    makers = {
-        "models": _models,
-        "weights": _weights,
-        "data": lambda: _data(command.data_dir),
-        "presets": _presets,
-        "experiments": _experiments,
-        "cache": _cleared if command.clear else _cache,
-    }
-    if command.clear and command.what != "cache":
-        raise InputError(f"--clear must be given with cache; got it with {command.what}")
-    rows = makers[command.what]()
-    if command.json:
-        show_json(rows)
+    def run(self, line: str) -> int:
+        """Print what there is."""
+        makers = {
+            "models": _models,
+            "weights": _weights,
+            "data": lambda: _data(self.data_dir),
+            "presets": _presets,
+            "experiments": _experiments,
+            "cache": _cleared if self.clear else _cache,
+        }
+        if self.clear and self.what != "cache":
+            raise InputError(f"--clear must be given with cache; got it with {self.what}")
+        rows = makers[self.what]()
+        if self.json:
+            show_json(rows)
+            return 0
+        if self.what == "data":
+            show_table(*_data_table(rows))
+            return 0
+        for row in rows:
+            name, *rest = row.items()
+            show(name[1] if name[0] not in ("total", "removed") else f"{name[0]}: {name[1]}")
+            for key, value in rest:
+                show(f"  {key}: {value}")
         return 0
-    for row in rows:
-        name, *rest = row.items()
-        show(name[1] if name[0] not in ("total", "removed") else f"{name[0]}: {name[1]}")
-        for key, value in rest:
-            show(f"  {key}: {value}")
-    return 0
 
 
 def _models() -> list[dict[str, Any]]:
@@ -103,24 +103,35 @@ def _data(data_dir: str | None) -> list[dict[str, Any]]:
     rows: list[dict[str, Any]] = []
     for name in data.available():
         about = data.describe(name, data_dir=data_dir)
-        channels, height, width = about.image_shape
-        if name == "strokes":
-            here = "yes (drawn when needed)"
-        elif about.missing:
-            here = "no (missing: " + ", ".join(about.missing) + ")"
-        else:
-            here = "yes: " + ", ".join(sorted({str(path.parent) for path in about.where}))
         rows.append(
             {
                 "name": name,
-                "images": f"{about.train:,} train, {about.test:,} test; {channels} x {height} x {width}",
-                "classes": f"{len(about.classes)}: {', '.join(about.classes)}",
+                "train": about.train,
+                "test": about.test,
+                "image_shape": list(about.image_shape),
+                "classes": list(about.classes),
                 "licence": about.licence,
                 "source": about.source,
-                "on this machine": here,
+                "missing": list(about.missing),
+                "folders": sorted({str(path.parent) for path in about.where}),
             }
         )
     return rows
+
+
+def _data_table(rows: list[dict[str, Any]]) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
+    """Headings and cells."""
+    return ("data set", "train", "test", "image", "classes", "on this machine"), [
+        (
+            row["name"],
+            f"{row['train']:,}",
+            f"{row['test']:,}",
+            " x ".join(map(str, row["image_shape"])),
+            str(len(row["classes"])),
+            "no" if row["missing"] else "yes",
+        )
+        for row in rows
+    ]
 
 
 def _cache() -> list[dict[str, Any]]:

@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from tyro.conf import Positional, arg
 
-from capsnet.cli.parsing import BatchSize, parse
+from capsnet.cli.parsing import BatchSize, Model
 from capsnet.cli.printing import say, show, show_json
-from capsnet.cli.subject import Model, Subject
+from capsnet.cli.trained_model import TrainedModel
 from capsnet.config import Device
 from capsnet.errors import InputError
 from capsnet.names import visible
@@ -21,16 +21,16 @@ if TYPE_CHECKING:
 
     from capsnet.prediction import Prediction
 
-__all__ = ["run"]
+__all__ = ["Predict"]
 
 
 @dataclass(frozen=True)
-class _Predict:
-    """Say what image files show: class, presence (length of its capsule), runner-up, reconstruction error.
+class Predict:
+    """Classify image files: class, presence (length of its capsule), runner-up, reconstruction error.
 
-    Any size, grey or colour: images are read as those that the network was trained on, and what else was done is said.
-    Where it knows digits framed as in MNIST, a digit is found on its photograph, dark on light or light on dark. An
-    image that the network cannot draw again is marked as a stranger.
+    Images of any size, grey or colour, are preprocessed as the network's training images were; every further change is
+    reported. A network of digits framed as in MNIST finds the digit on a photograph, dark on light or light on dark.
+    Images with a reconstruction error above the network's threshold are marked as out of distribution.
 
     Examples:
       capsnet predict capsnet-mnist photo-of-a-digit.jpg
@@ -39,20 +39,20 @@ class _Predict:
     """
 
     model: Model
-    """Run directory, folder with weights, or the name of weights that come with the package."""
+    """Run directory, folder with weights, or the name of weights that ship with the package."""
     files: Positional[Annotated[tuple[str, ...], arg(metavar="FILES")]]
-    """Image files, folders of them (with all below), or - for one image from standard input."""
+    """Image files, folders of them (with sub-folders), or - for one image from standard input."""
     framing: Literal["off", "digits"] | None = None
     """digits: find the ink, scale and centre it as in MNIST, unless the image has the network's size; default: that of
     the network."""
     invert: Literal["auto", "yes", "no"] = "auto"
-    """Swap dark and light; auto: with framing digits, where the ground is the opposite of that of training images."""
+    """Swap dark and light. auto: with framing digits, if the background is the opposite of the training images'."""
     save_reconstructions: str | None = None
     """Write each image as the network saw it beside its reconstruction to this directory."""
     overwrite: bool = False
     """Replace files in that directory."""
     batch_size: BatchSize = 64
-    """Images at a time; only memory and speed depend on it."""
+    """Images per batch; affects only memory and speed."""
     device: Device = "auto"
     """auto: a CUDA GPU if there is one; mps (untested) on a Mac."""
     json: bool = False
@@ -60,62 +60,60 @@ class _Predict:
     csv: bool = False
     """Print comma-separated values."""
 
+    def run(self, line: str) -> int:
+        """Predict, print a table; returns 2 if a file is no readable image (the others are predicted all the same)."""
+        if self.json and self.csv:
+            raise InputError("--json and --csv must not be given both; got both")
+        if not self.files:
+            raise InputError("FILES must be image files, folders or -; got none")
+        names, passed = _names(self.files)
+        for note in passed:
+            say(f"capsnet predict: {note}")
+        from dataclasses import replace
 
-def run(arguments: list[str]) -> int:
-    """Predict, print a table; 2 if a file was no readable image (the others are predicted all the same)."""
-    command = parse(_Predict, arguments, prog="capsnet predict")
-    if command.json and command.csv:
-        raise InputError("--json and --csv must not be given both; got both")
-    if not command.files:
-        raise InputError("FILES must be image files, folders or -; got none")
-    names, passed = _names(command.files)
-    for note in passed:
-        say(f"capsnet predict: {note}")
-    from dataclasses import replace
+        from capsnet import machine, memory
+        from capsnet.analysis.drawing import decoder_of
+        from capsnet.config import Config
+        from capsnet.prediction import Prediction, predict
 
-    from capsnet import machine, memory
-    from capsnet.analysis.drawing import decoder_of
-    from capsnet.config import Config
-    from capsnet.prediction import Prediction, predict
-
-    subject = Subject(command.model)
-    if command.save_reconstructions:
-        decoder_of(subject.network)
-        places = _places(names, Path(command.save_reconstructions), overwrite=command.overwrite)
-    device = machine.resolve_device(replace(Config(), device=command.device))
-    sources = ((name, sys.stdin.buffer.read() if name == "-" else Path(name)) for name in names)
-    precision = subject.precision(device)
-    batch_size = min(command.batch_size, len(names))
-    memory.check_inference(subject.network, batch_size, device, task="prediction", precision=precision)
-    network = subject.network.to(device)
-    predictions = predict(
-        network,
-        sources,
-        card=subject.card,
-        framing=command.framing,
-        invert=command.invert,
-        batch_size=batch_size,
-        precision=precision,
-    )
-    write = _Writer(command, width=_width(names), label=_width(network.classes))
-    faults = 0
-    for number, found in enumerate(predictions):
-        if not isinstance(found, Prediction):
-            faults += 1
-            say(f"capsnet predict: error: {found}")
-            continue
-        write(found)
-        if command.save_reconstructions:
-            assert found.reconstruction is not None
-            _save(found.image, found.reconstruction, places[number])
-    write.close()
-    return 2 if faults else 0
+        trained = TrainedModel(self.model)
+        if self.save_reconstructions:
+            decoder_of(trained.network)
+            places = _places(names, Path(self.save_reconstructions), overwrite=self.overwrite)
+        device = machine.resolve_device(replace(Config(), device=self.device))
+        sources = ((name, sys.stdin.buffer.read() if name == "-" else Path(name)) for name in names)
+        precision = trained.precision(device)
+        batch_size = min(self.batch_size, len(names))
+        memory.check_inference(trained.network, batch_size, device, task="prediction", precision=precision)
+        network = trained.network.to(device)
+        predictions = predict(
+            network,
+            sources,
+            card=trained.card,
+            framing=self.framing,
+            invert=self.invert,
+            batch_size=batch_size,
+            precision=precision,
+        )
+        write = _Writer(self, width=_width(names), label=_width(network.classes))
+        faults = 0
+        for number, found in enumerate(predictions):
+            if not isinstance(found, Prediction):
+                faults += 1
+                say(f"capsnet predict: error: {found}")
+                continue
+            write(found)
+            if self.save_reconstructions:
+                assert found.reconstruction is not None
+                _save(found.image, found.reconstruction, places[number])
+        write.close()
+        return 2 if faults else 0
 
 
 class _Writer:
     """Prints predictions as they come."""
 
-    def __init__(self, command: _Predict, *, width: int, label: int) -> None:
+    def __init__(self, command: Predict, *, width: int, label: int) -> None:
         self.command, self.rows, self.begun = command, list[dict[str, Any]](), False
         self.width, self.label = min(width, 60), max(5, min(label, 30))
         self.csv: csv.DictWriter[str] | None = None

@@ -2,9 +2,11 @@
 
 import json
 import os
+import shutil
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
+from io import StringIO
 from pathlib import Path
 from typing import Any
 
@@ -71,8 +73,11 @@ def show_table(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
         table.add_column(visible(heading), justify="right" if k else "left")
     for row in rows:
         table.add_row(*map(visible, row))
+    text = StringIO()  # rich ends the process where a pipe is closed
+    width = shutil.get_terminal_size().columns if sys.stdout.isatty() else 200
+    Console(file=text, width=width, highlight=False, markup=False, emoji=False).print(table)
     with _written():
-        Console(width=None if sys.stdout.isatty() else 200, highlight=False, markup=False, emoji=False).print(table)
+        print(text.getvalue(), end="")
 
 
 def say(text: str) -> None:

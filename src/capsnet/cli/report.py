@@ -2,16 +2,16 @@
 
 from dataclasses import dataclass
 
-from capsnet.cli.parsing import parse
+from capsnet.cli.parsing import Model
 from capsnet.cli.printing import show
-from capsnet.cli.subject import Model, Subject
+from capsnet.cli.trained_model import TrainedModel
 
-__all__ = ["run"]
+__all__ = ["Report"]
 
 
 @dataclass(frozen=True)
-class _Report:
-    """Write everything that can be seen of a trained network to one HTML file, which loads nothing from elsewhere.
+class Report:
+    """Write one self-contained HTML file with all figures and numbers of a trained network.
 
     A training writes it too, at its end (unless --no-report).
 
@@ -21,38 +21,36 @@ class _Report:
     """
 
     model: Model
-    """Run directory, folder with weights, or the name of weights that come with the package."""
+    """Run directory, folder with weights, or the name of weights that ship with the package."""
     data: str | None = None
-    """Another data set or folder, read as the network's own was."""
+    """Data set or folder; default: the network's own. It is read as the network's own was."""
     data_dir: str | None = None
-    """Where downloaded files are."""
+    """Directory of downloaded files."""
     out: str | None = None
-    """Where it goes; default: report.html in the run directory, else MODEL-report.html here."""
+    """File to write; default: report.html in the run directory, otherwise MODEL-report.html here."""
     overwrite: bool = False
-    """Replace the file --out."""
+    """Replace an existing file."""
 
+    def run(self, line: str) -> int:
+        """Write the report, print where."""
+        from capsnet import runs
+        from capsnet.report import report
 
-def run(arguments: list[str]) -> int:
-    """Write the report, print where."""
-    command = parse(_Report, arguments, prog="capsnet report")
-    from capsnet import runs
-    from capsnet.report import report
-
-    subject = Subject(command.model, several=True)
-    path = subject.place("report", command.out, suffix="html", overwrite=command.overwrite)
-    if command.out is None and subject.is_run:
-        path = subject.folder / "report.html"
-    dataset = subject.dataset(command.data, command.data_dir)
-    files = runs.Run(subject.folder)
-    content = report(
-        subject.network,
-        dataset,
-        config=subject.trained(command.data),
-        card=subject.card,
-        title=subject.folder.resolve().name,
-        rows=files.metrics(),
-        result=files.result() if files.result_path.is_file() else None,
-    )
-    runs.write_atomically(path, lambda place: place.write_text(content, encoding="utf-8"))
-    show(f"report: {path}")
-    return 0
+        trained = TrainedModel(self.model, several=True)
+        path = trained.place("report", self.out, suffix="html", overwrite=self.overwrite)
+        if self.out is None and trained.is_run:
+            path = trained.folder / "report.html"
+        dataset = trained.dataset(self.data, self.data_dir)
+        files = runs.Run(trained.folder)
+        content = report(
+            trained.network,
+            dataset,
+            config=trained.trained(self.data),
+            card=trained.card,
+            title=trained.folder.resolve().name,
+            rows=files.metrics(),
+            result=files.result() if files.result_path.is_file() else None,
+        )
+        runs.write_atomically(path, lambda place: place.write_text(content, encoding="utf-8"))
+        show(f"report: {path}")
+        return 0

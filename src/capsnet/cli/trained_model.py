@@ -1,12 +1,9 @@
-"""What the verbs that look at a trained network share: the network, the images, and where a figure goes."""
+"""A trained network as a command names it: its weights, its data, and where its figures go."""
 
-import shlex
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
-
-from tyro.conf import Positional, arg
+from typing import TYPE_CHECKING, Literal
 
 from capsnet.cli.printing import say
 from capsnet.config import Config
@@ -21,40 +18,11 @@ if TYPE_CHECKING:
     from capsnet.data.image_folder import ImageFolder
     from capsnet.data.manifest import Manifest
     from capsnet.models import Network
-    from capsnet.plots.figure import Figure
 
-__all__ = ["Look", "Model", "Subject", "some"]
-
-Model = Positional[Annotated[str, arg(metavar="MODEL")]]
+__all__ = ["TrainedModel", "check_free", "some"]
 
 
-@dataclass(frozen=True)
-class Look:
-    """Options of every command that draws a figure of a trained network."""
-
-    model: Model
-    """Run directory, folder with weights, or the name of weights that come with the package."""
-    data: str | None = None
-    """Another data set or folder, read as the network's own was."""
-    data_dir: str | None = None
-    """Where downloaded files are."""
-    split: Literal["test", "validation", "train"] = "test"
-    """Which part of the data set."""
-    format: Literal["png", "svg", "pdf"] = "png"
-    """Of the figure."""
-    out: str | None = None
-    """Where it goes; default: figures/ of the run directory, else the working directory."""
-    overwrite: bool = False
-    """Replace the file --out."""
-    json: bool = False
-    """Print the numbers as JSON."""
-
-    def __post_init__(self) -> None:
-        if self.out is not None:  # before anything is computed
-            _check_free(Path(self.out), overwrite=self.overwrite)
-
-
-class Subject:
+class TrainedModel:
     """A trained network as a command names it.
 
     Args:
@@ -283,18 +251,11 @@ class Subject:
         if out is None and self.is_run:
             return self.folder / "figures" / f"{name}.{suffix}"
         path = Path(out) if out else Path(f"{self.folder.name}-{name}.{suffix}")
-        _check_free(path, overwrite=overwrite)
+        check_free(path, overwrite=overwrite)
         return path
 
-    def draw(self, look: Look, name: str, figure: "Figure", arguments: list[str]) -> Path:
-        """Write a figure where it belongs, with the command that made it in its metadata."""
-        from capsnet import plots
 
-        path = self.place(name, look.out, suffix=look.format, overwrite=look.overwrite)
-        return plots.save(figure, path, format=look.format, command=shlex.join(["capsnet", *arguments]))
-
-
-def _check_free(path: Path, *, overwrite: bool) -> None:
+def check_free(path: Path, *, overwrite: bool) -> None:
     """Raise InputError where a file must not be written."""
     if path.is_dir() or (path.exists() and not overwrite):
         raise InputError(f"--out must be a new file, or be given with --overwrite; got {path}")
