@@ -17,7 +17,9 @@ from capsnet.data import Dataset, strokes
 from capsnet.data.dataset import to_float
 from capsnet.errors import InputError
 from capsnet.evaluation import wilson_interval
-from capsnet.models import CapsNet, ConvNet, Network, create
+from capsnet.models import Network, create
+from capsnet.models.baseline import ConvNet
+from capsnet.models.capsnet import CapsNet
 from capsnet.objective import Objective
 
 SIZES: dict[str, Any] = {**tiny.SIZES, "conv_channels": 16, "conv_kernel": 3, "capsule_types": 4, "class_dim": 8}

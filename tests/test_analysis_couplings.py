@@ -6,8 +6,9 @@ import torch
 from capsnet import functional as F
 from capsnet.analysis.couplings import Evidence, evidence, fold
 from capsnet.errors import InputError
-from capsnet.layers import votes
-from capsnet.models import CapsNet, create
+from capsnet.functional import votes
+from capsnet.models import create
+from capsnet.models.capsnet import CapsNet
 from tiny import SIZES
 
 
@@ -104,6 +105,6 @@ def test_fold_counts_the_paths_from_a_pixel_to_a_capsule(padding: str) -> None:
 @pytest.mark.usefixtures("unchecked")
 def test_it_needs_capsules_and_the_right_images() -> None:
     with pytest.raises(InputError, match=r"^model must have capsules; got baseline, which has none$"):
-        evidence(create("baseline"), torch.rand(1, 1, 28, 28))  # type: ignore[arg-type]
+        evidence(create("baseline"), torch.rand(1, 1, 28, 28))
     with pytest.raises(InputError, match=r"images must be \[batch"):
         evidence(network(), torch.rand(1, 3, 15, 12))

@@ -3,7 +3,8 @@ import torch
 
 from capsnet.analysis.drawing import perturb, reconstruct, separate
 from capsnet.errors import InputError
-from capsnet.models import CapsNet, create
+from capsnet.models import create
+from capsnet.models.capsnet import CapsNet
 from tiny import SIZES
 
 

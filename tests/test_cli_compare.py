@@ -266,7 +266,7 @@ def test_bad_input_is_one_line(capsys: Capture, line: str, message: str) -> None
     constant("one", 1.0, 0.0, 0.0)
     constant("two", 0.0, 1.0, 0.0)
     constant("three", 0.0, 0.0, 1.0, data_seed=1)
-    for name, options in (("four", {"num_classes": 4}), ("pair", {"classes": ("a", "b", "c"), "objects": 2})):
+    for name, options in (("four", {"num_classes": 4}), ("pair", {"classes": ("a", "b", "c"), "objects_per_image": 2})):
         chosen: dict[str, Any] = {"image_shape": (3, 12, 13), "num_classes": 3, "width": 0.02, **options}
         runs.save_pretrained(create("baseline", **chosen), name)
         write(Config(data="images"), Path(name, "config.yaml"))

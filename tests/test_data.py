@@ -329,7 +329,7 @@ def singles(count: int, *, classes: int = 4, first: int = 0) -> Split:
 def dataset_of(*, objects: int = 1, train: int = 40, **options: Any) -> Dataset:
     test = singles(15, first=100)
     test = test if objects == 1 else test.paired(shift=2, seed=0)
-    return Dataset("mine", tuple("abcd"), singles(train), test, objects=objects, **options)
+    return Dataset("mine", tuple("abcd"), singles(train), test, objects_per_image=objects, **options)
 
 
 def numbers(split: Split) -> list[int]:
@@ -338,24 +338,26 @@ def numbers(split: Split) -> list[int]:
 
 def test_a_split_holds_each_object_where_its_labels_are_several() -> None:
     one, pair = singles(6), singles(6).paired(shift=1, seed=0)
-    assert pair.objects is not None
+    assert pair.single_images is not None
     taken = pair.take(torch.tensor([4, 1]))
-    assert taken.objects is not None
-    assert torch.equal(taken.objects, pair.objects[[4, 1]])
+    assert taken.single_images is not None
+    assert torch.equal(taken.single_images, pair.single_images[[4, 1]])
     assert torch.equal(taken.labels, pair.labels[[4, 1]])
     assert len(pair) == 6
     wrong: tuple[tuple[Tensor, Tensor | None], ...] = (
         (pair.labels, None),
-        (one.labels, pair.objects),
-        (pair.labels, pair.objects[:, :1]),
-        (pair.labels, pair.objects[:5]),
-        (pair.labels, pair.objects[..., :-1]),
+        (one.labels, pair.single_images),
+        (pair.labels, pair.single_images[:, :1]),
+        (pair.labels, pair.single_images[:5]),
+        (pair.labels, pair.single_images[..., :-1]),
     )
     for labels, objects in wrong:
         got = re.escape(str(None if objects is None else list(objects.shape)))
-        message = rf"^objects must be \[N, k, C, H, W\] where labels are \[N, k\], and absent elsewhere; got {got}$"
+        message = (
+            rf"^single_images must be \[N, k, C, H, W\] where labels are \[N, k\], and absent elsewhere; got {got}$"
+        )
         with pytest.raises(InputError, match=message):
-            Split(pair.images, labels, objects=objects)
+            Split(pair.images, labels, single_images=objects)
     with pytest.raises(InputError, match=r"^labels must be int64 \[N\] or \[N, k\]; got torch.int64 \[6, 2, 1\]$"):
         Split(pair.images, pair.labels[..., None])
 
@@ -377,7 +379,7 @@ def test_cropped_images_are_whole_for_training_and_the_middle_elsewhere(objects:
         assert torch.equal(after.labels, before.labels)
         assert after.factors.keys() == before.factors.keys()
         if objects == 2:
-            assert torch.equal(after.objects, before.objects[..., rows, columns])
+            assert torch.equal(after.single_images, before.single_images[..., rows, columns])
     shown = made.shown("train")
     assert shown is not None
     assert torch.equal(shown.images, whole.train.images[..., rows, columns])
@@ -416,10 +418,10 @@ def test_validation_images_are_as_those_of_the_test(kind: str, crop: int | None)
     wanted = wanted.cropped(crop) if crop else wanted
     assert torch.equal(validation.images, wanted.images)
     assert torch.equal(validation.labels, wanted.labels)
-    assert (validation.objects is None) == (wanted.objects is None) == (kind != "pairs")
-    if validation.objects is not None and wanted.objects is not None:
-        assert torch.equal(validation.objects, wanted.objects)
-        assert torch.equal(validation.images.int(), validation.objects.int().sum(1).clamp(max=255))
+    assert (validation.single_images is None) == (wanted.single_images is None) == (kind != "pairs")
+    if validation.single_images is not None and wanted.single_images is not None:
+        assert torch.equal(validation.single_images, wanted.single_images)
+        assert torch.equal(validation.images.int(), validation.single_images.int().sum(1).clamp(max=255))
 
 
 def test_fewer_training_images_are_among_more_and_follow_the_seed() -> None:
@@ -447,8 +449,8 @@ def test_there_are_not_more_training_images_than_there_are(count: int) -> None:
 
 def test_a_set_of_pairs_must_be_one() -> None:
     one, pair = singles(8), singles(8).paired(shift=1, seed=0)
-    assert pair.objects is not None
-    twice = Split(pair.images, pair.labels[:, :1].expand(-1, 2), objects=pair.objects)
+    assert pair.single_images is not None
+    twice = Split(pair.images, pair.labels[:, :1].expand(-1, 2), single_images=pair.single_images)
     alike = one.take((one.labels == 2).nonzero().flatten())
     faults: dict[str, dict[str, Any]] = {
         "train images must show 1 object each; got 2": {"train": pair},
@@ -456,14 +458,14 @@ def test_a_set_of_pairs_must_be_one() -> None:
         "validation images must show 2 objects each; got 1": {"validation": one},
         "test images must show objects of different classes; got one class twice": {"test": twice},
         "training images to be paired must be of at least 2 classes; got 2 of one class": {"train": alike},
-        "objects must be 1 or 2; got 3": {"objects": 3},
+        "objects_per_image must be 1 or 2; got 3": {"objects_per_image": 3},
         "labels of the test split must be 0 to 2; got 0 to 3": {
             "classes": tuple("abc"),
             "train": one.take(torch.arange(3)),
         },
     }
     for message, options in faults.items():
-        fields = {"classes": tuple("abcd"), "train": one, "test": pair, "objects": 2, **options}
+        fields = {"classes": tuple("abcd"), "train": one, "test": pair, "objects_per_image": 2, **options}
         with pytest.raises(InputError, match=rf"^data set mine: {message}$"):
             Dataset("mine", **fields)
     with pytest.raises(InputError, match=r"^data set mine: test images must show 1 object each; got 2$"):
@@ -488,12 +490,12 @@ def test_real_multimnist() -> None:
     about = data.describe("multimnist", data_dir=REAL)
     assert made.image_shape == about.image_shape == (1, 36, 36)
     assert (made.classes, len(made.train), len(made.test)) == (about.classes, about.train, about.test)
-    assert (made.objects, made.shift) == (2, 4)
+    assert (made.objects_per_image, made.shift) == (2, 4)
     assert made.test.labels[:4, 0].tolist() == [7, 2, 1, 0]
-    assert made.test.objects is not None
+    assert made.test.single_images is not None
     assert made.test.labels[:, 1].bincount(minlength=10).min() > 800  # partners are of all classes
     digits = data.load_split("mnist", "test", data_dir=REAL).images.sum((1, 2, 3))
-    assert torch.equal(made.test.objects[:, 0].sum((1, 2, 3)), digits)
+    assert torch.equal(made.test.single_images[:, 0].sum((1, 2, 3)), digits)
 
 
 @pytest.mark.parametrize("count", [1, 4, 7, 20, 60, 64])

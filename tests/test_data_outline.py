@@ -23,12 +23,12 @@ def same(outlined: Dataset, read: Dataset, *, labels: bool) -> None:
             assert ours.images.is_meta
             assert ours.images.shape == theirs.images.shape
             assert ours.labels.shape == theirs.labels.shape
-            assert (ours.objects is None) == (theirs.objects is None)
-            if ours.objects is not None:
-                assert ours.objects.shape == theirs.objects.shape
+            assert (ours.single_images is None) == (theirs.single_images is None)
+            if ours.single_images is not None:
+                assert ours.single_images.shape == theirs.single_images.shape
             if labels:
                 assert torch.equal(ours.labels, theirs.labels)
-    for field in ("name", "classes", "image_shape", "shift", "objects", "crop", "placed", "tested", "files"):
+    for field in ("name", "classes", "image_shape", "shift", "objects_per_image", "crop", "placed", "tested", "files"):
         assert getattr(outlined, field) == getattr(read, field), field
 
 

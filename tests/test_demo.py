@@ -34,7 +34,8 @@ from capsnet.demo.app import IMAGE_LIMIT, PLACES, application
 from capsnet.demo.serving import bind
 from capsnet.demo.viewer import Viewer
 from capsnet.errors import InputError
-from capsnet.models import CapsNet, create
+from capsnet.models import create
+from capsnet.models.capsnet import CapsNet
 from tiny import SIZES, reading
 
 pytest.importorskip("starlette", reason="the extra demo is not installed: no starlette")
@@ -190,8 +191,9 @@ def test_imagining_draws_each_vector_from_its_capsule(shape: tuple[int, int, int
 @pytest.mark.parametrize("shape", SHAPES)
 def test_evidence_is_that_of_the_analysis(shape: tuple[int, int, int]) -> None:
     one = viewer(shape)
-    for weight in (one.network.primary.conv.weight, one.network.class_capsules.weight):
-        weight.mul_(30)  # the couplings of new weights differ by no more than rounding
+    for name, weight in one.network.named_parameters():
+        if name in ("primary.conv.weight", "class_capsules.weight"):
+            weight.mul_(30)  # the couplings of new weights differ by no more than rounding
     image = random_image(*shape)
     text = base64.b64encode(image.numpy().tobytes()).decode()
     answer = client_of(one).post("/api/evidence", json={"class": 2, "image": text})

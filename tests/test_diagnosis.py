@@ -11,7 +11,8 @@ from torch import Tensor
 
 from capsnet.config import Config
 from capsnet.diagnosis import Chance, first_not_finite
-from capsnet.models import CapsNet, Output, create
+from capsnet.models import Output, create
+from capsnet.models.capsnet import CapsNet
 from capsnet.objective import Losses
 from capsnet.session import Diverged
 from capsnet.train import fit
@@ -43,7 +44,7 @@ MIXED = torch.tensor([[0.05, 0.95, 0.5], [0.95, 0.05, 0.5]])
 def chance(
     labels: Tensor = LABELS, config: Config = GOOD, steps: int = 2, classes: int = 3, objects: int = 1
 ) -> Chance:
-    return Chance(labels, classes=classes, objects=objects, config=config, steps=steps)
+    return Chance(labels, classes=classes, objects_per_image=objects, config=config, steps=steps)
 
 
 def test_the_error_of_naming_the_most_frequent_class() -> None:

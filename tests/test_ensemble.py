@@ -59,9 +59,9 @@ def test_scores_are_the_mean_of_the_lengths_and_the_softmax() -> None:
 
 
 def test_networks_for_several_objects_give_their_sigmoid() -> None:
-    network = convolutions(0, objects=2)
+    network = convolutions(0, objects_per_image=2)
     images = some().images
-    split = Split(images, torch.tensor([[0, 1]] * 7), objects=torch.stack([images, images], dim=1))
+    split = Split(images, torch.tensor([[0, 1]] * 7), single_images=torch.stack([images, images], dim=1))
     expected = plain(network, to_float(images)).sigmoid()
     torch.testing.assert_close(ensemble_scores([network], split), expected)
 
@@ -121,7 +121,7 @@ def test_of_several_objects_exactly_the_true_set_is_right() -> None:
     labels = torch.tensor([[0, 1], [1, 0], [0, 2], [3, 2]])
     found = Ensemble.of(scores, labels)
     assert found.wrong.tolist() == [False, False, True, False]
-    assert found.objects == 2
+    assert found.objects_per_image == 2
     assert found.summary().startswith("exact-set error 25.00 % (1 of 4 wrong; ")
 
 
@@ -131,7 +131,7 @@ def test_networks_that_differ_are_refused_by_a_line_that_names_both() -> None:
         r"^network 2 .* must take images \(2, 12, 13\) as network 1 .*; got \(2, 13, 12\)$": {
             "image_shape": (2, 13, 12)
         },
-        r"^network 2 .* must look for 1 objects an image as network 1 .*; got 2$": {"objects": 2},
+        r"^network 2 .* must look for 1 objects per image as network 1 .*; got 2$": {"objects_per_image": 2},
         r"^network 2 .* must know the classes of network 1 .*, whose class 2 is 1; got b$": {
             "classes": ("0", "b", "2")
         },

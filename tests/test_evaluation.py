@@ -12,6 +12,7 @@ from capsnet.data.dataset import to_float
 from capsnet.errors import InputError
 from capsnet.evaluation import Evaluation, Predictions, evaluate, predict_split
 from capsnet.models import Network, Output, create
+from capsnet.models.baseline import ConvNet
 from capsnet.objective import Objective
 from tiny import SIZES, pairs
 
@@ -147,12 +148,12 @@ def test_an_unknown_precision_is_refused() -> None:
 # several objects in each image
 
 
-class Told(Network):
+class Told(ConvNet):
     """Says of an image the row of `scores` that its first pixel names."""
 
     def __init__(self, scores: list[list[float]], objects: int) -> None:
-        super().__init__()
-        self.scores, self.objects = nn.Parameter(torch.tensor(scores)), objects
+        Network.__init__(self)
+        self.scores, self.objects_per_image = nn.Parameter(torch.tensor(scores)), objects
         self.classes, self.image_shape = tuple("abcdefg"[: len(scores[0])]), (1, 2, 3)
 
     def forward(self, images: Tensor, labels: Tensor | None = None) -> Output:
@@ -165,7 +166,7 @@ def told_of(scores: list[list[float]], labels: list[Any], *, batch_size: int = 2
     truth = torch.tensor(labels)
     objects = images[:, None].expand(-1, truth.shape[1], -1, -1, -1) if truth.ndim == 2 else None
     network = Told(scores, truth[0].numel())
-    return predict_split(network, Split(images, truth, objects=objects), batch_size=batch_size)
+    return predict_split(network, Split(images, truth, single_images=objects), batch_size=batch_size)
 
 
 def measured(scores: list[list[float]], labels: list[Any], *, batch_size: int = 2) -> Evaluation:
@@ -212,7 +213,7 @@ def test_objects_found_are_on_the_diagonal_and_each_missed_one_beside_one_claime
 
 def test_of_single_objects_nothing_is_told_of_sets() -> None:
     result = measured([[0.9, 0.1], [0.2, 0.8], [0.7, 0.3]], [0, 1, 1])
-    assert (result.total, result.wrong, result.missed, result.objects) == (3, 1, 1, 1)
+    assert (result.total, result.wrong, result.missed, result.objects_per_image) == (3, 1, 1, 1)
     assert result.missed_percent == result.error_percent
     assert {"objects", "missed", "missed_percent"}.isdisjoint(result.to_dict())
     assert "missed" not in result.summary()
@@ -248,7 +249,7 @@ def test_the_confusion_of_several_objects_is_that_of_loops(k: int) -> None:
 @pytest.mark.parametrize("world_size", [2, 3])
 def test_the_sums_of_all_processes_are_those_of_the_pairs(world_size: int) -> None:
     torch.manual_seed(0)
-    network = create("capsnet", image_shape=(1, 12, 13), num_classes=4, objects=2, **SIZES)
+    network = create("capsnet", image_shape=(1, 12, 13), num_classes=4, objects_per_image=2, **SIZES)
     split = pairs().test
     found = Evaluation.of(divided(network, split, world_size, batch_size=4), network.classes)
     whole = evaluate(network, split)
@@ -259,13 +260,15 @@ def test_the_sums_of_all_processes_are_those_of_the_pairs(world_size: int) -> No
 
 def test_evaluate_of_pairs_is_the_mean_over_the_images() -> None:
     torch.manual_seed(0)
-    network = create("capsnet", image_shape=(1, 12, 13), num_classes=4, objects=2, **SIZES)
+    network = create("capsnet", image_shape=(1, 12, 13), num_classes=4, objects_per_image=2, **SIZES)
     split = pairs().test
-    assert split.objects is not None
+    assert split.single_images is not None
     result = evaluate(network, split, batch_size=4)
     with torch.no_grad():
-        losses = Objective(network, Config()).eval()(to_float(split.images), split.labels, to_float(split.objects))
-    assert result.objects == 2
+        losses = Objective(network, Config()).eval()(
+            to_float(split.images), split.labels, to_float(split.single_images)
+        )
+    assert result.objects_per_image == 2
     assert result.loss == pytest.approx(float(losses.total.mean()), rel=1e-5)
     assert result.classification_loss == pytest.approx(float(losses.classification.mean()), rel=1e-5)
     assert result.reconstruction_loss == pytest.approx(float(losses.reconstruction.mean()), rel=1e-5)
@@ -275,7 +278,14 @@ def test_evaluate_of_pairs_is_the_mean_over_the_images() -> None:
 def test_images_of_another_number_of_objects_are_refused(reconstruction: bool) -> None:
     made = pairs()
     one, two = (
-        create("capsnet", image_shape=(1, 12, 13), num_classes=4, objects=k, reconstruction=reconstruction, **SIZES)
+        create(
+            "capsnet",
+            image_shape=(1, 12, 13),
+            num_classes=4,
+            objects_per_image=k,
+            reconstruction=reconstruction,
+            **SIZES,
+        )
         for k in (1, 2)
     )
     with pytest.raises(InputError, match=r"^images must show 1 object each; got 2$"):

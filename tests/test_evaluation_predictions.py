@@ -63,7 +63,7 @@ def test_perfect_calibration_has_no_error() -> None:
 def test_of_several_objects_sets_are_compared(model: str) -> None:
     torch.manual_seed(0)
     sizes = SIZES if model == "capsnet" else {"width": 0.05}
-    network = create(model, image_shape=(1, 12, 13), num_classes=4, objects=2, **sizes).eval()
+    network = create(model, image_shape=(1, 12, 13), num_classes=4, objects_per_image=2, **sizes).eval()
     test = pairs(test=23).test
     found = predict_split(network, test, batch_size=5)
     with torch.no_grad():
@@ -89,7 +89,7 @@ def test_one_wrong_object_of_two_makes_the_image_wrong() -> None:
 
 def test_images_of_another_number_of_objects_are_refused() -> None:
     made = pairs()
-    one, two = (create("capsnet", image_shape=(1, 12, 13), num_classes=4, objects=k, **SIZES) for k in (1, 2))
+    one, two = (create("capsnet", image_shape=(1, 12, 13), num_classes=4, objects_per_image=k, **SIZES) for k in (1, 2))
     with pytest.raises(InputError, match=r"^images must show 1 object each; got 2$"):
         predict_split(one, made.test)
     with pytest.raises(InputError, match=r"^images must show 2 objects each; got 1$"):

@@ -43,7 +43,7 @@ def test_images_of_one_object_are_augmented_and_nothing_else() -> None:
         wanted = Augmentation(**{"shift": 3, **given}).draw(4, generator=seeded())  # the data set's shift, if not told
         assert torch.equal(found.images, augment(dataset.train.images[list(batch)].float() / 255, wanted))
         assert found.labels.tolist() == [3, 1, 1, 3]
-        assert found.objects is None
+        assert found.single_images is None
 
 
 def test_the_crop_is_that_of_the_data_set() -> None:
@@ -58,14 +58,14 @@ def test_a_pair_is_two_images_of_different_classes_each_augmented_and_laid_over_
     dataset = pairs(shift=1)
     options: dict[str, Any] = {"flip": True, "brightness": 0.1}
     found = fed(dataset, batch=range(20), **options)
-    assert found.objects is not None
+    assert found.single_images is not None
     assert found.images.shape == (20, 1, 12, 13)
-    assert found.objects.shape == (20, 2, 1, 12, 13)
-    assert torch.equal(found.images, overlay(found.objects))
+    assert found.single_images.shape == (20, 2, 1, 12, 13)
+    assert torch.equal(found.images, overlay(found.single_images))
     assert torch.equal(found.labels[:, 0], dataset.train.labels[:20])
     assert (found.labels[:, 0] != found.labels[:, 1]).all()
     drawn = Augmentation(shift=1, **options).draw(20, generator=seeded())
-    assert torch.equal(found.objects[:, 0], augment(dataset.train.images[:20].float() / 255, drawn))
+    assert torch.equal(found.single_images[:, 0], augment(dataset.train.images[:20].float() / 255, drawn))
 
 
 @pytest.mark.parametrize("shift", [None, 0, 2])
@@ -73,7 +73,7 @@ def test_each_object_is_one_training_image_of_its_class_moved_by_itself(shift: i
     dataset = pairs(shift=1)
     found = fed(dataset, batch=range(20), shift=shift)
     far = 1 if shift is None else shift
-    assert found.objects is not None
+    assert found.single_images is not None
     sources = dataset.train.images.float() / 255
     nothing = Augmentation(shift=0).draw(len(sources), generator=seeded())
     span = torch.arange(-far, far + 1)
@@ -86,7 +86,7 @@ def test_each_object_is_one_training_image_of_its_class_moved_by_itself(shift: i
             hits = [
                 (int(which), move)
                 for move, images in moved.items()
-                for which in (images == found.objects[n, k]).flatten(1).all(1).nonzero().flatten()
+                for which in (images == found.single_images[n, k]).flatten(1).all(1).nonzero().flatten()
             ]
             assert len(hits) == 1
             assert dataset.train.labels[hits[0][0]] == found.labels[n, k]

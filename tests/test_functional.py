@@ -292,7 +292,7 @@ def test_squash_with_an_epsilon_is_safe_in_half_precision(dtype: torch.dtype) ->
     torch.testing.assert_close(F.squash(s, epsilon=1e-9), expected, rtol=2 * torch.finfo(dtype).eps, atol=1e-7)
 
 
-# found
+# multi_hot, top_k_mask
 
 
 @leading_axes
@@ -300,7 +300,8 @@ def test_squash_with_an_epsilon_is_safe_in_half_precision(dtype: torch.dtype) ->
 def test_found_are_the_true_classes_and_as_many_of_the_largest_scores(leading: tuple[int, ...], k: int) -> None:
     scores = random(*leading, 7)
     labels = random(*leading, 7, seed=1).argsort(-1)[..., : max(k, 1)]
-    present, predicted = F.found(scores, labels if k else labels[..., 0])
+    predicted = F.top_k_mask(scores, max(k, 1))
+    present = F.multi_hot((labels if k else labels[..., 0]).reshape(-1, *(k,) * bool(k)), 7).view(scores.shape)
     assert present.shape == predicted.shape == scores.shape
     assert present.dtype == predicted.dtype == torch.bool
     rows = zip(*(x.reshape(-1, x.shape[-1]) for x in (scores, labels, present, predicted)), strict=True)
@@ -313,8 +314,7 @@ def test_found_are_the_true_classes_and_as_many_of_the_largest_scores(leading: t
 def test_of_equal_scores_one_object_is_the_first_class() -> None:
     """As argmax has it; topk takes another."""
     scores = torch.tensor([[0.0, 0.0, 0.0, 0.0, 0.0], [0.1, 0.3, 0.2, 0.3, 0.3]])
-    _, predicted = F.found(scores, torch.tensor([1, 1]))
-    assert predicted.nonzero().tolist() == [[0, 0], [1, 1]]
+    assert F.top_k_mask(scores, 1).nonzero().tolist() == [[0, 0], [1, 1]]
 
 
 # standardized
@@ -324,7 +324,7 @@ def test_of_equal_scores_one_object_is_the_first_class() -> None:
 def test_standardized_images_have_mean_0_and_deviation_1_over_pixels_and_channels(leading: tuple[int, ...]) -> None:
     images = random(*leading, 2, 3, 5) + 0.4
     images[..., 0, :, :] += 3  # channels of another brightness stay so
-    found = F.standardized(images)
+    found = F.per_image_standardize(images)
     for one, image in zip(found.reshape(-1, 2, 3, 5), images.reshape(-1, 2, 3, 5), strict=True):
         values = image.numpy()
         np.testing.assert_allclose(one, (values - values.mean()) / values.std(), rtol=1e-12, atol=1e-13)
@@ -332,12 +332,12 @@ def test_standardized_images_have_mean_0_and_deviation_1_over_pixels_and_channel
 
 
 def test_no_images_are_standardized_to_none() -> None:
-    assert F.standardized(torch.rand(0, 3, 4, 5)).shape == (0, 3, 4, 5)
+    assert F.per_image_standardize(torch.rand(0, 3, 4, 5)).shape == (0, 3, 4, 5)
 
 
 def test_the_deviation_is_at_least_that_of_one_over_the_root_of_the_intensities() -> None:
     plain = torch.full((1, 2, 5, 10), 0.3, dtype=torch.float64)
-    torch.testing.assert_close(F.standardized(plain), torch.zeros_like(plain), rtol=0, atol=1e-14)
+    torch.testing.assert_close(F.per_image_standardize(plain), torch.zeros_like(plain), rtol=0, atol=1e-14)
     faint = plain.clone()
     faint[0, 0, 0, 0] += 0.01  # a deviation of 0.001, below 0.1
-    assert float(F.standardized(faint)[0, 0, 0, 0]) == pytest.approx(0.01 * 0.99 / 0.1, rel=1e-9)
+    assert float(F.per_image_standardize(faint)[0, 0, 0, 0]) == pytest.approx(0.01 * 0.99 / 0.1, rel=1e-9)

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from capsnet.layers import ClassCapsules
-from capsnet.models import CapsNet, create
+from capsnet.models import create
+from capsnet.models.capsnet import CapsNet
 
 pytestmark = pytest.mark.usefixtures("each_way")
 WAYS = {"minimal": ("minimal", "plain"), "fused": ("direct", "fused"), "both": ("minimal", "fused")}

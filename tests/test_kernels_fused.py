@@ -9,9 +9,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from capsnet.functional import votes
 from capsnet.kernels import buffers, cpu
 from capsnet.kernels.fused import votes_and_routing
-from capsnet.layers import votes
 from capsnet.routing import RoutingResult, dynamic_routing
 
 OUTS, DIM, IN_DIM = 5, 3, 2

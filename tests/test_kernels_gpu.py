@@ -17,9 +17,9 @@ import torch
 from torch import Tensor
 
 from capsnet.errors import InputError
+from capsnet.functional import votes
 from capsnet.kernels import gpu
 from capsnet.kernels.fused import votes_and_routing
-from capsnet.layers import votes
 from capsnet.routing import RoutingResult, couplings_of, dynamic_routing
 
 triton = pytest.importorskip("triton", reason="Triton is not installed")

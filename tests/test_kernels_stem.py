@@ -18,7 +18,8 @@ from capsnet.kernels import stem
 from capsnet.kernels.buffers import pool
 from capsnet.kernels.stem import constant_weights, minimal_stem
 from capsnet.kernels.winograd import Pads, saving, transforms
-from capsnet.models import CapsNet, create
+from capsnet.models import create
+from capsnet.models.capsnet import CapsNet
 from tiny import in_threads
 
 SHAPES = {  # batch, in channels, height, width, channels, k1, stride1, out, k2, stride2

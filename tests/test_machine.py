@@ -8,7 +8,8 @@ from capsnet.cli import main
 from capsnet.config import Config
 from capsnet.errors import InputError
 from capsnet.layers import resolve_kernel, resolve_stem
-from capsnet.models import CapsNet, create
+from capsnet.models import create
+from capsnet.models.capsnet import CapsNet
 from tiny import SIZES
 
 MPS = torch.device("mps")

@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from capsnet import functional as F
 from capsnet import reference, runs
 from capsnet.errors import InputError
-from capsnet.models import CapsNet, Network, available, builder_options, create
+from capsnet.models import Network, available, builder_options, create
+from capsnet.models.capsnet import CapsNet
 
 Array = NDArray[np.float64]
 SMALL: dict[str, Any] = {
@@ -263,7 +264,14 @@ def test_a_model_is_named_by_its_classes(name: str) -> None:
     assert network.classes == network.config["classes"] == ("ant", "bee", "cat")
     assert network.image_shape == network.config["image_shape"] == (1, 19, 23)
     assert network.config["name"] == name
-    assert set(network.config) == {"name", "image_shape", "num_classes", "classes", "objects", *builder_options(name)}
+    assert set(network.config) == {
+        "name",
+        "image_shape",
+        "num_classes",
+        "classes",
+        "objects_per_image",
+        *builder_options(name),
+    }
 
 
 @every_model
@@ -442,7 +450,7 @@ def test_a_compiled_network_is_the_same_network() -> None:
 @pytest.mark.parametrize(("model", "count"), [("baseline-multimnist", 24_563_978), ("capsnet", 11_361_808)])
 def test_multimnist_networks_have_the_published_number_of_parameters(model: str, count: int) -> None:
     with torch.device("meta"):
-        assert create(model, image_shape=(1, 36, 36), objects=2).parameter_count() == count
+        assert create(model, image_shape=(1, 36, 36), objects_per_image=2).parameter_count() == count
 
 
 def test_the_baseline_of_multimnist_is_two_convolutions_with_pooling_and_two_linear_layers() -> None:
@@ -486,9 +494,9 @@ def test_an_image_too_small_to_pool_twice_is_refused(shape: tuple[int, int, int]
 
 @pytest.mark.parametrize("k", [2, 3])
 def test_of_several_objects_each_is_drawn_from_one_of_the_longest_capsules_or_of_the_labels(k: int) -> None:
-    network = small(objects=k)
+    network = small(objects_per_image=k)
     fill(network)
-    assert network.objects == network.config["objects"] == k
+    assert network.objects_per_image == network.config["objects_per_image"] == k
     assert network.decoder is not None
     images = images_for(network)
     labels = torch.tensor([[6, 0, 3], [1, 2, 0], [0, 5, 6]])[:, :k]
@@ -504,17 +512,17 @@ def test_of_several_objects_each_is_drawn_from_one_of_the_longest_capsules_or_of
 
 @pytest.mark.parametrize("objects", [0, 8])
 def test_there_are_not_more_objects_than_classes(objects: int) -> None:
-    with pytest.raises(InputError, match=rf"^objects must be 1 to the 7 classes; got {objects}$"):
-        small(objects=objects)
+    with pytest.raises(InputError, match=rf"^objects_per_image must be 1 to the 7 classes; got {objects}$"):
+        small(objects_per_image=objects)
 
 
 @every_model
 def test_objects_and_every_option_come_back_from_disk(name: str, tmp_path: Path) -> None:
     sizes: dict[str, Any] = {"squash_epsilon": 1e-7, **SMALL} if name == "capsnet" else {"width": 0.02}
-    network = create(name, image_shape=SHAPE, num_classes=5, objects=2, standardize=True, **sizes).eval()
+    network = create(name, image_shape=SHAPE, num_classes=5, objects_per_image=2, standardize=True, **sizes).eval()
     runs.save_pretrained(network, tmp_path / "net")
     again = runs.load(tmp_path / "net")
-    assert again.objects == 2
+    assert again.objects_per_image == 2
     assert again.config == network.config
     images = images_for(network)
     with torch.no_grad():
@@ -522,7 +530,7 @@ def test_objects_and_every_option_come_back_from_disk(name: str, tmp_path: Path)
 
 
 def test_labels_must_tell_as_many_objects_as_the_network_looks_for() -> None:
-    one, two = small(), small(objects=2)
+    one, two = small(), small(objects_per_image=2)
     one.check_labels(torch.zeros(5, dtype=torch.int64))
     two.check_labels(torch.zeros(5, 2, dtype=torch.int64))
     with pytest.raises(InputError, match=r"^images must show 1 object each; got 2$"):
@@ -543,7 +551,7 @@ def test_standardized_images_are_what_a_network_sees_that_standardizes(name: str
     ours.load_state_dict(plain.state_dict())
     images = images_for(plain)
     with torch.no_grad():
-        found, expected = ours(images), plain(F.standardized(images))
+        found, expected = ours(images), plain(F.per_image_standardize(images))
         torch.testing.assert_close(found.scores, expected.scores)
         assert not torch.allclose(found.scores, plain(images).scores)
         torch.testing.assert_close(ours(images * 0.5 + 0.5).scores, found.scores, rtol=1e-3, atol=1e-5)
@@ -556,7 +564,9 @@ def test_both_stems_standardize(stem: str) -> None:
     plain.load_state_dict(ours.state_dict())
     images = images_for(ours, dtype=torch.float64)
     with torch.no_grad():
-        torch.testing.assert_close(ours(images).scores, plain(F.standardized(images)).scores, rtol=1e-10, atol=1e-12)
+        torch.testing.assert_close(
+            ours(images).scores, plain(F.per_image_standardize(images)).scores, rtol=1e-10, atol=1e-12
+        )
 
 
 def test_the_epsilon_of_squash_reaches_both_layers_of_capsules() -> None:

@@ -13,7 +13,8 @@ from capsnet.data import Split
 from capsnet.errors import InputError
 from capsnet.evaluation import evaluate
 from capsnet.layers import Convolution, is_bare
-from capsnet.models import CapsNet, Network, create, evaluation_mode
+from capsnet.models import Network, create, evaluation_mode
+from capsnet.models.capsnet import CapsNet
 from tiny import in_threads
 
 SHAPE = (1, 20, 20)

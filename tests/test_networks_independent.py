@@ -15,7 +15,8 @@ from torch import Tensor
 from torch.nn import functional as tf
 
 from capsnet.config import Config
-from capsnet.models import CapsNet, create
+from capsnet.models import create
+from capsnet.models.capsnet import CapsNet
 from capsnet.objective import Objective
 
 WAYS = list(itertools.product(("direct", "minimal", "auto"), ("plain", "fused", "auto")))
@@ -184,7 +185,7 @@ def build(case: Case, **ways: str) -> CapsNet:
     """The network in float64, with weights so large that its scores differ."""
     torch.manual_seed(case.seed)
     shape, options = case.image_shape, {**case.options, **ways}
-    network = create("capsnet", image_shape=shape, num_classes=case.classes, objects=case.objects, **options)
+    network = create("capsnet", image_shape=shape, num_classes=case.classes, objects_per_image=case.objects, **options)
     assert isinstance(network, CapsNet)
     with torch.no_grad():
         for parameter in network.double().parameters():

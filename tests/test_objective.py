@@ -12,6 +12,7 @@ from capsnet.config import Config, preset
 from capsnet.data.overlay import overlay
 from capsnet.errors import InputError
 from capsnet.models import Network, Output, create
+from capsnet.models.capsnet import CapsNet
 from capsnet.objective import Losses, Objective
 
 LABELS = torch.tensor([6, 0, 3])
@@ -31,7 +32,7 @@ def network(*, reconstruction: bool = True, objects: int = 1) -> Network:
         class_dim=6,
         decoder_sizes=(9,),
         reconstruction=reconstruction,
-        objects=objects,
+        objects_per_image=objects,
     )
     for name, parameter in built.named_parameters():
         if name in ("conv.weight", "primary.conv.weight"):  # large enough for capsules of different lengths
@@ -213,7 +214,11 @@ def test_objects_drawn_perfectly_cost_nothing_in_evaluation_whichever_is_longer(
     lengths = torch.tensor([[0.1, 0.8, 0.0, 0.9], [0.7, 0.0, 0.9, 0.1]])  # the first is longer, or not
     drawn = torch.stack([shown[0], shown[1].flip(0)])
 
-    class Perfect(Network):
+    class Perfect(CapsNet):
+        def __init__(self) -> None:
+            Network.__init__(self)
+            self.classes = tuple("abcd")
+
         def forward(self, images: Tensor, labels: Tensor | None = None) -> Output:
             return Output(lengths, drawn, pose=torch.zeros(2, 4, 3))
 
@@ -223,7 +228,7 @@ def test_objects_drawn_perfectly_cost_nothing_in_evaluation_whichever_is_longer(
 
 def test_without_capsules_several_objects_have_the_cross_entropy_of_a_sigmoid_for_each_class() -> None:
     torch.manual_seed(0)
-    net = create("baseline", image_shape=(1, 5, 7), num_classes=7, objects=2, width=0.05)
+    net = create("baseline", image_shape=(1, 5, 7), num_classes=7, objects_per_image=2, width=0.05)
     shown = torch.rand(5, 2, 1, 5, 7)
     for given in ((), (shown,)):
         losses = Objective(net, Config()).eval()(overlay(shown), PAIRS, *given)

@@ -17,7 +17,8 @@ from capsnet.analysis.significance import wilson_interval
 from capsnet.data import Split
 from capsnet.errors import InputError
 from capsnet.evaluation import Predictions, calibration
-from capsnet.models import CapsNet, create
+from capsnet.models import create
+from capsnet.models.capsnet import CapsNet
 from capsnet.plots.figure import new, pixels, sheet
 from tiny import SIZES
 

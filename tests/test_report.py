@@ -13,7 +13,7 @@ from capsnet.config import Config
 from capsnet.data import Dataset, Split
 from capsnet.data.strokes import strokes
 from capsnet.evaluation import Predictions, predict_split
-from capsnet.models import CapsNet, Network, create
+from capsnet.models import CapsuleNetwork, Network, create
 from tiny import SIZES, pairs
 
 CARD = Card(threshold=Threshold(50.0, 0.05, 77, "validation"), epochs=2, train_images=120)
@@ -113,8 +113,8 @@ def test_routing_is_followed_for_fewer_images_where_there_are_many_classes() -> 
     def followed(classes: int, **sizes: int) -> int:
         with torch.device("meta"):
             one = create("capsnet", num_classes=classes, **sizes)  # type: ignore[arg-type]
-        assert isinstance(one, CapsNet)
-        return report._routed(one)
+            assert isinstance(one, CapsuleNetwork)
+            return report._routed(one, torch.empty(1, 1, 28, 28))
 
     assert followed(10) == 48
     assert followed(1000, conv_channels=16, capsule_types=2) == 5
@@ -143,7 +143,7 @@ def test_the_pose_is_measured_on_cropped_images_too(dataset: Dataset) -> None:
 
 def of_pairs(name: str = "capsnet", classes: int = 4) -> Network:
     options = {"width": 0.05} if name == "baseline-multimnist" else {}
-    return network(name, image_shape=(1, 12, 13), num_classes=classes, objects=2, **options)
+    return network(name, image_shape=(1, 12, 13), num_classes=classes, objects_per_image=2, **options)
 
 
 def test_the_report_of_pairs_tells_the_exact_set_error_and_draws_objects_apart() -> None:
@@ -168,7 +168,7 @@ def all_pairs(classes: int) -> tuple[Split, Predictions]:
     labels = torch.tensor([[a, b] for a in range(classes) for b in range(classes) if a != b])
     generator = torch.Generator().manual_seed(0)
     objects = torch.randint(0, 256, (len(labels), 2, 1, 12, 13), dtype=torch.uint8, generator=generator)
-    split = Split(objects.amax(1), labels, objects=objects)
+    split = Split(objects.amax(1), labels, single_images=objects)
     said = labels.clone()
     if classes > 2:
         for n in range(0, len(labels), 3):

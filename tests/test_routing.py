@@ -13,9 +13,9 @@ from torch import Tensor
 from capsnet import config, reference, routing
 from capsnet import functional as F
 from capsnet.errors import InputError
+from capsnet.functional import votes
 from capsnet.kernels import cpu
 from capsnet.kernels.fused import votes_and_routing
-from capsnet.layers import votes
 from capsnet.routing import RoutingResult, check_iterations, couplings_of, dynamic_routing
 
 Routing = Callable[..., RoutingResult]

@@ -862,7 +862,7 @@ def test_a_run_of_pairs_writes_finds_and_evaluates_the_same_again() -> None:
     assert {"missed", "missed_percent"} <= told["test"].keys()
     assert runs.load_card("run").threshold is None  # an image has no one reconstruction error
     network = runs.load("run")
-    assert network.objects == 2
+    assert network.objects_per_image == 2
     again = evaluate(network, made.test, config=runs.Run("run").config())
     assert again.confusion == result.test.confusion
     assert again.wrong == result.test.wrong
@@ -930,7 +930,7 @@ def test_a_baseline_of_pairs_trains_too() -> None:
     config = Config(model="baseline-multimnist", width=0.03, dropout=0.0, batch_size=16, epochs=1, out="run")
     result = fit(config, pairs())
     assert files("run") == WRITTEN - {"figures/reconstructions.png"}
-    assert result.test.objects == 2
+    assert result.test.objects_per_image == 2
     assert (result.test.reconstruction_loss, result.test.loss) == (0, result.test.classification_loss)
 
 

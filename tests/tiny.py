@@ -66,7 +66,12 @@ def pairs(train: int = 60, test: int = 15, *, shift: int = 1) -> Dataset:
         return Split(images, labels)
 
     return Dataset(
-        "pairs", tuple("tblr"), singles(train), singles(test).paired(shift=shift, seed=0), shift=shift, objects=2
+        "pairs",
+        tuple("tblr"),
+        singles(train),
+        singles(test).paired(shift=shift, seed=0),
+        shift=shift,
+        objects_per_image=2,
     )
 
 

@@ -17,9 +17,9 @@ if TYPE_CHECKING:
     from capsnet.layers import ClassCapsules as ClassCapsules
     from capsnet.layers import Decoder as Decoder
     from capsnet.layers import PrimaryCapsules as PrimaryCapsules
-    from capsnet.models import CapsNet as CapsNet
     from capsnet.models import available as available
     from capsnet.models import create as create
+    from capsnet.models.capsnet import CapsNet as CapsNet
     from capsnet.prediction import Prediction as Prediction
     from capsnet.prediction import predict as predict
     from capsnet.routing import RoutingResult as RoutingResult
@@ -39,7 +39,8 @@ _HOMES = {
     "evaluation": ("Evaluation", "evaluate"),
     "functional": ("lengths", "margin_loss", "mask", "reconstruction_loss", "squash"),
     "layers": ("ClassCapsules", "Decoder", "PrimaryCapsules"),
-    "models": ("CapsNet", "available", "create"),
+    "models": ("available", "create"),
+    "models.capsnet": ("CapsNet",),
     "prediction": ("Prediction", "predict"),
     "routing": ("RoutingResult", "dynamic_routing"),
     "runs": ("from_pretrained", "load", "load_card", "save_pretrained"),

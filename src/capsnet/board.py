@@ -44,7 +44,7 @@ def board(directory: Path, *, first_epoch: int) -> Iterator[Callable[[dict[str, 
             output = network(examples.to(next(network.parameters()).device))
         if output.reconstruction is not None:
             drawn = output.reconstruction.float().cpu()
-            sheet = torch.cat([examples, *(drawn.unbind(1) if network.objects > 1 else [drawn])])
+            sheet = torch.cat([examples, *(drawn.unbind(1) if network.objects_per_image > 1 else [drawn])])
             writer.add_images("inputs above, reconstructions below", sheet, row["epoch"])
         writer.flush()
 

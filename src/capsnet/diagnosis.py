@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from capsnet.config import Config
-from capsnet.models import CapsNet, Network
+from capsnet.models import Network
 from capsnet.objective import Losses
 
 __all__ = ["Chance", "first_not_finite"]
@@ -25,7 +25,7 @@ class Chance:
     Args:
         labels: of the training images, `[n]`, or `[n, k]` of images of k objects.
         classes: number of classes.
-        objects: how many objects of different classes every image shows.
+        objects_per_image: number of objects, of different classes, in every image.
         config: of the run, resolved.
         steps: of each epoch.
 
@@ -33,9 +33,13 @@ class Chance:
         percent: error of always naming the most frequent class, or any one set of k classes.
     """
 
-    def __init__(self, labels: Tensor, *, classes: int, objects: int, config: Config, steps: int) -> None:
+    def __init__(self, labels: Tensor, *, classes: int, objects_per_image: int, config: Config, steps: int) -> None:
         counts = labels.flatten().bincount(minlength=classes)
-        most = counts.max().item() / labels.numel() if objects == 1 else 1 / math.comb(classes, objects)
+        most = (
+            counts.max().item() / labels.numel()
+            if objects_per_image == 1
+            else 1 / math.comb(classes, objects_per_image)
+        )
         self.percent = 100 * (1 - most)
         self.rarest = int(counts[counts > 0].min())
         self.config, self.steps, self.said = config, steps, False
@@ -115,16 +119,11 @@ def first_not_finite(network: Network, images: Tensor | None) -> str:
         return hook
 
     hooks = [layer.register_forward_hook(note(name)) for name, layer in network.named_modules() if name]
-    stem = network.stem if isinstance(network, CapsNet) else ""
     try:
-        if isinstance(network, CapsNet):
-            network.stem = "direct"  # in which every layer's own forward is called
         if images is not None:
-            with torch.no_grad():
+            with network.plain(), torch.no_grad():
                 network(images)
     finally:
         for hook in hooks:
             hook.remove()
-        if isinstance(network, CapsNet):
-            network.stem = stem
     return found[0] if found else "the loss or a gradient, for all weights and outputs are finite"

@@ -29,11 +29,11 @@ class Ensemble:
     Attributes:
         wrong: for each image, whether it is given a wrong class, `bool [n]`; where it shows k objects, whether the k
             classes are not exactly the true ones.
-        objects: how many objects of different classes every image shows.
+        objects_per_image: number of objects, of different classes, in every image.
     """
 
     wrong: Bool[Tensor, "n"]
-    objects: int = 1
+    objects_per_image: int = 1
 
     @classmethod
     def of(cls, scores: Float[Tensor, "n classes"], labels: Int[Tensor, "n *objects"]) -> "Ensemble":
@@ -48,8 +48,7 @@ class Ensemble:
         """
         if not 0 < len(scores) == len(labels):
             raise InputError(f"labels must be those of the {len(scores)} images, at least one; got {len(labels)}")
-        present, predicted = F.found(scores, labels.to(scores.device))
-        return cls((present != predicted).any(-1).cpu(), labels[0].numel())
+        return cls(F.misclassified(scores, labels.to(scores.device)).cpu(), labels[0].numel())
 
     @property
     def total(self) -> int:
@@ -85,7 +84,7 @@ class Ensemble:
         """One line: `error 0.41 % (41 of 10,000 wrong; 95 % interval 0.30 to 0.56 %)`."""
         low, high = self.interval
         counts = f"{self.count:,} of {self.total:,} wrong; 95 % interval {low:.2f} to {high:.2f} %"
-        return f"{'exact-set ' * (self.objects > 1)}error {self.error_percent:.2f} % ({counts})"
+        return f"{'exact-set ' * (self.objects_per_image > 1)}error {self.error_percent:.2f} % ({counts})"
 
 
 def ensemble_scores(
@@ -137,5 +136,8 @@ def check_alike(networks: Mapping[str, Network]) -> None:
         for k, (wanted, got) in enumerate(zip(model.classes, other.classes, strict=True), start=1):
             if got != wanted:
                 raise InputError(f"{name} must know the classes of {first}, whose class {k} is {wanted}; got {got}")
-        if other.objects != model.objects:
-            raise InputError(f"{name} must look for {model.objects} objects an image as {first}; got {other.objects}")
+        if other.objects_per_image != model.objects_per_image:
+            raise InputError(
+                f"{name} must look for {model.objects_per_image} objects per image as {first}; "
+                f"got {other.objects_per_image}"
+            )

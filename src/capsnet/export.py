@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from capsnet import runs
 from capsnet.card import Card
 from capsnet.errors import InputError
-from capsnet.models import CapsNet, Network, Output
+from capsnet.models import Network, Output
 
 __all__ = ["FORMATS", "Export", "compare", "export"]
 
@@ -114,10 +114,6 @@ def export(
             f"{missing[0]} is not installed (pip install 'capsnet[onnx]')"
         )
     network = copy.deepcopy(network).cpu().eval()
-    if isinstance(network, CapsNet):  # what cannot be traced; auto computes the same, and is traced plainly
-        network.stem = "auto"
-        if network.class_capsules.kernel == "fused":
-            network.class_capsules.kernel = "auto"
     results: list[Export] = []
 
     def checked(run: Runner) -> None:
@@ -133,7 +129,8 @@ def export(
             runs.save_card(card, path)
     else:
         with _quiet():
-            content, read = (_onnx if format == "onnx" else _pt2)(network)
+            with network.plain():
+                content, read = (_onnx if format == "onnx" else _pt2)(network)
 
             def write(temporary: Path) -> None:
                 temporary.write_bytes(content)

@@ -34,7 +34,7 @@ class Feed:
             brightness=config.brightness,
             contrast=config.contrast,
         )
-        self.objects = dataset.objects
+        self.objects_per_image = dataset.objects_per_image
         self.images, self.labels = dataset.train.images.to(device), dataset.train.labels.to(device)
         self.classes = dataset.train.labels.cpu()
 
@@ -47,11 +47,11 @@ class Feed:
             generator: of everything random in the batch, the same in all processes.
         """
         images, labels = self._augmented(batch, mine, generator)
-        if self.objects == 1:
+        if self.objects_per_image == 1:
             return Batch(images, labels)
         others, their_labels = self._augmented(partners(self.classes, batch, generator=generator), mine, generator)
-        objects = torch.stack([images, others], dim=1)
-        return Batch(overlay(objects), torch.stack([labels, their_labels], dim=1), objects)
+        single_images = torch.stack([images, others], dim=1)
+        return Batch(overlay(single_images), torch.stack([labels, their_labels], dim=1), single_images)
 
     def _augmented(self, batch: Tensor, mine: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
         drawn = self.augmentation.draw(len(batch), generator=generator)

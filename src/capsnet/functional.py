@@ -8,22 +8,25 @@ import math
 from contextlib import AbstractContextManager, nullcontext
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from capsnet.errors import InputError
 
 __all__ = [
-    "found",
     "full_precision",
     "is_ordinary",
     "is_transformed",
     "lengths",
     "margin_loss",
     "mask",
+    "misclassified",
+    "multi_hot",
+    "per_image_standardize",
     "reconstruction_loss",
     "squash",
-    "standardized",
+    "top_k_mask",
+    "votes",
 ]
 
 LARGE = 2.0**32
@@ -88,6 +91,21 @@ def _may_overflow(lengths: Tensor) -> bool:
     return lengths.device.type != "meta"
 
 
+def votes(
+    u: Float[Tensor, "*batch in in_dim"], weight: Float[Tensor, "in in_dim out dim"]
+) -> Float[Tensor, "*batch in out dim"]:
+    """Prediction vectors `u_hat_{j|i} = W_ij u_i` (eq. 2).
+
+    Args:
+        u: poses of the input capsules.
+        weight: `W_ij`; with these axes the votes are one matrix product for each input capsule.
+
+    Returns:
+        The vote of every input capsule for every output capsule.
+    """
+    return torch.einsum("...ip,ipjd->...ijd", u, weight)
+
+
 def lengths(pose: Float[Tensor, "*batch capsules dim"]) -> Float[Tensor, "*batch capsules"]:
     """Length of each capsule's vector: the probability that its entity is present (Section 2).
 
@@ -122,24 +140,32 @@ def mask(
     return pose * kept[..., None]
 
 
-def found(scores: Float[Tensor, "*batch classes"], labels: Int[Tensor, "*truth"]) -> tuple[Tensor, Tensor]:
-    """Which classes are in the images, and which the scores say are: the largest ones, as many as there truly are.
+def multi_hot(labels: Int[Tensor, "batch *objects"], num_classes: int) -> Bool[Tensor, "batch classes"]:
+    """Whether each class is among the true classes of an image.
 
     Args:
-        scores: the larger, the surer.
-        labels: true classes, `[*batch]` for one in every image or `[*batch, k]` for k different ones.
-
-    Returns:
-        Two `bool [*batch, classes]`: present, and predicted.
+        labels: true classes `[batch]`, or `[batch, k]` for k different ones in every image.
+        num_classes: number of classes.
     """
-    labels = labels if labels.ndim == scores.ndim else labels[..., None]
-    k = labels.shape[-1]
+    mask = torch.zeros(len(labels), num_classes, dtype=torch.bool, device=labels.device)
+    return mask.scatter(-1, labels if labels.ndim == 2 else labels[:, None], True)
+
+
+def top_k_mask(scores: Float[Tensor, "*batch classes"], k: int) -> Bool[Tensor, "*batch classes"]:
+    """Whether each score is among the `k` largest."""
     largest = scores.argmax(-1, keepdim=True) if k == 1 else scores.topk(k).indices
-    none = torch.zeros_like(scores, dtype=torch.bool)
-    return none.scatter(-1, labels, True), none.scatter(-1, largest, True)
+    return torch.zeros_like(scores, dtype=torch.bool).scatter(-1, largest, True)
 
 
-def standardized(images: Float[Tensor, "*batch channels height width"]) -> Tensor:
+def misclassified(
+    scores: Float[Tensor, "batch classes"], labels: Int[Tensor, "batch *objects"]
+) -> Bool[Tensor, "batch"]:
+    """Whether the classes of the largest scores, as many as there are labels, are not exactly the true ones."""
+    predicted = top_k_mask(scores, labels[:1].numel() if len(labels) else 1)
+    return (predicted != multi_hot(labels, scores.shape[-1])).any(-1)
+
+
+def per_image_standardize(images: Float[Tensor, "*batch channels height width"]) -> Tensor:
     """Each image with mean 0 and standard deviation 1 over its pixels and channels.
 
     The standard deviation is taken to be at least 1 / sqrt(number of intensities), so an image of one intensity becomes

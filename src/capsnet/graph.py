@@ -40,8 +40,8 @@ class GraphedStep:
         if len(batch.images) != self.batch_size:
             return self._at_once(batch)
         if self.done == 0:
-            objects = None if batch.objects is None else batch.objects.clone()
-            self.batch = Batch(batch.images.clone(), batch.labels.clone(), objects)
+            single_images = None if batch.single_images is None else batch.single_images.clone()
+            self.batch = Batch(batch.images.clone(), batch.labels.clone(), single_images)
         for kept, given in zip(self.batch, batch, strict=True):
             if kept is not None and given is not None:
                 kept.copy_(given)

@@ -25,28 +25,12 @@ __all__ = [
     "resolve_kernel",
     "resolve_stem",
     "sweeps_for",
-    "votes",
 ]
 
 KERNELS = ("auto", "plain", "fused")
 STEMS = ("auto", "direct", "minimal")
 SMALL_VOTES = 4 << 20  # bytes: 5 images at the paper's size
 SMALL_BATCH = 8  # images: below, a direct convolution as one matrix product is faster than minimal filtering
-
-
-def votes(
-    u: Float[Tensor, "*batch in in_dim"], weight: Float[Tensor, "in in_dim out dim"]
-) -> Float[Tensor, "*batch in out dim"]:
-    """Prediction vectors `u_hat_{j|i} = W_ij u_i` (eq. 2).
-
-    Args:
-        u: poses of the input capsules.
-        weight: `W_ij`; with these axes the votes are one matrix product for each input capsule.
-
-    Returns:
-        The vote of every input capsule for every output capsule.
-    """
-    return torch.einsum("...ip,ipjd->...ijd", u, weight)
 
 
 def is_small(images: Tensor) -> bool:
@@ -173,6 +157,13 @@ class Convolution(nn.Module):
     def filters(self) -> Float[Tensor, "out channels kernel kernel"]:
         """The weight with its axes in PyTorch's order."""
         return self.weight.permute(3, 2, 0, 1)
+
+    def windows(self, axis: int) -> Float[Tensor, "out in"]:
+        """1 where a place of the input is in the window of a place of the output, else 0; rows (0) or columns (1)."""
+        before = self.pads[2] if axis == 0 else self.pads[0]
+        start = torch.arange(self.out_size[axis])[:, None] * self.stride - before
+        place = torch.arange(self.in_size[axis])
+        return ((start <= place) & (place < start + self.kernel)).float()
 
     def extra_repr(self) -> str:
         """Sizes, for `print(model)`."""
@@ -368,7 +359,7 @@ class ClassCapsules(nn.Module):
             if kernel == "fused":
                 route = partial(fused.votes_and_routing, sweeps_for(u, weight), u, weight)
             else:
-                route = partial(dynamic_routing, votes(u, weight), epsilon=self.epsilon)
+                route = partial(dynamic_routing, F.votes(u, weight), epsilon=self.epsilon)
             return route(
                 iterations=self.iterations,
                 bias=None if self.bias is None else self.bias.to(u.dtype),

@@ -14,7 +14,7 @@ from lightning_fabric import Fabric
 
 from capsnet.config import Config
 from capsnet.errors import InputError
-from capsnet.models import CapsNet, Network
+from capsnet.models import Network
 
 __all__ = ["first_process", "make_fabric", "resolve_device", "resolve_precision", "shutdown", "signals"]
 
@@ -68,7 +68,7 @@ def resolve_precision(config: Config, device: torch.device, network: Network) ->
         return config.precision
     if device.type == "cuda":
         return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "32"
-    if isinstance(network, CapsNet) and network.resolved_stem(torch.empty(0, device=device)) == "minimal":
+    if network.kernels(device, "32").get("stem") == "minimal":
         return "32"
     native = torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported()
     return "bf16" if native else "32"

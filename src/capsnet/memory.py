@@ -25,8 +25,7 @@ from capsnet.errors import InputError
 from capsnet.free_memory import free
 from capsnet.kernels.buffers import pool
 from capsnet.kernels.stem import constant_weights
-from capsnet.layers import resolve_kernel
-from capsnet.models import CapsNet, Network, create, evaluation_mode, inference_batch
+from capsnet.models import Network, create, evaluation_mode, inference_batch
 from capsnet.objective import Objective
 
 __all__ = [
@@ -37,7 +36,6 @@ __all__ = [
     "check_inference",
     "check_training",
     "inference",
-    "kernels",
     "training",
 ]
 
@@ -75,7 +73,7 @@ def training(
     """
     evaluated = max(len(dataset.test), len(dataset.validation or dataset.train))
     batch_size = min(batch_size, len(dataset.train))
-    with _counted(network, config, precision, kernels(network, device, precision)) as (objective, watch):
+    with _counted(network, config, precision, network.kernels(device, precision)) as (objective, watch):
         weights, moments, losses = watch.now, list[Tensor](), None
         for _ in range(2):  # the second meets moments, kept buffers, and the losses of the first
             for parameter in objective.parameters():
@@ -110,7 +108,7 @@ def inference(
     Raises:
         InputError: sizes that PyTorch cannot count.
     """
-    options = {**kernels(network, device, precision), **options}
+    options = {**network.kernels(device, precision), **options}
     with _counted(network, Config(), precision, options) as (objective, watch):
         weights = watch.now
         _infer(objective, network, batch_size)
@@ -149,8 +147,8 @@ def check_training(
         each = -(-batch_size // config.devices)
         return sharing * (images + training(network, config, device, dataset, precision=precision, batch_size=each))
 
-    narrower = "fewer --conv-channels and --capsule-types" if isinstance(network, CapsNet) else "a smaller --width"
-    _check_batch(needed, config.batch_size, device, task="training", otherwise=f"{remedy}, or {narrower}")
+    otherwise = f"{remedy}, or {network.narrower}"
+    _check_batch(needed, config.batch_size, device, task="training", otherwise=otherwise)
 
 
 def check_inference(
@@ -204,16 +202,6 @@ def _check_batch(
             break
         smaller //= 2
     check(total, device, task=task, remedy=otherwise)
-
-
-def kernels(network: Network, device: torch.device, precision: str) -> dict[str, str]:
-    """How a capsule network is computed on `device`, by option; nothing for another network."""
-    if not isinstance(network, CapsNet):
-        return {}
-    return {
-        "kernel": resolve_kernel(network.class_capsules.kernel, device),
-        "stem": network.resolved_stem(torch.empty(0, device=device)) if precision == "32" else "direct",
-    }
 
 
 def amount(size: int | float) -> str:
@@ -284,9 +272,9 @@ def _counted(
 
 
 def _batch(network: Network, batch_size: int) -> tuple[Tensor, Tensor, Tensor | None]:
-    each = (batch_size,) if network.objects == 1 else (batch_size, network.objects)
-    objects = None if network.objects == 1 else torch.empty(*each, *network.image_shape)
-    return torch.empty(batch_size, *network.image_shape), torch.zeros(each, dtype=torch.int64), objects
+    each = (batch_size,) if network.objects_per_image == 1 else (batch_size, network.objects_per_image)
+    single_images = None if network.objects_per_image == 1 else torch.empty(*each, *network.image_shape)
+    return torch.empty(batch_size, *network.image_shape), torch.zeros(each, dtype=torch.int64), single_images
 
 
 def _infer(objective: Objective, network: Network, batch_size: int) -> None:

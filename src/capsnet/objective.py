@@ -22,12 +22,12 @@ class Batch(NamedTuple):
     Attributes:
         images: `float32 [batch, channels, height, width]` in [0, 1].
         labels: true classes `[batch]`, or `[batch, k]` where every image shows k objects.
-        objects: each of k objects alone, `[batch, k, channels, height, width]`, or None.
+        single_images: each of k objects alone, `[batch, k, channels, height, width]`, or None.
     """
 
     images: Tensor
     labels: Tensor
-    objects: Tensor | None = None
+    single_images: Tensor | None = None
 
 
 class Losses(NamedTuple):
@@ -63,40 +63,27 @@ class Objective(nn.Module):
         self,
         images: Float[Tensor, "batch channels height width"],
         labels: Int[Tensor, "batch *k"],
-        objects: Float[Tensor, "batch k channels height width"] | None = None,
+        single_images: Float[Tensor, "batch k channels height width"] | None = None,
     ) -> Losses:
         """Losses of a batch.
 
         Args:
             images: intensities in [0, 1].
             labels: their true classes, `[batch]`, or `[batch, k]` where each shows k objects.
-            objects: each of the k objects alone, in the order of the labels; needed to train their decoder.
+            single_images: each of the k objects alone, in the order of the labels; needed to train their decoder.
         """
         config = self.config
         by_label = self.training and config.mask == "label"
         output: Output = self.network(images, labels if by_label else None)
         with F.full_precision(images.device):
-            present = F.found(output.scores, labels)[0].to(output.scores.dtype)
-            if output.pose is None and labels.ndim == 1:
-                classification = nn.functional.cross_entropy(output.scores, labels, reduction="none")
-            elif output.pose is None:
-                each = nn.functional.binary_cross_entropy_with_logits(output.scores, present, reduction="none")
-                classification = each.sum(-1)
-            else:
-                classification = config.margin_scale * F.margin_loss(
-                    output.scores,
-                    present,
-                    m_pos=config.m_pos,
-                    m_neg=config.m_neg,
-                    down_weight=config.down_weight,
-                )
+            classification = self.network.classification_loss(output, labels, config)
             if output.reconstruction is None:
                 return Losses(classification, classification, torch.zeros_like(classification), output)
-            if objects is None:
+            if single_images is None:
                 reconstruction = F.reconstruction_loss(output.reconstruction, images)
             else:
                 drawn = output.reconstruction if by_label else _by_class(output.reconstruction, output.scores)
-                shown = objects if by_label else _in_order(objects, labels.argsort(-1))
+                shown = single_images if by_label else _in_order(single_images, labels.argsort(-1))
                 reconstruction = F.reconstruction_loss(drawn, shown).sum(-1)
             total = classification + config.reconstruction_weight * reconstruction
             return Losses(total, classification, reconstruction, output)

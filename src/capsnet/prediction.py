@@ -14,7 +14,6 @@ from capsnet.card import Card
 from capsnet.data.dataset import to_float
 from capsnet.data.preprocessing import Framing, Invert, Prepared, Preprocessing
 from capsnet.errors import InputError
-from capsnet.evaluation import presence
 from capsnet.models import Network
 
 __all__ = ["Prediction", "predict"]
@@ -92,8 +91,10 @@ def predict(
     Yields:
         In the order of `sources`: a prediction, or the InputError of a file that is no readable image.
     """
-    if network.objects > 1:
-        raise InputError(f"network must be of images that show one object each; got one that finds {network.objects}")
+    if network.objects_per_image > 1:
+        raise InputError(
+            f"network must be of images that show one object each; got one that finds {network.objects_per_image}"
+        )
     card = card or Card()
     reading = card.reading(network.image_shape).with_framing(framing)
     waiting = iter(sources)
@@ -140,7 +141,7 @@ def _answers(
     inputs = to_float(images).to(device)
     with torch.autocast(device.type, dtype=torch.bfloat16, enabled=precision == "bf16"):
         output = network(inputs)
-    scores = presence(network, output)
+    scores = network.presence(output)
     if output.reconstruction is None:
         return [(image, row, None, None) for image, row in zip(inputs.cpu(), scores.cpu(), strict=True)]
     errors = F.reconstruction_loss(output.reconstruction, inputs).tolist()

@@ -13,7 +13,7 @@ from typing import Any
 from capsnet import models, runs
 from capsnet.config import OPEN, Config, with_defaults
 from capsnet.data import Dataset, available
-from capsnet.models import CapsNet
+from capsnet.models import CapsuleNetwork
 
 __all__ = ["resolved", "told"]
 
@@ -68,4 +68,4 @@ def _votes(config: Config, dataset: Dataset) -> float:
     options = {name: getattr(with_defaults(config), name) for name in models.builder_options(config.model)}
     shape, classes = dataset.image_shape, len(dataset.classes)
     network = runs.outline(config.model, image_shape=shape, num_classes=classes, **options)
-    return network.primary.capsules / classes if isinstance(network, CapsNet) else 0.0
+    return network.in_capsules / classes if isinstance(network, CapsuleNetwork) else 0.0

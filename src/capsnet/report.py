@@ -20,7 +20,7 @@ from capsnet.data import Dataset, Split
 from capsnet.data.dataset import to_float
 from capsnet.errors import InputError
 from capsnet.evaluation import Predictions, calibration, predict_split, wilson_interval
-from capsnet.models import CapsNet, Network
+from capsnet.models import CapsuleNetwork, Network
 from capsnet.names import visible
 from capsnet.plots.classes import MOST
 from capsnet.runs import write_atomically
@@ -112,8 +112,8 @@ def report(
     wrong, total = int(found.wrong.sum()), len(split)
     low, high = (100 * end for end in wilson_interval(wrong, total))
     makers = result_figures(found, split, classes, rows)
-    figures = {name: make() for name, make in makers.items() if network.objects == 1 or name == "curves"}
-    what = f"{dataset.tested} error" if network.objects == 1 else f"exact-set {dataset.tested} error"
+    figures = {name: make() for name, make in makers.items() if network.objects_per_image == 1 or name == "curves"}
+    what = f"{dataset.tested} error" if network.objects_per_image == 1 else f"exact-set {dataset.tested} error"
     chosen = "nothing was chosen on the test images" if dataset.tested == "test" else "there are no test images"
     body = [
         f"<h1>{_text(title)}</h1>",
@@ -126,14 +126,14 @@ def report(
     ]
     if rows:
         body += ["<h2>Training</h2>", _figure(figures["curves"], "Losses and error by epoch", "svg")]
-    if isinstance(network, CapsNet) and network.objects == 1:
+    if isinstance(network, CapsuleNetwork) and network.objects_per_image == 1:
         body += _capsules(network, split, found)
-    elif isinstance(network, CapsNet) and network.decoder is not None:
+    elif isinstance(network, CapsuleNetwork) and network.decoder is not None:
         figure = plots.separations(drawn_apart(network, split, found), classes)
         body += ["<h2>Overlapping objects</h2>", _figure(figure, "Each of two overlapping objects drawn alone", "png")]
-    if split.factors and set(dataset.train.factors) == set(split.factors) and network.objects == 1:
+    if split.factors and set(dataset.train.factors) == set(split.factors) and network.objects_per_image == 1:
         body += _pose(network, dataset)
-    if network.objects == 1:
+    if network.objects_per_image == 1:
         body += _errors(figures, found, classes)
     body += [
         "<h2>How to repeat it</h2>",
@@ -190,7 +190,7 @@ def draw_reconstructions(network: Network, split: Split, path: Path, *, count: i
         InputError: no decoder, or the file cannot be written.
     """
     some = split.take(torch.arange(min(count, len(split))))
-    if network.objects > 1:
+    if network.objects_per_image > 1:
         parts = drawn_apart(network, some, predict_split(network, some), count=count)
         plots.save(plots.separations(parts, network.classes), path)
         return
@@ -253,7 +253,7 @@ def _numbers(found: Predictions, card: Card, result: Mapping[str, Any]) -> Itera
             yield key, str(result[key])
 
 
-def _capsules(network: CapsNet, split: Split, found: Predictions) -> list[str]:
+def _capsules(network: CapsuleNetwork, split: Split, found: Predictions) -> list[str]:
     """Sections of what the capsules hold."""
     body: list[str] = []
     wrong, right = found.wrong.nonzero().flatten(), (~found.wrong).nonzero().flatten()
@@ -271,7 +271,7 @@ def _capsules(network: CapsNet, split: Split, found: Predictions) -> list[str]:
         one = (right if len(right) else wrong)[:1]
         changed = perturb(network, to_float(split.images[one]))
         body.append(_figure(plots.perturbations(changed, network.classes), "Perturbations", "png"))
-    inputs = to_float(split.images[: _routed(network)])
+    inputs = to_float(split.images[: _routed(network, to_float(split.images[:1]))])
     routed = evidence(network, inputs)
     figure = plots.couplings(routed, inputs, split.labels[: len(inputs)], network.classes, show=4)
     return [
@@ -283,12 +283,13 @@ def _capsules(network: CapsNet, split: Split, found: Predictions) -> list[str]:
     ]
 
 
-def _routed(network: CapsNet) -> int:
+def _routed(network: CapsuleNetwork, image: torch.Tensor) -> int:
     """Images whose routing is followed: `ROUTED`, but no more than `ROUTED_BYTES` hold, and at least one."""
-    layer, (_, height, width) = network.class_capsules, network.image_shape
-    votes = 3 * layer.weight[:, 0].numel()  # and what is made of them on the way
-    maps = 4 * layer.iterations * layer.weight.shape[2] * height * width  # couplings and support, also stacked
-    return max(1, min(ROUTED, ROUTED_BYTES // (4 * (votes + maps))))
+    with torch.inference_mode():
+        trace, (_, height, width) = network.trace_routing(image), network.image_shape
+    votes = 3 * trace.votes.nbytes  # and what is made of them on the way
+    maps = 16 * len(trace.couplings) * len(network.classes) * height * width  # couplings and support, also stacked
+    return max(1, min(ROUTED, ROUTED_BYTES // (votes + maps)))
 
 
 def _pose(network: Network, dataset: Dataset) -> list[str]:

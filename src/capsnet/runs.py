@@ -463,8 +463,10 @@ def _described(path: Path) -> Network:
     """
     source = f"file {path}"
     options = checked(read_json(path), dict[str, Any], source=source)
+    if "objects" in options:  # before version 0.2
+        options["objects_per_image"] = options.pop("objects")
     name = checked(options.get("name"), Literal[tuple(models.available())], name="name", source=source)
-    kinds = get_type_hints(models.create) | get_type_hints(models.BUILDERS[name])
+    kinds = get_type_hints(models.create) | get_type_hints(models.builder(name))
     for key, value in options.items():
         if key not in kinds:
             raise InputError(f"{source} must hold options of model {name}; got {shown(key)}")

@@ -193,8 +193,7 @@ class Session:
     @torch.no_grad()
     def record(self, losses: Losses, targets: Tensor, *, counted: bool) -> None:
         """Add one step's losses and errors to those of the epoch, unless its images are not `counted`."""
-        present, predicted = F.found(losses.output.scores, targets)
-        wrong = (present != predicted).any(-1)
+        wrong = F.misclassified(losses.output.scores, targets)
         of_batch = torch.stack(
             [losses.total.sum(), losses.classification.sum(), losses.reconstruction.sum(), wrong.sum()]
         )

@@ -31,7 +31,7 @@ def dry_run(config: Config) -> str:
     network = train.layout(config, dataset)
     precision = machine.resolve_precision(config, device, network)
     steps = math.ceil(len(dataset.train) / config.batch_size)
-    kernels = memory.kernels(network, device, precision)
+    kernels = network.kernels(device, precision)
     validation = 0 if dataset.validation is None else len(dataset.validation)
     return "\n".join(
         [

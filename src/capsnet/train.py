@@ -308,7 +308,7 @@ def layout(config: Config, dataset: Dataset) -> Network:
         "image_shape": dataset.image_shape,
         "num_classes": len(dataset.classes),
         "classes": dataset.classes,
-        "objects": dataset.objects,
+        "objects_per_image": dataset.objects_per_image,
         **{name: getattr(config, name) for name in options},
     }
     return runs.outline(config.model, **about)
@@ -491,7 +491,11 @@ def _train(
     notes = [note, session.restore(checkpoint) if checkpoint else None]
     steps, validation, losses = session.steps, None, None
     chance = Chance(
-        dataset.train.labels, classes=len(dataset.classes), objects=dataset.objects, config=config, steps=steps
+        dataset.train.labels,
+        classes=len(dataset.classes),
+        objects_per_image=dataset.objects_per_image,
+        config=config,
+        steps=steps,
     )
 
     with ExitStack() as stack:
@@ -550,7 +554,7 @@ def _train(
         if dataset.validation is not None and validation is None:  # resumed after the last epoch
             validation = _evaluate(session, dataset, "validation")
     network = network.to("cpu", memory_format=torch.contiguous_format).eval()  # type: ignore[call-overload]
-    figure = run.figures / "reconstructions.png" if getattr(network, "decoder", None) is not None else None
+    figure = run.figures / "reconstructions.png" if network.decoder is not None else None
     page = run.directory / "report.html" if config.report else None
     result = {
         "test": test.to_dict(),
@@ -600,7 +604,7 @@ def describe(network: Network, dataset: Dataset, config: Config, test: dict[str,
         epochs: passes over the training images.
     """
     threshold = None
-    if getattr(network, "decoder", None) is not None and network.objects == 1:
+    if network.decoder is not None and network.objects_per_image == 1:
         split, name = dataset.validation, "validation"
         if split is None:
             train = dataset.shown("train")

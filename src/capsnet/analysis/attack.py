@@ -23,7 +23,7 @@ from torch import Tensor
 from capsnet.analysis.strangers import Threshold, reconstruction_errors
 from capsnet.config import Config
 from capsnet.errors import InputError
-from capsnet.models import CapsNet, Network, evaluation_mode
+from capsnet.models import Network, evaluation_mode
 from capsnet.objective import Objective
 
 __all__ = ["ATTACKS", "MARGINS", "Rates", "attack_rates", "fgsm", "loss_of", "pgd"]
@@ -229,7 +229,7 @@ def attack_rates(
     attacked_loss, after = loss_of(network, attacked, labels, **common)
     fooled = (before == labels) & (after != labels)
     flagged = None
-    if threshold is not None and isinstance(network, CapsNet) and network.decoder is not None:
+    if threshold is not None and network.decoder is not None:
         with _attacked(network, margins, config):
             flagged = reconstruction_errors(network, attacked, batch_size=batch_size) > threshold.value
     return Rates(

@@ -9,9 +9,7 @@ from torch import Tensor
 
 from capsnet import functional as F
 from capsnet.errors import InputError
-from capsnet.layers import Convolution, votes
-from capsnet.models import CapsNet, Network
-from capsnet.routing import dynamic_routing
+from capsnet.models import CapsuleNetwork, Network
 
 __all__ = ["Evidence", "evidence", "fold", "with_capsules"]
 
@@ -45,26 +43,24 @@ class Evidence(NamedTuple):
     pose: Tensor
 
 
-def with_capsules(network: Network) -> CapsNet:
+def with_capsules(network: Network) -> CapsuleNetwork:
     """The same network, known to have capsules.
 
     Raises:
         InputError: it has none.
     """
-    if not isinstance(network, CapsNet):
+    if not isinstance(network, CapsuleNetwork):
         raise InputError(f"model must have capsules; got {network.config['name']}, which has none")
     return network
 
 
 @torch.inference_mode()
-def evidence(network: CapsNet, images: Float[Tensor, "batch channels height width"]) -> Evidence:
+def evidence(network: Network, images: Float[Tensor, "batch channels height width"]) -> Evidence:
     """Follow the routing of `images` through its iterations.
-
-    Iteration t of a longer routing is a routing of t iterations, so each is run by itself with the plain votes.
 
     Args:
         network: with capsules.
-        images: intensities in [0, 1], on the network's device; about 1 MB of votes each at the paper's size.
+        images: intensities in [0, 1], on the network's device.
 
     Returns:
         Maps, couplings, entropy, agreement and poses for each of the network's routing iterations.
@@ -73,17 +69,10 @@ def evidence(network: CapsNet, images: Float[Tensor, "batch channels height widt
         InputError: no capsules, or images of another shape.
     """
     network = with_capsules(network)
-    network.check_images(images)
-    layer = network.class_capsules
-    u = network.primary_poses(images).float()
-    u_hat = votes(u, layer.weight)
-    activation = F.lengths(u)
+    activation, u_hat, couplings, poses = network.trace_routing(images)
     vote_lengths = F.lengths(u_hat)
     parts: list[Evidence] = []
-    for iterations in range(1, layer.iterations + 1):
-        pose, _, c = dynamic_routing(
-            u_hat, iterations=iterations, bias=layer.bias, leaky=layer.leaky, epsilon=layer.epsilon
-        )
+    for c, pose in zip(couplings, poses, strict=True):
         direction = torch.nn.functional.normalize(pose, dim=-1)
         support = c * torch.einsum("bijd,bjd->bij", u_hat, direction)
         at_most = (c * vote_lengths).sum(1)
@@ -92,7 +81,7 @@ def evidence(network: CapsNet, images: Float[Tensor, "batch channels height widt
                 maps=fold(network, c * activation[..., None]),
                 support=fold(network, support),
                 couplings=c,
-                entropy=_entropy_bits(c, leaky=layer.leaky).mul(activation).sum(-1) / activation.sum(-1),
+                entropy=_entropy_bits(c, leaky=network.leaky).mul(activation).sum(-1) / activation.sum(-1),
                 agreement=support.sum(1) / at_most.clamp(min=torch.finfo(at_most.dtype).tiny),
                 pose=pose,
             )
@@ -100,37 +89,22 @@ def evidence(network: CapsNet, images: Float[Tensor, "batch channels height widt
     return Evidence(*(torch.stack(each) for each in zip(*parts, strict=True)))
 
 
-def fold(network: CapsNet, values: Float[Tensor, "batch in classes"]) -> Float[Tensor, "batch classes height width"]:
-    """Spread a value of each primary capsule over the pixels that it sees.
-
-    A pixel's share is the number of paths from it through both convolutions to the capsule, a pyramid that is highest
-    in the middle of the receptive field; the shares of a capsule sum to 1, so sums are kept.
+def fold(
+    network: CapsuleNetwork, values: Float[Tensor, "batch in classes"]
+) -> Float[Tensor, "batch classes height width"]:
+    """Spread a value of each capsule over the pixels that it sees, see `CapsuleNetwork.receptive_fields`.
 
     Args:
-        network: whose primary capsules the values belong to.
-        values: for each primary capsule, any number of them.
+        network: whose capsules the values belong to.
+        values: for each capsule below the class capsules, any number of them.
 
     Returns:
         One map on the image for each of the last axis of `values`, summing to the sum over the capsules.
     """
-    types, (rows, columns) = network.primary.types, network.primary.conv.out_size
-    grid = values.reshape(len(values), rows, columns, types, -1).sum(3)
-    down, across = (_paths(network, axis).to(values) for axis in (0, 1))
-    return torch.einsum("brcj,rh,cw->bjhw", grid, down, across)
-
-
-def _paths(network: CapsNet, axis: int) -> Float[Tensor, "out in"]:
-    """Share of each pixel in each grid position along an axis (0: rows, 1: columns): rows sum to 1."""
-    paths = _windows(network.primary.conv, axis) @ _windows(network.conv, axis)
-    return paths / paths.sum(1, keepdim=True)
-
-
-def _windows(conv: Convolution, axis: int) -> Float[Tensor, "out in"]:
-    """1 where a place of the input is in the window of a place of the output, else 0."""
-    before = conv.pads[2] if axis == 0 else conv.pads[0]
-    start = torch.arange(conv.out_size[axis])[:, None] * conv.stride - before
-    place = torch.arange(conv.in_size[axis])
-    return ((start <= place) & (place < start + conv.kernel)).float()
+    rows, columns = (shares.to(values) for shares in network.receptive_fields())
+    places = values.reshape(len(values), len(rows), len(columns), -1, values.shape[-1])
+    grid = places.sum(3)  # [batch, rows, columns, classes]
+    return torch.einsum("brcj,rh,cw->bjhw", grid, rows, columns)
 
 
 def _entropy_bits(c: Float[Tensor, "*batch classes"], *, leaky: bool) -> Float[Tensor, "*batch"]:

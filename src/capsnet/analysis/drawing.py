@@ -10,7 +10,7 @@ from capsnet import functional as F
 from capsnet.analysis.couplings import with_capsules
 from capsnet.errors import InputError
 from capsnet.layers import Decoder
-from capsnet.models import CapsNet, Network
+from capsnet.models import CapsuleNetwork, Network
 
 __all__ = ["Perturbation", "Reconstruction", "Separation", "decoder_of", "perturb", "reconstruct", "separate"]
 
@@ -72,7 +72,7 @@ class Perturbation(NamedTuple):
     classes: Tensor
 
 
-def decoder_of(network: Network) -> tuple[CapsNet, Decoder]:
+def decoder_of(network: Network) -> tuple[CapsuleNetwork, Decoder]:
     """The network and its decoder.
 
     Raises:

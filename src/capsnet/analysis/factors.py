@@ -14,11 +14,10 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from capsnet import functional as F
 from capsnet.data.dataset import Split, to_float
 from capsnet.errors import InputError
 from capsnet.kernels.stem import constant_weights
-from capsnet.models import ConvNet, Network, evaluation_mode
+from capsnet.models import Network, evaluation_mode
 
 __all__ = ["PoseExplained", "features", "pose_explained", "r2_linear"]
 
@@ -77,7 +76,7 @@ class PoseExplained:
 
 @torch.inference_mode()
 def features(network: Network, split: Split, *, batch_size: int = 256) -> Float[Tensor, "n dim"]:
-    """What says how an image looks: the vector of its true class's capsule, or the last hidden layer.
+    """The last layer's representation of every image, see `Network.features`.
 
     Args:
         network: put in evaluation mode for the time.
@@ -96,13 +95,7 @@ def features(network: Network, split: Split, *, batch_size: int = 256) -> Float[
             torch.split(split.images, batch_size), torch.split(split.labels, batch_size), strict=True
         ):
             inputs = to_float(images.to(device))
-            if isinstance(network, ConvNet):
-                network.check_images(inputs)
-                inputs = F.standardized(inputs) if network.standardize else inputs
-                found.append(network.layers[:-1](inputs).float().cpu())
-            else:
-                pose = network(inputs).pose
-                found.append(pose[torch.arange(len(labels), device=device), labels.to(device)].cpu())
+            found.append(network.features(inputs, labels.to(device)).cpu())
     return torch.cat(found)
 
 

@@ -16,7 +16,7 @@ from capsnet import functional as F
 from capsnet.analysis.drawing import decoder_of
 from capsnet.errors import InputError
 from capsnet.kernels.stem import constant_weights
-from capsnet.models import Network
+from capsnet.models import Network, evaluation_mode
 
 __all__ = ["Threshold", "auroc", "reconstruction_errors", "threshold_for"]
 
@@ -50,7 +50,7 @@ def reconstruction_errors(
     """Sum of squared differences between each image and its reconstruction from the winning capsule.
 
     Args:
-        network: with a decoder, in evaluation mode.
+        network: with a decoder; in evaluation mode for the time.
         images: intensities in [0, 1], on the network's device.
         batch_size: images at a time.
 
@@ -58,7 +58,7 @@ def reconstruction_errors(
         InputError: no decoder, or images of another shape.
     """
     network, _ = decoder_of(network)
-    with constant_weights():
+    with evaluation_mode(network), constant_weights():
         return torch.cat(
             [F.reconstruction_loss(network(part).reconstruction, part) for part in torch.split(images, batch_size)]
         )

@@ -290,7 +290,7 @@ def _same_split(runs: Sequence[_EvaluatedRun], options: Evaluate) -> tuple["Data
 
 def _check_objects(trained: TrainedModel, split: "Split", name: str) -> None:
     """Raise InputError unless the images show as many objects each as the network looks for."""
-    wanted, there = trained.network.objects, split.labels[0].numel()
+    wanted, there = trained.network.objects_per_image, split.labels[0].numel()
     if there != wanted:
         raise InputError(f"images of {name} must show {wanted} of {trained.model}'s classes each; got {there}")
 

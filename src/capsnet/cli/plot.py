@@ -110,7 +110,7 @@ class _Reconstructions(_FigureOptions):
         if not len(index):
             raise InputError(f"data set {dataset.name} must have wrong images to draw with --right 0; all are right")
         some = split.take(index)
-        if network.objects > 1:
+        if network.objects_per_image > 1:
             parts = drawn_apart(network, some, predict_split(network, some), count=max(self.right, self.wrong))
             figure = plots.separations(parts, network.classes)
         else:
@@ -266,7 +266,7 @@ class _Couplings(_FigureOptions):
         found = Evidence(*(torch.cat(each, 1) for each in zip(*parts, strict=True)))
         figure = plots.couplings(found, inputs, labels, network.classes, show=self.show)
         won = torch.nn.functional.one_hot(found.pose[-1].norm(dim=-1).argmax(-1), len(network.classes)).bool()
-        uniform = math.log2(len(network.classes) + network.class_capsules.leaky)
+        uniform = math.log2(len(network.classes) + network.leaky)
         entropies, winners, others = (
             each.mean(1).tolist() for each in (found.entropy, found.agreement[:, won], found.agreement[:, ~won])
         )

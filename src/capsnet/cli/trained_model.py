@@ -46,8 +46,10 @@ class TrainedModel:
 
         self.model, self.folder = model, runs.folder_of(model)
         self.network, self.card = runs.load(model), runs.load_card(model)
-        if self.network.objects > 1 and not several:
-            raise InputError(f"{model} must be of images that show one object each; it finds {self.network.objects}")
+        if self.network.objects_per_image > 1 and not several:
+            raise InputError(
+                f"{model} must be of images that show one object each; it finds {self.network.objects_per_image}"
+            )
         run = runs.Run(self.folder)
         self._config = run.config() if run.config_path.exists() else self.card.trained() if self.card.config else None
 

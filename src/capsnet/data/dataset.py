@@ -54,7 +54,7 @@ class Split:
         labels: `int64 [N]`, each in `[0, number of classes)`; `[N, k]` where every image shows k objects.
         factors: true pose parameters by name, `float32 [N]` each, where a data set knows them (`strokes`): the unit
             is part of the name, as in `slant_degrees`.
-        objects: each of k objects alone, `uint8 [N, k, C, H, W]`, where `labels` are `[N, k]`.
+        single_images: each of k objects alone, `uint8 [N, k, C, H, W]`, where `labels` are `[N, k]`.
 
     Raises:
         InputError: an array of another type or shape, or counts that differ.
@@ -63,7 +63,7 @@ class Split:
     images: Tensor
     labels: Tensor
     factors: Mapping[str, Tensor] = field(default_factory=dict)
-    objects: Tensor | None = None
+    single_images: Tensor | None = None
 
     def __post_init__(self) -> None:
         if self.images.dtype != torch.uint8 or self.images.ndim != 4:
@@ -71,10 +71,10 @@ class Split:
         if self.labels.dtype != torch.int64 or self.labels.ndim not in (1, 2):
             raise InputError(f"labels must be int64 [N] or [N, k]; got {self.labels.dtype} {list(self.labels.shape)}")
         alone = None if self.labels.ndim == 1 else (*self.labels.shape, *self.images.shape[1:])
-        if (None if self.objects is None else tuple(self.objects.shape)) != alone:
-            got = None if self.objects is None else list(self.objects.shape)
+        if (None if self.single_images is None else tuple(self.single_images.shape)) != alone:
+            got = None if self.single_images is None else list(self.single_images.shape)
             raise InputError(
-                f"objects must be [N, k, C, H, W] where labels are [N, k], and absent elsewhere; got {got}"
+                f"single_images must be [N, k, C, H, W] where labels are [N, k], and absent elsewhere; got {got}"
             )
         for name, values in {"labels": self.labels, **self.factors}.items():
             if len(values) != len(self.images):
@@ -86,8 +86,8 @@ class Split:
     def take(self, index: Tensor) -> "Split":
         """The examples at `index` (`int64 [M]`), in that order."""
         factors = {name: values[index] for name, values in self.factors.items()}
-        objects = None if self.objects is None else self.objects[index]
-        return Split(self.images[index], self.labels[index], factors, objects)
+        single_images = None if self.single_images is None else self.single_images[index]
+        return Split(self.images[index], self.labels[index], factors, single_images)
 
     def cropped(self, size: int) -> "Split":
         """The central `size` x `size` pixels of every image.
@@ -95,15 +95,15 @@ class Split:
         Raises:
             InputError: images smaller than that.
         """
-        objects = None
-        if self.objects is not None:
-            objects = torch.stack([centre_crop(one, size) for one in self.objects.unbind(1)], dim=1)
-        return replace(self, images=centre_crop(self.images, size), objects=objects)
+        single_images = None
+        if self.single_images is not None:
+            single_images = torch.stack([centre_crop(one, size) for one in self.single_images.unbind(1)], dim=1)
+        return replace(self, images=centre_crop(self.images, size), single_images=single_images)
 
     def paired(self, *, shift: int, seed: int) -> "Split":
         """Each image laid once over one of another class, see `overlay.pairs`."""
-        images, labels, objects = pairs(self.images, self.labels, shift=shift, seed=seed)
-        return Split(images, labels, objects=objects)
+        images, labels, single_images = pairs(self.images, self.labels, shift=shift, seed=seed)
+        return Split(images, labels, single_images=single_images)
 
 
 @dataclass(frozen=True, eq=False)
@@ -117,8 +117,8 @@ class Dataset:
         test: the test split; read once, at the end of a run.
         validation: None where a part of `train` has to serve, see `with_validation`.
         shift: how far a training moves its images, in pixels, unless it is told otherwise.
-        objects: how many objects an image shows, 1 or 2. With 2, a training lays its images over each other anew in
-            every step, so those of `train` show one each, and those of the other splits two.
+        objects_per_image: number of objects in an image, 1 or 2. With 2, a training lays its images over each other
+            anew in every step, so those of `train` show one each, and those of the other splits two.
         crop: side in pixels of the random square that a training cuts out of each image, anew in every step; the other
             splits hold the central one. None where images are used whole.
         placed: whether images held out for validation are moved once by up to `shift`, as those of the test are.
@@ -138,7 +138,7 @@ class Dataset:
     test: Split
     validation: Split | None = None
     shift: int = 2
-    objects: int = 1
+    objects_per_image: int = 1
     crop: int | None = None
     placed: bool = False
     tested: Literal["test", "validation"] = "test"
@@ -147,8 +147,8 @@ class Dataset:
     notes: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
-        if self.objects not in (1, 2):
-            raise InputError(f"data set {self.name}: objects must be 1 or 2; got {self.objects}")
+        if self.objects_per_image not in (1, 2):
+            raise InputError(f"data set {self.name}: objects_per_image must be 1 or 2; got {self.objects_per_image}")
         for name in ("train", "validation", "test"):
             split: Split | None = getattr(self, name)
             if split is None:
@@ -166,7 +166,7 @@ class Dataset:
                     f"data set {self.name}: {name} images must be {self.image_shape} as the training images; "
                     f"got {tuple(split.images.shape[1:])}"
                 )
-            shown = 1 if name == "train" else self.objects
+            shown = 1 if name == "train" else self.objects_per_image
             if split.labels[0].numel() != shown:
                 raise InputError(
                     f"data set {self.name}: {name} images must show {shown} object{'s' * (shown > 1)} each; "
@@ -176,7 +176,7 @@ class Dataset:
                 raise InputError(
                     f"data set {self.name}: {name} images must show objects of different classes; got one class twice"
                 )
-            if shown < self.objects and low == high:
+            if shown < self.objects_per_image and low == high:
                 raise InputError(
                     f"data set {self.name}: training images to be paired must be of at least 2 classes; "
                     f"got {len(split)} of one class"
@@ -252,7 +252,7 @@ class Dataset:
         kept = torch.ones(len(self.train), dtype=torch.bool).index_fill_(0, order, False).nonzero().flatten()
         held_out = order.sort().values
         validation = self.train.take(held_out)
-        if self.objects > 1:
+        if self.objects_per_image > 1:
             validation = validation.paired(shift=self.shift, seed=seed)
         elif self.placed:
             drawn = Augmentation(shift=self.shift).draw(count, generator=torch.Generator().manual_seed(seed))

@@ -113,7 +113,7 @@ class Manifest(NamedTuple):
 
 def _hash(split: Split) -> str:
     digest = hashlib.blake2b(digest_size=16)
-    for tensor in (split.images, split.labels, split.objects):
+    for tensor in (split.images, split.labels, split.single_images):
         if tensor is not None:
             digest.update(repr(tuple(tensor.shape)).encode())
             for part in torch.split(tensor, 1000):

@@ -26,4 +26,4 @@ def multimnist(name: str, classes: tuple[str, ...], train: Split, test: Split) -
     """
     padded = (F.pad(split.images, (SHIFT,) * 4) for split in (train, test))
     singles, alone = (Split(images, split.labels) for images, split in zip(padded, (train, test), strict=True))
-    return Dataset(name, classes, singles, alone.paired(shift=SHIFT, seed=_TEST_SEED), shift=SHIFT, objects=2)
+    return Dataset(name, classes, singles, alone.paired(shift=SHIFT, seed=_TEST_SEED), shift=SHIFT, objects_per_image=2)

@@ -44,8 +44,8 @@ def of_registered(
     if name == "multimnist":
         first = _labels(about.test, len(about.classes))
         both = torch.stack([first, (first + 1) % len(about.classes)], dim=1)
-        test = Split(_images(about.test, shape), both, objects=_images(about.test, (2, *shape)))
-        return Dataset(name, about.classes, _split(about.train, shape, 10), test, shift=SHIFT, objects=2)
+        test = Split(_images(about.test, shape), both, single_images=_images(about.test, (2, *shape)))
+        return Dataset(name, about.classes, _split(about.train, shape, 10), test, shift=SHIFT, objects_per_image=2)
     train, test = (_split(count, shape, len(about.classes)) for count in (about.train, about.test))
     check_memory(sum(len(split) for split in (train, test, held_out) if split), shape)
     if name in PLACED:
@@ -70,7 +70,7 @@ def of_folder(folder: ImageFolder, preprocessing: Preprocessing) -> Dataset:
 def nbytes(dataset: Dataset) -> int:
     """Bytes of memory that the images will take which a data set lacks; those that are to be mapped take none."""
     splits = [split for split in (dataset.train, dataset.validation, dataset.test) if split is not None]
-    arrays = [array for split in splits for array in (split.images, split.objects) if array is not None]
+    arrays = [array for split in splits for array in (split.images, split.single_images) if array is not None]
     size = sum(array.nbytes for array in arrays if array.is_meta)
     return 0 if dataset.files and size > image_cache.IN_MEMORY else size
 

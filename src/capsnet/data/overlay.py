@@ -37,9 +37,9 @@ def partners(
     return by_class[torch.where(rank >= first, rank + own, rank)]  # ranks jump over the own class
 
 
-def overlay(objects: Float32[Tensor, "*batch objects channels height width"]) -> Tensor:
+def overlay(single_images: Float32[Tensor, "*batch objects channels height width"]) -> Tensor:
     """Images laid over each other, `[*batch, channels, height, width]`: intensities in [0, 1] added, cut off at 1."""
-    return objects.sum(-4).clamp(max=1)
+    return single_images.sum(-4).clamp(max=1)
 
 
 def pairs(
@@ -72,6 +72,6 @@ def pairs(
     padded = F.pad(images, (shift, shift, shift, shift))
     rows = moves[..., 0, None] + torch.arange(height)
     columns = moves[..., 1, None] + torch.arange(width)
-    objects = padded[index[..., None, None], :, rows[..., :, None], columns[..., None, :]].movedim(-1, 2)
-    added = objects.sum(1, dtype=torch.int16).clamp(max=255).to(torch.uint8)
-    return added, labels[index], objects.contiguous()
+    single_images = padded[index[..., None, None], :, rows[..., :, None], columns[..., None, :]].movedim(-1, 2)
+    added = single_images.sum(1, dtype=torch.int16).clamp(max=255).to(torch.uint8)
+    return added, labels[index], single_images.contiguous()

@@ -45,8 +45,10 @@ class Viewer:
         self.network, self.decoder = decoder_of(network)
         if network.image_shape[0] not in (1, 3):
             raise InputError(f"model must take images of 1 or 3 channels; got {network.image_shape[0]}")
-        if network.objects > 1:
-            raise InputError(f"model must be of images that show one object each; got one that finds {network.objects}")
+        if network.objects_per_image > 1:
+            raise InputError(
+                f"model must be of images that show one object each; got one that finds {network.objects_per_image}"
+            )
         self.name, self.reading, self.threshold = name, reading, threshold
         self.classes, self.image_shape = network.classes, network.image_shape
         self.dim = network.config["class_dim"]
@@ -61,7 +63,7 @@ class Viewer:
             "height": height,
             "width": width,
             "dim": self.dim,
-            "iterations": self.network.class_capsules.iterations,
+            "iterations": self.network.routing_iterations,
             "frame": None if self.reading.frame is None else asdict(self.reading.frame),
             "threshold": self.threshold.value if self.threshold else None,
         }

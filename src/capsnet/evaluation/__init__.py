@@ -2,7 +2,7 @@
 
 from capsnet.analysis.significance import wilson_interval
 from capsnet.evaluation.metrics import Calibration, Evaluation, calibration, evaluate
-from capsnet.evaluation.predictions import Predictions, predict_split, presence
+from capsnet.evaluation.predictions import Predictions, predict_split
 
 __all__ = [
     "Calibration",
@@ -11,6 +11,5 @@ __all__ = [
     "calibration",
     "evaluate",
     "predict_split",
-    "presence",
     "wilson_interval",
 ]

@@ -29,7 +29,7 @@ class Evaluation:
         reconstruction_loss: mean over the images of the sum of squared pixel errors, unweighted.
         wrong: number of images given a wrong class; where they show several, of those whose set of classes is not
             exactly right.
-        objects: how many objects of different classes every image shows.
+        objects_per_image: number of objects, of different classes, in every image.
     """
 
     confusion: tuple[tuple[int, ...], ...]
@@ -38,20 +38,20 @@ class Evaluation:
     classification_loss: float
     reconstruction_loss: float
     wrong: int
-    objects: int = 1
+    objects_per_image: int = 1
 
     @classmethod
     def of(cls, found: Predictions, classes: tuple[str, ...]) -> "Evaluation":
         """The results that predictions for all images of a split make, at least one; losses are summed in float64."""
         rows = tuple(tuple(row) for row in found.confusion.tolist())
         loss, classification, reconstruction = found.losses.double().mean(0).tolist()
-        objects = found.labels[0].numel()
-        return cls(rows, classes, loss, classification, reconstruction, int(found.wrong.sum()), objects)
+        wrong, objects = int(found.wrong.sum()), found.labels[0].numel()
+        return cls(rows, classes, loss, classification, reconstruction, wrong, objects)
 
     @property
     def total(self) -> int:
         """Number of images."""
-        return sum(map(sum, self.confusion)) // self.objects
+        return sum(map(sum, self.confusion)) // self.objects_per_image
 
     @property
     def error_percent(self) -> float:
@@ -66,7 +66,7 @@ class Evaluation:
     @property
     def missed_percent(self) -> float:
         """Share of missed objects in percent: the error if each object found counts, whatever is said of the others."""
-        return 100 * self.missed / (self.objects * self.total)
+        return 100 * self.missed / (self.objects_per_image * self.total)
 
     @property
     def interval(self) -> tuple[float, float]:
@@ -95,13 +95,13 @@ class Evaluation:
 
     def to_dict(self) -> dict[str, Any]:
         """Everything as JSON can hold it."""
-        of_objects = {"objects": self.objects, "missed": self.missed, "missed_percent": self.missed_percent}
+        of_objects = {"objects": self.objects_per_image, "missed": self.missed, "missed_percent": self.missed_percent}
         return {
             "error_percent": self.error_percent,
             "wrong": self.wrong,
             "total": self.total,
             "interval": list(self.interval),
-            **(of_objects if self.objects > 1 else {}),
+            **(of_objects if self.objects_per_image > 1 else {}),
             "loss": self.loss,
             "classification_loss": self.classification_loss,
             "reconstruction_loss": self.reconstruction_loss,
@@ -119,7 +119,7 @@ class Evaluation:
             f"error {self.error_percent:.2f} % ({self.wrong:,} of {self.total:,} wrong; "
             f"95 % interval {low:.2f} to {high:.2f} %)"
         )
-        return line if self.objects == 1 else f"exact-set {line}; missed objects {self.missed_percent:.2f} %"
+        return line if self.objects_per_image == 1 else f"exact-set {line}; missed objects {self.missed_percent:.2f} %"
 
 
 def evaluate(

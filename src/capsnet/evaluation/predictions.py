@@ -11,17 +11,17 @@ from capsnet.config import Config
 from capsnet.data.dataset import Split, to_float
 from capsnet.errors import InputError
 from capsnet.kernels.stem import constant_weights
-from capsnet.models import Network, Output, evaluation_mode, inference_batch
+from capsnet.models import Network, evaluation_mode, inference_batch
 from capsnet.objective import Losses, Objective
 
-__all__ = ["Predictions", "predict_split", "presence", "shifted"]
+__all__ = ["Predictions", "predict_split", "shifted"]
 
 
 class Predictions(NamedTuple):
     """One row for each image of a split, on the CPU.
 
     Attributes:
-        scores: presence of each class, `float32 [n, classes]` in [0, 1], see `presence`.
+        scores: presence of each class, `float32 [n, classes]` in [0, 1], see `Network.presence`.
         labels: true classes `[n]`; `[n, k]` in rising order where an image shows k objects.
         predictions: classes of the largest scores, as `labels`.
         losses: total, classification and unweighted reconstruction loss, see `Losses`, `float32 [n, 3]`.
@@ -63,16 +63,6 @@ class Predictions(NamedTuple):
             true, predicted = torch.cat([right, missed]), torch.cat([right, instead])
         classes = self.scores.shape[-1]
         return torch.bincount(true * classes + predicted, minlength=classes**2).view(classes, classes)
-
-
-def presence(network: Network, output: Output) -> Float[Tensor, "batch classes"]:
-    """How surely each class is in an image, in [0, 1]: the lengths of the class capsules.
-
-    Without capsules the softmax of the logits, or where images show several objects their sigmoid.
-    """
-    if output.pose is not None:
-        return output.scores
-    return output.scores.softmax(-1) if network.objects == 1 else output.scores.sigmoid()
 
 
 def predict_split(
@@ -121,16 +111,19 @@ def predict_split(
             if mine.start >= count:
                 continue
             images, labels = to_float(split.images[mine].to(device)), split.labels[mine].to(device)
-            objects = None if split.objects is None else to_float(split.objects[mine].to(device))
+            single_images = None if split.single_images is None else to_float(split.single_images[mine].to(device))
             with evaluation_mode(objective), torch.inference_mode():
-                answer, sure = _answer(objective, images, labels, objects, shifts)
+                answer, sure = _answer(objective, images, labels, single_images, shifts)
                 largest = sure if shifts else answer.output.scores  # which a sigmoid near 1 may round to the same
-                scores[mine], predictions[mine] = sure.cpu(), _largest(largest, network.objects).view_as(labels).cpu()
+                scores[mine], predictions[mine] = (
+                    sure.cpu(),
+                    _largest(largest, network.objects_per_image).view_as(labels).cpu(),
+                )
                 losses[mine] = torch.stack(answer[:3], dim=-1).cpu()
     if reduced is not None and world_size > 1:
         scores, losses, predictions = (reduced(part).cpu() for part in (scores, losses, predictions))
-    drawn = getattr(network, "decoder", None) is not None and network.objects == 1
-    labels = split.labels.cpu() if network.objects == 1 else split.labels.cpu().sort(-1).values
+    drawn = network.decoder is not None and network.objects_per_image == 1
+    labels = split.labels.cpu() if network.objects_per_image == 1 else split.labels.cpu().sort(-1).values
     return Predictions(scores, labels, predictions, losses, losses[:, 2] if drawn else None)
 
 
@@ -146,13 +139,13 @@ def shifted(
 
 
 def _answer(
-    objective: Objective, images: Tensor, labels: Tensor, objects: Tensor | None, shifts: int
+    objective: Objective, images: Tensor, labels: Tensor, single_images: Tensor | None, shifts: int
 ) -> tuple[Losses, Tensor]:
     """Losses and output for a batch as it is, and the mean presence over its shifted views."""
     sure, as_it_is = [], 2 * shifts * (shifts + 1)  # the place of no shift among the views
     for k, view in enumerate(shifted(images, shifts)):
-        here = objective(view, labels, objects)
-        sure.append(presence(objective.network, here.output))
+        here = objective(view, labels, single_images)
+        sure.append(objective.network.presence(here.output))
         if k == as_it_is:
             answer: Losses = here
     return answer, torch.stack(sure).mean(0)

@@ -207,5 +207,10 @@ def _judged(network: Network, split: Split) -> tuple[list[int], dict[str, float]
     """Which images are wrong, and the counts; of several objects also how many were missed."""
     found = predict_split(network, split)
     result = Evaluation.of(found, network.classes)
-    names = ("error_percent", "wrong", "total", *(("missed", "missed_percent") if network.objects > 1 else ()))
+    names = (
+        "error_percent",
+        "wrong",
+        "total",
+        *(("missed", "missed_percent") if network.objects_per_image > 1 else ()),
+    )
     return found.wrong.nonzero().flatten().tolist(), {name: getattr(result, name) for name in names}

@@ -1,0 +1,17 @@
+"""Networks of the papers: one file each, named as the network is, and the registry that finds them."""
+
+from capsnet.models.network import CapsuleNetwork, Network, Output, RoutingTrace, evaluation_mode, inference_batch
+from capsnet.models.registry import available, builder, builder_options, create
+
+__all__ = [
+    "CapsuleNetwork",
+    "Network",
+    "Output",
+    "RoutingTrace",
+    "available",
+    "builder",
+    "builder_options",
+    "create",
+    "evaluation_mode",
+    "inference_batch",
+]

@@ -1,0 +1,53 @@
+"""The convolutional baseline of Sabour, Frosst, Hinton 2017 for overlapping digits, Section 6.2."""
+
+from torch import nn
+
+from capsnet.errors import InputError
+from capsnet.models.baseline import ConvNet, widths
+
+__all__ = ["baseline_multimnist"]
+
+
+def baseline_multimnist(
+    image_shape: tuple[int, int, int] = (1, 36, 36),
+    num_classes: int = 10,
+    *,
+    width: float = 1.0,
+    dropout: float = 0.5,
+    standardize: bool = False,
+) -> ConvNet:
+    """The paper's convolutional baseline for overlapping digits (Section 6.2): two convolutions, each with pooling.
+
+    512 channels of 9x9 and 256 of 5x5, each followed by 2x2 pooling, then 1,024 units, dropout, and one logit a class.
+    Its 24.56 M parameters on MultiMNIST are those of padding `same` (24,563,978). Of affNIST the paper says "a
+    traditional convolutional model (with MaxPooling and DropOut)" only: this one, at a `width` that gives as many
+    parameters as the capsules have. The paper mentions no dropout on MultiMNIST: there, `dropout=0`.
+
+    Args:
+        image_shape: channels, height and width, at least 4 x 4.
+        num_classes: number of logits.
+        width: factor on all these channels and units.
+        dropout: rate before the last layer.
+        standardize: give each image mean 0 and standard deviation 1 first.
+
+    Raises:
+        InputError: a dropout rate outside [0, 1), a width not above 0, or an image too small to pool twice.
+    """
+    one, two, three = widths((512, 256, 1024), width, dropout)
+    channels, height, breadth = image_shape
+    if min(height, breadth) < 4:
+        raise InputError(f"images of baseline-multimnist must be at least 4 x 4 pixels; got {height} x {breadth}")
+    layers = nn.Sequential(
+        nn.Conv2d(channels, one, 9, padding="same"),
+        nn.ReLU(),
+        nn.MaxPool2d(2),
+        nn.Conv2d(one, two, 5, padding="same"),
+        nn.ReLU(),
+        nn.MaxPool2d(2),
+        nn.Flatten(),
+        nn.Linear(two * (height // 4) * (breadth // 4), three),
+        nn.ReLU(),
+        nn.Dropout(dropout),
+        nn.Linear(three, num_classes),
+    )
+    return ConvNet(layers, image_shape, standardize=standardize)

@@ -1,0 +1,211 @@
+"""What every network of the package says and can do: the interface that all other rooms rely on."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from threading import Lock
+from typing import TYPE_CHECKING, Any, NamedTuple
+from weakref import WeakKeyDictionary
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor, nn
+
+from capsnet import functional as F
+from capsnet.errors import InputError
+
+if TYPE_CHECKING:
+    from capsnet.config import Config
+    from capsnet.layers import Decoder
+
+__all__ = ["CapsuleNetwork", "Network", "Output", "RoutingTrace", "evaluation_mode", "inference_batch"]
+
+LARGE_IMAGE = 40 * 40
+"""Pixels up to which images go through a network without gradients 256 at a time, and of more pixels fewer."""
+
+
+class Output(NamedTuple):
+    """What a network says of a batch.
+
+    Attributes:
+        scores: `[batch, classes]`; the largest is the prediction, or the k largest where images show k objects.
+            Lengths in [0, 1) for a capsule network, logits for a convolutional one.
+        reconstruction: `[batch, channels, height, width]` in [0, 1], or None without a decoder; `[batch, k, channels,
+            height, width]`, each object alone, from a network for images of k objects.
+        pose: class capsules' vectors `[batch, classes, dim]`, or None without capsules.
+        couplings: of the last routing iteration `[batch, in, classes]`, or None without capsules.
+    """
+
+    scores: Tensor
+    reconstruction: Tensor | None = None
+    pose: Tensor | None = None
+    couplings: Tensor | None = None
+
+
+class RoutingTrace(NamedTuple):
+    """A routing, iteration by iteration.
+
+    Attributes:
+        activation: activations of the capsules below `[batch, in]`, in [0, 1].
+        votes: `[batch, in, classes, dim]`.
+        couplings: `[iterations, batch, in, classes]`; what they sum to is said by the routing function.
+        pose: class capsules after each iteration `[iterations, batch, classes, dim]`.
+    """
+
+    activation: Tensor
+    votes: Tensor
+    couplings: Tensor
+    pose: Tensor
+
+
+class Network(nn.Module, ABC):
+    """Images in, an `Output` out, and a record of how the network was built.
+
+    Attributes:
+        config: name, image shape, classes and options; `create(**config)` builds the same network again.
+        classes: names of the classes, in the order of the scores.
+        image_shape: channels, height and width.
+        objects_per_image: number of objects, of different classes, that an image shows.
+        decoder: reconstructs images from class capsules, or None.
+        narrower: the options that make the network smaller, for errors.
+    """
+
+    config: dict[str, Any]
+    classes: tuple[str, ...]
+    image_shape: tuple[int, int, int]
+    objects_per_image: int = 1
+    decoder: "Decoder | None"
+    narrower: str
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.decoder = None
+
+    @abstractmethod
+    def forward(self, images: Tensor, labels: Tensor | None = None) -> Output:
+        """Scores of `images`; `labels` choose the capsules to reconstruct from, if there is a decoder."""
+
+    @abstractmethod
+    def presence(self, output: Output) -> Float[Tensor, "batch classes"]:
+        """How surely each class is in an image, in [0, 1]."""
+
+    @abstractmethod
+    def classification_loss(
+        self, output: Output, labels: Int[Tensor, "batch *objects"], config: "Config"
+    ) -> Float[Tensor, "batch"]:
+        """The loss of the scores of each image, in float32 or better, with the loss options of `config`."""
+
+    @abstractmethod
+    def features(
+        self, images: Float[Tensor, "batch channels height width"], labels: Int[Tensor, "batch"]
+    ) -> Float[Tensor, "batch dim"]:
+        """The last layer's representation of each image, of which `labels` are the true classes."""
+
+    def kernels(self, device: torch.device, precision: str) -> dict[str, str]:
+        """The options that choose how the network is computed, and what they mean on `device`."""
+        return {}
+
+    def plain(self) -> AbstractContextManager[None]:
+        """Inside, every layer is computed by its own `forward`, which hooks and tracers see."""
+        return nullcontext()
+
+    def multi_hot(self, labels: Int[Tensor, "batch *objects"]) -> Bool[Tensor, "batch classes"]:
+        """Whether each class is among the true classes of an image."""
+        return F.multi_hot(labels, len(self.classes))
+
+    def check_images(self, images: Tensor) -> None:
+        """Raise InputError unless `images` are floating point `[batch, *image_shape]`."""
+        if not images.is_floating_point():
+            raise InputError(f"images must be floating point in [0, 1] (divide uint8 by 255); got {images.dtype}")
+        if images.ndim != 4 or tuple(images.shape[1:]) != self.image_shape:
+            raise InputError(
+                f"images must be [batch, channels, height, width] = [batch, {', '.join(map(str, self.image_shape))}]; "
+                f"got {list(images.shape)}"
+            )
+
+    def check_labels(self, labels: Tensor) -> None:
+        """Raise InputError unless there are `objects_per_image` labels for each image."""
+        count = 1 if labels.ndim == 1 else labels.shape[1]
+        if count != self.objects_per_image:
+            plural = "s" * (self.objects_per_image > 1)
+            raise InputError(f"images must show {self.objects_per_image} object{plural} each; got {count}")
+
+    def parameter_count(self) -> int:
+        """Number of trained parameters."""
+        return sum(parameter.numel() for parameter in self.parameters())
+
+
+class CapsuleNetwork(Network):
+    """A network whose last layer is a capsule for each class: `Output.pose` and `Output.couplings` are there.
+
+    Attributes:
+        in_capsules: number of capsules below the class capsules.
+        routing_iterations: number of routing iterations.
+        leaky: whether the couplings of a capsule may sum to less than 1, the rest going to "none of the above".
+    """
+
+    leaky: bool = False
+    routing_iterations: int = 1
+
+    @property
+    @abstractmethod
+    def in_capsules(self) -> int:
+        """Number of capsules below the class capsules."""
+
+    @abstractmethod
+    def trace_routing(self, images: Float[Tensor, "batch channels height width"]) -> RoutingTrace:
+        """Votes, and couplings and poses at each routing iteration, computed plainly in float32."""
+
+    @abstractmethod
+    def receptive_fields(self) -> tuple[Float[Tensor, "rows height"], Float[Tensor, "columns width"]]:
+        """Share of each pixel row in each row of the grid of capsules, and of each pixel column in each column.
+
+        The capsules below the class capsules stand on a grid, those of one place side by side. The shares of a place
+        sum to 1 over the pixels.
+        """
+
+    def presence(self, output: Output) -> Float[Tensor, "batch classes"]:
+        """The activations of the class capsules."""
+        return output.scores
+
+    def features(
+        self, images: Float[Tensor, "batch channels height width"], labels: Int[Tensor, "batch"]
+    ) -> Float[Tensor, "batch dim"]:
+        """The pose of the class capsule of each image's true class."""
+        pose = self(images).pose
+        features: Tensor = pose[torch.arange(len(labels), device=pose.device), labels]
+        return features
+
+
+def inference_batch(network: Network) -> int:
+    """Images at a time without gradients: 256, or as many as take no more memory than 256 of 40 x 40 pixels."""
+    _, height, width = network.image_shape
+    return max(1, min(256, 256 * LARGE_IMAGE // (height * width)))
+
+
+@contextmanager
+def evaluation_mode(network: nn.Module) -> Iterator[None]:
+    """Inside, `network` is in evaluation mode; afterwards, also after an error, each of its modules is as it was.
+
+    Threads may evaluate one network at the same time: the last one that leaves restores the modes.
+    """
+    modules = list(network.modules())
+    with _lock:
+        for module in modules:
+            users, training = _evaluated.get(module, (0, module.training))
+            _evaluated[module] = users + 1, training
+            module.training = False
+    try:
+        yield
+    finally:
+        with _lock:
+            for module in modules:
+                users, training = _evaluated.pop(module)
+                if users > 1:
+                    _evaluated[module] = users - 1, training
+                else:
+                    module.training = training
+
+
+_lock = Lock()
+_evaluated: WeakKeyDictionary[nn.Module, tuple[int, bool]] = WeakKeyDictionary()  # how many evaluate it, and its mode
