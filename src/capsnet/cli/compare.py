@@ -14,8 +14,8 @@ from capsnet.config import Device
 from capsnet.errors import InputError
 
 if TYPE_CHECKING:
-    from capsnet.analysis.significance import McNemar, TTest
     from capsnet.ensemble import Ensemble
+    from capsnet.evaluation.statistics import McNemar, TTest
 
 __all__ = ["run"]
 
@@ -55,8 +55,8 @@ def run(arguments: list[str]) -> int:
     """Compare runs, print the errors and a test or JSON."""
     command = parse(_Compare, arguments, prog="capsnet compare")
     _check(command)
-    from capsnet.analysis.significance import McNemar, summarise
     from capsnet.ensemble import Ensemble
+    from capsnet.evaluation.statistics import McNemar, summarise
 
     found = members([*command.runs, *command.against])
     dataset, split = same_split(
@@ -116,7 +116,7 @@ class _Side:
         return [error for _, error in order]
 
     def to_dict(self) -> dict[str, object]:
-        from capsnet.analysis.significance import summarise
+        from capsnet.evaluation.statistics import summarise
 
         return {
             "members": [member.to_dict(result) for member, result in zip(self.found, self.results, strict=True)],
@@ -138,7 +138,7 @@ def _check(command: _Compare) -> None:
 
 def _test(ours: _Side, theirs: _Side) -> tuple["TTest | McNemar", str]:
     """The test that these runs allow, and why it is this one."""
-    from capsnet.analysis.significance import mcnemar, paired_t, welch_t
+    from capsnet.evaluation.statistics import mcnemar, paired_t, welch_t
 
     if len(ours.found) == 1:
         return mcnemar(ours.results[0].wrong, theirs.results[0].wrong), "over the images, for there is one run a side"

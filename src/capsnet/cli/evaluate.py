@@ -17,10 +17,10 @@ __all__ = ["Member", "members", "run", "same_split"]
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from capsnet.analysis.significance import McNemar, Summary
     from capsnet.data import Dataset, Split
     from capsnet.ensemble import Ensemble
     from capsnet.evaluation import Evaluation
+    from capsnet.evaluation.statistics import McNemar, Summary
 
 
 @dataclass(frozen=True)
@@ -94,8 +94,8 @@ def _one(command: _Evaluate) -> int:
 
 
 def _several(command: _Evaluate) -> int:
-    from capsnet.analysis.significance import mcnemar
     from capsnet.ensemble import check_shifts
+    from capsnet.evaluation.statistics import mcnemar
 
     found = members(command.runs)
     check_shifts(command.shifts, found[0].subject.network.image_shape)
@@ -160,12 +160,12 @@ class _Part:
         return (2 * self.shifts + 1) ** 2
 
     def summary(self) -> "Summary | None":
-        from capsnet.analysis.significance import summarise
+        from capsnet.evaluation.statistics import summarise
 
         return summarise([each.error_percent for each in self.alone]) if self.ensemble else None
 
     def against_first(self) -> "McNemar | None":
-        from capsnet.analysis.significance import mcnemar
+        from capsnet.evaluation.statistics import mcnemar
 
         return mcnemar(self.ensemble.wrong, self.alone[0].wrong) if self.ensemble else None
 

@@ -105,7 +105,7 @@ _DESCRIPTIONS = (
         test=320_000,
         licence="not stated by its author; training images as mnist",
         source="Tijmen Tieleman, https://www.cs.toronto.edu/~tijmen/affNIST/; trained on expanded-mnist and tested on "
-        "affNIST; its test.mat is not downloaded but must be put in place, and read with scipy (capsnet[mat])",
+        "affNIST; its test.mat is not downloaded but must be put in place",
         framing="digits",
     ),
     Description(
@@ -166,7 +166,7 @@ _DESCRIPTIONS = (
         test=26_032,
         licence="for non-commercial use only",
         source="http://ufldl.stanford.edu/housenumbers/, cropped digits; cite Netzer et al., Reading Digits in Natural "
-        "Images with Unsupervised Feature Learning, NIPS workshop 2011; read with scipy (capsnet[mat])",
+        "Images with Unsupervised Feature Learning, NIPS workshop 2011",
     ),
     Description(
         name="smallnorb",
