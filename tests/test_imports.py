@@ -141,6 +141,7 @@ def test_the_leaves_are_leaves() -> None:
         ("pooch", {"data.fetch", "files"}),
         ("tyro", {name for name in MODULES if part(name) == "cli"}),
         ("scipy", {"data.matlab", "data.photo", "evaluation.statistics"}),
+        ("jinja2", {"report.report"}),
         ("onnx", {"export"}),
         ("onnxruntime", {"export"}),
         ("starlette", {"cli.demo", "demo.app", "demo.guard"}),
@@ -159,6 +160,7 @@ def test_drawing_and_the_hub_are_imported_when_used_only() -> None:
             "huggingface_hub",
             "tensorboard",
             "PIL",
+            "jinja2",
             "pooch",
             "scipy",
         }

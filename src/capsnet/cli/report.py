@@ -36,7 +36,7 @@ def run(arguments: list[str]) -> int:
     """Write the report, print where."""
     command = parse(_Report, arguments, prog="capsnet report")
     from capsnet import runs
-    from capsnet.report import report
+    from capsnet.report import render
 
     subject = Subject(command.model, several=True)
     path = subject.place("report", command.out, suffix="html", overwrite=command.overwrite)
@@ -44,7 +44,7 @@ def run(arguments: list[str]) -> int:
         path = subject.folder / "report.html"
     dataset = subject.dataset(command.data, command.data_dir)
     files = runs.Run(subject.folder)
-    content = report(
+    content = render(
         subject.network,
         dataset,
         config=subject.trained(command.data),
