@@ -37,7 +37,7 @@ LEVELS: tuple[tuple[str, ...], ...] = (
         "runs",
         "session",
     ),
-    ("bench", "demo", "ensemble", "export", "prediction", "report", "summary", "train"),
+    ("bench", "demo", "ensemble", "export", "prediction", "report", "train", "training"),
     ("experiments",),
     ("cli",),
     ("__main__",),

@@ -64,7 +64,7 @@ def run(arguments: list[str]) -> int:
     command = parse(_Train, arguments, prog="capsnet train", default=_Train(base))
     options = command.run
     if command.dry_run:
-        from capsnet.summary import dry_run
+        from capsnet.training.dry_run import dry_run
 
         show(*dry_run(options).split("\n"))
         return 0
