@@ -9,7 +9,7 @@ import scipy.io
 import torch
 
 from capsnet import data
-from capsnet.data import fetch, svhn
+from capsnet.data import download, svhn
 from capsnet.data.svhn import FILES, SHA256, parse
 from capsnet.errors import InputError
 
@@ -128,7 +128,7 @@ def test_a_download_is_kept_when_its_checksum_is_right(
         return path
 
     monkeypatch.setenv("CAPSNET_OFFLINE", "0")
-    monkeypatch.setattr(fetch, "_retrieve", retrieve)
+    monkeypatch.setattr(download, "_retrieve", retrieve)
     read = data.load("svhn")
     assert asked == [f"http://ufldl.stanford.edu/housenumbers/{name}" for name in FILES.values()]
     assert {path.name for path in (tmp_path / "cache" / "svhn").iterdir()} == set(FILES.values())
@@ -138,9 +138,9 @@ def test_a_download_is_kept_when_its_checksum_is_right(
 
 def test_a_download_of_another_checksum_is_not_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CAPSNET_OFFLINE", "0")
-    monkeypatch.setattr(fetch, "_retrieve", lambda url, path: path.write_bytes(official(3)) and path)
+    monkeypatch.setattr(download, "_retrieve", lambda url, path: path.write_bytes(official(3)) and path)
     with pytest.raises(InputError, match=r"missing: test_32x32.mat; .*test_32x32.mat must have the SHA-256 cdce80df"):
-        svhn.read(fetch.Source("svhn", SHA256, ("http://localhost/",)), "test", None)
+        svhn.read(download.Source("svhn", SHA256, ("http://localhost/",)), "test", None)
     assert not list((tmp_path / "cache" / "svhn").glob("*.mat"))
 
 

@@ -138,7 +138,8 @@ def test_the_leaves_are_leaves() -> None:
     [
         ("matplotlib", {"plots.capsules", "plots.classes", "plots.figure", "plots.results"}),
         ("lightning_fabric", {"machine", "session", "train"}),
-        ("pooch", {"data.fetch", "files"}),
+        ("pooch", {"data.download", "files"}),
+        ("tqdm", {"data.download"}),
         ("tyro", {name for name in MODULES if part(name) == "cli"}),
         ("scipy", {"data.matlab", "data.photo", "evaluation.statistics"}),
         ("jinja2", {"report.report"}),
@@ -163,6 +164,7 @@ def test_drawing_and_the_hub_are_imported_when_used_only() -> None:
             "jinja2",
             "pooch",
             "scipy",
+            "tqdm",
         }
         assert not eager, name
     assert "torch" not in outside(MODULES["cli"], top_level_only=True)
