@@ -146,7 +146,7 @@ def test_the_leaves_are_leaves() -> None:
         ("onnx", {"export"}),
         ("onnxruntime", {"export"}),
         ("starlette", {"cli.demo", "demo.app", "demo.guard"}),
-        ("uvicorn", {"cli.demo", "demo.connections", "demo.serving"}),
+        ("uvicorn", {"cli.demo", "demo.serving"}),
         ("PIL", {"data", "data.image_file", "data.photo", "demo.viewer", "plots.figure"}),
     ],
 )
