@@ -141,7 +141,7 @@ def test_what_differs_without_varying_has_no_p() -> None:
     found = paired_t(ours, theirs)
     assert found.difference == pytest.approx(-0.1)
     assert (found.standard_error, found.t, found.p, found.interval) == (0, None, None, None)
-    assert found.summary() == "paired t test over 3 seeds: -0.100 +- 0.000 points; no p value: all errors are equal"
+    assert found.summary() == "paired t test over 3 seeds: -0.100 +- 0.000 points; no p value: the standard error is 0"
     assert welch_t([0.1, 0.1], [0.2, 0.2]).p is None
     assert one_sample([0.1, 0.1], 0.2).p is None
     assert welch_t([0.1, 0.1], [0.2, 0.3]).df == pytest.approx(1)

@@ -99,7 +99,7 @@ class TTest:
             return f"{self.test}: {self.difference:+.3f} points; no p value: one run has no standard deviation"
         told = f"{self.test}: {self.difference:+.3f} +- {self.standard_error:.3f} points"
         if self.p is None or self.interval is None:
-            return f"{told}; no p value: all errors are equal"
+            return f"{told}; no p value: the standard error is 0"
         low, high = self.interval
         return f"{told}, 95 % interval {low:+.3f} to {high:+.3f}, p {_p(self.p)}"
 
