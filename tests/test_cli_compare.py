@@ -12,11 +12,11 @@ import torch
 from torch import Tensor
 
 from capsnet import ensemble, runs
-from capsnet.analysis.significance import mcnemar, paired_t, welch_t
 from capsnet.cli import main
 from capsnet.config import Config, write
 from capsnet.data import Split
 from capsnet.evaluation import wilson_interval
+from capsnet.evaluation.statistics import mcnemar, paired_t, welch_t
 from capsnet.models import Network, create
 from tiny import photos
 

@@ -5,14 +5,13 @@ from typing import Any
 
 import numpy as np
 import pytest
+import scipy.io
 import torch
 
 from capsnet import data
-from capsnet.data import fetch, svhn
+from capsnet.data import download, svhn
 from capsnet.data.svhn import FILES, SHA256, parse
 from capsnet.errors import InputError
-
-scipy_io = pytest.importorskip("scipy.io", reason="reading MATLAB's files needs scipy")
 
 
 @pytest.fixture(autouse=True)
@@ -28,7 +27,7 @@ def official(count: int, *, seed: int = 0, **changed: Any) -> bytes:
     pixels = draw.integers(0, 256, (32, 32, 3, count), dtype=np.uint8)
     labels = (np.arange(count, dtype=np.uint8)[:, None] % 10) + 1
     file = io.BytesIO()
-    scipy_io.savemat(file, {"X": pixels, "y": labels.astype(np.uint8)} | changed, do_compression=True)
+    scipy.io.savemat(file, {"X": pixels, "y": labels.astype(np.uint8)} | changed, do_compression=True)
     return file.getvalue()
 
 
@@ -83,7 +82,7 @@ def test_another_file_is_refused(content: bytes, message: str) -> None:
 
 def test_a_file_without_labels_is_refused() -> None:
     file = io.BytesIO()
-    scipy_io.savemat(file, {"X": np.zeros((32, 32, 3, 1), np.uint8)})
+    scipy.io.savemat(file, {"X": np.zeros((32, 32, 3, 1), np.uint8)})
     with pytest.raises(InputError, match=r"x.mat must hold a variable y; got none of that name"):
         parse(file.getvalue(), "x.mat")
 
@@ -129,7 +128,7 @@ def test_a_download_is_kept_when_its_checksum_is_right(
         return path
 
     monkeypatch.setenv("CAPSNET_OFFLINE", "0")
-    monkeypatch.setattr(fetch, "_retrieve", retrieve)
+    monkeypatch.setattr(download, "_retrieve", retrieve)
     read = data.load("svhn")
     assert asked == [f"http://ufldl.stanford.edu/housenumbers/{name}" for name in FILES.values()]
     assert {path.name for path in (tmp_path / "cache" / "svhn").iterdir()} == set(FILES.values())
@@ -139,15 +138,15 @@ def test_a_download_is_kept_when_its_checksum_is_right(
 
 def test_a_download_of_another_checksum_is_not_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CAPSNET_OFFLINE", "0")
-    monkeypatch.setattr(fetch, "_retrieve", lambda url, path: path.write_bytes(official(3)) and path)
+    monkeypatch.setattr(download, "_retrieve", lambda url, path: path.write_bytes(official(3)) and path)
     with pytest.raises(InputError, match=r"missing: test_32x32.mat; .*test_32x32.mat must have the SHA-256 cdce80df"):
-        svhn.read(fetch.Source("svhn", SHA256, ("http://localhost/",)), "test", None)
+        svhn.read(download.Source("svhn", SHA256, ("http://localhost/",)), "test", None)
     assert not list((tmp_path / "cache" / "svhn").glob("*.mat"))
 
 
 def test_what_a_file_can_unpack_to_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
     file = io.BytesIO()
-    scipy_io.savemat(file, {"X": np.zeros((32, 32, 3, 400), np.uint8), "y": np.ones((400, 1))}, do_compression=True)
+    scipy.io.savemat(file, {"X": np.zeros((32, 32, 3, 400), np.uint8), "y": np.ones((400, 1))}, do_compression=True)
     content = file.getvalue()
     assert len(content) < 2**13
     monkeypatch.setattr("capsnet.data.matlab._LARGEST", 10**6)
@@ -159,7 +158,7 @@ def test_what_a_file_can_unpack_to_is_bounded(monkeypatch: pytest.MonkeyPatch) -
 def test_variables_are_the_same_however_they_are_stored(packed: bool) -> None:
     file = io.BytesIO()
     digits = np.random.default_rng(0).integers(0, 256, (32, 32, 3, 7), dtype=np.uint8)
-    scipy_io.savemat(file, {"X": digits, "y": np.ones((7, 1), np.uint8)}, do_compression=packed)
+    scipy.io.savemat(file, {"X": digits, "y": np.ones((7, 1), np.uint8)}, do_compression=packed)
     assert (parse(file.getvalue(), "x.mat")[0].numpy() == digits.transpose(3, 2, 0, 1)).all()
 
 

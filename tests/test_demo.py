@@ -19,6 +19,7 @@ from typing import Any
 import pytest
 import torch
 from PIL import Image
+from starlette.testclient import TestClient
 from torch import Tensor
 
 import capsnet
@@ -37,10 +38,6 @@ from capsnet.errors import InputError
 from capsnet.models import create
 from capsnet.models.capsnet import CapsNet
 from tiny import SIZES, reading
-
-pytest.importorskip("starlette", reason="the extra demo is not installed: no starlette")
-pytest.importorskip("uvicorn", reason="the extra demo is not installed: no uvicorn")
-from starlette.testclient import TestClient
 
 HOME = "http://127.0.0.1:8000"
 SHAPES = [(1, 12, 13), (3, 14, 12)]

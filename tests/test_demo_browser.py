@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+import uvicorn
 from PIL import Image, ImageDraw
 
 from capsnet import runs
@@ -18,8 +19,6 @@ from capsnet.models import create
 from tiny import SIZES, reading
 
 pytestmark = pytest.mark.e2e
-pytest.importorskip("starlette", reason="the extra demo is not installed: no starlette")
-uvicorn = pytest.importorskip("uvicorn", reason="the extra demo is not installed: no uvicorn")
 api = pytest.importorskip("playwright.sync_api", reason="the extra e2e is not installed: no playwright")
 CHROMIUM = Path("/usr/bin/chromium")
 if not CHROMIUM.exists():

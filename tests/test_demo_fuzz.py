@@ -11,8 +11,6 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-pytest.importorskip("starlette", reason="the extra demo is not installed: no starlette")
-
 from capsnet.demo.app import application
 from capsnet.names import visible
 from test_demo import image_file, random_image, viewer

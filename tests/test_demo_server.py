@@ -8,12 +8,9 @@ import time
 from collections.abc import Iterator
 
 import pytest
-
-pytest.importorskip("starlette", reason="the extra demo is not installed: no starlette")
-pytest.importorskip("uvicorn", reason="the extra demo is not installed: no uvicorn")
 import uvicorn
 
-from capsnet.demo import connections, guard
+from capsnet.demo import guard, serving
 from capsnet.demo.serving import CONNECTIONS, bind, server
 from test_demo import viewer
 
@@ -39,8 +36,8 @@ def running(monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[uvicorn.Server, A
 @pytest.fixture
 def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
     """A server waits for half a second and not for ten."""
-    monkeypatch.setattr(connections, "HEADER_SECONDS", 0.5)
-    monkeypatch.setattr(connections, "ANSWER_SECONDS", 1.0)
+    monkeypatch.setattr(serving, "HEADER_SECONDS", 0.5)
+    monkeypatch.setattr(serving, "ANSWER_SECONDS", 1.0)
 
 
 def connected(address: Address, sent: bytes) -> socket.socket:

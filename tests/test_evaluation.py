@@ -5,12 +5,12 @@ import torch
 from torch import Tensor, nn
 
 from capsnet import functional as F
-from capsnet.analysis.significance import wilson_interval
 from capsnet.config import Config
 from capsnet.data import Split
 from capsnet.data.dataset import to_float
 from capsnet.errors import InputError
 from capsnet.evaluation import Evaluation, Predictions, evaluate, predict_split
+from capsnet.evaluation.statistics import wilson_interval
 from capsnet.models import Network, Output, create
 from capsnet.models.baseline import ConvNet
 from capsnet.objective import Objective

@@ -13,10 +13,10 @@ from capsnet import plots
 from capsnet.analysis.couplings import evidence
 from capsnet.analysis.drawing import Separation, perturb, reconstruct
 from capsnet.analysis.factors import PoseExplained
-from capsnet.analysis.significance import wilson_interval
 from capsnet.data import Split
 from capsnet.errors import InputError
 from capsnet.evaluation import Predictions, calibration
+from capsnet.evaluation.statistics import wilson_interval
 from capsnet.models import create
 from capsnet.models.capsnet import CapsNet
 from capsnet.plots.figure import new, pixels, sheet

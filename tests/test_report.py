@@ -6,7 +6,6 @@ from pathlib import Path
 import pytest
 import torch
 
-from capsnet import report
 from capsnet.analysis.strangers import Threshold
 from capsnet.card import Card
 from capsnet.config import Config
@@ -14,6 +13,7 @@ from capsnet.data import Dataset, Split
 from capsnet.data.strokes import strokes
 from capsnet.evaluation import Predictions, predict_split
 from capsnet.models import CapsuleNetwork, Network, create
+from capsnet.report import report
 from tiny import SIZES, pairs
 
 CARD = Card(threshold=Threshold(50.0, 0.05, 77, "validation"), epochs=2, train_images=120)
@@ -40,7 +40,7 @@ def network(name: str = "capsnet", **options: object) -> Network:
 
 def page(one: Network, dataset: Dataset, **about: object) -> str:
     config = Config(data="strokes", epochs=2, seed=7)
-    return report.report(one, dataset, config=config, card=CARD, title="a <run>", **about)  # type: ignore[arg-type]
+    return report.render(one, dataset, config=config, card=CARD, title="a <run>", **about)  # type: ignore[arg-type]
 
 
 def test_the_report_holds_everything_and_loads_nothing(dataset: Dataset) -> None:
@@ -75,7 +75,9 @@ def test_its_numbers_are_those_of_the_test_split(dataset: Dataset) -> None:
 
 
 def test_without_decoder_capsules_or_pose_those_parts_are_left_out(dataset: Dataset) -> None:
+    assert "mean summed squared error per test image" in page(network(), dataset)
     told = page(network(reconstruction=False), dataset)
+    assert "mean summed squared error per test image" not in told
     assert "<h2>Reconstructions</h2>" not in told
     assert "<h2>Routing</h2>" in told
     assert "flagged as strangers" not in told
@@ -134,8 +136,8 @@ def test_draw_reconstructions(dataset: Dataset, tmp_path: Path) -> None:
 
 
 def test_the_pose_is_measured_on_cropped_images_too(dataset: Dataset) -> None:
-    told = "".join(report._pose(network(image_shape=(1, 20, 20)), dataset.cropped(20)))
-    assert "linear regression for each class on 120 training images" in told
+    section = report._pose(network(image_shape=(1, 20, 20)), dataset.cropped(20))
+    assert "linear regression for each class on 120 training images" in section.text
 
 
 # images of several objects
@@ -157,7 +159,7 @@ def test_the_report_of_pairs_tells_the_exact_set_error_and_draws_objects_apart()
         assert (f"<h2>{heading}</h2>" in told) == there
     assert 'alt="Each of two overlapping objects drawn alone"' in told
     assert told.count("alt=") == 2
-    assert "summed squared error a test image" not in told
+    assert "mean summed squared error per test image" not in told
     bare = page(of_pairs("baseline-multimnist"), made)
     assert "exact-set test error" in bare
     assert "alt=" not in bare

@@ -16,10 +16,10 @@ __all__ = ["Evaluate"]
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from capsnet.analysis.significance import McNemar, Summary, TTest
     from capsnet.data import Dataset, Split
     from capsnet.ensemble import Ensemble
     from capsnet.evaluation import Evaluation
+    from capsnet.evaluation.statistics import McNemar, Summary, TTest
 
 
 @dataclass(frozen=True)
@@ -109,7 +109,7 @@ class Evaluate:
         return 0
 
     def _ensemble(self, runs: list["_EvaluatedRun"], split: "Split", record: dict[str, Any]) -> int:
-        from capsnet.analysis.significance import mcnemar
+        from capsnet.evaluation.statistics import mcnemar
 
         parts = [
             _Part.of(runs, split, shifts, self.batch_size) for shifts in ((0, self.shifts) if self.shifts else (0,))
@@ -126,8 +126,8 @@ class Evaluate:
         return 0
 
     def _compare(self, runs: list["_EvaluatedRun"], split: "Split", record: dict[str, Any]) -> int:
-        from capsnet.analysis.significance import McNemar, summarise
         from capsnet.ensemble import Ensemble
+        from capsnet.evaluation.statistics import McNemar, summarise
 
         scores = (run.scores(split, shifts=self.shifts, batch_size=self.batch_size) for run in runs)
         results = [Ensemble.of(each, split.labels) for each in scores]
@@ -179,12 +179,12 @@ class _Part:
         return (2 * self.shifts + 1) ** 2
 
     def summary(self) -> "Summary | None":
-        from capsnet.analysis.significance import summarise
+        from capsnet.evaluation.statistics import summarise
 
         return summarise([each.error_percent for each in self.alone]) if self.ensemble else None
 
     def against_first(self) -> "McNemar | None":
-        from capsnet.analysis.significance import mcnemar
+        from capsnet.evaluation.statistics import mcnemar
 
         return mcnemar(self.ensemble.wrong, self.alone[0].wrong) if self.ensemble else None
 
@@ -351,7 +351,7 @@ class _Side:
         return [error for _, error in order]
 
     def to_dict(self) -> dict[str, object]:
-        from capsnet.analysis.significance import summarise
+        from capsnet.evaluation.statistics import summarise
 
         return {
             "members": [run.to_dict(result) for run, result in zip(self.runs, self.results, strict=True)],
@@ -361,7 +361,7 @@ class _Side:
 
 def _test(ours: _Side, theirs: _Side) -> tuple["TTest | McNemar", str]:
     """The test that these runs allow, and why it is this one."""
-    from capsnet.analysis.significance import mcnemar, paired_t, welch_t
+    from capsnet.evaluation.statistics import mcnemar, paired_t, welch_t
 
     if len(ours.runs) == 1:
         return mcnemar(ours.results[0].wrong, theirs.results[0].wrong), "over the images: each side is one network"

@@ -34,7 +34,7 @@ class Report:
     def run(self, line: str) -> int:
         """Write the report, print where."""
         from capsnet import runs
-        from capsnet.report import report
+        from capsnet.report import render
 
         trained = TrainedModel(self.model, several=True)
         path = trained.place("report", self.out, suffix="html", overwrite=self.overwrite)
@@ -42,7 +42,7 @@ class Report:
             path = trained.folder / "report.html"
         dataset = trained.dataset(self.data, self.data_dir)
         files = runs.Run(trained.folder)
-        content = report(
+        content = render(
             trained.network,
             dataset,
             config=trained.trained(self.data),

@@ -60,7 +60,7 @@ class Train:
         """Train, print the test error."""
         options = Config(**vars(self.options))
         if self.dry_run:
-            from capsnet.summary import dry_run
+            from capsnet.training.dry_run import dry_run
 
             show(*dry_run(options).split("\n"))
             return 0

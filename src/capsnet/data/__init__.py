@@ -1,6 +1,6 @@
 """Data sets by name, `load("mnist")`, `load("strokes")`, `load("my/images")`, and the registry of the names.
 
-A published set is read from this machine or downloaded, see `fetch.py`; strokes are drawn on the spot; a
+A published set is read from this machine or downloaded, see `download.py`; strokes are drawn on the spot; a
 directory is read as one's own images, see `image_folder.py`.
 """
 
@@ -14,9 +14,9 @@ import numpy as np
 import torch
 
 from capsnet.config import size_of
-from capsnet.data import affnist, cifar, fetch, idx, smallnorb, svhn
+from capsnet.data import affnist, cifar, download, idx, smallnorb, svhn
 from capsnet.data.dataset import Dataset, Split, check_memory
-from capsnet.data.fetch import Source
+from capsnet.data.download import Source
 from capsnet.data.multimnist import multimnist
 from capsnet.data.preprocessing import Framing
 from capsnet.errors import InputError
@@ -105,7 +105,7 @@ _DESCRIPTIONS = (
         test=320_000,
         licence="not stated by its author; training images as mnist",
         source="Tijmen Tieleman, https://www.cs.toronto.edu/~tijmen/affNIST/; trained on expanded-mnist and tested on "
-        "affNIST; its test.mat is not downloaded but must be put in place, and read with scipy (capsnet[mat])",
+        "affNIST; its test.mat is not downloaded but must be put in place",
         framing="digits",
     ),
     Description(
@@ -166,7 +166,7 @@ _DESCRIPTIONS = (
         test=26_032,
         licence="for non-commercial use only",
         source="http://ufldl.stanford.edu/housenumbers/, cropped digits; cite Netzer et al., Reading Digits in Natural "
-        "Images with Unsupervised Feature Learning, NIPS workshop 2011; read with scipy (capsnet[mat])",
+        "Images with Unsupervised Feature Learning, NIPS workshop 2011",
     ),
     Description(
         name="smallnorb",
@@ -277,16 +277,16 @@ def describe(name: str, *, data_dir: str | os.PathLike[str] | None = None) -> De
     source = next((one for one in _SOURCES if one.name == _MADE_OF.get(name, name)), None)
     if source is None:
         return description
-    places = fetch.places(source, data_dir)
+    places = download.places(source, data_dir)
     if name == "cifar10":
         folder = cifar.find_folder(places)
-        archives = [folder] if folder else fetch.locate(places, cifar.ARCHIVES)
+        archives = [folder] if folder else download.locate(places, cifar.ARCHIVES)
         return replace(description, where=tuple(archives[:1]), missing=() if archives else cifar.ARCHIVES[:1])
     files = _IDX_FILES["train"] if name == "affnist" else source.files
     packing = "" if name == "svhn" else ".gz"  # as published
-    found = {f"{file}{packing}": fetch.locate(places, (f"{file}.gz", file))[:1] for file in files}
+    found = {f"{file}{packing}": download.locate(places, (f"{file}.gz", file))[:1] for file in files}
     if name == "affnist":
-        found[affnist.FILE] = affnist.find(fetch.places(_AFFNIST, data_dir))
+        found[affnist.FILE] = affnist.find(download.places(_AFFNIST, data_dir))
     return replace(
         description,
         where=tuple(path for paths in found.values() for path in paths),
@@ -308,7 +308,7 @@ def load(
         name: one of `available()`, or else the path of a directory with a sub-directory per class (`./mnist`
             for one that is called as a registered set).
         data_dir: the only directory to look for the files in; without it CAPSNET_DATA, the cache and the mirrors.
-            A damaged file is an error, and not passed over; see `fetch.py`.
+            A damaged file is an error, and not passed over; see `download.py`.
         image_size: side in pixels, or `"HEIGHTxWIDTH"`: strokes are drawn at it, others resized without regard to
             proportions, Lanczos-filtered. None keeps what a published set has; a directory's images are then 32 x 32,
             unless all are of one size of at most 40 pixels a side.
@@ -405,7 +405,7 @@ def _read(name: str, splits: Sequence[str], data_dir: str | os.PathLike[str] | N
     if name in _READERS:
         return [_READERS[name](source, split, data_dir) for split in splits]
     files = [file for split in splits for file in _IDX_FILES[split]]
-    found = fetch.contents(source, files, data_dir, known=_KNOWN)
+    found = download.contents(source, files, data_dir, known=_KNOWN)
     return [_idx_split(name, split, found) for split in splits]
 
 
@@ -413,7 +413,7 @@ def _read_placed(name: str, splits: Sequence[str], data_dir: str | os.PathLike[s
     """Of digits on 40 x 40 pixels, the `splits` among train and test; those of train are in the middle."""
     found: dict[str, Split] = {}
     if name == "affnist" and "test" in splits:
-        found["test"] = affnist.read(fetch.places(_AFFNIST, data_dir))
+        found["test"] = affnist.read(download.places(_AFFNIST, data_dir))
     wanted = [split for split in _SPLITS if split in splits and split not in found]
     mnist = dict(zip(wanted, _read("mnist", wanted, data_dir), strict=True))
     if "train" in mnist:
@@ -440,8 +440,8 @@ def _idx_split(name: str, split: str, found: dict[str, tuple[Path, bytes]]) -> S
 
 def _cifar_folder(source: Source, data_dir: str | os.PathLike[str] | None) -> Path:
     """Where CIFAR-10 is unpacked, after unpacking or downloading it if need be."""
-    into, python_version = fetch.cache_dir() / source.name, list[InputError]()
-    for folders in fetch.roots(source, data_dir):
+    into, python_version = download.cache_dir() / source.name, list[InputError]()
+    for folders in download.roots(source, data_dir):
         folder = cifar.find_folder(folders)
         if folder is not None:
             return folder
@@ -455,7 +455,7 @@ def _cifar_folder(source: Source, data_dir: str | os.PathLike[str] | None) -> Pa
     if python_version:
         raise python_version[0]
     name = cifar.ARCHIVES[0]
-    return fetch.download(source, name, lambda path: cifar.unpack(path, into), wanted=[name], data_dir=data_dir)
+    return download.from_mirrors(source, name, lambda path: cifar.unpack(path, into), wanted=[name], data_dir=data_dir)
 
 
 def _fit(split: Split, image_size: int | str | None, channels: int | None) -> Split:

@@ -1,4 +1,4 @@
-"""Files of MATLAB, version 5: bytes in, the arrays of one variable out. Needs scipy, an optional package.
+"""Files of MATLAB, version 5: bytes in, the arrays of one variable out.
 
 Source: MathWorks, "MAT-File Format", https://www.mathworks.com/help/pdf_doc/matlab/matfile_format.pdf, as read by
 `scipy.io.loadmat`. Files of version 7.3 are HDF5, and refused.
@@ -26,14 +26,11 @@ def variables(content: bytes, path: str | os.PathLike[str], names: Sequence[str]
     """The variables of the given `names` as MATLAB has them, none of its axes left out; `path` only names the file.
 
     Raises:
-        InputError: scipy is not installed, `content` is no MATLAB file of version 5 or a damaged one, or has no
-            variable of a name.
+        InputError: `content` is no MATLAB file of version 5 or a damaged one, or has no variable of a name.
     """
-    try:
-        from scipy.io import loadmat
-        from scipy.io.matlab import MatReadError
-    except ImportError:
-        raise InputError(f"scipy must be installed to read {path}; it is not (pip install 'capsnet[mat]')") from None
+    from scipy.io import loadmat
+    from scipy.io.matlab import MatReadError
+
     try:
         whole = _inflated(content, path)
         found = loadmat(io.BytesIO(whole), variable_names=list(names), mat_dtype=False)

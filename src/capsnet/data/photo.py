@@ -223,10 +223,11 @@ def _ground(image: Float[Tensor, "channels rows columns"]) -> Float[Tensor, "cha
 
     Besides `_filled`, narrow dark parts are closed up, which also serves where a shadow ends amid the ink.
     """
-    reach = _reach(image, _STROKE)
-    closed = F.max_pool2d(image, 2 * reach + 1, 1, reach)
-    closed = -F.max_pool2d(-closed, 2 * reach + 1, 1, reach)
-    return torch.maximum(_filled(image), closed)
+    from scipy import ndimage
+
+    width = 2 * _reach(image, _STROKE) + 1
+    closed = ndimage.grey_closing(image.numpy(), (1, width, width))  # [channels, rows, columns]
+    return torch.maximum(_filled(image), torch.from_numpy(closed))
 
 
 def _filled(image: Float[Tensor, "channels rows columns"]) -> Float[Tensor, "channels rows columns"]:
@@ -235,22 +236,21 @@ def _filled(image: Float[Tensor, "channels rows columns"]) -> Float[Tensor, "cha
     Grey-scale reconstruction (Vincent 1993, IEEE Trans. Image Processing 2, 176-201). What is narrow where it
     reaches the border, as the end of a stroke, is no way out.
     """
-    channels, rows, columns = image.shape
-    number = torch.arange(rows * columns).view(rows, columns)
-    around = torch.cat([number[0], number[1:, -1], number[-1, :-1].flip(0), number[1:-1, 0].flip(0)])
+    from scipy import ndimage
+
+    rows, columns = image.shape[1:]
+    number = np.arange(rows * columns).reshape(rows, columns)
+    around = np.concatenate([number[0], number[1:, -1], number[-1, :-1][::-1], number[1:-1, 0][::-1]])
     reach = min(_reach(image, _CROSSING), len(around) // 4)
-    levels = image.flatten(1)[:, around]
-    for sign in (1, -1):
-        turned = torch.cat([levels[:, len(around) - reach :], levels, levels[:, :reach]], dim=1)
-        levels = sign * F.max_pool1d(sign * turned, 2 * reach + 1, 1)
-    filled = torch.full((channels, rows * columns), torch.inf)
-    filled[:, around] = levels
-    filled = filled.view(channels, rows, columns)
-    floor = torch.where(_ring(rows, columns), filled, image)
+    levels = image.flatten(1).numpy()[:, around]  # [channels, border]
+    filled = np.full((len(image), rows * columns), np.inf, np.float32)
+    filled[:, around] = ndimage.grey_closing(levels, (1, 2 * reach + 1), mode="wrap")
+    filled = filled.reshape(image.shape)
+    floor = np.where(_ring(rows, columns), filled, image)
     while True:
-        lower = torch.maximum(-F.max_pool2d(-filled, 3, 1, 1), floor)
-        if torch.equal(lower, filled):
-            return filled
+        lower = np.maximum(ndimage.minimum_filter(filled, (1, 3, 3)), floor)
+        if np.array_equal(lower, filled):
+            return torch.from_numpy(filled)
         filled = lower
 
 
@@ -263,23 +263,19 @@ def _without_specks(
     parts: Bool[Tensor, "rows columns"], ink: Float[Tensor, "rows columns"]
 ) -> Bool[Tensor, "rows columns"]:
     """`parts` without the connected ones of too little ink, and without what comes in over the border beside others."""
-    rows, columns = parts.shape
-    label = torch.arange(1.0, rows * columns + 1).view(rows, columns) * parts
-    while True:  # the largest number spreads through each connected part
-        spread = F.max_pool2d(label[None], 3, 1, 1)[0] * parts
-        if torch.equal(spread, label):
-            break
-        label = spread
-    index = label.long()
-    mass = torch.zeros(rows * columns + 1).index_add_(0, index.flatten(), (ink * parts).flatten())
-    mass[0] = 0
-    peak = torch.zeros_like(mass).scatter_reduce(0, index.flatten(), (ink * parts).flatten(), "amax")
-    contact = index[_ring(rows, columns)].bincount(minlength=len(mass))
-    foreign = contact > 0.15 * min(rows, columns)  # a table beside the sheet; a stroke's end is narrower
-    if bool((mass[~foreign] > _SPECK * mass.max()).any()):
+    from scipy import ndimage
+
+    label, count = ndimage.label(parts.numpy(), np.ones((3, 3)))  # 0 where there is no part
+    every = np.arange(count + 1)
+    mass = ndimage.sum_labels(ink.numpy(), label, every)  # [count + 1]
+    peak = ndimage.maximum(ink.numpy(), label, every)
+    mass[0] = peak[0] = 0
+    contact = np.bincount(label[_ring(*parts.shape)], minlength=count + 1)
+    foreign = contact > 0.15 * min(parts.shape)  # a table beside the sheet; a stroke's end is narrower
+    if (mass[~foreign] > _SPECK * mass.max()).any():
         mass[foreign] = peak[foreign] = 0
     main = mass.argmax()
-    return ((mass > _SPECK * mass[main]) & (peak > 0.5 * peak[main]))[index] & parts
+    return torch.from_numpy(((mass > _SPECK * mass[main]) & (peak > 0.5 * peak[main]))[label]) & parts
 
 
 def _placed(

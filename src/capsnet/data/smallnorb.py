@@ -17,9 +17,9 @@ import torch
 from jaxtyping import Float32, Int64, UInt8
 from torch import Tensor
 
-from capsnet.data import fetch
+from capsnet.data import download
 from capsnet.data.dataset import Split
-from capsnet.data.fetch import Source
+from capsnet.data.download import Source
 from capsnet.errors import InputError
 
 __all__ = ["CLASSES", "FILES", "PACKED_SHA256", "PAIRS", "parse_factors", "parse_images", "parse_labels", "read"]
@@ -66,7 +66,7 @@ def read(source: Source, split: str, data_dir: str | os.PathLike[str] | None) ->
         InputError: a file is not here and not to be had, has a wrong checksum, is not what its parser wants, or has
             other counts than the official one.
     """
-    found = fetch.contents(source, FILES[split], data_dir)
+    found = download.contents(source, FILES[split], data_dir)
     (dat, dat_content), (cat, cat_content), (info, info_content) = (found[file] for file in FILES[split])
     images = parse_images(dat_content, dat)
     if images.shape != (PAIRS, *_IMAGE_SHAPE):

@@ -14,9 +14,9 @@ import torch
 from jaxtyping import Int64, UInt8
 from torch import Tensor
 
-from capsnet.data import fetch
+from capsnet.data import download
 from capsnet.data.dataset import Split
-from capsnet.data.fetch import Source
+from capsnet.data.download import Source
 from capsnet.data.matlab import variables
 from capsnet.errors import InputError
 
@@ -44,9 +44,9 @@ def read(source: Source, split: str, data_dir: str | os.PathLike[str] | None) ->
         InputError: the file is not here and not to be had, has a wrong checksum, or is not what `parse` wants.
     """
     name = FILES[split]
-    if not fetch.locate(fetch.places(source, data_dir), (name, f"{name}.gz")):
-        fetch.download(source, name, lambda path: _keep(source, path), wanted=[name], data_dir=data_dir)
-    path, content = fetch.contents(source, [name], data_dir)[name]
+    if not download.locate(download.places(source, data_dir), (name, f"{name}.gz")):
+        download.from_mirrors(source, name, lambda path: _keep(source, path), wanted=[name], data_dir=data_dir)
+    path, content = download.contents(source, [name], data_dir)[name]
     return Split(*parse(content, path))
 
 
@@ -75,7 +75,7 @@ def parse(
 
 def _keep(source: Source, path: Path) -> None:
     """Move a download into the cache if its checksum is right."""
-    expected, actual = SHA256[path.name], fetch.sha256_of(path)
+    expected, actual = SHA256[path.name], download.sha256_of(path)
     if expected is not None and actual != expected:
         raise InputError(f"{path.name} must have the SHA-256 {expected}; got {actual}")
-    path.replace(fetch.cache_dir() / source.name / path.name)
+    path.replace(download.cache_dir() / source.name / path.name)

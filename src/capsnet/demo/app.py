@@ -7,17 +7,18 @@ from collections.abc import Awaitable, Callable
 from concurrent.futures import ThreadPoolExecutor
 from importlib.resources import files
 from pathlib import PurePath
-from typing import TYPE_CHECKING, Any, Literal, cast
+from typing import Any, Literal, cast
+
+from starlette.applications import Starlette
+from starlette.exceptions import HTTPException
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response
+from starlette.routing import Route
 
 from capsnet.demo.guard import Guard, Places, read_body, refusal
 from capsnet.demo.messages import Refusal, one_of, picture, read_json, vectors, whole
 from capsnet.demo.viewer import Viewer
 from capsnet.errors import InputError
-
-if TYPE_CHECKING:
-    from starlette.requests import Request
-    from starlette.responses import Response
-    from starlette.types import ASGIApp
 
 __all__ = ["IMAGE_LIMIT", "PLACES", "application"]
 
@@ -30,10 +31,10 @@ TYPES = {
     ".svg": "image/svg+xml",
 }
 
-Handler = Callable[["Request"], Awaitable["Response"]]
+Handler = Callable[[Request], Awaitable[Response]]
 
 
-def application(viewer: Viewer, served: str = "127.0.0.1") -> "ASGIApp":
+def application(viewer: Viewer, served: str = "127.0.0.1") -> Guard:
     """The page for one network.
 
     All requests to the network are computed one after the other in one thread, so that the server stays responsive and
@@ -43,19 +44,14 @@ def application(viewer: Viewer, served: str = "127.0.0.1") -> "ASGIApp":
         viewer: the network.
         served: the address that the server is bound to; requests that ask for another are refused.
     """
-    from starlette.applications import Starlette
-    from starlette.exceptions import HTTPException
-    from starlette.responses import JSONResponse, Response
-    from starlette.routing import Route
-
     places = Places(PLACES)
     thread = ThreadPoolExecutor(1, thread_name_prefix="network")
     json_limit = (64 << 10) + 2 * math.prod(viewer.image_shape)
 
-    def question(kind: str, limit: int, answer: Callable[["Request", bytes], dict[str, Any]]) -> Handler:
+    def question(kind: str, limit: int, answer: Callable[[Request, bytes], dict[str, Any]]) -> Handler:
         """What answers POSTs of media type `kind` with a body of up to `limit` bytes."""
 
-        async def endpoint(request: "Request") -> Response:
+        async def endpoint(request: Request) -> Response:
             media = request.headers.get("content-type", "").partition(";")[0].strip().lower()
             if not media.startswith(kind):
                 raise Refusal(415, f"Content-Type must be {kind}; got {media[:80] or 'none'}", {"Connection": "close"})
@@ -66,7 +62,7 @@ def application(viewer: Viewer, served: str = "127.0.0.1") -> "ASGIApp":
 
         return endpoint
 
-    def look(request: "Request", body: bytes) -> dict[str, Any]:
+    def look(request: Request, body: bytes) -> dict[str, Any]:
         query = request.query_params
         if not query.keys() <= {"invert", "class"}:
             raise Refusal(422, f"query must have invert and class only; got {', '.join(query)[:80]}")
@@ -76,27 +72,27 @@ def application(viewer: Viewer, served: str = "127.0.0.1") -> "ASGIApp":
         index = None if chosen is None else whole(number, "class", len(viewer.classes))
         return viewer.look(body, invert=cast(Literal["auto", "yes", "no"], invert), index=index)
 
-    def imagine(_: "Request", body: bytes) -> dict[str, Any]:
+    def imagine(_: Request, body: bytes) -> dict[str, Any]:
         message = read_json(body, ("class", "poses"))
         index = whole(message["class"], "class", len(viewer.classes))
         return viewer.imagine(vectors(message["poses"], "poses", viewer.dim), index)
 
-    def evidence(_: "Request", body: bytes) -> dict[str, Any]:
+    def evidence(_: Request, body: bytes) -> dict[str, Any]:
         message = read_json(body, ("class", "image"))
         index = whole(message["class"], "class", len(viewer.classes))
         return viewer.evidence(picture(message["image"], "image", viewer.image_shape), index)
 
-    async def model(_: "Request") -> Response:
+    async def model(_: Request) -> Response:
         return JSONResponse(viewer.describe(), headers={"cache-control": "no-store"})
 
-    async def refused(_: "Request", error: Exception) -> Response:
+    async def refused(_: Request, error: Exception) -> Response:
         if isinstance(error, Refusal):
             return refusal(error.status, error.message, error.headers)
         if isinstance(error, HTTPException):
             return refusal(error.status_code, error.detail, error.headers)
         return refusal(422, str(error))
 
-    async def failed(_: "Request", __: Exception) -> Response:
+    async def failed(_: Request, __: Exception) -> Response:
         return refusal(500, "the server failed at this; its terminal says how")
 
     routes = [Route(path, _from_memory(content, kind)) for path, (content, kind) in _page().items()]
@@ -123,9 +119,7 @@ def _page() -> dict[str, tuple[bytes, str]]:
 
 
 def _from_memory(content: bytes, kind: str) -> Handler:
-    async def endpoint(_: "Request") -> "Response":
-        from starlette.responses import Response
-
+    async def endpoint(_: Request) -> Response:
         return Response(content, headers={"content-type": kind, "cache-control": "no-cache"})
 
     return endpoint

@@ -1,4 +1,4 @@
-"""The door: whose requests are answered, how much of them is read, and what every answer carries.
+"""Request filtering: whose requests are answered, how much of them is read, and the headers of every answer.
 
 The server is for the page that it serves, on the machine that it runs on. Another site open in the same browser can
 send requests to 127.0.0.1 too, under its own name (then `Origin` tells) or under a name of its own that it lets point
@@ -9,16 +9,15 @@ import asyncio
 import ipaddress
 import re
 import socket
-from collections.abc import Mapping, MutableMapping
-from typing import TYPE_CHECKING, Any
+from collections.abc import Mapping
+
+from starlette.datastructures import Headers, MutableHeaders
+from starlette.requests import ClientDisconnect, Request
+from starlette.responses import JSONResponse
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from capsnet.demo.messages import Refusal
 from capsnet.names import visible
-
-if TYPE_CHECKING:
-    from starlette.requests import Request
-    from starlette.responses import Response
-    from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 __all__ = ["HEADERS", "Guard", "Places", "is_ours", "read_body", "refusal"]
 
@@ -71,17 +70,17 @@ class Guard:
         served: the address given to `--host`.
     """
 
-    def __init__(self, app: "ASGIApp", served: str) -> None:
+    def __init__(self, app: ASGIApp, served: str) -> None:
         self.app, self.served = app, served
 
-    async def __call__(self, scope: "Scope", receive: "Receive", send: "Send") -> None:
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Check one request and pass it on, or refuse it."""
         if scope["type"] != "http":
             return
 
-        async def send_with_headers(message: "Message") -> None:
+        async def send_with_headers(message: Message) -> None:
             if message["type"] == "http.response.start":
-                message["headers"] = [*message["headers"], *((k.encode(), v.encode()) for k, v in HEADERS.items())]
+                MutableHeaders(scope=message).update(HEADERS)
             await send(message)
 
         obstacle = self._obstacle(scope)
@@ -90,17 +89,15 @@ class Guard:
         else:
             await refusal(403, obstacle)(scope, receive, send_with_headers)
 
-    def _obstacle(self, scope: MutableMapping[str, Any]) -> str | None:
+    def _obstacle(self, scope: Scope) -> str | None:
         """What is wrong with where a request comes from; None if nothing is."""
-        values: dict[bytes, list[str]] = {}
-        for name, value in scope["headers"]:
-            values.setdefault(name, []).append(value.decode("latin-1"))
-        host = values.get(b"host", [])
+        headers = Headers(scope=scope)
+        host = headers.getlist("host")  # starlette's TrustedHostMiddleware looks at the first of several only
         if len(host) != 1 or not is_ours(host[0], self.served):
             return f"Host must be the address of this server; got {', '.join(host)[:80] or 'none'}"
         if scope["method"] in ("GET", "HEAD"):
             return None
-        site, origin = values.get(b"sec-fetch-site", []), values.get(b"origin", [])
+        site, origin = headers.getlist("sec-fetch-site"), headers.getlist("origin")
         if site not in ([], ["same-origin"]):
             return f"requests must come from the page of this server; got Sec-Fetch-Site {', '.join(site)[:80]}"
         if origin and [one.lower() for one in origin] not in ([f"{s}://{host[0].lower()}"] for s in ("http", "https")):
@@ -108,10 +105,8 @@ class Guard:
         return None
 
 
-def refusal(status: int, message: str, headers: Mapping[str, str] | None = None) -> "Response":
+def refusal(status: int, message: str, headers: Mapping[str, str] | None = None) -> JSONResponse:
     """The answer to a request that is refused: JSON with one line, of which no character is hidden."""
-    from starlette.responses import JSONResponse
-
     return JSONResponse({"error": visible(message)}, status, headers)
 
 
@@ -136,14 +131,12 @@ class Places:
         self.taken -= 1
 
 
-async def read_body(request: "Request", limit: int) -> bytes:
+async def read_body(request: Request, limit: int) -> bytes:
     """The body of a request, of which no more than `limit` bytes are ever held.
 
     Raises:
         Refusal: 413 for a longer one, at once where the length is declared; 408 where it takes more than 15 seconds.
     """
-    from starlette.requests import ClientDisconnect
-
     # What was not read cannot be told from a next request: the connection ends with the refusal.
     close = {"Connection": "close"}
     too_long = Refusal(413, f"body must be at most {limit} bytes; got more", close)

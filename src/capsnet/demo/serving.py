@@ -1,21 +1,28 @@
-"""Running the page: a port of this machine, the browser, and a clean end."""
+"""Running the page: a port of this machine, the browser, connections with a time limit, and a clean end.
 
+uvicorn times a connection only from an answer to the next byte. A client that sends half a header, and then nothing or
+a byte a second, would keep its connection, and 128 of them the server.
+"""
+
+import asyncio
 import errno
 import socket
 import threading
 import webbrowser
 from collections.abc import Callable
-from typing import TYPE_CHECKING
 
+import uvicorn
+from uvicorn.protocols.http.h11_impl import H11Protocol
+
+from capsnet.demo.app import application
 from capsnet.demo.viewer import Viewer
 from capsnet.errors import InputError
 
-if TYPE_CHECKING:
-    import uvicorn
-
-__all__ = ["CONNECTIONS", "bind", "serve", "server"]
+__all__ = ["CONNECTIONS", "TimedProtocol", "bind", "serve", "server"]
 
 CONNECTIONS = 128  # a browser opens six; beyond, 503 without a look at the request
+HEADER_SECONDS = 10.0  # from the connection or the last answer to the end of the next header; idle ones go after 5
+ANSWER_SECONDS = 60.0  # from the end of the header to the last byte of the answer that the system takes
 
 
 def bind(host: str, port: int) -> socket.socket:
@@ -72,13 +79,8 @@ def serve(viewer: Viewer, *, host: str, port: int, browser: bool, told: Callable
         server(viewer, host).run(sockets=[listening])
 
 
-def server(viewer: Viewer, host: str) -> "uvicorn.Server":
+def server(viewer: Viewer, host: str) -> uvicorn.Server:
     """What serves the page of `viewer` at the address `host`, given to `bind` before."""
-    import uvicorn
-
-    from capsnet.demo.app import application
-    from capsnet.demo.connections import TimedProtocol
-
     config = uvicorn.Config(
         application(viewer, host),
         access_log=False,
@@ -91,3 +93,48 @@ def server(viewer: Viewer, host: str) -> "uvicorn.Server":
         ws="none",
     )
     return uvicorn.Server(config)
+
+
+class TimedProtocol(H11Protocol):
+    """HTTP/1.1 whose connections are dropped after `HEADER_SECONDS` without a request, `ANSWER_SECONDS` after one.
+
+    Where as many are open as may be, the one that has waited longest for a request makes room for a new one.
+    """
+
+    deadline: asyncio.TimerHandle
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        """Wait for the first request."""
+        super().connection_made(transport)
+        self.deadline = self.loop.call_later(HEADER_SECONDS, transport.abort)
+        waiting = [one for one in self.connections if isinstance(one, TimedProtocol) and one.waiting]
+        if self.limit_concurrency and len(self.connections) >= self.limit_concurrency and len(waiting) > 1:
+            longest = min(waiting, key=lambda one: one.deadline.when())
+            longest.transport.abort()
+            self.connections.discard(longest)  # at once: others may be made before it is lost
+
+    @property
+    def waiting(self) -> bool:
+        """Whether no request is being answered."""
+        return self.cycle is None or self.cycle.response_complete
+
+    def handle_events(self) -> None:
+        """Wait for the answer to be given and taken, if a header is complete."""
+        before = self.cycle
+        super().handle_events()
+        if self.cycle is not before:
+            self._wait(ANSWER_SECONDS)
+
+    def on_response_complete(self) -> None:
+        """Wait for the next request, which may have come already."""
+        self._wait(HEADER_SECONDS)
+        super().on_response_complete()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        """Wait no more."""
+        self.deadline.cancel()
+        super().connection_lost(exc)
+
+    def _wait(self, seconds: float) -> None:
+        self.deadline.cancel()
+        self.deadline = self.loop.call_later(seconds, self.transport.abort)

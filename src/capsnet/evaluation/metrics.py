@@ -7,11 +7,11 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from capsnet.analysis.significance import wilson_interval
 from capsnet.config import Config
 from capsnet.data import Split
 from capsnet.errors import InputError
 from capsnet.evaluation.predictions import Predictions, predict_split
+from capsnet.evaluation.statistics import wilson_interval
 from capsnet.models import Network
 
 __all__ = ["Calibration", "Evaluation", "calibration", "evaluate"]

@@ -5,8 +5,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from capsnet.analysis.significance import TTest, mcnemar, one_sample, paired_t, summarise, welch_t
 from capsnet.errors import InputError
+from capsnet.evaluation.statistics import TTest, mcnemar, one_sample, paired_t, summarise, welch_t
 from capsnet.experiments import records
 from capsnet.experiments.plan import Experiment, Row, available, experiment
 from capsnet.experiments.records import Record, fingerprint

@@ -7,9 +7,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from capsnet.analysis.significance import wilson_interval
 from capsnet.data.dataset import Split, to_float
 from capsnet.evaluation import Calibration, Predictions
+from capsnet.evaluation.statistics import wilson_interval
 from capsnet.names import visible
 from capsnet.plots.figure import ORDER, new, pixels, short, styled
 

@@ -1,4 +1,4 @@
-"""What `--dry-run` tells: the configuration, the layers with their shapes and parameters, and the memory they need."""
+"""What `train --dry-run` prints: configuration, layers with their shapes and parameters, steps, device and memory."""
 
 import math
 from dataclasses import asdict

@@ -1,6 +1,7 @@
 import contextlib
 import gzip
 import hashlib
+import sys
 import threading
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -8,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from capsnet.data import fetch
+from capsnet.data import download
 from capsnet.errors import InputError
 
 GOOD = {"images": b"good images" * 1000, "labels": b"good labels"}
@@ -21,7 +22,7 @@ def own_machine(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     for name in ("CAPSNET_DATA", "CAPSNET_OFFLINE", "HTTP_PROXY", "http_proxy", "ALL_PROXY", "all_proxy"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("CAPSNET_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(fetch, "_WAIT_S", 0.0)
+    monkeypatch.setattr(download, "_WAIT_S", 0.0)
 
 
 @contextlib.contextmanager
@@ -54,8 +55,8 @@ def serve(files: dict[str, bytes], *, cut: bool = False) -> Iterator[tuple[str, 
             thread.join()
 
 
-def source(*mirrors: str) -> fetch.Source:
-    return fetch.Source("toy", SHA256, mirrors)
+def source(*mirrors: str) -> download.Source:
+    return download.Source("toy", SHA256, mirrors)
 
 
 def packed(name: str) -> bytes:
@@ -71,10 +72,10 @@ ALL = {f"{name}.gz": packed(name) for name in GOOD}
 
 def test_download_then_cache(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     with serve(ALL) as (url, requests):
-        found = fetch.contents(source(url), list(GOOD), None)
+        found = download.contents(source(url), list(GOOD), None)
         assert {name: content for name, (_, content) in found.items()} == GOOD
         assert found["images"][0] == tmp_path / "cache" / "toy" / "images.gz"
-        assert fetch.contents(source(url), list(GOOD), None) == found
+        assert download.contents(source(url), list(GOOD), None) == found
     assert requests == ["/images.gz", "/labels.gz"]
     assert files_below(tmp_path / "cache") == ["toy", "toy/images.gz", "toy/labels.gz"]
     assert capfd.readouterr() == ("", "")  # no terminal, no bar
@@ -84,7 +85,7 @@ def test_only_what_is_missing_is_downloaded(tmp_path: Path, monkeypatch: pytest.
     monkeypatch.setenv("CAPSNET_DATA", str(tmp_path))
     (tmp_path / "labels").write_bytes(GOOD["labels"])
     with serve(ALL) as (url, requests):
-        found = fetch.contents(source(url), list(GOOD), None)
+        found = download.contents(source(url), list(GOOD), None)
     assert requests == ["/images.gz"]
     assert found["labels"][0] == tmp_path / "labels"
 
@@ -101,7 +102,7 @@ def test_only_what_is_missing_is_downloaded(tmp_path: Path, monkeypatch: pytest.
 )
 def test_a_bad_mirror_is_followed_by_the_next(tmp_path: Path, bad: dict[str, bytes]) -> None:
     with serve(bad) as (first, tried), serve(ALL) as (second, _):
-        found = fetch.contents(source(first, second), ["images"], None)
+        found = download.contents(source(first, second), ["images"], None)
     assert found["images"][1] == GOOD["images"]
     assert tried == ["/images.gz"]  # neither a wrong file nor a 404 is asked for again
     assert files_below(tmp_path / "cache") == ["toy", "toy/images.gz"]
@@ -112,7 +113,7 @@ def test_a_connection_that_breaks_leaves_nothing(tmp_path: Path) -> None:
         serve(ALL, cut=True) as (url, requests),
         pytest.raises(InputError, match=f"{url}: ChunkedEncodingError"),
     ):
-        fetch.contents(source(url), ["images"], None)
+        download.contents(source(url), ["images"], None)
     assert requests == ["/images.gz"] * 2
     assert files_below(tmp_path / "cache") == ["toy"]
 
@@ -121,9 +122,9 @@ def test_ctrl_c_half_way_leaves_nothing(tmp_path: Path, monkeypatch: pytest.Monk
     def interrupt(*_: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(fetch._Bar, "update", interrupt)
+    monkeypatch.setattr("tqdm.tqdm.update", interrupt)
     with serve(ALL) as (url, _), pytest.raises(KeyboardInterrupt):
-        fetch.contents(source(url), ["images"], None)
+        download.contents(source(url), ["images"], None)
     assert files_below(tmp_path / "cache") == ["toy"]
 
 
@@ -131,7 +132,7 @@ def test_when_all_mirrors_fail_one_message_tells_everything(tmp_path: Path, monk
     monkeypatch.setenv("CAPSNET_DATA", str(tmp_path / "env"))
     other = {"images.gz": gzip.compress(b"other")}
     with serve({}) as (empty, _), serve(other) as (wrong, _), pytest.raises(InputError) as caught:
-        fetch.contents(source(DEAD, empty, wrong), list(GOOD), None)
+        download.contents(source(DEAD, empty, wrong), list(GOOD), None)
     message = str(caught.value)
     assert "\n" not in message
     for part in (
@@ -150,16 +151,16 @@ def test_offline_does_not_try(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CAPSNET_OFFLINE", "1")
     with serve(ALL) as (url, requests):
         with pytest.raises(InputError, match=r"missing: labels.gz; .*downloads are off \(CAPSNET_OFFLINE\)"):
-            fetch.contents(source(url), ["labels"], None)
+            download.contents(source(url), ["labels"], None)
         assert requests == []
         monkeypatch.setenv("CAPSNET_OFFLINE", "0")
-        assert fetch.contents(source(url), ["labels"], None)["labels"][1] == GOOD["labels"]
+        assert download.contents(source(url), ["labels"], None)["labels"][1] == GOOD["labels"]
 
 
 def test_a_cache_that_cannot_be_written_is_named(tmp_path: Path) -> None:
     (tmp_path / "cache").write_bytes(b"a file")
     with pytest.raises(InputError, match=r"cache directory .*cache/toy must be writable, or another named with CAPS"):
-        fetch.contents(source(DEAD), ["labels"], None)
+        download.contents(source(DEAD), ["labels"], None)
 
 
 @pytest.mark.parametrize("name", ["labels.gz", "labels"])
@@ -171,7 +172,7 @@ def test_a_corrupt_file_here_is_named_and_not_replaced_silently(tmp_path: Path, 
         serve(ALL) as (url, requests),
         pytest.raises(InputError, match=f"{name} must have the SHA-256 {SHA256['labels']} .*; got {wrong}"),
     ):
-        fetch.contents(source(url), ["labels"], tmp_path)
+        download.contents(source(url), ["labels"], tmp_path)
     assert requests == []
 
 
@@ -184,7 +185,7 @@ def place(root: Path, content: bytes = GOOD["labels"]) -> Path:
 def labels(*, data_dir: Path | None = None) -> Path:
     """Where the labels were found that are read; a download is a fault."""
     with serve(ALL) as (url, requests):
-        path, content = fetch.contents(source(url), ["labels"], data_dir, known=KNOWN)["labels"]
+        path, content = download.contents(source(url), ["labels"], data_dir, known=KNOWN)["labels"]
         assert requests == []
     assert content == GOOD["labels"]
     return path
@@ -246,47 +247,47 @@ def test_a_file_of_another_known_set_counts_as_absent(tmp_path: Path, monkeypatc
 
 def test_a_file_of_unknown_checksum_is_not_taken_from_another_known_set(tmp_path: Path) -> None:
     place(tmp_path, FOREIGN)
-    unknown = fetch.Source("toy", {"labels": None}, (), {"labels": "0" * 64})
+    unknown = download.Source("toy", {"labels": None}, (), {"labels": "0" * 64})
     with pytest.raises(InputError, match=r"must have the SHA-256 of its own .*, that of other: move it$"):
-        fetch.contents(unknown, ["labels"], tmp_path, known=KNOWN)
-    assert fetch.contents(unknown, ["labels"], tmp_path)["labels"][1] == FOREIGN
+        download.contents(unknown, ["labels"], tmp_path, known=KNOWN)
+    assert download.contents(unknown, ["labels"], tmp_path)["labels"][1] == FOREIGN
 
 
 @pytest.mark.parametrize("content", [gzip.compress(bytes(10**7)), bytes(10**7)], ids=["packed", "plain"])
 def test_no_more_is_unpacked_than_the_largest_file_of_the_set_holds(tmp_path: Path, content: bytes) -> None:
     place(tmp_path, content)
-    toy = fetch.Source("toy", SHA256, (), most=1000)
+    toy = download.Source("toy", SHA256, (), most=1000)
     with pytest.raises(InputError, match=rf"^file {tmp_path}/labels must hold at most 1,000 bytes; got more$"):
-        fetch.contents(toy, ["labels"], tmp_path)
+        download.contents(toy, ["labels"], tmp_path)
 
 
 def test_data_dir_must_exist(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"data_dir must be an existing directory; got .*nowhere"):
-        fetch.places(source(), tmp_path / "nowhere")
+        download.places(source(), tmp_path / "nowhere")
 
 
 def test_the_system_cache_is_the_default(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("CAPSNET_CACHE")
-    assert fetch.cache_dir().name == "capsnet"
+    assert download.cache_dir().name == "capsnet"
 
 
 def test_a_published_packed_file_of_unknown_content(tmp_path: Path) -> None:
     published = packed("labels")
-    toy = fetch.Source("toy", {"labels": None}, (), {"labels": hashlib.sha256(published).hexdigest()})
+    toy = download.Source("toy", {"labels": None}, (), {"labels": hashlib.sha256(published).hexdigest()})
     (tmp_path / "labels").write_bytes(b"cannot be verified here")
-    assert fetch.contents(toy, ["labels"], tmp_path)["labels"][1] == b"cannot be verified here"
+    assert download.contents(toy, ["labels"], tmp_path)["labels"][1] == b"cannot be verified here"
     (tmp_path / "labels").unlink()
     (tmp_path / "labels.gz").write_bytes(published)
-    assert fetch.contents(toy, ["labels"], tmp_path)["labels"][1] == GOOD["labels"]
+    assert download.contents(toy, ["labels"], tmp_path)["labels"][1] == GOOD["labels"]
     (tmp_path / "labels.gz").write_bytes(gzip.compress(b"other"))
     with pytest.raises(InputError, match=r"must have the SHA-256 \w+ as the published labels.gz of toy; got"):
-        fetch.contents(toy, ["labels"], tmp_path)
+        download.contents(toy, ["labels"], tmp_path)
 
 
 def test_the_bar_draws_on_a_terminal(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> None:
-    monkeypatch.setenv("FORCE_COLOR", "1")
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
     with serve(ALL) as (url, _):
-        fetch.contents(source(url), ["images"], None)
+        download.contents(source(url), ["images"], None)
     out, err = capfd.readouterr()
     assert out == ""
     assert "images.gz" in err

@@ -19,14 +19,13 @@ import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import TracebackType
 from typing import TypeVar
 
 from capsnet.data.idx import LARGEST, unpacked
 from capsnet.errors import InputError
 from capsnet.files import cache_dir
 
-__all__ = ["Source", "cache_dir", "contents", "download", "locate", "places", "roots", "sha256_of"]
+__all__ = ["Source", "cache_dir", "contents", "from_mirrors", "locate", "places", "roots", "sha256_of"]
 
 T = TypeVar("T")
 
@@ -133,11 +132,11 @@ def contents(
             path.replace(kept)
             return kept, content
 
-        found[file] = download(source, f"{file}.gz", keep, wanted=[f"{m}.gz" for m in missing], data_dir=data_dir)
+        found[file] = from_mirrors(source, f"{file}.gz", keep, wanted=[f"{m}.gz" for m in missing], data_dir=data_dir)
     return found
 
 
-def download(
+def from_mirrors(
     source: Source,
     name: str,
     accept: Callable[[Path], T],
@@ -186,12 +185,14 @@ def download(
 def _retrieve(url: str, path: Path) -> Path:
     """Download `url` to `path`, over what is there; a failure that may pass is tried again."""
     import pooch
+    from tqdm import tqdm
 
     pooch.get_logger().setLevel(logging.WARNING)  # its log says what the bar and our errors say
     for attempt in range(1, _ATTEMPTS + 1):
         path.unlink(missing_ok=True)
         try:
-            with _Bar(path.name) as bar:
+            # silent where stderr is no terminal; pooch asks for its truth, which is total > 0, and then sets the total
+            with tqdm(desc=path.name, total=1, unit="B", unit_scale=True, leave=False, disable=None) as bar:
                 downloader = pooch.HTTPDownloader(progressbar=bar, timeout=_TIMEOUT_S)
                 pooch.retrieve(url, None, fname=path.name, path=path.parent, downloader=downloader)
             return path
@@ -256,42 +257,3 @@ def _reason(error: Exception) -> str:
     if isinstance(error, InputError):
         return str(error)
     return getattr(error, "strerror", None) or type(error).__name__
-
-
-class _Bar:
-    """A progress bar on stderr with the interface pooch asks for; silent where stderr is no terminal."""
-
-    def __init__(self, label: str) -> None:
-        from rich.console import Console
-        from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
-
-        console = Console(stderr=True)
-        self._progress = Progress(
-            TextColumn("{task.description}"),
-            BarColumn(),
-            DownloadColumn(),
-            TransferSpeedColumn(),
-            console=console,
-            transient=True,
-            disable=not console.is_terminal,
-        )
-        self._task = self._progress.add_task(label, total=None)
-        self.total = 0  # bytes, set by pooch; 0 where the server does not say
-
-    def __enter__(self) -> "_Bar":
-        self._progress.start()
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
-        self._progress.stop()
-
-    def update(self, count: int) -> None:
-        """Add `count` bytes."""
-        self._progress.update(self._task, advance=count, total=self.total or None)
-
-    def reset(self) -> None:
-        """Start again at 0 bytes: pooch does so before the last update, which brings the whole size."""
-        self._progress.reset(self._task)
-
-    def close(self) -> None:
-        """Nothing to do: the bar ends with its context, on success and on failure."""

@@ -21,13 +21,11 @@ __all__ = [
     "McNemar",
     "Summary",
     "TTest",
-    "critical_t",
     "mcnemar",
     "one_sample",
     "paired_t",
     "sampling_error",
     "summarise",
-    "two_sided_p",
     "welch_t",
     "wilson_interval",
 ]
@@ -98,10 +96,10 @@ class TTest:
         The number after +- is the standard error of the difference.
         """
         if self.standard_error is None:
-            return f"{self.test}: {self.difference:+.3f} points; no p, for the spread of one run is not known"
+            return f"{self.test}: {self.difference:+.3f} points; no p value: one run has no standard deviation"
         told = f"{self.test}: {self.difference:+.3f} +- {self.standard_error:.3f} points"
         if self.p is None or self.interval is None:
-            return f"{told}; no p, for nothing varies"
+            return f"{told}; no p value: the standard error is 0"
         low, high = self.interval
         return f"{told}, 95 % interval {low:+.3f} to {high:+.3f}, p {_p(self.p)}"
 
@@ -192,7 +190,7 @@ def welch_t(ours: Sequence[float], theirs: Sequence[float]) -> TTest:
 
 
 def one_sample(ours: Sequence[float], reference: float) -> TTest:
-    """One-sample t test against a published number, taken as exact for want of its own spread.
+    """One-sample t test against a published number, taken as exact because its variance is not published.
 
     Args:
         ours: errors in percent; with one alone there is a difference, but no standard error.
@@ -221,15 +219,13 @@ def mcnemar(wrong_a: AbstractSet[int] | Bool[Tensor, "n"], wrong_b: AbstractSet[
     Raises:
         InputError: masks of different lengths.
     """
+    from scipy.stats import binomtest
+
     if isinstance(wrong_a, Tensor) and isinstance(wrong_b, Tensor) and wrong_a.shape != wrong_b.shape:
         raise InputError(f"wrong_b must be of the same {len(wrong_a)} images as wrong_a; got {len(wrong_b)}")
     one, other = _indices(wrong_a), _indices(wrong_b)
     b, c = len(one - other), len(other - one)
-    term = tail = 1  # binomial coefficients, exact
-    for k in range(min(b, c)):
-        term = term * (b + c - k) // (k + 1)
-        tail += term
-    return McNemar(b, c, min(1.0, 2 * tail / 2 ** (b + c)))
+    return McNemar(b, c, float(binomtest(b, b + c).pvalue) if b + c else 1.0)
 
 
 def sampling_error(wrong: int, total: int) -> float:
@@ -250,18 +246,17 @@ def sampling_error(wrong: int, total: int) -> float:
     return 100 * math.sqrt(p * (1 - p) / total)
 
 
-def wilson_interval(wrong: int, total: int, z: float = 1.959964) -> tuple[float, float]:
-    """Wilson's score interval of a proportion (Wilson 1927, JASA 22, 209-212), both ends in [0, 1].
+def wilson_interval(wrong: int, total: int) -> tuple[float, float]:
+    """95 % score interval of a proportion (Wilson 1927, JASA 22, 209-212), both ends in [0, 1].
 
     Args:
         wrong: successes.
         total: trials, at least 1.
-        z: normal quantile; the default is that of 95 %.
     """
-    p = wrong / total
-    centre = (p + z * z / (2 * total)) / (1 + z * z / total)
-    half = z / (1 + z * z / total) * math.sqrt(p * (1 - p) / total + z * z / (4 * total * total))
-    return max(0.0, centre - half), min(1.0, centre + half)
+    from scipy.stats import binomtest
+
+    low, high = binomtest(wrong, total).proportion_ci(method="wilson")
+    return float(low), float(high)
 
 
 def _p(p: float) -> str:
@@ -269,64 +264,16 @@ def _p(p: float) -> str:
     return "< 1e-300" if p < 1e-300 else f"= {p:.2g}"
 
 
-def two_sided_p(t: float, df: float) -> float:
-    """Chance that Student's t is at least as far from 0, to either side: I_x(df / 2, 1 / 2) with x = df / (df + t^2).
-
-    Args:
-        t: any finite number.
-        df: degrees of freedom, above 0; not necessarily whole.
-
-    Raises:
-        InputError: degrees of freedom that are not above 0.
-    """
-    if not 0 < df < math.inf:
-        raise InputError(f"df must be above 0 and finite; got {df:g}")
-    square = t * t
-    return _beta(df / (df + square), square / (df + square), df / 2, 0.5)
-
-
-def critical_t(df: float, *, level: float = 0.95) -> float:
-    """The t that is exceeded, to either side, with a chance of 1 - `level`.
-
-    Args:
-        df: degrees of freedom, above 0.
-        level: in (0, 1).
-
-    Raises:
-        InputError: either is out of its range.
-    """
-    if not 0 < level < 1:
-        raise InputError(f"level must be in (0, 1); got {level:g}")
-    low, high = 0.0, 1.0
-    while two_sided_p(high, df) > 1 - level:
-        low, high = high, 2 * high
-    while low < (middle := (low + high) / 2) < high:  # until no float lies between
-        low, high = (middle, high) if two_sided_p(middle, df) > 1 - level else (low, middle)
-    return high
-
-
-def _beta(x: float, y: float, a: float, b: float) -> float:
-    """Regularised incomplete beta function I_x(a, b) for y = 1 - x: the continued fraction DLMF 8.17.22."""
-    if x <= 0 or y <= 0:
-        return 0.0 if x <= 0 else 1.0
-    if x > (a + 1) / (a + b + 2):  # slow there; I_x(a, b) = 1 - I_y(b, a)
-        return 1 - _beta(y, x, b, a)
-    fraction = 1.0
-    for m in range(20 + 10 * math.isqrt(1 + int(max(a, b))), 0, -1):  # it needs O(sqrt(max(a, b))) terms
-        even = m * (b - m) * x / ((a + 2 * m - 1) * (a + 2 * m))
-        odd = -(a + m - 1) * (a + b + m - 1) * x / ((a + 2 * m - 2) * (a + 2 * m - 1))
-        fraction = 1 + odd / (1 + even / fraction)
-    logarithm = math.lgamma(a + b) - math.lgamma(a) - math.lgamma(b) + a * math.log(x) + b * math.log(y)
-    return math.exp(logarithm) / (a * fraction)
-
-
 def _t_test(test: str, difference: float, standard_error: float, df: float, *, scale: float) -> TTest:
     if standard_error == 0:
         if abs(difference) <= ROUNDING * scale:
             return TTest(test, 0.0, 0.0, 0.0, df, 1.0, (0.0, 0.0))
         return TTest(test, difference, 0.0, None, df, None, None)
-    t, half = difference / standard_error, critical_t(df) * standard_error
-    return TTest(test, difference, standard_error, t, df, two_sided_p(t, df), (difference - half, difference + half))
+    from scipy.stats import t as student
+
+    t, half = difference / standard_error, float(student.ppf(0.975, df)) * standard_error
+    p = 2 * float(student.sf(abs(t), df))
+    return TTest(test, difference, standard_error, t, df, p, (difference - half, difference + half))
 
 
 def _sd(values: Sequence[float], *, scale: float | None = None) -> float:
