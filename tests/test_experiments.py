@@ -85,10 +85,9 @@ def test_networks_are_of_the_sizes_that_the_paper_states() -> None:
 
 def test_every_difference_of_the_recipes_is_switched_alone() -> None:
     recipes = experiment("recipes")
-    base = asdict(recipes.row("paper").config)
-    alone = [
-        {name: value for name, value in asdict(row.config).items() if value != base[name]} for row in recipes.rows[2:]
-    ]
+    base = asdict(recipes.config(recipes.row("paper"), "full", 0))
+    every = [asdict(recipes.config(row, "full", 0)) for row in recipes.rows[2:]]
+    alone = [{name: value for name, value in one.items() if value != base[name]} for one in every]
     schedule = {"lr_decay", "lr_decay_steps"}  # one choice, in two fields
     assert all(len(changes) == 1 or set(changes) == schedule for changes in alone)
     authors = {name: value for name, value in PRESETS["authors"].items() if value != base[name]}
@@ -116,6 +115,36 @@ def test_keys_and_runs_of_an_experiment_are_all_different() -> None:
 def test_unknown_names_are_refused(ask: Callable[[], object], told: str) -> None:
     with pytest.raises(InputError, match=told):
         ask()
+
+
+GOOD = {"title": "T", "metric": "mnist", "rows": [{"key": "one", "title": "One"}], "base": {"data": "mnist"}}
+
+
+@pytest.mark.parametrize(
+    ("changes", "told"),
+    [
+        ({"title": 3}, "title must be text; got 3"),
+        ({"colour": "red"}, "must hold name, title, .* only; got 'colour'"),
+        ({"rows": []}, "must have rows of different keys; got none"),
+        ({"rows": GOOD["rows"] * 2}, "must have rows of different keys; got one, one"),
+        ({"rows": [{"key": "one"}]}, r"rows\[0\] must hold title; it is missing"),
+        (
+            {"rows": [{**GOOD["rows"][0], "against": "oen"}]},
+            r"rows of mine must be among one; got 'oen' \(did you mean one",
+        ),  # type: ignore[index]
+        ({"ensemble": ["two", 3.0]}, "rows of mine must be among one; got 'two'"),
+        ({"base": {"eposh": 3}}, r"experiment mine, row one: eposh is no option \(did you mean epochs\?\)"),
+        ({"cpu": {"epochs": -1}}, "experiment mine, row one: epochs must be at least 0; got -1"),
+        ({"cpu": {"report": "no"}}, "experiment mine, row one: report must be true or false; got 'no'"),
+    ],
+)
+def test_a_wrong_file_is_refused(tmp_path: Path, changes: dict[str, Any], told: str) -> None:
+    path = tmp_path / "mine.yaml"
+    path.write_text(json.dumps(GOOD), encoding="utf-8")
+    assert plans.read(path).config(plans.read(path).rows[0], "cpu", 2) == Config(data="mnist", report=False, seed=2)
+    path.write_text(json.dumps({**GOOD, **changes}), encoding="utf-8")
+    with pytest.raises(InputError, match=f"^(experiment .*mine.yaml:? )?{told}"):
+        plans.read(path)
 
 
 # records
@@ -191,13 +220,10 @@ def small(workplace: Path, monkeypatch: pytest.MonkeyPatch) -> Experiment:
 
     monkeypatch.setattr(train, "load", made)
     monkeypatch.setattr(reproduction, "is_here", lambda name, _: name != "absent")
-    config = Config(data="some", epochs=2, batch_size=16, precision="32", validation=0, **SIZES)
-    rows = (
-        Row("one", "One", config, paper=50.0),
-        Row("two", "Two", replace(config, routing_iterations=1), against="one"),
-    )
+    base = {"data": "some", "epochs": 2, "batch_size": 16, "precision": "32", "validation": 0, **SIZES}
+    rows = (Row("one", "One", paper=50.0), Row("two", "Two", {"routing_iterations": 1}, against="one"))
     return Experiment(
-        "small", "Small", "", rows, "some", cpu={"epochs": 1}, also=("other", "absent"), ensemble=("one", 40.0)
+        "small", "Small", "some", rows, base, cpu={"epochs": 1}, also=("other", "absent"), ensemble=("one", 40.0)
     )
 
 

@@ -34,7 +34,9 @@ def render(one: Experiment, folder: Path, *, budgets: Sequence[str] = SHOWN) -> 
     """
     rows = {row.key: _found(one, row, folder, budgets) for row in one.rows}
     shown = [record for ours in rows.values() for record in ours]
-    others = [name for name in dict.fromkeys((one.rows[0].config.data, *one.also)) if name != one.metric]
+    others = [
+        name for name in dict.fromkeys((one.config(one.rows[0], "full", 0).data, *one.also)) if name != one.metric
+    ]
     others = [name for name in others if any(name in record.results for record in shown)]
     pairs = any("missed_percent" in record.results.get(one.metric, {}) for record in shown)
     mixed = len({record.budget for record in shown}) > 1
