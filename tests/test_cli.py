@@ -186,32 +186,6 @@ def test_bad_input_of_the_other_verbs(
     assert message in err
 
 
-TABLE = "<!-- capsnet table svhn -->\nold\n<!-- end of table -->\n"
-
-
-@pytest.mark.parametrize(
-    ("words", "message"),
-    [
-        ("plain.md", "must have tables between <!-- capsnet table NAME --> and <!-- end of table -->; got none"),
-        ("marked.md plain.md", "page plain.md must have tables between "),
-        ("plain.md --check", "page plain.md must have tables between "),
-        ("marked.md --results nowhere", "--results must be a folder of records; got nowhere"),
-        ("marked.md --results plain.md", "--results must be a folder of records; got plain.md"),
-    ],
-)
-@pytest.mark.usefixtures("workplace")
-def test_table_without_marks_or_records_writes_nothing(
-    capsys: pytest.CaptureFixture[str], words: str, message: str
-) -> None:
-    Path("results/experiments").mkdir(parents=True)
-    Path("plain.md").write_text("no table", encoding="utf-8")
-    Path("marked.md").write_text(TABLE, encoding="utf-8")
-    code, out, err = run(capsys, "table", *words.split())
-    assert (code, out, err.count("\n")) == (2, "", 1)
-    assert message in err
-    assert Path("marked.md").read_text(encoding="utf-8") == TABLE
-
-
 def test_train_prints_its_result(capsys: pytest.CaptureFixture[str], photos: Path) -> None:
     code, out, err = run(capsys, "train", *options(tiny(photos)), "--out", "run")
     assert code == 0

@@ -78,10 +78,6 @@ def test_commands_parse(
         assert main(arguments) == 0
         assert capsys.readouterr().out
         return
-    if arguments[0] == "table":
-        monkeypatch.chdir(ROOT)
-        assert main([*arguments, "--check"]) == 0
-        return
     with pytest.raises(Parsed):
         main(arguments)
 

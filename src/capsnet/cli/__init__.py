@@ -33,7 +33,6 @@ VERBS = {
     "strangers": "strangers",
     "attack": "attack",
     "reproduce": "reproduce",
-    "table": "table",
     "list": "listing",
     "bench": "bench",
 }
@@ -62,7 +61,6 @@ usage: capsnet VERB [OPTIONS]     (capsnet VERB --help tells more)
   attack       white-box attacks (FGSM, PGD): how many succeed, how many are told
 
   reproduce    an experiment of the papers by its name: what is missing is trained, and a table printed
-  table        README and docs from the records of these
 
   list         what there is: models, weights, data, presets, experiments
   bench        speed, memory and exactness of a network on this machine, and comparisons

@@ -21,7 +21,7 @@ class _Reproduce:
     authors' code, and every difference alone), multimnist, affnist, cifar10, fashion-mnist, svhn, smallnorb.
 
     Stopped or killed, the same command goes on. Records go to results/experiments/NAME-BUDGET.jsonl, run directories to
-    runs/experiments; `capsnet table` writes README and docs from the records.
+    runs/experiments.
 
     Examples:
       capsnet reproduce multimnist --budget quick
@@ -55,7 +55,7 @@ def run(arguments: list[str]) -> int:
     """Reproduce an experiment, print its table."""
     command = parse(_Reproduce, arguments, prog="capsnet reproduce")
     from capsnet import train
-    from capsnet.experiments import figures, plan
+    from capsnet.experiments import plan
     from capsnet.experiments.reproduce import reproduce
     from capsnet.experiments.tables import SHOWN, render
 
@@ -79,8 +79,6 @@ def run(arguments: list[str]) -> int:
             threads=command.threads,
             data_dir=command.data_dir,
         )
-        for path in figures.draw(experiment, budget, folder, Path(command.runs), data_dir=command.data_dir):
-            say(f"figure: {path}")
     except train.Interrupted as stop:
         say(f"capsnet reproduce: {str(stop).partition(';')[0]}; the same command goes on")
         return 128 + stop.signal_number
