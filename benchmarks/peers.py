@@ -4,8 +4,8 @@
 
 Each FOLDER is a clone of one of `PEERS`; nothing of theirs is here. Their networks are built with their own defaults
 for MNIST and trained by their own losses and Adam, on random images in memory: what is timed is a step, and a forward
-without gradients. capsnet is compared with float64 first (`capsnet.bench`), and is timed with its C library, without
-it, and as one would write it down plainly.
+without gradients. capsnet is compared with float64 first (`benchmarks.correctness`), and is timed with its C library,
+without it, and as one would write it down plainly.
 """
 
 import argparse
@@ -24,9 +24,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from capsnet import bench, runs
-from capsnet.bench.clock import Task, timed
-from capsnet.bench.whole import WholeNetwork
+from benchmarks.record import check_free, write
+from benchmarks.timing import Spread, Task, interleaved, timed
+from benchmarks.training_workload import TrainingWorkload
+from capsnet import runs
 from capsnet.config import Config
 from capsnet.errors import InputError
 from capsnet.kernels import native
@@ -130,11 +131,11 @@ def main(arguments: list[str]) -> int:
         for name in ("batch_size", "repeats", "threads"):
             if getattr(given, name) is not None and getattr(given, name) < 1:
                 raise InputError(f"--{name.replace('_', '-')} must be at least 1; got {getattr(given, name)}")
-        bench.check_free(given.out, overwrite=given.overwrite)
+        check_free(given.out, overwrite=given.overwrite)
         named = {name_of(folder): folder for folder in given.folders}
         command = shlex.join(["python", "-m", "benchmarks.peers", *arguments])
         record = measure(named, batch_size=given.batch_size, repeats=given.repeats, threads=given.threads)
-        bench.write({"command": command, **record}, given.out, overwrite=given.overwrite)
+        write({"command": command, **record}, given.out, overwrite=given.overwrite)
     except InputError as error:
         print(f"benchmarks.peers: error: {error}", file=sys.stderr)
         return 2
@@ -170,7 +171,7 @@ def measure(
     checked, resolved = [], {}
     for label, (options, choice) in ways.items():
         with _native(choice):
-            whole = WholeNetwork(options, 10, label=label)
+            whole = TrainingWorkload(options, 10, label=label)
             checked.append({"name": label, **asdict(whole.check())})
             resolved[label] = {**whole.resolved, "CPU": native.status()}
         tasks["step"][label] = _under(choice, whole.task())
@@ -183,8 +184,8 @@ def measure(
         tasks["step"][name], tasks["inference"][name] = timed(step, CPU), timed(forward, CPU)
     rows = []
     for section, by_name in tasks.items():
-        samples = bench.interleaved(list(by_name.values()), repeats)
-        spreads = [bench.Spread.of([1e3 * seconds for seconds in sample[""]]) for sample in samples]
+        samples = interleaved(list(by_name.values()), repeats)
+        spreads = [Spread.of([1e3 * seconds for seconds in sample[""]]) for sample in samples]
         for name, spread in zip(by_name, spreads, strict=True):
             ratio = spread.median / spreads[0].median
             rows.append({"section": section, "variant": name, "unit": "ms", **asdict(spread), "ratio": ratio})

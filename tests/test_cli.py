@@ -1,7 +1,6 @@
 import json
 import os
 import re
-import shlex
 import signal
 import subprocess
 import sys
@@ -14,7 +13,6 @@ import pytest
 
 from capsnet import feed
 from capsnet.cli import VERBS, main
-from capsnet.cli import bench as bench_verb
 from capsnet.cli import train as train_verb
 from capsnet.config import Config
 from capsnet.data.augment import augment
@@ -25,7 +23,6 @@ pytestmark = pytest.mark.usefixtures("workplace")
 FIELDS = {f"--{field.name.replace('_', '-')}" for field in fields(Config)}
 
 SMALL = "--conv-channels 8 --conv-kernel 5 --primary-kernel 5 --capsule-types 3 --image-size 12"
-BENCHED = tuple(SMALL.split())
 
 
 def run(capsys: pytest.CaptureFixture[str], *words: str) -> tuple[int, str, str]:
@@ -79,14 +76,6 @@ def test_every_option_in_the_help_of_train_exists(capsys: pytest.CaptureFixture[
     assert named <= FIELDS | own | flags
     out = run(capsys, "train", "--help-all")[1]
     assert {name for name in FIELDS if not re.search(rf"{name}\b", out)} == set()
-
-
-def test_every_option_in_the_help_of_bench_exists(capsys: pytest.CaptureFixture[str]) -> None:
-    own = {f"--{field.name.replace('_', '-')}" for field in fields(bench_verb._Bench)} | {"--help-all"}
-    assert set(re.findall(r"--[a-z][a-z-]*", bench_verb.BENCH_HELP)) <= FIELDS | own
-    code, out, _ = run(capsys, "bench", "--help-all")
-    assert code == 0
-    assert all(name in out for name in own - {"--run", "--what", "--help-all"})
 
 
 @pytest.mark.parametrize(
@@ -153,20 +142,6 @@ def test_bad_input_is_one_line(
         ("evaluate RUN --split tests", "--split must be one of test, validation, train; got 'tests'"),
         ("evaluate RUN --data nowhere", "--data must be one of"),
         ("evaluate BARE", "--data must be given for BARE, which does not say what it was trained on"),
-        ("bench steps", "ceilings, step, inference, parts, routing, scaling"),
-        ("bench step --compare stem=direct", "--compare must name two values or more"),
-        ("bench step --compare stem=direct,fast", "--compare: stem must be one of auto, direct, minimal; got 'fast'"),
-        ("bench step --compare steam=a,b", "did you mean stem"),
-        ("bench step --epochs 3", "--epochs must not be given to capsnet bench, which it does not concern"),
-        ("bench step --epochs 7", "--epochs must not be given to capsnet bench, which it does not concern"),
-        ("bench step --resume RUN", "--resume "),
-        ("bench step --repeats 0", "--repeats must be at least 1; got 0"),
-        ("bench step --classes x", "--classes must be a whole number; got 'x'"),
-        ("bench step --device cuda", "device cuda must have a CUDA GPU"),
-        ("bench step --model capsnt", "baseline, baseline-multimnist, capsnet; got 'capsnt' (did you mean capsnet?)"),
-        ("bench step --out RUN", "--out must be a file; got the directory"),
-        ("bench step --out RUN/config.yaml", "--out must be a new file; "),
-        ("bench step --stem minimal --precision bf16", "stem minimal got bf16 convolutions"),
         ("list", "WHAT must be given; got none"),
         ("list dogs", "must be one of models, weights, data, presets, experiments, cache; got 'dogs'"),
         ("trian", f"verb must be one of {', '.join(VERBS)}; got 'trian' (did you mean train?)"),
@@ -299,33 +274,6 @@ def test_evaluate_on_other_images(capsys: pytest.CaptureFixture[str], trained: P
         Path("bare", name).write_bytes((trained / name).read_bytes())
     again = json.loads(run(capsys, "evaluate", "bare", "--data", "others", "--json")[1])
     assert again["confusion"] == told["confusion"]
-
-
-def test_bench(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("capsnet.bench.memory.peak", lambda subject: {})
-    words = ("bench", "step", "parts", "--quick", *BENCHED, "--out", "bench.json")
-    code, out, err = run(capsys, *words, "--compare", "stem=direct,minimal")
-    assert (code, err.splitlines()[-1]) == (0, "record: bench.json")
-    assert "stem=minimal" in out
-    record = json.loads(Path("bench.json").read_text(encoding="utf-8"))
-    assert record["command"] == shlex.join(("capsnet", *words, "--compare", "stem=direct,minimal"))
-    assert {row["section"] for row in record["rows"]} == {"step", "parts"}
-    code, out, err = run(capsys, *words)
-    assert (code, out, err.count("\n")) == (2, "", 1)
-    code, out, _ = run(capsys, *words, "--overwrite", "--json")
-    assert (code, json.loads(out)) == (0, json.loads(Path("bench.json").read_text(encoding="utf-8")))
-
-
-def test_a_wrong_result_has_exit_code_1_and_no_number(
-    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    from capsnet.bench import gate
-
-    monkeypatch.setattr(gate, "TOLERANCES", dict.fromkeys(gate.TOLERANCES, 0.0))
-    code, out, err = run(capsys, "bench", "step", "--quick", *BENCHED, "--out", "bench.json")
-    assert (code, out) == (1, "")
-    assert re.fullmatch(r"checking .*\ncapsnet bench: error: capsnet: .* so no speed is told\n", err)
-    assert not Path("bench.json").exists()
 
 
 @pytest.mark.parametrize("what", ["models", "data", "presets", "experiments"])

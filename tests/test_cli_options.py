@@ -19,7 +19,7 @@ from tiny import tiny
 
 Capture = pytest.CaptureFixture[str]
 
-POSITIONAL = {"predict": ["x", "y"], "reproduce": ["table1"], "bench": [], "train": [], "list": ["data"]}
+POSITIONAL = {"predict": ["x", "y"], "reproduce": ["table1"], "train": [], "list": ["data"]}
 NEEDED = {"compare": ["--against", "x"]}
 
 

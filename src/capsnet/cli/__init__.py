@@ -34,7 +34,6 @@ VERBS = {
     "attack": "attack",
     "reproduce": "reproduce",
     "list": "listing",
-    "bench": "bench",
 }
 """Verb and the module of this package whose `run(arguments)` it is."""
 
@@ -63,7 +62,6 @@ usage: capsnet VERB [OPTIONS]     (capsnet VERB --help tells more)
   reproduce    an experiment of the papers by its name: what is missing is trained, and a table printed
 
   list         what there is: models, weights, data, presets, experiments
-  bench        speed, memory and exactness of a network on this machine, and comparisons
 
 examples:
   capsnet train

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from capsnet.models import evaluation_mode
 from capsnet.objective import Losses
 
 __all__ = ["TOLERANCES", "Check", "Incorrect", "check", "results", "tolerance"]
@@ -19,7 +20,7 @@ its rounding flips a ReLU; up to 0.09 in bf16. TF32 (convolutions of a GPU in pr
 
 
 class Incorrect(RuntimeError):
-    """A variant whose results are wrong; it has no speed."""
+    """A variant whose results are wrong, and so has no speed."""
 
 
 @dataclass(frozen=True)
@@ -29,7 +30,7 @@ class Check:
     Attributes:
         error: the largest relative RMS error of all results: norm of the difference over norm of the reference.
         result: the one that has it.
-        tolerance: what `error` may be.
+        tolerance: the largest `error` allowed.
         images: how many were computed.
     """
 
@@ -40,7 +41,7 @@ class Check:
 
 
 def tolerance(*, precision: str, stem: str, device: torch.device) -> float:
-    """What the error of a variant may be (`TOLERANCES`)."""
+    """The largest error that a variant may have (`TOLERANCES`)."""
     if precision == "bf16":
         return TOLERANCES["bf16"]
     if device.type == "cuda" and torch.backends.cudnn.allow_tf32:
@@ -58,10 +59,8 @@ def results(
 ) -> dict[str, Tensor]:
     """What is compared: losses and scores of each image, and the gradients of the mean loss, without dropout.
 
-    The losses are those of training, the scores those of inference mode. `network` is left in training mode, without
-    gradients.
+    The losses are those of training, the scores those of inference mode. `network` is left without gradients.
     """
-    network.train()
     dropouts = [module.eval() for module in network.modules() if isinstance(module, nn.Dropout)]
     network.zero_grad()
     losses = objective(images, labels).total
@@ -69,17 +68,15 @@ def results(
     found = {"losses": losses.detach()}
     found |= {f"gradient of {name}": p.grad for name, p in network.named_parameters() if p.grad is not None}
     network.zero_grad()
-    network.eval()
-    with torch.inference_mode():
-        found["scores"] = objective(images, labels).output.scores.clone()
-    network.train()
     for module in dropouts:
         module.train()
+    with torch.inference_mode(), evaluation_mode(network):
+        found["scores"] = objective(images, labels).output.scores.clone()
     return found
 
 
 def check(found: Mapping[str, Tensor], truth: Mapping[str, Tensor], *, allowed: float, images: int, who: str) -> Check:
-    """Compare results with those in float64, each by itself.
+    """Compare each result with the same in float64.
 
     Args:
         found: results by name.
@@ -102,6 +99,6 @@ def check(found: Mapping[str, Tensor], truth: Mapping[str, Tensor], *, allowed: 
     if not errors[worst] <= allowed:
         raise Incorrect(
             f"{who}: {worst} must be within {allowed:g} of float64 (relative RMS); it is {errors[worst]:.2g} away, "
-            f"so no speed is told"
+            f"so no speed is reported"
         )
     return Check(errors[worst], worst, allowed, images)
