@@ -30,6 +30,7 @@ from capsnet.errors import InputError
 __all__ = ["main"]
 
 PROG = "python -m benchmarks"
+Section = Literal["ceilings", "step", "inference", "parts", "routing", "scaling"]
 
 
 @dataclass(frozen=True)
@@ -37,12 +38,7 @@ class Command:
     """Arguments of the command line."""
 
     run: OmitArgPrefixes[Config]
-    what: Positional[tuple[Literal["ceilings", "step", "inference", "parts", "routing", "scaling"], ...]] = (
-        "ceilings",
-        "step",
-        "inference",
-        "parts",
-    )
+    what: Positional[tuple[Section, ...]] = ("ceilings", "step", "inference", "parts")
     """ceilings: the best matrix products and memory copy of the machine. step: training steps, and their peak memory.
     inference: batches of 1, 128 and 512. parts: data, each layer of the network forward and backward, loss, optimiser.
     routing: votes and routing alone, with every kernel. scaling: in batch, image size, primary and output capsules,

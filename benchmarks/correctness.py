@@ -25,14 +25,7 @@ class Incorrect(RuntimeError):
 
 @dataclass(frozen=True)
 class Check:
-    """How far a variant's results are from float64.
-
-    Attributes:
-        error: the largest relative RMS error of all results: norm of the difference over norm of the reference.
-        result: the one that has it.
-        tolerance: the largest `error` allowed.
-        images: how many were computed.
-    """
+    """The largest relative RMS error of all results against float64, which result has it, and what is allowed."""
 
     error: float
     result: str
@@ -57,10 +50,7 @@ def results(
     *,
     backward: Callable[[Tensor], object] = torch.autograd.backward,
 ) -> dict[str, Tensor]:
-    """What is compared: losses and scores of each image, and the gradients of the mean loss, without dropout.
-
-    The losses are those of training, the scores those of inference mode. `network` is left without gradients.
-    """
+    """Training losses and inference scores of each image, and the gradients of the mean loss, without dropout."""
     dropouts = [module.eval() for module in network.modules() if isinstance(module, nn.Dropout)]
     network.zero_grad()
     losses = objective(images, labels).total
@@ -76,14 +66,7 @@ def results(
 
 
 def check(found: Mapping[str, Tensor], truth: Mapping[str, Tensor], *, allowed: float, images: int, who: str) -> Check:
-    """Compare each result with the same in float64.
-
-    Args:
-        found: results by name.
-        truth: the same in float64 on the CPU; one of zeros is measured against the largest of the others.
-        allowed: the tolerance.
-        images: how many they are of.
-        who: whose results, for the error.
+    """Compare each result of `who` with the same in float64; one of zeros with the largest of the others.
 
     Raises:
         Incorrect: a result is missing, not finite, or further away than `allowed`.

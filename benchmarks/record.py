@@ -33,16 +33,7 @@ def run(
     command: str = "",
     say: Callable[[str], object] = lambda text: None,
 ) -> dict[str, Any]:
-    """Measure; every variant is checked before it is timed.
-
-    Args:
-        config: network, loss, batch size, device, precision and threads; other options are ignored.
-        what: of `SECTIONS`.
-        classes: number of classes.
-        variants: names and configurations to measure in turn, see `parse_compare`; `config` alone if there are none.
-        plan: repeats and sizes.
-        command: what was typed, for the record.
-        say: is given a line before each section.
+    """Measure the sections of `what`; every variant (see `parse_compare`) is checked before it is timed.
 
     Returns:
         The record, as JSON can hold it. `rows` has one row per number: section, name, variant, unit, median, min, max,
@@ -150,11 +141,7 @@ def check_free(path: Path, *, overwrite: bool) -> None:
 
 
 def write(record: Mapping[str, Any], path: Path, *, overwrite: bool = False) -> None:
-    """Write a record as JSON, whole or not at all.
-
-    Raises:
-        InputError: see `check_free`; or it cannot be written.
-    """
+    """Write a record as JSON, whole or not at all; see `check_free`."""
     check_free(path, overwrite=overwrite)
     text = json.dumps(record, indent=2) + "\n"
     runs.write_atomically(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))

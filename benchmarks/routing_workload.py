@@ -1,6 +1,5 @@
 """What is timed: votes and routing alone, without the layers around them."""
 
-from collections.abc import Mapping
 from dataclasses import replace
 
 import torch
@@ -24,19 +23,11 @@ __all__ = ["RoutingWorkload"]
 class RoutingWorkload:
     """The class capsules of the network of `config` on random poses: votes, routing and their backward.
 
-    Args:
-        config: of the run.
-        classes: number of output capsules.
-        label: name in tables.
-
-    Attributes: as of `TrainingWorkload`.
-
-    Raises:
-        InputError: a network without class capsules, or a kernel that cannot run on this device.
+    Its attributes are those of `TrainingWorkload`.
     """
 
     def __init__(self, config: Config, classes: int, *, label: str = "") -> None:
-        self.config, self.label, self.images, self.sizes = config, label, config.batch_size, {"classes": classes}
+        self.config, self.classes, self.label, self.images = config, classes, label, config.batch_size
         self.device = machine.resolve_device(config)
         torch.manual_seed(config.seed)
         self.layer = self._layer(config).to(self.device)
@@ -50,7 +41,7 @@ class RoutingWorkload:
         self.resolved = {"kernel": resolve_kernel(self.layer.kernel, self.device), "threads": self.threads}
 
     def _network(self, config: Config) -> Network:
-        return train.layout(config, random_images(config, self.sizes["classes"]))
+        return train.layout(config, random_images(config, self.classes))
 
     def _layer(self, config: Config) -> ClassCapsules:
         """The class capsules of the network of `config`, with random weights."""
@@ -68,23 +59,14 @@ class RoutingWorkload:
 
     def task(self) -> Task:
         """Seconds of the forward, of the backward, and of both."""
-
-        def task() -> Mapping[str, float]:
-            seconds = self._run()[0]
-            return {**seconds, "": sum(seconds.values())}
-
-        return task
+        return lambda: (seconds := self._run()[0]) | {"": sum(seconds.values())}
 
     def part_flop(self, part: str) -> int:
         """FLOP of the forward or backward, or of both."""
         return {"forward": self.flop // 3, "backward": self.flop // 3 * 2}.get(part, self.flop)
 
     def check(self) -> Check:
-        """Compare with plain routing in float64, on a few of the poses.
-
-        Raises:
-            Incorrect: see `correctness.check`.
-        """
+        """Compare with plain routing in float64, on a few of the poses; see `correctness.check`."""
         count = max(1, min(8, self.images, 2 * 10**9 * self.images // self.flop))  # float64 is slow
         _, found = self._run(count)
         plain = self._layer(replace(self.config, kernel="plain")).double()

@@ -28,22 +28,13 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Plan:
-    """Sizes of everything that the configuration does not say.
-
-    Attributes:
-        repeats: measurements of each number.
-        inference: batch sizes.
-        matrices: sides of the matrices of the ceilings; on a GPU four times as large.
-        copied: bytes of a copy.
-        batches: of the scaling of a step, and so on: image sides in pixels, types of primary capsules, output capsules,
-            routing iterations.
-    """
+    """Number of measurements, and all sizes that the configuration does not say."""
 
     repeats: int = 7
-    inference: tuple[int, ...] = (1, 128, 512)
-    matrices: tuple[int, ...] = (1024, 1536, 2048)
-    copied: int = 2**28
-    batches: tuple[int, ...] = (1, 8, 32, 128, 512)
+    inference: tuple[int, ...] = (1, 128, 512)  # images
+    matrices: tuple[int, ...] = (1024, 1536, 2048)  # sides; on a GPU four times as large
+    copied: int = 2**28  # bytes; the same
+    batches: tuple[int, ...] = (1, 8, 32, 128, 512)  # these and the following ones are scaled
     image_sizes: tuple[int, ...] = (28, 48, 64, 96)
     capsule_types: tuple[int, ...] = (32, 128, 512)
     output_capsules: tuple[int, ...] = (10, 100, 1000)
@@ -59,10 +50,8 @@ def measured(section: str, model: str) -> set[str]:
     machine_options = {"device", "threads"}
     network = {"model", "image_size", "channels", *builder_options(model)} - {"init"} | machine_options
     unrouted = {"channels", "conv_channels", "primary_scale", "stem", "reconstruction", "decoder_sizes", "standardize"}
-    parts = network | {
-        *("batch_size", "precision", "mask", "crop", "shift", "flip", "rotation", "scale", "shear"),
-        *("brightness", "contrast"),
-    }
+    augmentation = {"crop", "shift", "flip", "rotation", "scale", "shear", "brightness", "contrast"}
+    parts = network | augmentation | {"batch_size", "precision", "mask"}
     scaled = {"batch_size", "image_size", "capsule_types", "routing_iterations"}
     routing = network - unrouted | {"batch_size"}
     return {
@@ -77,17 +66,9 @@ def measured(section: str, model: str) -> set[str]:
 
 @dataclass
 class Benchmark:
-    """The sections, a method each, and what they share.
+    """The sections, a method each, and what they share: `rows` of numbers, and networks `checked` against float64.
 
-    Attributes:
-        config: what all variants start from.
-        classes: number of classes.
-        variants: names and configurations, at least one.
-        plan: repeats and sizes.
-        say: is given a line before what takes a while.
-        compared: whether the variants were asked for; if not, routing is measured with every kernel.
-        rows: the numbers so far.
-        checked: how far each variant's network was from float64.
+    Routing is measured with every kernel unless variants were asked for (`compared`).
     """
 
     config: Config

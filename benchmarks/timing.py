@@ -33,11 +33,7 @@ class Spread:
 
 
 class Stopwatch:
-    """Seconds between its calls, each after the work on the device is done.
-
-    Attributes:
-        seconds: by the name given to the call that ends them.
-    """
+    """Seconds between its calls, each after the work on the device is done, by the name given to the later call."""
 
     def __init__(self, device: torch.device) -> None:
         self.device, self.seconds = device, dict[str, float]()
@@ -80,24 +76,11 @@ def timed(function: Callable[[], Any], device: torch.device, *, at_least: float 
 
 
 def interleaved(tasks: Sequence[Task], repeats: int, *, warm_up: int = 2) -> list[dict[str, list[float]]]:
-    """Seconds of each task by name of the part, measured in turn, A B A B, so that a slow moment meets all alike.
-
-    Args:
-        tasks: what to measure.
-        repeats: measurements of each.
-        warm_up: rounds before, which do not count.
-    """
-    samples: list[dict[str, list[float]]] = [{} for _ in tasks]
-    collecting = gc.isenabled()
+    """Seconds of each task by name of the part, measured in turn, A B A B, so that a slow moment meets all alike."""
     gc.collect()
     gc.disable()
     try:
-        for number in range(warm_up + repeats):
-            for sample, task in zip(samples, tasks, strict=True):
-                for name, seconds in task().items():
-                    if number >= warm_up:
-                        sample.setdefault(name, []).append(seconds)
+        rounds = [[task() for task in tasks] for _ in range(warm_up + repeats)][warm_up:]
     finally:
-        if collecting:
-            gc.enable()
-    return samples
+        gc.enable()
+    return [{part: [one[k][part] for one in rounds] for part in rounds[0][k]} for k in range(len(tasks))]

@@ -35,24 +35,16 @@ def random_images(config: Config, classes: int, *, count: int = 1) -> Dataset:
 class TrainingWorkload:
     """Network, loss and optimiser of `config` as `train.fit` would have them, with random images in memory.
 
-    Args:
-        config: of the run.
-        classes: number of classes.
-        label: name in tables.
-
     Attributes:
+        label: name in tables.
         images: images of one step.
-        sizes: the arguments that make it again, beside `config`.
-        flop: of one training step.
+        flop: of one step.
         resolved: precision and kernels that are used, and the number of threads.
-
-    Raises:
-        InputError: what cannot be built or cannot run on this device.
     """
 
     def __init__(self, config: Config, classes: int, *, label: str = "") -> None:
         self.config = config = replace(config, devices=1)
-        self.label, self.images, self.sizes = label, config.batch_size, {"classes": classes}
+        self.classes, self.label, self.images = classes, label, config.batch_size
         self.device = machine.resolve_device(config)
         self.draw = torch.Generator().manual_seed(config.seed)
         dataset = random_images(config, classes, count=self.images)
@@ -168,22 +160,18 @@ class TrainingWorkload:
                 handle.remove()
 
     def part_flop(self, part: str) -> int | None:
-        """FLOP of a part of a step, or of all of it ("", whole step); None for a part without matrix products."""
-        if part in ("", "sum of the parts", "whole step"):
-            return self.flop
+        """FLOP of a part of a step, or of all of it; None for a part without matrix products."""
         name, _, way = part.rpartition(" ")
-        if name in ("", "loss"):
+        if part in ("data", "optimiser") or name == "loss":
             return None
-        return self.images * (self.flops.forward(name) if way == "forward" else self.flops.backward(name))
+        each = {"forward": self.flops.forward, "backward": self.flops.backward}.get(way)
+        return self.images * each(name) if each else self.flop
 
     def check(self) -> Check:
-        """Compare with the plain network of the same weights in float64, on a few images.
+        """Compare with the plain network of the same weights in float64, on a few images; see `correctness.check`.
 
         Class capsules start short, and their couplings nearly uniform, so that a wrong routing would hardly show. Here
         their weights are scaled for a mean length of about a half.
-
-        Raises:
-            Incorrect: see `correctness.check`.
         """
         count = max(2, min(8, 10**10 * self.images // self.flop))  # float64 is slow
         draw = torch.Generator().manual_seed(0)
@@ -195,9 +183,8 @@ class TrainingWorkload:
             reference.load_state_dict(self.network.state_dict())
             found = correctness.results(self.objective, self.network, *here, backward=self.fabric.backward)
         truth = correctness.results(Objective(reference, self.config), reference, images.double(), labels)
-        allowed = correctness.tolerance(
-            precision=self.resolved["precision"], stem=self.resolved.get("stem", "direct"), device=self.device
-        )
+        stem = self.resolved.get("stem", "direct")
+        allowed = correctness.tolerance(precision=self.resolved["precision"], stem=stem, device=self.device)
         return correctness.check(found, truth, allowed=allowed, images=count, who=self.label or self.config.model)
 
 

@@ -372,7 +372,7 @@ def test_the_memory_of_routing_is_that_of_a_fresh_process() -> None:
 
 def test_a_process_that_dies_is_told_of() -> None:
     workload = RoutingWorkload(TINY, 3)
-    workload.sizes["classes"] = -1
+    workload.classes = -1
     assert list(memory.peak(workload)) == ["memory_error"]
 
 
