@@ -6,6 +6,8 @@ import math
 import re
 from collections.abc import Mapping
 from dataclasses import fields, replace
+from functools import partial
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, Literal
 
@@ -165,12 +167,22 @@ def test_each_boundary_of_a_step_is_met_once_in_its_order(
         met.append(name)
         stop(watch, name)
 
+    def inside(part: str, gradient: Tensor) -> None:
+        met.append(f"in {part}")
+
+    for name, parameter in workload.network.named_parameters():
+        parameter.register_hook(partial(inside, name.partition(".")[0]))  # type: ignore[no-untyped-call]
     with monkeypatch.context() as patch:
         patch.setattr(Stopwatch, "__call__", noted)
         workload.parts()
+    met = met[: met.index("optimiser") + 1]  # what follows is a step that is not interrupted
+    following = {here: later for here, later in pairwise(met) if here[:3] == "in " != later[:3]}
+    assert all(here[3:] in later.removesuffix(" backward").split(" + ") for here, later in following.items())
+    met = [name for name in met if name[:3] != "in "]
     names = [name.removesuffix(" forward") for name in met if name.endswith(" forward")]
     backwards = [f"{name} backward" for name in reversed(names)]
-    assert met[:-1] == ["data", *(f"{name} forward" for name in names), *backwards, "optimiser"]
+    assert list(following.values()) == backwards[1:]  # all but the loss, which has no parameters
+    assert met == ["data", *(f"{name} forward" for name in names), *backwards, "optimiser"]
     assert not any(module._forward_pre_hooks or module._forward_hooks for module in workload.network.modules())
 
 
