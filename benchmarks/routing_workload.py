@@ -26,6 +26,8 @@ class RoutingWorkload:
     Its attributes are those of `TrainingWorkload`.
     """
 
+    checked: Check
+
     def __init__(self, config: Config, classes: int, *, label: str = "") -> None:
         self.config, self.classes, self.label, self.images = config, classes, label, config.batch_size
         self.device = machine.resolve_device(config)
@@ -34,9 +36,8 @@ class RoutingWorkload:
         ins, in_dim, outs, out_dim = self.layer.weight.shape
         self.u = F.squash(torch.randn(self.images, ins, in_dim)).to(self.device)
         self.gradient = torch.randn(self.images, outs, out_dim).to(self.device)
-        self.flop = (
-            3 * self.images * Flops.of(self._network(config)).forward("class_capsules")
-        )  # the poses get a gradient too
+        self.flops = Flops.of(self._network(config))
+        self.flop = 3 * self.images * self.flops.forward("class_capsules")  # the poses get a gradient too
         self.threads = config.threads or torch.get_num_threads()
         self.resolved = {"kernel": resolve_kernel(self.layer.kernel, self.device), "threads": self.threads}
 

@@ -2,14 +2,15 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from typing import Any, TypeVar
 
 import torch
 
-from benchmarks import memory, roofline
-from benchmarks.correctness import Check
+from benchmarks import roofline
+from benchmarks.memory import peak
 from benchmarks.routing_workload import RoutingWorkload
-from benchmarks.timing import Spread, interleaved
+from benchmarks.timing import Spread, Task, interleaved
 from benchmarks.training_workload import TrainingWorkload
 from capsnet import machine
 from capsnet.config import Config
@@ -80,7 +81,7 @@ class Benchmark:
     rows: list[dict[str, Any]] = field(default_factory=list)
     checked: list[dict[str, Any]] = field(default_factory=list)
     _ceilings: dict[tuple[str, int, str], float] = field(default_factory=dict)
-    _networks: list[tuple[TrainingWorkload, Check]] = field(default_factory=list)
+    _networks: list[TrainingWorkload] = field(default_factory=list)
 
     def ceilings(self) -> None:
         """The best matrix products and the copy, for every device and number of threads among the variants."""
@@ -105,7 +106,8 @@ class Benchmark:
         """A training step of every variant, and its memory."""
         made = self._trained()
         self.say("step: training steps, and their memory in fresh processes ...")
-        self._compare("step", f"training step, {self.config.batch_size} images", made, self.plan.repeats, whole=True)
+        name = f"training step, {self.config.batch_size} images"
+        self._measure("step", name, made, TrainingWorkload.task, memory=True)
 
     def inference(self) -> None:
         """Scores of batches of several sizes."""
@@ -113,21 +115,13 @@ class Benchmark:
         for count in self.plan.inference:
             name = f"inference, {count} image{'s' if count > 1 else ''}"
             self.say(f"{name} ...")
-            tasks = [_on_threads(workload, workload.inference(count)) for workload, _ in made]
-            for (workload, check), sample in zip(made, interleaved(tasks, self.plan.repeats), strict=True):
-                flop = count * workload.flops.forward()
-                self._row("inference", name, workload, sample[""], images=count, flop=flop, error=check.error)
+            self._measure("inference", name, made, partial(TrainingWorkload.inference, count=count), inferred=count)
 
     def parts(self) -> None:
         """A training step by its parts."""
         made = self._trained()
         self.say("parts: a training step, part by part ...")
-        samples = interleaved([_on_threads(workload, workload.parts) for workload, _ in made], self.plan.repeats)
-        for name in dict.fromkeys(name for sample in samples for name in sample):
-            for (workload, _), sample in zip(made, samples, strict=True):
-                if name in sample:
-                    row = self._row("parts", name, workload, sample[name], flop=workload.part_flop(name))
-                    row["share_of_step"] = row["median"] / 1000 / Spread.of(sample["whole step"]).median
+        self._measure("parts", "", made, lambda workload: workload.parts)
 
     def routing(self) -> None:
         """Votes and routing alone: every kernel of this device, with and without a gradient through the couplings."""
@@ -135,7 +129,7 @@ class Benchmark:
         made = [self._checked(RoutingWorkload, config, label) for label, config in named]
         self.say("routing: votes and routing alone ...")
         name = f"votes + routing, {self.config.batch_size} images"
-        self._compare("routing", name, made, self.plan.repeats, whole=True)
+        self._measure("routing", name, made, RoutingWorkload.task, memory=True)
 
     def scaling(self) -> None:
         """Step or routing time against one size at a time."""
@@ -154,30 +148,30 @@ class Benchmark:
             changes = options if option == "classes" else {**options, option: value}
             classes = value if option == "classes" else self.classes
             made = [self._checked(kind, replace(c, **changes), label, classes) for label, c in self.variants]
-            first = made[0][0]
+            first = made[0]
             size = first.u.shape[1] if isinstance(first, RoutingWorkload) and what == "primary capsules" else value
             images = "" if what == "batch" else f" ({first.images} images)"
             name = f"{'step' if isinstance(first, TrainingWorkload) else 'routing'}, {what} {size:,}{images}"
-            self._compare("scaling", name, made, min(3, self.plan.repeats))
+            self._measure("scaling", name, made, kind.task)
 
-    def _trained(self) -> list[tuple[TrainingWorkload, Check]]:
+    def _trained(self) -> list[TrainingWorkload]:
         """The variants' networks, made and checked when they are first asked for."""
         if not self._networks:
             self.say("checking results against float64 ...")
             self._networks = [self._checked(TrainingWorkload, config, label) for label, config in self.variants]
-            self.checked = [{"variant": w.label, **w.resolved, **asdict(check)} for w, check in self._networks]
+            self.checked = [{"variant": w.label, **w.resolved, **asdict(w.checked)} for w in self._networks]
         return self._networks
 
-    def _checked(self, kind: type[Made], config: Config, label: str, classes: int = 0) -> tuple[Made, Check]:
+    def _checked(self, kind: type[Made], config: Config, label: str, classes: int = 0) -> Made:
         workload = kind(config, classes or self.classes, label=label)
-        return workload, _on_threads(workload, workload.check)()
+        workload.checked = _on_threads(workload, workload.check)()
+        return workload
 
     def _kernels(self) -> list[tuple[str, Config]]:
         named: list[tuple[str, Config]] = []
-        device = machine.resolve_device(self.config)
         for kernel in ("plain", "fused"):
             try:
-                resolve_kernel(kernel, device)
+                resolve_kernel(kernel, machine.resolve_device(self.config))
             except InputError:
                 continue
             if kernel == "plain" or not self.config.squash_epsilon:  # which only plain routing has
@@ -186,45 +180,47 @@ class Benchmark:
                 named += [(f"{kernel}, detached", replace(config, detach_routing=True))]
         return named
 
-    def _compare(
-        self, section: str, name: str, made: Sequence[tuple[Workload, Check]], repeats: int, *, whole: bool = False
-    ) -> None:
-        """Time workloads in turn and add a row for each; `whole`: with its memory, and the parts of its task."""
-        samples = interleaved([_on_threads(workload, workload.task()) for workload, _ in made], repeats)
-        for part in samples[0] if whole else ("",):
-            for (workload, check), sample in zip(made, samples, strict=True):
-                title = f"{name}: {part}" if part else name
-                flop, images = workload.part_flop(part), None if part else workload.images
-                row = self._row(section, title, workload, sample[part], images=images, flop=flop, error=check.error)
-                if whole and not part:
-                    row |= memory.peak(workload)
-
-    def _row(
+    def _measure(
         self,
         section: str,
         name: str,
-        workload: Workload | str,
-        values: Sequence[float],
+        made: Sequence[Made],
+        task_of: Callable[[Made], Task],
         *,
-        unit: str = "ms",
-        images: int | None = None,
-        flop: int | None = None,
-        error: float | None = None,
-    ) -> dict[str, Any]:
+        inferred: int = 0,
+        memory: bool = False,
+    ) -> None:
+        """Time workloads in turn and add a row for each part that their tasks name.
+
+        `inferred` images are not trained on; with `memory`, peaks are measured too.
+        """
+        repeats = min(3, self.plan.repeats) if section == "scaling" else self.plan.repeats
+        samples = interleaved([_on_threads(workload, task_of(workload)) for workload in made], repeats)
+        for part in dict.fromkeys(part for sample in samples for part in sample):
+            for workload, sample in zip(made, samples, strict=True):
+                if part not in sample or (part and section == "scaling"):
+                    continue
+                row = self._row(section, ": ".join(filter(None, (name, part))), workload.label, sample[part])
+                if not part:
+                    row["images"] = inferred or workload.images
+                    row["images_per_second"] = 1000 * row["images"] / row["median"]
+                if flop := inferred * workload.flops.forward() or workload.part_flop(part):
+                    row["gflop_per_second"] = flop / row["median"] / 1e6
+                    key = (workload.device.type, workload.threads, str(workload.resolved.get("precision", "32")))
+                    if key in self._ceilings:
+                        row["share_of_ceiling"] = row["gflop_per_second"] / self._ceilings[key]
+                if section == "parts":
+                    row["share_of_step"] = row["median"] / 1000 / Spread.of(sample["whole step"]).median
+                else:
+                    row["error"] = workload.checked.error
+                if memory and not part:
+                    row |= peak(workload)
+
+    def _row(self, section: str, name: str, label: str, values: Sequence[float], *, unit: str = "ms") -> dict[str, Any]:
         """Add a number; `values` are seconds where the unit is ms."""
-        scaled = [1000 * value for value in values] if unit == "ms" else list(values)
-        label = workload if isinstance(workload, str) else workload.label
+        scaled = [1000 * value for value in values] if unit == "ms" else values
         row: dict[str, Any] = {"section": section, "name": name, "variant": label, "unit": unit}
         row |= asdict(Spread.of(scaled))
-        if images:
-            row |= {"images": images, "images_per_second": 1000 * images / row["median"]}
-        if flop and not isinstance(workload, str):
-            row["gflop_per_second"] = flop / row["median"] / 1e6
-            key = (workload.device.type, workload.threads, str(workload.resolved.get("precision", "32")))
-            if key in self._ceilings:
-                row["share_of_ceiling"] = row["gflop_per_second"] / self._ceilings[key]
-        if error is not None:
-            row["error"] = error
         base = next((r for r in self.rows if (r["section"], r["name"]) == (section, name)), None)
         if base and unit == "ms":
             base["ratio"], row["ratio"] = 1.0, row["median"] / base["median"]

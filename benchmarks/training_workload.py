@@ -40,7 +40,10 @@ class TrainingWorkload:
         images: images of one step.
         flop: of one step.
         resolved: precision and kernels that are used, and the number of threads.
+        checked: what `check` found, once it is known.
     """
+
+    checked: Check
 
     def __init__(self, config: Config, classes: int, *, label: str = "") -> None:
         self.config = config = replace(config, devices=1)

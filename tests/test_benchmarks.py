@@ -45,9 +45,10 @@ PLAN = replace(PLAN, capsule_types=(1, 2), output_capsules=(2, 3))
 @pytest.fixture(scope="module")
 def record() -> dict[str, Any]:
     """Everything there is to measure, at sizes of a moment; a fresh process is started for one number only."""
-    peak = memory.peak
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(memory, "peak", lambda workload: peak(workload) if isinstance(workload, TrainingWorkload) else {})
+        patch.setattr(
+            sections, "peak", lambda workload: memory.peak(workload) if isinstance(workload, TrainingWorkload) else {}
+        )
         return run(TINY, sections.SECTIONS, classes=3, plan=PLAN, command="python -m benchmarks ...")
 
 
@@ -331,7 +332,7 @@ def test_variants_have_ratios_to_the_first_and_their_own_threads(monkeypatch: py
         return step(self)
 
     monkeypatch.setattr(TrainingWorkload, "step", noted)
-    monkeypatch.setattr(memory, "peak", lambda workload: {})
+    monkeypatch.setattr(sections, "peak", lambda workload: {})
     before = torch.get_num_threads()
     variants = parse_compare("threads=1,2", TINY, ["step"])
     told = run(TINY, ["step", "ceilings"], classes=3, plan=PLAN, variants=variants)
@@ -461,7 +462,7 @@ SMALL = ["--image-size", "12", "--conv-channels", "8", "--conv-kernel", "5", "--
 def test_the_command_prints_tables_or_json_and_keeps_the_record(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(memory, "peak", lambda workload: {})
+    monkeypatch.setattr(sections, "peak", lambda workload: {})
     assert main(["step", "parts", *SMALL, "--out", "bench.json"]) == 0
     out, err = capsys.readouterr()
     assert err.splitlines()[-1] == "record: bench.json"
