@@ -22,8 +22,6 @@ pytestmark = pytest.mark.usefixtures("workplace")
 
 FIELDS = {f"--{field.name.replace('_', '-')}" for field in fields(Config)}
 
-SMALL = "--conv-channels 8 --conv-kernel 5 --primary-kernel 5 --capsule-types 3 --image-size 12"
-
 
 def run(capsys: pytest.CaptureFixture[str], *words: str) -> tuple[int, str, str]:
     """Exit code, stdout and stderr of a command."""
