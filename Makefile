@@ -2,10 +2,13 @@
 # make train ARGS="--data mnist"   the same command with options
 # make test                        the tests
 # make check                       lint, format, types
+# make bench                       speed, memory and exactness on this machine
+# make bench ARGS="step --compare kernel=plain,fused"
+# make tables                      the tables of README and docs from the records; ARGS=--check compares only
 PYTHON ?= python3
 ARGS ?=
 
-.PHONY: train test check
+.PHONY: train test check bench tables
 train: .venv/.stamp
 	.venv/bin/capsnet train $(ARGS)
 
@@ -16,6 +19,12 @@ check: .venv/.dev-stamp
 	.venv/bin/ruff check .
 	.venv/bin/ruff format --check .
 	.venv/bin/mypy
+
+bench: .venv/.stamp
+	.venv/bin/python -m benchmarks $(ARGS)
+
+tables: .venv/.stamp
+	.venv/bin/python -m tools.tables $(ARGS)
 
 .venv/.stamp: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv

@@ -4,8 +4,8 @@
 
 Each FOLDER is a clone of one of `PEERS`; nothing of theirs is here. Their networks are built with their own defaults
 for MNIST and trained by their own losses and Adam, on random images in memory: what is timed is a step, and a forward
-without gradients. capsnet is compared with float64 first (`capsnet.bench`), and is timed with its C library, without
-it, and as one would write it down plainly.
+without gradients. capsnet is compared with float64 first (`benchmarks.correctness`), and is timed with its C library,
+without it, and as one would write it down plainly.
 """
 
 import argparse
@@ -13,23 +13,25 @@ import os
 import shlex
 import subprocess
 import sys
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from types import ModuleType
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from torch import Tensor, nn
 
-from capsnet import bench, runs
-from capsnet.bench.clock import Task, timed
-from capsnet.bench.whole import WholeNetwork
+from benchmarks.record import check_free, write
+from benchmarks.timing import Spread, Task, interleaved, timed
+from benchmarks.training_workload import TrainingWorkload
+from capsnet import runs
 from capsnet.config import Config
 from capsnet.errors import InputError
 from capsnet.kernels import native
+from capsnet.models import evaluation_mode
 
 __all__ = ["PEERS", "Peer", "main"]
 
@@ -83,28 +85,15 @@ def _xifengguo() -> Peer:
 
     network = CapsuleNet((1, 28, 28), 10, 3)
 
+    no_cuda = patch.object(Tensor, "cuda", lambda self, *_, **__: self)  # which this one always calls
+
+    @no_cuda
     def loss(images: Tensor, labels: Tensor) -> Tensor:
         present = torch.eye(10)[labels]
-        with _no_cuda():
-            lengths, drawn = network(images, present)
+        lengths, drawn = network(images, present)
         return torch.as_tensor(caps_loss(present, lengths, images, drawn, 0.0005 * 784))
 
-    def scores(images: Tensor) -> Tensor:
-        with _no_cuda():
-            return torch.as_tensor(network(images)[0])
-
-    return Peer(network, loss, scores)
-
-
-@contextmanager
-def _no_cuda() -> Iterator[None]:
-    """`x.cuda()` is `x`: this one calls it always."""
-    cuda = Tensor.cuda
-    Tensor.cuda = lambda self, *_, **__: self  # type: ignore[method-assign]
-    try:
-        yield
-    finally:
-        Tensor.cuda = cuda  # type: ignore[method-assign]
+    return Peer(network, loss, no_cuda(lambda images: network(images)[0]))
 
 
 PEERS: dict[str, tuple[str, Callable[[], Peer]]] = {
@@ -130,11 +119,11 @@ def main(arguments: list[str]) -> int:
         for name in ("batch_size", "repeats", "threads"):
             if getattr(given, name) is not None and getattr(given, name) < 1:
                 raise InputError(f"--{name.replace('_', '-')} must be at least 1; got {getattr(given, name)}")
-        bench.check_free(given.out, overwrite=given.overwrite)
+        check_free(given.out, overwrite=given.overwrite)
         named = {name_of(folder): folder for folder in given.folders}
         command = shlex.join(["python", "-m", "benchmarks.peers", *arguments])
         record = measure(named, batch_size=given.batch_size, repeats=given.repeats, threads=given.threads)
-        bench.write({"command": command, **record}, given.out, overwrite=given.overwrite)
+        write({"command": command, **record}, given.out, overwrite=given.overwrite)
     except InputError as error:
         print(f"benchmarks.peers: error: {error}", file=sys.stderr)
         return 2
@@ -169,12 +158,13 @@ def measure(
     tasks: dict[str, dict[str, Task]] = {"step": {}, "inference": {}}
     checked, resolved = [], {}
     for label, (options, choice) in ways.items():
-        with _native(choice):
-            whole = WholeNetwork(options, 10, label=label)
+        native_choice = patch.dict(os.environ, CAPSNET_NATIVE=choice)
+        with native_choice:
+            whole = TrainingWorkload(options, 10, label=label)
             checked.append({"name": label, **asdict(whole.check())})
             resolved[label] = {**whole.resolved, "CPU": native.status()}
-        tasks["step"][label] = _under(choice, whole.task())
-        tasks["inference"][label] = _under(choice, whole.inference(batch_size))
+        tasks["step"][label] = native_choice(whole.task())
+        tasks["inference"][label] = native_choice(whole.inference(batch_size))
     commits = {}
     for name, folder in folders.items():
         peer = _imported(name, folder)
@@ -183,8 +173,8 @@ def measure(
         tasks["step"][name], tasks["inference"][name] = timed(step, CPU), timed(forward, CPU)
     rows = []
     for section, by_name in tasks.items():
-        samples = bench.interleaved(list(by_name.values()), repeats)
-        spreads = [bench.Spread.of([1e3 * seconds for seconds in sample[""]]) for sample in samples]
+        samples = interleaved(list(by_name.values()), repeats)
+        spreads = [Spread.of([1e3 * seconds for seconds in sample[""]]) for sample in samples]
         for name, spread in zip(by_name, spreads, strict=True):
             ratio = spread.median / spreads[0].median
             rows.append({"section": section, "variant": name, "unit": "ms", **asdict(spread), "ratio": ratio})
@@ -214,11 +204,8 @@ def _step(peer: Peer, images: Tensor, labels: Tensor) -> Callable[[], object]:
 
 def _forward(peer: Peer, images: Tensor) -> Callable[[], Tensor]:
     def forward() -> Tensor:
-        peer.network.eval()
-        with torch.no_grad():
-            scores = peer.scores(images)
-        peer.network.train()
-        return scores
+        with evaluation_mode(peer.network), torch.no_grad():
+            return peer.scores(images)
 
     return forward
 
@@ -248,27 +235,6 @@ def _commit(folder: Path) -> str | None:
     command = ["git", "-C", str(folder), "rev-parse", "--short=12", "HEAD"]
     done = subprocess.run(command, capture_output=True, text=True)
     return done.stdout.strip() or None
-
-
-@contextmanager
-def _native(choice: str) -> Iterator[None]:
-    before = os.environ.get("CAPSNET_NATIVE")
-    os.environ["CAPSNET_NATIVE"] = choice
-    try:
-        yield
-    finally:
-        if before is None:
-            del os.environ["CAPSNET_NATIVE"]
-        else:
-            os.environ["CAPSNET_NATIVE"] = before
-
-
-def _under(choice: str, task: Task) -> Task:
-    def under() -> Mapping[str, float]:
-        with _native(choice):
-            return task()
-
-    return under
 
 
 if __name__ == "__main__":

@@ -33,11 +33,7 @@ def main(arguments: list[str]) -> int:
 
 
 def table(runs: Sequence[Path], errors: Sequence[float]) -> str:
-    """A row for each run, in Markdown.
-
-    Raises:
-        InputError: a directory that holds no finished run with validation images.
-    """
+    """A row for each run, in Markdown."""
     headings = ["run", *(f"s to {error:g} % held out (epochs)" for error in errors), "epochs", "test error %", "on"]
     lines = [headings, ["---"] * len(headings)]
     for path in runs:
@@ -53,12 +49,6 @@ def table(runs: Sequence[Path], errors: Sequence[float]) -> str:
 
 def seconds_to(percent: float, rows: Sequence[Row], images: int, *, source: str) -> tuple[float, int]:
     """Seconds of training, and epochs, until the validation error is at most `percent`; (inf, 0) where it never is.
-
-    Args:
-        percent: of the validation images.
-        rows: of `metrics.csv`.
-        images: training images of an epoch.
-        source: of the rows, for errors.
 
     Raises:
         InputError: no rows, or no validation in them.

@@ -20,13 +20,14 @@ from capsnet.experiments import BUDGETS, Experiment, Record, Row, available, exp
 from capsnet.experiments import plan as plans
 from capsnet.experiments import reproduce as reproduction
 from capsnet.experiments.reproduce import ENSEMBLE, place_of, reproduce, split_of
-from capsnet.experiments.tables import overview, render, rewritten
+from capsnet.experiments.tables import overview, render
 from tiny import REAL, SIZES
+from tools import figures
 
 ROOT = Path(__file__).parent.parent
 RECORDS = ROOT / "results" / "experiments"
+RECORDS_HERE = Path("results/experiments")
 MAIN_KEY = "capsnet-3-reconstruction"
-PAGES = ("README.md", "docs/experiments.md")
 ALL = [
     pytest.param(experiment(name), row, id=f"{name}-{row.key}") for name in available() for row in experiment(name).rows
 ]
@@ -85,10 +86,9 @@ def test_networks_are_of_the_sizes_that_the_paper_states() -> None:
 
 def test_every_difference_of_the_recipes_is_switched_alone() -> None:
     recipes = experiment("recipes")
-    base = asdict(recipes.row("paper").config)
-    alone = [
-        {name: value for name, value in asdict(row.config).items() if value != base[name]} for row in recipes.rows[2:]
-    ]
+    base = asdict(recipes.config(recipes.row("paper"), "full", 0))
+    every = [asdict(recipes.config(row, "full", 0)) for row in recipes.rows[2:]]
+    alone = [{name: value for name, value in one.items() if value != base[name]} for one in every]
     schedule = {"lr_decay", "lr_decay_steps"}  # one choice, in two fields
     assert all(len(changes) == 1 or set(changes) == schedule for changes in alone)
     authors = {name: value for name, value in PRESETS["authors"].items() if value != base[name]}
@@ -116,6 +116,37 @@ def test_keys_and_runs_of_an_experiment_are_all_different() -> None:
 def test_unknown_names_are_refused(ask: Callable[[], object], told: str) -> None:
     with pytest.raises(InputError, match=told):
         ask()
+
+
+ROW = {"key": "one", "title": "One"}
+GOOD = {"title": "T", "metric": "mnist", "rows": [ROW], "base": {"data": "mnist"}}
+
+
+@pytest.mark.parametrize(
+    ("changes", "told"),
+    [
+        ({"title": 3}, "title must be text; got 3"),
+        ({"colour": "red"}, "must hold name, title, .* only; got 'colour'"),
+        ({"rows": []}, "must have rows of different keys; got none"),
+        ({"rows": [ROW, ROW]}, "must have rows of different keys; got one, one"),
+        ({"rows": [{"key": "one"}]}, r"rows\[0\] must hold title; it is missing"),
+        (
+            {"rows": [{**ROW, "against": "oen"}]},
+            r"rows of mine must be among one; got 'oen' \(did you mean one",
+        ),
+        ({"ensemble": ["two", 3.0]}, "rows of mine must be among one; got 'two'"),
+        ({"base": {"eposh": 3}}, r"experiment mine, row one: eposh is no option \(did you mean epochs\?\)"),
+        ({"cpu": {"epochs": -1}}, "experiment mine, row one: epochs must be at least 0; got -1"),
+        ({"cpu": {"report": "no"}}, "experiment mine, row one: report must be true or false; got 'no'"),
+    ],
+)
+def test_a_wrong_file_is_refused(tmp_path: Path, changes: dict[str, Any], told: str) -> None:
+    path = tmp_path / "mine.yaml"
+    path.write_text(json.dumps(GOOD), encoding="utf-8")
+    assert plans.read(path).config(plans.read(path).rows[0], "cpu", 2) == Config(data="mnist", report=False, seed=2)
+    path.write_text(json.dumps({**GOOD, **changes}), encoding="utf-8")
+    with pytest.raises(InputError, match=f"^(experiment .*mine.yaml:? )?{told}"):
+        plans.read(path)
 
 
 # records
@@ -191,13 +222,10 @@ def small(workplace: Path, monkeypatch: pytest.MonkeyPatch) -> Experiment:
 
     monkeypatch.setattr(train, "load", made)
     monkeypatch.setattr(reproduction, "is_here", lambda name, _: name != "absent")
-    config = Config(data="some", epochs=2, batch_size=16, precision="32", validation=0, **SIZES)
-    rows = (
-        Row("one", "One", config, paper=50.0),
-        Row("two", "Two", replace(config, routing_iterations=1), against="one"),
-    )
+    base = {"data": "some", "epochs": 2, "batch_size": 16, "precision": "32", "validation": 0, **SIZES}
+    rows = (Row("one", "One", paper=50.0), Row("two", "Two", {"routing_iterations": 1}, against="one"))
     return Experiment(
-        "small", "Small", "", rows, "some", cpu={"epochs": 1}, also=("other", "absent"), ensemble=("one", 40.0)
+        "small", "Small", "some", rows, base, cpu={"epochs": 1}, also=("other", "absent"), ensemble=("one", 40.0)
     )
 
 
@@ -207,7 +235,7 @@ def test_what_is_missing_is_trained_and_what_is_there_is_not(
     told: list[str] = []
     found = reproduce(small, budget="cpu", seeds=1, say=told.append)
     assert [(one.row, one.seed, one.epochs) for one in found] == [("one", 0, 1), ("two", 0, 1)]
-    assert read(Path("results/experiments"), "small", "cpu") == found
+    assert read(RECORDS_HERE, "small", "cpu") == found
     assert len(told) == 2
     assert "small one, seed 0 (cpu): runs/experiments/some-capsnet-" in told[0]
     again = reproduce(small, budget="cpu", seeds=2, say=told.append)
@@ -255,13 +283,13 @@ def test_what_others_recorded_in_the_meantime_stays(small: Experiment, monkeypat
     fit = train.fit
 
     def beside(config: Config) -> train.Result:
-        records.add(Path("results/experiments"), record(experiment="small", seed=9))
+        records.add(RECORDS_HERE, record(experiment="small", seed=9))
         return fit(config)
 
     monkeypatch.setattr(train, "fit", beside)
     found = reproduce(small, budget="cpu", seeds=1)
     assert [one.seed for one in found] == [0, 9, 0]
-    assert read(Path("results/experiments"), "small", "cpu") == found
+    assert read(RECORDS_HERE, "small", "cpu") == found
 
 
 def test_a_row_that_diverges_does_not_hold_up_the_others(small: Experiment, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -275,7 +303,7 @@ def test_a_row_that_diverges_does_not_hold_up_the_others(small: Experiment, monk
     monkeypatch.setattr(train, "fit", diverging)
     with pytest.raises(train.Diverged, match="of small these diverged: one, seed 0; one, seed 1"):
         reproduce(small, budget="cpu", seeds=2)
-    assert [(one.row, one.seed) for one in read(Path("results/experiments"), "small", "cpu")] == [
+    assert [(one.row, one.seed) for one in read(RECORDS_HERE, "small", "cpu")] == [
         ("two", 0),
         ("two", 1),
     ]
@@ -318,7 +346,7 @@ def test_a_stopped_training_is_gone_on_with(small: Experiment, monkeypatch: pyte
         patch.setattr(runs.Run, "save_checkpoint", killed)
         with pytest.raises(KeyboardInterrupt):
             reproduce(small, budget="full", seeds=1, rows=["one"])
-    assert read(Path("results/experiments"), "small", "full") == []
+    assert read(RECORDS_HERE, "small", "full") == []
     monkeypatch.setattr(train, "fit", None)  # a new training would not be the same one
     found = reproduce(small, budget="full", seeds=1, rows=["one"])
     assert found[0].wrong_images == whole[0].wrong_images
@@ -433,6 +461,15 @@ def test_rows_are_compared_over_seeds_or_else_over_images(tmp_path: Path) -> Non
     assert f"- {name}: paired t test over 2 seeds: -0.025 +- 0.005 points" in render(experiment("table1"), tmp_path)
 
 
+def test_rows_are_compared_at_the_budget_that_both_have(tmp_path: Path) -> None:
+    table1, other = experiment("table1"), "capsnet-1-reconstruction"
+    longer = fingerprint(table1.config(table1.rows[0], "full", 0))
+    records.write(tmp_path, [record(), record(other, wrong=37)])
+    records.write(tmp_path, [record(budget="full", fingerprint=longer, wrong=25)])
+    (line,) = [line for line in render(table1, tmp_path).splitlines() if " against CapsNet" in line]
+    assert ", budget cpu, seed 0: exact McNemar test: 0 images mistaken only by the first, 4 only by" in line
+
+
 def test_rows_at_different_budgets_are_not_compared(tmp_path: Path) -> None:
     table1, other = experiment("table1"), "capsnet-1-reconstruction"
     longer = fingerprint(table1.config(table1.row(other), "full", 0))
@@ -473,41 +510,7 @@ def test_an_ensemble_has_a_line_of_its_own(tmp_path: Path) -> None:
     assert "| CIFAR-10 | The same, ensemble of 2 | 10.6 % | 30.00 % \\* |  | 20 |" in overview(tmp_path)
 
 
-def test_a_page_is_rewritten_between_its_marks_only(tmp_path: Path) -> None:
-    page = "above\n<!-- capsnet table table1 -->\nold\n<!-- end of table -->\nbelow\n"
-    fresh = rewritten(page, tmp_path, source="page")
-    assert fresh.startswith("above\n<!-- capsnet table table1 -->\n| network |")
-    assert fresh.endswith("<!-- end of table -->\nbelow\n")
-    assert "old" not in fresh
-    assert rewritten(fresh, tmp_path, source="page") == fresh
-    with pytest.raises(InputError, match=r"page: a table must be one of overview, table1, .*; got table9"):
-        rewritten(page.replace("table1", "table9"), tmp_path, source="page")
-
-
-@pytest.mark.parametrize(
-    ("lost", "got"),
-    [("<!-- end of table -->", "2 begun and 1 ended"), ("<!-- capsnet table table1 -->", "1 begun and 2 ended")],
-)
-def test_a_lost_mark_loses_nothing_else(tmp_path: Path, lost: str, got: str) -> None:
-    page = "".join(f"<!-- capsnet table {n} -->\n<!-- end of table -->\nprose\n" for n in ("table1", "svhn"))
-    with pytest.raises(InputError, match=f"page: each table must stand between its two marks; got {got}"):
-        rewritten(page.replace(lost, "", 1), tmp_path, source="page")
-
-
-# the pages of this repository
-
-
-@pytest.mark.parametrize("page", PAGES)
-def test_the_tables_of_the_pages_are_those_of_the_records(page: str) -> None:
-    text = (ROOT / page).read_text(encoding="utf-8")
-    assert "<!-- capsnet table " in text
-    assert rewritten(text, RECORDS, source=page) == text
-
-
-def test_every_experiment_has_its_table_in_the_docs() -> None:
-    text = (ROOT / "docs" / "experiments.md").read_text(encoding="utf-8")
-    for name in available():
-        assert f"<!-- capsnet table {name} -->" in text
+# the pages and records of this repository
 
 
 def test_what_is_said_of_multimnist_is_what_was_found() -> None:
@@ -576,30 +579,16 @@ def test_every_experiment_runs_from_its_name_to_its_table(
     out = capsys.readouterr().out
     assert "not run" not in out
     assert all(f"| {row.title} |" in out for row in one.rows)
-    found = read(Path("results/experiments"), name, "quick")
+    found = read(RECORDS_HERE, name, "quick")
     assert len(found) == seeds * len(one.rows) + (one.ensemble is not None)
-    figures = [path.name for path in Path("results/experiments").glob("*.png")]
-    assert figures == ([f"{name}-quick.png"] if name in ("multimnist", "affnist") else [])
+    drawn = [*figures.draw(one, "quick", RECORDS_HERE, Path("runs/experiments"), data_dir=str(every_data_set))]
+    assert drawn == ([RECORDS_HERE / f"{name}-quick.png"] if name in ("multimnist", "affnist") else [])
+    assert all(path.read_bytes().startswith(b"\x89PNG") for path in drawn)
     assert main(arguments) == 0  # again, and nothing is trained
-    assert read(Path("results/experiments"), name, "quick") == found
+    assert read(RECORDS_HERE, name, "quick") == found
 
 
 # the command line
-
-
-def test_table_writes_pages_and_checks_them(workplace: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    page = workplace / "page.md"
-    Path("results/experiments").mkdir(parents=True)
-    page.write_text("<!-- capsnet table svhn -->\n<!-- end of table -->\n", encoding="utf-8")
-    assert main(["table", "page.md", "--check"]) == 1
-    assert "page.md is not that of the records" in capsys.readouterr().err
-    assert "not run" not in page.read_text(encoding="utf-8")
-    assert main(["table", "page.md"]) == 0
-    assert capsys.readouterr().out == "written: page.md\n"
-    assert "| CapsNet, smaller | 4.3 % | not run |" in page.read_text(encoding="utf-8")
-    assert main(["table", "page.md", "--check"]) == 0
-    assert main(["table", "nowhere.md"]) == 2
-    assert "page nowhere.md must be a readable Markdown file" in capsys.readouterr().err
 
 
 def test_reproduce_prints_its_table(
@@ -612,7 +601,7 @@ def test_reproduce_prints_its_table(
     out = capsys.readouterr().out
     assert "Small\n\n| network | paper | here | n |" in out
     assert "The same, ensemble of 2" in out
-    assert len(read(Path("results/experiments"), "small", "cpu")) == 5
+    assert len(read(RECORDS_HERE, "small", "cpu")) == 5
 
 
 def test_quick_is_one_seed_unless_told_otherwise(workplace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -629,9 +618,7 @@ def test_quick_is_one_seed_unless_told_otherwise(workplace: Path, monkeypatch: p
         (["nothing"], "experiment must be one of table1, recipes"),
         (["table1", "--rows", "capsnet"], "rows of table1 must be among"),
         (["table1", "--seeds", "0"], "--seeds must be at least 1; got 0"),
-        (["table1", "--budget", "huge"], "--budget must be one of quick, cpu, full; got 'huge'"),
         (["svhn", "--budget", "quick"], "data set svhn must be on this machine or downloadable"),
-        ([], "NAME must be given; got none"),
     ],
 )
 def test_wrong_input_is_one_line(

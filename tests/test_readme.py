@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from capsnet import bench, runs, train
+from capsnet import runs, train
 from capsnet.cli import main
 from capsnet.config import Config, read, with_defaults
 
@@ -63,7 +63,6 @@ def test_commands_parse(
     monkeypatch.setattr(train, "fit", stop)
     monkeypatch.setattr(train, "resume", stop)
     monkeypatch.setattr(runs, "load", stop)
-    monkeypatch.setattr(bench, "run", stop)
     monkeypatch.chdir(tmp_path)
     (tmp_path / "scans").mkdir()
     for file in ("photo.jpg", "photo-of-a-digit.jpg", "scans/1.png"):
@@ -77,10 +76,6 @@ def test_commands_parse(
     if arguments[0] == "list" or "--dry-run" in arguments:
         assert main(arguments) == 0
         assert capsys.readouterr().out
-        return
-    if arguments[0] == "table":
-        monkeypatch.chdir(ROOT)
-        assert main([*arguments, "--check"]) == 0
         return
     with pytest.raises(Parsed):
         main(arguments)

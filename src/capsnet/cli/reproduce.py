@@ -53,7 +53,7 @@ class Reproduce:
     def run(self, line: str) -> int:
         """Reproduce an experiment, print its table."""
         from capsnet import train
-        from capsnet.experiments import figures, plan
+        from capsnet.experiments import plan
         from capsnet.experiments.reproduce import reproduce
         from capsnet.experiments.tables import SHOWN, render
 
@@ -77,8 +77,6 @@ class Reproduce:
                 threads=self.threads,
                 data_dir=self.data_dir,
             )
-            for path in figures.draw(experiment, budget, folder, Path(self.runs), data_dir=self.data_dir):
-                say(f"figure: {path}")
         except train.Interrupted as stop:
             say(f"capsnet reproduce: {str(stop).partition(';')[0]}; the same command continues it")
             return 128 + stop.signal_number

@@ -1,7 +1,7 @@
 """The experiments of the papers by name: what each trains, what it found here, and tables made of the records.
 
-`plan` says what is to be trained, `reproduce` trains what is missing, `records` keeps what was measured as JSON lines,
-and `tables` writes README and docs from them.
+Each is a YAML file, which `plan` reads. `reproduce` trains what is missing, `records` keeps what was measured as JSON
+lines, and `tables` shows them.
 """
 
 from capsnet.experiments.plan import BUDGETS, Experiment, Row, available, experiment

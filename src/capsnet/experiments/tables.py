@@ -1,24 +1,19 @@
-"""Tables in Markdown, made of the records, and put between marks in README and docs."""
+"""Tables in Markdown, made of the records."""
 
-import re
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from capsnet.errors import InputError
 from capsnet.evaluation.statistics import TTest, mcnemar, one_sample, paired_t, summarise, welch_t
 from capsnet.experiments import records
 from capsnet.experiments.plan import Experiment, Row, available, experiment
 from capsnet.experiments.records import Record, fingerprint
 from capsnet.experiments.reproduce import ENSEMBLE
 
-__all__ = ["OVERVIEW", "SHOWN", "comparisons", "overview", "render", "rewritten"]
+__all__ = ["SHOWN", "comparisons", "overview", "render"]
 
-OVERVIEW = "overview"
-"""Name of the table with the first row of every experiment."""
 SHOWN = ("full", "cpu")
 """Budgets whose numbers mean something; of each row those of the first are shown that there are any of."""
-MARK = re.compile(r"(<!-- capsnet table (\S+) -->\n)((?:(?!<!-- capsnet table ).)*?)(<!-- end of table -->)", re.DOTALL)
 
 
 def render(one: Experiment, folder: Path, *, budgets: Sequence[str] = SHOWN) -> str:
@@ -34,7 +29,9 @@ def render(one: Experiment, folder: Path, *, budgets: Sequence[str] = SHOWN) -> 
     """
     rows = {row.key: _found(one, row, folder, budgets) for row in one.rows}
     shown = [record for ours in rows.values() for record in ours]
-    others = [name for name in dict.fromkeys((one.rows[0].config.data, *one.also)) if name != one.metric]
+    others = [
+        name for name in dict.fromkeys((one.config(one.rows[0], "full", 0).data, *one.also)) if name != one.metric
+    ]
     others = [name for name in others if any(name in record.results for record in shown)]
     pairs = any("missed_percent" in record.results.get(one.metric, {}) for record in shown)
     mixed = len({record.budget for record in shown}) > 1
@@ -48,7 +45,7 @@ def render(one: Experiment, folder: Path, *, budgets: Sequence[str] = SHOWN) -> 
         ours = _together(one, folder, budgets)
         row = replace(one.row(one.ensemble[0]), title=_of_ensemble(one, ours), paper=one.ensemble[1])
         lines.append(_line([row.title, *_cells(one, row, ours, others, pairs=pairs, mixed=mixed)]))
-    told = [f"- {line}" for line in (*_beside_paper(one, rows), *comparisons(one, rows))]
+    told = [f"- {line}" for line in (*_beside_paper(one, rows), *comparisons(one, rows, folder, budgets))]
     return "\n".join([*lines, "", *_said(one, shown), *([""] if told else []), *told]) + "\n"
 
 
@@ -85,53 +82,32 @@ def _beside_paper(one: Experiment, rows: dict[str, list[Record]]) -> Iterator[st
             yield f"{row.title} against the paper: {_against_paper(one, row, ours).summary()}"
 
 
-def comparisons(one: Experiment, rows: dict[str, list[Record]]) -> Iterator[str]:
-    """What is compared, with which test: over seeds where two or more are shared, else over the test images."""
+def comparisons(
+    one: Experiment, rows: dict[str, list[Record]], folder: Path, budgets: Sequence[str] = SHOWN
+) -> Iterator[str]:
+    """What is compared, with which test: over seeds where two or more are shared, else over the test images.
+
+    Two rows are compared at the first budget that both have records of, which is named where `rows` shows another.
+    """
     for row in one.rows:
-        ours, theirs = rows[row.key], rows.get(row.against or "", [])
-        if not ours or not theirs or ours[0].budget != theirs[0].budget:
+        if row.against is None:
             continue
+        other = one.row(row.against)
+        pairs = [[_found(one, each, folder, [budget]) for each in (row, other)] for budget in budgets]
+        ours, theirs = next((pair for pair in pairs if all(pair)), ([], []))
         by_seed = {record.seed: record for record in theirs}
         shared = [(record, by_seed[record.seed]) for record in ours if record.seed in by_seed]
-        names = f"{row.title} against {_lower(one.row(str(row.against)).title)}"
+        if not shared:
+            continue
+        budget = ours[0].budget
+        at = "" if rows[row.key][0].budget == rows[other.key][0].budget == budget else f", budget {budget}"
+        names = f"{row.title} against {_lower(other.title)}{at}"
         if len(shared) > 1:
             test = paired_t(*([pair[k].error(one.metric) for pair in shared] for k in (0, 1)))
             yield f"{names}: {test.summary()}"
-        elif shared:
+        else:
             wrong = (set(record.wrong_images[one.metric]) for record in shared[0])
             yield f"{names}, seed {shared[0][0].seed}: {mcnemar(*wrong).summary()}"
-
-
-def rewritten(text: str, folder: Path, *, source: str) -> str:
-    """A page with the tables between its marks made anew.
-
-    The marks are `<!-- capsnet table NAME -->` and `<!-- end of table -->`, each on a line of its own.
-
-    Args:
-        text: of the page.
-        folder: of the records.
-        source: its name, for errors.
-
-    Raises:
-        InputError: a mark names no table, or lacks its other one, or there is none.
-    """
-    begun, ended, whole = (
-        len(re.findall(mark, text)) for mark in ("<!-- capsnet table ", "<!-- end of table -->", MARK)
-    )
-    if not begun + ended:
-        marks = "<!-- capsnet table NAME --> and <!-- end of table -->"
-        raise InputError(f"page {source} must have tables between {marks}; got none")
-    if not begun == ended == whole:
-        raise InputError(f"{source}: each table must stand between its two marks; got {begun} begun and {ended} ended")
-
-    def fresh(match: re.Match[str]) -> str:
-        name = match[2]
-        if name not in (OVERVIEW, *available()):
-            raise InputError(f"{source}: a table must be one of {', '.join((OVERVIEW, *available()))}; got {name}")
-        table = overview(folder) if name == OVERVIEW else render(experiment(name), folder)
-        return f"{match[1]}{table}{match[4]}"
-
-    return MARK.sub(fresh, text)
 
 
 def _found(one: Experiment, row: Row, folder: Path, budgets: Sequence[str]) -> list[Record]:

@@ -8,7 +8,6 @@ from collections.abc import Callable
 from importlib import import_module
 from typing import Any
 
-from capsnet import models
 from capsnet.errors import InputError
 from capsnet.models.network import Network
 
@@ -17,7 +16,8 @@ __all__ = ["available", "builder", "builder_options", "create"]
 
 def available(pattern: str = "*") -> list[str]:
     """Names of the networks that match a shell pattern, sorted: `available("caps*")`."""
-    names = (module.name.replace("_", "-") for module in pkgutil.iter_modules(models.__path__))
+    folders = import_module("capsnet.models").__path__
+    names = (module.name.replace("_", "-") for module in pkgutil.iter_modules(folders))
     return sorted(fnmatch.filter((name for name in names if name not in ("network", "registry")), pattern))
 
 

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from capsnet.models import evaluation_mode
 from capsnet.objective import Losses
 
 __all__ = ["TOLERANCES", "Check", "Incorrect", "check", "results", "tolerance"]
@@ -19,19 +20,12 @@ its rounding flips a ReLU; up to 0.09 in bf16. TF32 (convolutions of a GPU in pr
 
 
 class Incorrect(RuntimeError):
-    """A variant whose results are wrong; it has no speed."""
+    """A variant whose results are wrong, and so has no speed."""
 
 
 @dataclass(frozen=True)
 class Check:
-    """How far a variant's results are from float64.
-
-    Attributes:
-        error: the largest relative RMS error of all results: norm of the difference over norm of the reference.
-        result: the one that has it.
-        tolerance: what `error` may be.
-        images: how many were computed.
-    """
+    """The largest relative RMS error of all results against float64, which result has it, and what is allowed."""
 
     error: float
     result: str
@@ -40,7 +34,7 @@ class Check:
 
 
 def tolerance(*, precision: str, stem: str, device: torch.device) -> float:
-    """What the error of a variant may be (`TOLERANCES`)."""
+    """The largest error that a variant may have (`TOLERANCES`)."""
     if precision == "bf16":
         return TOLERANCES["bf16"]
     if device.type == "cuda" and torch.backends.cudnn.allow_tf32:
@@ -56,12 +50,7 @@ def results(
     *,
     backward: Callable[[Tensor], object] = torch.autograd.backward,
 ) -> dict[str, Tensor]:
-    """What is compared: losses and scores of each image, and the gradients of the mean loss, without dropout.
-
-    The losses are those of training, the scores those of inference mode. `network` is left in training mode, without
-    gradients.
-    """
-    network.train()
+    """Training losses and inference scores of each image, and the gradients of the mean loss, without dropout."""
     dropouts = [module.eval() for module in network.modules() if isinstance(module, nn.Dropout)]
     network.zero_grad()
     losses = objective(images, labels).total
@@ -69,24 +58,15 @@ def results(
     found = {"losses": losses.detach()}
     found |= {f"gradient of {name}": p.grad for name, p in network.named_parameters() if p.grad is not None}
     network.zero_grad()
-    network.eval()
-    with torch.inference_mode():
-        found["scores"] = objective(images, labels).output.scores.clone()
-    network.train()
     for module in dropouts:
         module.train()
+    with torch.inference_mode(), evaluation_mode(network):
+        found["scores"] = objective(images, labels).output.scores.clone()
     return found
 
 
 def check(found: Mapping[str, Tensor], truth: Mapping[str, Tensor], *, allowed: float, images: int, who: str) -> Check:
-    """Compare results with those in float64, each by itself.
-
-    Args:
-        found: results by name.
-        truth: the same in float64 on the CPU; one of zeros is measured against the largest of the others.
-        allowed: the tolerance.
-        images: how many they are of.
-        who: whose results, for the error.
+    """Compare each result of `who` with the same in float64; one of zeros with the largest of the others.
 
     Raises:
         Incorrect: a result is missing, not finite, or further away than `allowed`.
@@ -102,6 +82,6 @@ def check(found: Mapping[str, Tensor], truth: Mapping[str, Tensor], *, allowed: 
     if not errors[worst] <= allowed:
         raise Incorrect(
             f"{who}: {worst} must be within {allowed:g} of float64 (relative RMS); it is {errors[worst]:.2g} away, "
-            f"so no speed is told"
+            f"so no speed is reported"
         )
     return Check(errors[worst], worst, allowed, images)

@@ -1,32 +1,22 @@
-"""What this machine can do at best: its fastest matrix product, and how fast it copies memory."""
+"""The ceilings of this machine: its fastest matrix product, and how fast it copies memory."""
 
 from collections.abc import Sequence
 from statistics import median
 
 import torch
 
-from capsnet.bench.clock import interleaved, timed
+from benchmarks.timing import interleaved, timed
 
 __all__ = ["TYPES", "copy", "matrix_product"]
 
 TYPES = {"32": torch.float32, "bf16": torch.bfloat16}
-"""By precision, the type that matrix products are measured in."""
+"""Type of the matrix products by precision."""
 
 
 def matrix_product(
     precision: str, sizes: Sequence[int], *, device: torch.device, repeats: int
 ) -> tuple[int, list[float]]:
-    """GFLOP/s of square matrix products into memory that is there already.
-
-    Args:
-        precision: `32` or `bf16`.
-        sizes: sides of the matrices to try.
-        device: where.
-        repeats: measurements of each size.
-
-    Returns:
-        The size with the best median, and its measurements.
-    """
+    """The size of square matrices with the best median, and the GFLOP/s of each of its `repeats` products."""
     rates: dict[int, list[float]] = {}
     for size in sizes:
         a, b, c = (torch.rand(size, size, device=device).to(TYPES[precision]) for _ in range(3))
@@ -37,7 +27,7 @@ def matrix_product(
 
 
 def copy(size: int, *, device: torch.device, repeats: int) -> list[float]:
-    """GB/s of copying `size` bytes between two arrays that are there already; a byte is read and written, so two."""
+    """GB/s of copying `size` bytes between two arrays in memory; each byte is read and written, so it counts twice."""
     source, target = (torch.zeros(size, dtype=torch.uint8, device=device) for _ in range(2))
     (sample,) = interleaved([timed(lambda: target.copy_(source), device)], repeats)
     return [2 * size / seconds / 1e9 for seconds in sample[""]]

@@ -1,0 +1,106 @@
+"""Measure a network on this machine: speed, memory and exactness.
+
+Its results are first compared with float64; a wrong one gets no number. Every number is a median with the smallest, the
+largest and n; variants are measured in turn, A B A B, in one process.
+
+    python -m benchmarks
+    python -m benchmarks step parts --compare stem=direct,minimal --threads 1 --out results/bench/stem.json
+"""
+
+import argparse
+import json
+import os
+import shlex
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Literal
+
+import tyro
+from tyro.conf import OmitArgPrefixes, Positional
+
+from benchmarks import record, sections
+from benchmarks.correctness import Incorrect
+from benchmarks.show import show
+from capsnet import config
+from capsnet.config import Config
+from capsnet.errors import InputError
+
+__all__ = ["main"]
+
+PROG = "python -m benchmarks"
+Section = Literal["ceilings", "step", "inference", "parts", "routing", "scaling"]
+
+
+@dataclass(frozen=True)
+class Command:
+    """Arguments of the command line."""
+
+    run: OmitArgPrefixes[Config]
+    what: Positional[tuple[Section, ...]] = ("ceilings", "step", "inference", "parts")
+    """ceilings: the best matrix products and memory copy of the machine. step: training steps, and their peak memory.
+    inference: batches of 1, 128 and 512. parts: data, each layer of the network forward and backward, loss, optimiser.
+    routing: votes and routing alone, with every kernel. scaling: in batch, image size, primary and output capsules,
+    routing iterations (some minutes)."""
+    config: str | None = None
+    """Start from this config.yaml; options given beside it win."""
+    classes: int = 10
+    """Number of classes."""
+    repeats: int | None = None
+    """Measurements of each number; default 7, with --quick 2."""
+    compare: str | None = None
+    """Measure variants of one option, and their ratios to the first: kernel=plain,auto; or of several options:
+    kernel+stem=plain+direct,fused+minimal."""
+    quick: bool = False
+    """Small sizes and 2 repeats."""
+    json: bool = False
+    """Print the record as JSON."""
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Measure, print tables or JSON, write the record to --out; returns the exit code."""
+    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # as the command capsnet does
+    try:
+        return _run(list(arguments))
+    except (InputError, Incorrect) as error:
+        print(f"{PROG}: error: {error}", file=sys.stderr)
+        return 2 if isinstance(error, InputError) else 1
+
+
+def _run(arguments: list[str]) -> int:
+    starts = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    starts.add_argument("--config")
+    starts.add_argument("--preset", default="paper")
+    start, _ = starts.parse_known_args(arguments)
+    base = config.read(start.config) if start.config else config.preset(start.preset)
+    command = tyro.cli(Command, args=arguments, prog=PROG, description=__doc__, default=Command(base))
+    options, plan = command.run, sections.QUICK if command.quick else sections.FULL
+    given = [name for name, value in asdict(options).items() if value != getattr(base, name)]
+    record.check_measured({*given} - {"out", "overwrite"}, command.what, options.model)
+    if options.out is not None:
+        record.check_free(Path(options.out), overwrite=options.overwrite)
+    if command.quick:
+        options = replace(options, batch_size=min(8, options.batch_size))
+    variants = record.parse_compare(command.compare, options, command.what) if command.compare else []
+    found = record.run(
+        options,
+        command.what,
+        classes=command.classes,
+        variants=variants,
+        plan=plan if command.repeats is None else replace(plan, repeats=command.repeats),
+        command=shlex.join([*PROG.split(), *arguments]),
+        say=lambda text: print(text, file=sys.stderr, flush=True),
+    )
+    if command.json:
+        print(json.dumps(found, indent=2))
+    else:
+        show(found, width=None if sys.stdout.isatty() else 160)
+    if options.out is not None:
+        record.write(found, Path(options.out), overwrite=options.overwrite)
+        print(f"record: {options.out}", file=sys.stderr)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
