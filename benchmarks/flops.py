@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from capsnet import runs
+from capsnet.checkpoints import pretrained
 from capsnet.models import Network
 
 __all__ = ["Flops", "plainly"]
@@ -37,7 +37,7 @@ class Flops:
     @classmethod
     def of(cls, network: Network) -> "Flops":
         """Count those of a network, which may be without memory."""
-        twin = runs.outline(**plainly(network))
+        twin = pretrained.outline(**plainly(network))
         counter = FlopCounterMode(display=False)
         with counter, torch.no_grad():
             twin(torch.empty(1, *twin.image_shape, device="meta"))

@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from benchmarks.record import check_free, write
 from benchmarks.timing import Spread, Task, interleaved, timed
 from benchmarks.training_workload import TrainingWorkload
-from capsnet import runs
+from capsnet import environment
 from capsnet.config import Config
 from capsnet.errors import InputError
 from capsnet.kernels import native
@@ -180,7 +180,7 @@ def measure(
             rows.append({"section": section, "variant": name, "unit": "ms", **asdict(spread), "ratio": ratio})
     return {
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        **runs.environment(CPU),
+        **environment.describe(CPU),
         "cores": os.cpu_count(),
         "load": round(os.getloadavg()[0], 2),
         "batch_size": batch_size,

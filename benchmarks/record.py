@@ -15,10 +15,10 @@ import torch
 from benchmarks.flops import Flops
 from benchmarks.sections import FULL, SECTIONS, Benchmark, Plan, measured
 from benchmarks.training_workload import random_images
-from capsnet import machine, runs, train
+from capsnet import devices, environment, train
 from capsnet.config import Config, from_dict
 from capsnet.errors import InputError
-from capsnet.files import parse_yaml
+from capsnet.files import parse_yaml, write_atomically
 
 __all__ = ["check_free", "check_measured", "parse_compare", "run", "write"]
 
@@ -51,11 +51,11 @@ def run(
         if number < 1:
             raise InputError(f"{name} must be at least 1; got {number}")
     benchmark = Benchmark(config, classes, variants or [("", config)], plan, say, compared=bool(variants))
-    device, threads = machine.resolve_device(config), torch.get_num_threads()
+    device, threads = devices.resolve_device(config), torch.get_num_threads()
     if config.threads:
         torch.set_num_threads(config.threads)
     try:
-        environment = {**runs.environment(device), "cores": os.cpu_count(), "load": round(os.getloadavg()[0], 2)}
+        about = {**environment.describe(device), "cores": os.cpu_count(), "load": round(os.getloadavg()[0], 2)}
         with torch.random.fork_rng(devices=[]):
             for section in filter(what.__contains__, SECTIONS):
                 getattr(benchmark, section)()
@@ -67,7 +67,7 @@ def run(
     return {
         "command": command,
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        **environment,
+        **about,
         "device_type": device.type,
         "config": {name: value for name, value in asdict(config).items() if name in kept},
         "image_shape": list(network.image_shape),
@@ -144,4 +144,4 @@ def write(record: Mapping[str, Any], path: Path, *, overwrite: bool = False) -> 
     """Write a record as JSON, whole or not at all; see `check_free`."""
     check_free(path, overwrite=overwrite)
     text = json.dumps(record, indent=2) + "\n"
-    runs.write_atomically(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
+    write_atomically(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))

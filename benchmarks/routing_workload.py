@@ -10,8 +10,8 @@ from benchmarks.correctness import Check
 from benchmarks.flops import Flops
 from benchmarks.timing import Stopwatch, Task
 from benchmarks.training_workload import random_images
+from capsnet import devices, train
 from capsnet import functional as F
-from capsnet import machine, train
 from capsnet.config import Config
 from capsnet.errors import InputError
 from capsnet.layers import ClassCapsules, resolve_kernel
@@ -30,7 +30,7 @@ class RoutingWorkload:
 
     def __init__(self, config: Config, classes: int, *, label: str = "") -> None:
         self.config, self.classes, self.label, self.images = config, classes, label, config.batch_size
-        self.device = machine.resolve_device(config)
+        self.device = devices.resolve_device(config)
         torch.manual_seed(config.seed)
         self.layer = self._layer(config).to(self.device)
         ins, in_dim, outs, out_dim = self.layer.weight.shape

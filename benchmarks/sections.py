@@ -12,7 +12,7 @@ from benchmarks.memory import peak
 from benchmarks.routing_workload import RoutingWorkload
 from benchmarks.timing import Spread, Task, interleaved
 from benchmarks.training_workload import TrainingWorkload
-from capsnet import machine
+from capsnet import devices
 from capsnet.config import Config
 from capsnet.errors import InputError
 from capsnet.layers import resolve_kernel
@@ -87,7 +87,7 @@ class Benchmark:
         """The best matrix products and the copy, for every device and number of threads among the variants."""
         self.say("ceilings: matrix products and a copy ...")
         places = dict.fromkeys(
-            (machine.resolve_device(c), c.threads or torch.get_num_threads()) for _, c in self.variants
+            (devices.resolve_device(c), c.threads or torch.get_num_threads()) for _, c in self.variants
         )
         for device, threads in places:
             where = f"{device.type}, {threads} thread{'s' if threads > 1 else ''}" if len(places) > 1 else ""
@@ -171,7 +171,7 @@ class Benchmark:
         named: list[tuple[str, Config]] = []
         for kernel in ("plain", "fused"):
             try:
-                resolve_kernel(kernel, machine.resolve_device(self.config))
+                resolve_kernel(kernel, devices.resolve_device(self.config))
             except InputError:
                 continue
             if kernel == "plain" or not self.config.squash_epsilon:  # which only plain routing has

@@ -12,8 +12,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from capsnet.checkpoints.run_directory import Row, Run
 from capsnet.errors import InputError
-from capsnet.runs import Row, Run
 
 __all__ = ["main", "seconds_to", "table"]
 

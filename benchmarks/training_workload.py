@@ -12,13 +12,13 @@ from benchmarks import correctness
 from benchmarks.correctness import Check
 from benchmarks.flops import Flops, plainly
 from benchmarks.timing import Stopwatch, Task, clock, timed
-from capsnet import machine, memory, train
+from capsnet import devices, memory, train
 from capsnet.config import Config, size_of
 from capsnet.data import Dataset, Split
-from capsnet.feed import Feed
-from capsnet.graph import GraphedStep, check_graph
 from capsnet.models import Network, Output, create, evaluation_mode
 from capsnet.objective import Batch, Losses, Objective
+from capsnet.training.batches import BatchLoader
+from capsnet.training.cuda_graph import GraphedStep, check_graph
 
 __all__ = ["TrainingWorkload", "random_images"]
 
@@ -48,22 +48,22 @@ class TrainingWorkload:
     def __init__(self, config: Config, classes: int, *, label: str = "") -> None:
         self.config = config = replace(config, devices=1)
         self.classes, self.label, self.images = classes, label, config.batch_size
-        self.device = machine.resolve_device(config)
+        self.device = devices.resolve_device(config)
         self.draw = torch.Generator().manual_seed(config.seed)
         dataset = random_images(config, classes, count=self.images)
         outline = train.layout(config, dataset)
-        precision = machine.resolve_precision(config, self.device, outline)
+        precision = devices.resolve_precision(config, self.device, outline)
         memory.check_training(outline, config, self.device, dataset, precision=precision, processes=1)
         self.network: Network = train.build(config, dataset).to(self.device)
         if config.cuda_graph:
             check_graph(config, self.device, self.network)
-        self.fabric = machine.make_fabric(config, self.device, precision)
+        self.fabric = devices.make_fabric(config, self.device, precision)
         adam = torch.optim.Adam(self.network.parameters(), lr=config.lr, fused=True)
         self.objective, self.optimizer = self.fabric.setup(Objective(self.network, config), adam)
         for group in self.optimizer.param_groups:
             group["capturable"] = config.cuda_graph
         self.update = GraphedStep(self._update, batch_size=self.images) if config.cuda_graph else self._update
-        self.feed = Feed(dataset, config, self.device)
+        self.feed = BatchLoader(dataset, config, self.device)
         self.flops = Flops.of(outline)
         self.flop = self.images * (self.flops.forward() + self.flops.backward())
         self.threads = config.threads or torch.get_num_threads()

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import tiny
-from capsnet import runs
+from capsnet.files import write_atomically
 from capsnet.kernels import native
 
 
@@ -60,4 +60,4 @@ def blank_figure(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def _blank(path: Path) -> None:
-    runs.write_atomically(path, lambda place: place.write_bytes(b""))
+    write_atomically(path, lambda place: place.write_bytes(b""))

@@ -11,11 +11,11 @@ from typing import Any
 
 import pytest
 
-from capsnet import feed
 from capsnet.cli import CAPSNET, main
 from capsnet.cli.parsing import Group
 from capsnet.config import Config
 from capsnet.data.augment import augment
+from capsnet.training import batches
 from tiny import KEPT, REAL, files, metrics, options, photos, same_weights, tiny
 
 pytestmark = pytest.mark.usefixtures("workplace")
@@ -206,7 +206,7 @@ def test_signals_have_their_exit_codes(
         return augment(*arguments)
 
     with monkeypatch.context() as patch:
-        patch.setattr(feed, "augment", killed)
+        patch.setattr(batches, "augment", killed)
         got, out, err = run(capsys, "train", *options(tiny(photos)), "--out", "run")
     assert (got, out) == (code, "")
     stopped = "capsnet train: stopped in epoch 1 after step 1 of 5; go on with: capsnet train --resume run"

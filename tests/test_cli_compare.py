@@ -11,11 +11,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from capsnet import ensemble, runs
+from capsnet.checkpoints import pretrained
 from capsnet.cli import main
 from capsnet.config import Config, write
 from capsnet.data import Split
-from capsnet.evaluation import wilson_interval
+from capsnet.evaluation import ensemble, wilson_interval
 from capsnet.evaluation.statistics import mcnemar, paired_t, welch_t
 from capsnet.models import Network, create
 from tiny import photos
@@ -44,7 +44,7 @@ def constant(name: str, *sure: float, seed: int | None = 0, **trained: Any) -> s
     with torch.no_grad():
         last.weight.zero_()
         last.bias.copy_(torch.tensor(sure))
-    runs.save_pretrained(network, name)
+    pretrained.save_pretrained(network, name)
     if seed is not None:
         write(Config(data="images", seed=seed, model="baseline", **trained), Path(name, "config.yaml"))
     return name
@@ -268,7 +268,7 @@ def test_bad_input_is_one_line(capsys: Capture, line: str, message: str) -> None
     constant("three", 0.0, 0.0, 1.0, data_seed=1)
     for name, options in (("four", {"num_classes": 4}), ("pair", {"classes": ("a", "b", "c"), "objects_per_image": 2})):
         chosen: dict[str, Any] = {"image_shape": (3, 12, 13), "num_classes": 3, "width": 0.02, **options}
-        runs.save_pretrained(create("baseline", **chosen), name)
+        pretrained.save_pretrained(create("baseline", **chosen), name)
         write(Config(data="images"), Path(name, "config.yaml"))
     code, out, err = typed(capsys, line)
     faults = [row for row in err.splitlines() if not row.endswith("is divided anew")]

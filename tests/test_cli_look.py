@@ -12,10 +12,11 @@ import pytest
 import torch
 from PIL import Image
 
-from capsnet import report, runs
-from capsnet.analysis.strangers import auroc, reconstruction_errors
+from capsnet import report
+from capsnet.checkpoints import pretrained
 from capsnet.cli import CAPSNET, main
 from capsnet.data.strokes import strokes
+from capsnet.evaluation.ood import auroc, reconstruction_errors
 from capsnet.train import fit
 from tiny import files, pairs, tiny
 
@@ -162,7 +163,7 @@ def test_strangers(run: Path, capsys: Capture) -> None:
     assert json.loads(Path("record.json").read_text(encoding="utf-8")) == record
     (row,) = record["ood"]
     assert (row["data"], row["images"]) == ("noise", 10_000)
-    network, few = runs.load("run"), strokes(train=300, validation=40, test=60)
+    network, few = pretrained.load("run"), strokes(train=300, validation=40, test=60)
     noise = torch.randint(0, 256, (10_000, 1, 28, 28), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
     strange, known = (reconstruction_errors(network, images / 255) for images in (noise, few.test.images))
     assert row["auroc"] == pytest.approx(auroc(known, strange), abs=1e-4)
@@ -232,9 +233,9 @@ def test_nothing_is_overwritten_unasked(run: Path, capsys: Capture) -> None:
 
 def test_bad_input_is_told_before_the_work(run: Path, capsys: Capture, monkeypatch: pytest.MonkeyPatch) -> None:
     Path("mine.png").touch()
-    monkeypatch.setattr("capsnet.analysis.factors.features", None)  # where it is called, a TypeError
+    monkeypatch.setattr("capsnet.analysis.pose_probe.features", None)  # where it is called, a TypeError
     assert typed(capsys, "plot pose run --against nowhere")[0] == 2
-    monkeypatch.setattr("capsnet.runs.load", None)
+    monkeypatch.setattr("capsnet.checkpoints.pretrained.load", None)
     for line in (
         "plot reconstructions run",
         "plot perturbations run",
@@ -285,7 +286,7 @@ def test_bad_input_is_one_line(run: Path, capsys: Capture, line: str, message: s
 def test_a_network_without_capsules_is_told(run: Path, capsys: Capture) -> None:
     from capsnet.models import create
 
-    runs.save_pretrained(create("baseline"), "plain")
+    pretrained.save_pretrained(create("baseline"), "plain")
     for verb in ("plot reconstructions", "plot perturbations", "plot couplings", "analyse ood"):
         code, _, err = typed(capsys, f"{verb} plain")
         assert code == 2
@@ -306,7 +307,7 @@ def test_shipped_weights_show_strokes_where_their_data_cannot_be_had(workplace: 
 
 def test_list_weights(capsys: Capture) -> None:
     rows = json.loads(told(capsys, "list weights --json"))
-    assert [row["name"] for row in rows] == runs.shipped()
+    assert [row["name"] for row in rows] == pretrained.shipped()
     assert all("95 % interval" in row["test error"] for row in rows)
     assert all(row["command"].startswith("capsnet train --data") for row in rows)
 

@@ -12,7 +12,8 @@ import pytest
 import torch
 from PIL import Image
 
-from capsnet import cli, runs, train
+from capsnet import cli, train
+from capsnet.checkpoints import run_directory
 from capsnet.cli.trained_model import TrainedModel
 from capsnet.data import Dataset, Split
 from capsnet.data.image_folder import scan
@@ -31,7 +32,7 @@ def own(workplace: Path) -> Path:
 def trained(own: Path, blank_figure: None) -> Manifest:
     """The manifest of a run on them in `run`."""
     train.fit(tiny(own, out="run", epochs=1))
-    found = runs.Run("run").manifest()
+    found = run_directory.Run("run").manifest()
     assert found is not None
     return found
 
@@ -105,7 +106,7 @@ def test_a_folder_that_moved_is_the_same(trained: Manifest, own: Path, capsys: p
     assert after == {**before, "data": "moved"}
     assert "were used" not in told
     train.resume("run", epochs=2, data="moved")
-    assert runs.Run("run").config().data == "moved"
+    assert run_directory.Run("run").config().data == "moved"
 
 
 @pytest.mark.parametrize("change", ["renamed class", "exchanged classes", "missing", "changed"])
@@ -129,7 +130,7 @@ def test_a_run_does_not_go_on_with_other_images(trained: Manifest, own: Path, ch
 def test_a_run_goes_on_beside_new_images(trained: Manifest, own: Path) -> None:
     Image.new("RGB", (13, 12), "red").save(own / "a" / "new.png")
     train.resume("run", epochs=2)
-    assert runs.Run("run").manifest() == trained
+    assert run_directory.Run("run").manifest() == trained
 
 
 def test_a_run_without_a_manifest_is_evaluated_and_goes_on_as_it_was_divided(

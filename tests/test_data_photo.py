@@ -10,7 +10,8 @@ import torch
 from PIL import Image, ImageFilter
 from torch import Tensor
 
-from capsnet import data, runs
+from capsnet import data
+from capsnet.checkpoints import pretrained
 from capsnet.data import strokes
 from capsnet.data.dataset import to_float
 from capsnet.data.photo import Frame, frame_of
@@ -486,5 +487,5 @@ def test_photographs_of_mnist_digits_are_recognised(monkeypatch: pytest.MonkeyPa
     test = data.load("mnist").test
     photos = [prepare(file, SHAPE, frame=MNIST) for file in files(test.images[:50, 0], 7)]
     with torch.inference_mode():
-        scores = runs.load("capsnet-mnist")(to_float(torch.stack([photo.image for photo in photos]))).scores
+        scores = pretrained.load("capsnet-mnist")(to_float(torch.stack([photo.image for photo in photos]))).scores
     assert int((scores.argmax(1) == test.labels[:50]).sum()) >= 48

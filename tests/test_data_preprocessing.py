@@ -14,8 +14,9 @@ import pytest
 import torch
 from PIL import Image, ImageDraw
 
-from capsnet import cli, data, runs, train
-from capsnet.card import Card
+from capsnet import cli, data, train
+from capsnet.checkpoints import run_directory
+from capsnet.checkpoints.model_card import Card
 from capsnet.config import Config
 from capsnet.data import Split, available, describe, load
 from capsnet.data.photo import Frame
@@ -139,7 +140,7 @@ def test_predict_and_evaluate_agree_to_the_image(
     config = Config(data=str(folder), image_size=28, shift=0, epochs=8, batch_size=16, threads=1, **small)
     fitted = train.fit(replace(config, out="run", report=False))
     assert fitted.test.wrong <= 1
-    manifest, dataset = runs.Run("run").manifest(), train.prepare_data(runs.Run("run").config())
+    manifest, dataset = run_directory.Run("run").manifest(), train.prepare_data(run_directory.Run("run").config())
     assert manifest is not None
     for split in (dataset.train, dataset.validation, dataset.test):
         assert split is not None
@@ -284,7 +285,7 @@ def test_photographs_are_trained_evaluated_and_predicted(
     words = ("--conv-channels", "16", "--capsule-types", "2", "--decoder-sizes", "32", "--threads", "1")
     assert cli.main(["train", "--data", "my photos", "--shift", "0", "--out", "my run", *words]) == 0
     assert "validation" not in capsys.readouterr().out.splitlines()[0]
-    assert runs.Run("my run").config().image_size == 32
+    assert run_directory.Run("my run").config().image_size == 32
     assert cli.main(["evaluate", "my run", "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["wrong"] == 0
     rows = predicted(capsys, "my run", "my photos")

@@ -24,8 +24,7 @@ from torch import Tensor
 
 import capsnet
 from capsnet import functional as F
-from capsnet.analysis.couplings import evidence
-from capsnet.analysis.strangers import Threshold
+from capsnet.analysis.routing_trace import evidence
 from capsnet.cli import CAPSNET, main
 from capsnet.cli.demo import Demo
 from capsnet.cli.parsing import parse
@@ -35,6 +34,7 @@ from capsnet.demo.app import IMAGE_LIMIT, PLACES, application
 from capsnet.demo.serving import bind
 from capsnet.demo.viewer import Viewer
 from capsnet.errors import InputError
+from capsnet.evaluation.ood import Threshold
 from capsnet.models import create
 from capsnet.models.capsnet import CapsNet
 from tiny import SIZES, reading
@@ -713,11 +713,11 @@ def test_the_browser_is_opened_if_wanted(saved: Path, monkeypatch: pytest.Monkey
 def test_the_card_tells_frame_and_threshold(saved: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     made: list[Viewer] = []
     card = replace(
-        capsnet.runs.load_card(saved),
+        capsnet.checkpoints.pretrained.load_card(saved),
         preprocessing=reading((1, 12, 13), Frame(0.0, 0.6)),
         threshold=Threshold(3.0, 0.05, 10, "train"),
     )
-    monkeypatch.setattr("capsnet.runs.load_card", lambda _: card)
+    monkeypatch.setattr("capsnet.checkpoints.pretrained.load_card", lambda _: card)
     monkeypatch.setattr("capsnet.demo.serve", lambda viewer, **_: made.append(viewer))
     assert Demo(str(saved)).run("") == 0
     assert (made[0].reading, made[0].threshold) == (card.preprocessing, card.threshold)

@@ -10,11 +10,11 @@ import torch
 import uvicorn
 from PIL import Image, ImageDraw
 
-from capsnet import runs
-from capsnet.analysis.strangers import Threshold
+from capsnet.checkpoints import pretrained
 from capsnet.demo.app import application
 from capsnet.demo.serving import bind
 from capsnet.demo.viewer import Viewer
+from capsnet.evaluation.ood import Threshold
 from capsnet.models import create
 from tiny import SIZES, reading
 
@@ -59,7 +59,7 @@ def serving(viewer: Viewer) -> Iterator[str]:
 
 @pytest.fixture(scope="module")
 def address() -> Iterator[str]:
-    network, card = runs.load("capsnet-mnist"), runs.load_card("capsnet-mnist")
+    network, card = pretrained.load("capsnet-mnist"), pretrained.load_card("capsnet-mnist")
     yield from serving(
         Viewer(network, "capsnet-mnist", reading=card.reading(network.image_shape), threshold=card.threshold)
     )

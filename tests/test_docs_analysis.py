@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from capsnet import runs
+from capsnet.checkpoints import pretrained
 
 ROOT = Path(__file__).parent.parent
 PAGE = (ROOT / "docs" / "analysis.md").read_text(encoding="utf-8")
@@ -98,17 +98,17 @@ def test_the_command_of_every_record_is_on_the_page(path: Path) -> None:
 def test_the_numbers_in_the_text() -> None:
     found = record("strangers-capsnet-mnist")
     assert f"of which {100 * found['known']['false_alarms']:.2f} % are flagged" in WORDS
-    assert found["threshold"] == json.loads(json.dumps(runs.load_card("capsnet-mnist").to_dict()["threshold"]))
+    assert found["threshold"] == json.loads(json.dumps(pretrained.load_card("capsnet-mnist").to_dict()["threshold"]))
     assert f"Of {record('couplings-capsnet-mnist')['entropy_bits_of_uniform']:.3f} bits" in WORDS
     attack = record("attack-mnist")
     assert f"PGD in {attack['steps']}" in WORDS
     assert f"first {attack['models'][0]['images']} test images" in WORDS
 
 
-@pytest.mark.parametrize("name", runs.shipped())
+@pytest.mark.parametrize("name", pretrained.shipped())
 def test_a_model_card_tells_what_card_json_tells(name: str) -> None:
-    folder = runs.folder_of(name)
-    told, card = (folder / "README.md").read_text(encoding="utf-8"), runs.load_card(name)
+    folder = pretrained.folder_of(name)
+    told, card = (folder / "README.md").read_text(encoding="utf-8"), pretrained.load_card(name)
     low, high = card.test["interval"]
     assert f"`{card.command}`" in told
     assert (
@@ -123,5 +123,5 @@ def test_a_model_card_tells_what_card_json_tells(name: str) -> None:
 
 
 def test_the_shipped_weights_stay_small() -> None:
-    sizes = [(runs.folder_of(name) / "model.safetensors").stat().st_size for name in runs.shipped()]
+    sizes = [(pretrained.folder_of(name) / "model.safetensors").stat().st_size for name in pretrained.shipped()]
     assert sum(sizes) < 40e6

@@ -10,12 +10,13 @@ from typing import Any
 import pytest
 import torch
 
-from capsnet import runs, train
+from capsnet import train
+from capsnet.checkpoints import pretrained, run_directory
 from capsnet.cli import main
 from capsnet.config import PRESETS, Config
 from capsnet.data import Dataset, Split
-from capsnet.ensemble import Ensemble, ensemble_scores
 from capsnet.errors import InputError
+from capsnet.evaluation.ensemble import Ensemble, ensemble_scores
 from capsnet.experiments import BUDGETS, Experiment, Record, Row, available, experiment, fingerprint, read, records
 from capsnet.experiments import plan as plans
 from capsnet.experiments import reproduce as reproduction
@@ -254,7 +255,7 @@ def test_one_seed_of_every_row_comes_before_the_second_of_any(small: Experiment)
 def test_a_record_says_what_the_weights_do(small: Experiment) -> None:
     one = reproduce(small, budget="cpu", seeds=1, rows=["one"])[0]
     config = small.config(small.row("one"), "cpu", 0)
-    network, result = runs.load(place_of(config)), runs.Run(place_of(config)).result()
+    network, result = pretrained.load(place_of(config)), run_directory.Run(place_of(config)).result()
     assert set(one.results) == set(one.wrong_images) == {"some", "other"}  # absent is left out
     for name in ("some", "other"):
         split = split_of(config, name)
@@ -323,27 +324,29 @@ def test_an_ensemble_is_of_the_networks_of_all_seeds(small: Experiment, monkeypa
     together = reproduce(small, budget="cpu", seeds=3, rows=["one"])[-1]
     configs = [small.config(small.row("one"), "cpu", seed) for seed in range(3)]
     split = split_of(configs[0], "some")
-    judged = Ensemble.of(ensemble_scores([runs.load(place_of(config)) for config in configs], split), split.labels)
+    judged = Ensemble.of(
+        ensemble_scores([pretrained.load(place_of(config)) for config in configs], split), split.labels
+    )
     assert (together.row, together.seed, together.members) == (ENSEMBLE, None, [0, 1, 2])
     assert together.results["some"] == {"error_percent": judged.error_percent, "wrong": judged.count, "total": 30}
-    assert together.parameters == 3 * runs.load(place_of(configs[0])).parameter_count()
+    assert together.parameters == 3 * pretrained.load(place_of(configs[0])).parameter_count()
     assert (fewer := reproduce(small, budget="cpu", seeds=2, rows=["one"])[-1]).members == [0, 1]
-    assert fewer.parameters == 2 * runs.load(place_of(configs[0])).parameter_count()
+    assert fewer.parameters == 2 * pretrained.load(place_of(configs[0])).parameter_count()
     monkeypatch.setattr("capsnet.experiments.reproduce.ensemble_scores", None)  # once is enough
     assert reproduce(small, budget="cpu", seeds=3, rows=["one"])[-2:] == [together, fewer]
 
 
 def test_a_stopped_training_is_gone_on_with(small: Experiment, monkeypatch: pytest.MonkeyPatch) -> None:
     whole = reproduce(small, budget="full", seeds=1, rows=["one"], folder=Path("whole"), runs_folder=Path("a"))
-    save, saved = runs.Run.save_checkpoint, [0]
+    save, saved = run_directory.Run.save_checkpoint, [0]
 
-    def killed(run: runs.Run, state: Any) -> None:
+    def killed(run: run_directory.Run, state: Any) -> None:
         save(run, state)
         saved[0] += 1
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(runs.Run, "save_checkpoint", killed)
+        patch.setattr(run_directory.Run, "save_checkpoint", killed)
         with pytest.raises(KeyboardInterrupt):
             reproduce(small, budget="full", seeds=1, rows=["one"])
     assert read(RECORDS_HERE, "small", "full") == []
@@ -352,7 +355,7 @@ def test_a_stopped_training_is_gone_on_with(small: Experiment, monkeypatch: pyte
     assert found[0].wrong_images == whole[0].wrong_images
     assert saved == [1]
     ours, theirs = (
-        runs.load(place_of(small.config(small.rows[0], "full", 0), Path(p))) for p in ("runs/experiments", "a")
+        pretrained.load(place_of(small.config(small.rows[0], "full", 0), Path(p))) for p in ("runs/experiments", "a")
     )
     assert all(torch.equal(one, other) for one, other in zip(ours.parameters(), theirs.parameters(), strict=True))
 

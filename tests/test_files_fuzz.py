@@ -17,7 +17,8 @@ import yaml
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
-from capsnet import runs, train
+from capsnet import train
+from capsnet.checkpoints import pretrained, run_directory
 from capsnet.cli import main
 from capsnet.data import Dataset
 from capsnet.errors import InputError
@@ -72,16 +73,16 @@ def network_of(dataset: Dataset) -> Network:
 
 def read(run: Path, name: str, dataset: Dataset) -> None:
     """Read the file `name` of a run as the package does."""
-    here = runs.Run(run)
+    here = run_directory.Run(run)
     if name == "last.ckpt":
         train._checkpoint(here, here.config(), network_of(dataset), dataset)
     elif name in ("model.safetensors", "config.json"):
-        network = runs.load(run)
+        network = pretrained.load(run)
         assert all(
             parameter.isfinite().all() and parameter.dtype == torch.float32 for parameter in network.parameters()
         )
     elif name == "card.json":
-        card = runs.load_card(run)
+        card = pretrained.load_card(run)
         assert card.data is None or card.command
         json.dumps(card.to_dict())
     elif name == "x-quick.jsonl":

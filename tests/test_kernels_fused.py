@@ -10,13 +10,13 @@ import torch
 from torch import Tensor
 
 from capsnet.functional import votes
-from capsnet.kernels import buffers, cpu
+from capsnet.kernels import buffers, sweeps_cpu
 from capsnet.kernels.fused import votes_and_routing
 from capsnet.routing import RoutingResult, dynamic_routing
 
 OUTS, DIM, IN_DIM = 5, 3, 2
 
-fused = partial(votes_and_routing, cpu.Sweeps)
+fused = partial(votes_and_routing, sweeps_cpu.Sweeps)
 
 
 def random(*shape: int, seed: int = 0) -> Tensor:
@@ -68,7 +68,7 @@ def inputs_per_chunk(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyP
     """Call with the bytes of one input capsule's working array to cut the input capsules into chunks of so many."""
 
     def cut(bytes_per_input: int) -> None:
-        monkeypatch.setattr(cpu, "CHUNK_BYTES", bytes_per_input * request.param)
+        monkeypatch.setattr(sweeps_cpu, "CHUNK_BYTES", bytes_per_input * request.param)
 
     return cut
 
@@ -183,12 +183,12 @@ def test_arguments_that_are_not_contiguous_are_read_right() -> None:
 
 def test_no_memory_is_read_before_it_is_written(monkeypatch: pytest.MonkeyPatch) -> None:
     """Fresh and kept memory hold NaN here: what is not overwritten shows."""
-    fresh, like, take = Tensor.new_empty, torch.empty_like, buffers.BufferPool.take
+    fresh, like, take = Tensor.new_empty, torch.empty_like, buffers.BufferPool.acquire
     arguments = inputs(7, 5)
-    monkeypatch.setattr(cpu, "CHUNK_BYTES", 3 * 5 * OUTS * IN_DIM * 8)
+    monkeypatch.setattr(sweeps_cpu, "CHUNK_BYTES", 3 * 5 * OUTS * IN_DIM * 8)
     monkeypatch.setattr(Tensor, "new_empty", lambda *a, **k: fresh(*a, **k).fill_(float("nan")))
     monkeypatch.setattr(torch, "empty_like", lambda *a, **k: like(*a, **k).fill_(float("nan")))
-    monkeypatch.setattr(buffers.BufferPool, "take", lambda *a: take(*a).fill_(float("nan")))
+    monkeypatch.setattr(buffers.BufferPool, "acquire", lambda *a: take(*a).fill_(float("nan")))
     for leaky in (False, True):
         expected = outputs_and_gradients(plain, arguments, leaky=leaky)
         for name, x in outputs_and_gradients(fused, arguments, leaky=leaky).items():

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from capsnet import functional as F
 from capsnet.errors import InputError
-from capsnet.kernels import cpu, native, sweeps_native
+from capsnet.kernels import native, sweeps_cpu, sweeps_native
 from capsnet.kernels.fused import votes_and_routing
 from capsnet.kernels.squash import biased_squash
 from capsnet.kernels.tiles_native import NativeTiles
@@ -245,7 +245,9 @@ def test_routing_is_that_of_float64(sizes: tuple[int, ...], options: dict[str, o
         total = (result.pose * slopes).sum() + (result.couplings.square().sum() if outs > 1 else 0)
         return [result.pose, result.couplings, *torch.autograd.grad(total, (u, weight))]
 
-    for got, wanted in zip(run(sweeps_native.Sweeps, torch.float32), run(cpu.Sweeps, torch.float64), strict=True):
+    for got, wanted in zip(
+        run(sweeps_native.Sweeps, torch.float32), run(sweeps_cpu.Sweeps, torch.float64), strict=True
+    ):
         assert got.dtype == torch.float32
         error = (got.double() - wanted).square().mean().sqrt() / wanted.square().mean().sqrt().clamp(min=1e-12)
         assert error < 2e-6
@@ -259,7 +261,7 @@ def test_large_logits_overflow_nothing(leaky: bool) -> None:
     u, weight = 30 * torch.randn(4, 1, 3).repeat(1, 6, 1), 30 * torch.randn(1, 3, 5, 4).repeat(6, 1, 1, 1)
     u[:, 0] *= -1
     found = votes_and_routing(sweeps_native.Sweeps, u, weight, leaky=leaky)
-    wanted = votes_and_routing(cpu.Sweeps, u.double(), weight.double(), leaky=leaky)
+    wanted = votes_and_routing(sweeps_cpu.Sweeps, u.double(), weight.double(), leaky=leaky)
     torch.testing.assert_close(found.couplings, wanted.couplings.float(), rtol=1e-3, atol=1e-5)
     torch.testing.assert_close(found.pose, wanted.pose.float(), rtol=1e-3, atol=1e-5)
 

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from capsnet import functional as F
 from capsnet import reference
 from capsnet.errors import InputError
-from capsnet.kernels import fused, gpu
+from capsnet.kernels import fused, sweeps_triton
 from capsnet.layers import KERNELS, SMALL_BATCH, ClassCapsules, Convolution, Decoder, PrimaryCapsules, resolve_kernel
 from capsnet.routing import dynamic_routing
 
@@ -239,10 +239,10 @@ def test_small_votes_without_gradients_are_routed_plainly(monkeypatch: pytest.Mo
 
 
 def test_the_fused_kernel_on_a_gpu_needs_triton(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(gpu, "available", lambda: False)
+    monkeypatch.setattr(sweeps_triton, "available", lambda: False)
     with pytest.raises(InputError, match=r"^kernel fused must have Triton on a GPU; it is not installed \(pip install"):
         resolve_kernel("fused", CUDA)
-    monkeypatch.setattr(gpu, "available", lambda: True)
+    monkeypatch.setattr(sweeps_triton, "available", lambda: True)
     assert resolve_kernel("fused", CUDA) == "fused"
 
 

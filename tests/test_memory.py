@@ -14,7 +14,8 @@ import pytest
 import torch
 from PIL import Image
 
-from capsnet import free_memory, memory, models, runs
+from capsnet import free_memory, memory, models
+from capsnet.checkpoints import pretrained
 from capsnet.cli import main
 from capsnet.config import Config
 from capsnet.data import Dataset, Split
@@ -125,7 +126,7 @@ def colour(workplace: Path) -> Path:
     """Weights of the paper's network for 64 x 64 colours, and images of these in the current directory."""
     torch.manual_seed(0)
     network = models.create("capsnet", image_shape=(3, 64, 64))
-    runs.save_pretrained(network, workplace / "weights")
+    pretrained.save_pretrained(network, workplace / "weights")
     images(workplace / "data", (64, 64, 3), 120)
     Image.open(workplace / "data" / "0" / "0.png").save(workplace / "image.png")
     return workplace
@@ -239,7 +240,7 @@ def test_other_commands_are_refused_before_they_compute_or_write(
 def test_weights_that_do_not_fit_are_not_loaded(monkeypatch: pytest.MonkeyPatch) -> None:
     limited(monkeypatch, 10 * 2**20)
     with pytest.raises(InputError, match=r"config.json: model capsnet, of 8,215,568 parameters, needs about 63 MiB"):
-        runs.load("capsnet-mnist")
+        pretrained.load("capsnet-mnist")
 
 
 def test_a_limited_process_ends_with_one_line_where_it_was_killed(photos: Path, workplace: Path) -> None:
@@ -275,12 +276,12 @@ def test_counting_leaves_kept_buffers_and_randomness_alone() -> None:
     from capsnet.kernels.buffers import pool
 
     kept = torch.zeros(3)
-    pool.give("stem v", kept)
+    pool.release("stem v", kept)
     state = torch.get_rng_state()
     with torch.device("meta"):
         network = models.create("capsnet")
     memory.training(network, Config(primary_scale=1.0), CPU, EIGHT, precision="32", batch_size=4)
-    assert pool.take("stem v", (3,), kept).data_ptr() == kept.data_ptr()
+    assert pool.acquire("stem v", (3,), kept).data_ptr() == kept.data_ptr()
     assert torch.equal(torch.get_rng_state(), state)
     pool.clear()
 

@@ -10,7 +10,8 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from capsnet import functional as F
-from capsnet import reference, runs
+from capsnet import reference
+from capsnet.checkpoints import pretrained
 from capsnet.errors import InputError
 from capsnet.models import Network, available, builder_options, create
 from capsnet.models.capsnet import CapsNet
@@ -520,8 +521,8 @@ def test_there_are_not_more_objects_than_classes(objects: int) -> None:
 def test_objects_and_every_option_come_back_from_disk(name: str, tmp_path: Path) -> None:
     sizes: dict[str, Any] = {"squash_epsilon": 1e-7, **SMALL} if name == "capsnet" else {"width": 0.02}
     network = create(name, image_shape=SHAPE, num_classes=5, objects_per_image=2, standardize=True, **sizes).eval()
-    runs.save_pretrained(network, tmp_path / "net")
-    again = runs.load(tmp_path / "net")
+    pretrained.save_pretrained(network, tmp_path / "net")
+    again = pretrained.load(tmp_path / "net")
     assert again.objects_per_image == 2
     assert again.config == network.config
     images = images_for(network)

@@ -10,16 +10,16 @@ from matplotlib.figure import Figure
 from PIL import Image, ImageSequence
 
 from capsnet import plots
-from capsnet.analysis.couplings import evidence
-from capsnet.analysis.drawing import Separation, perturb, reconstruct
-from capsnet.analysis.factors import PoseExplained
+from capsnet.analysis.pose_probe import PoseExplained
+from capsnet.analysis.reconstruction import Separation, perturb, reconstruct
+from capsnet.analysis.routing_trace import evidence
 from capsnet.data import Split
 from capsnet.errors import InputError
 from capsnet.evaluation import Predictions, calibration
 from capsnet.evaluation.statistics import wilson_interval
 from capsnet.models import create
 from capsnet.models.capsnet import CapsNet
-from capsnet.plots.figure import new, pixels, sheet
+from capsnet.plots.style import new, pixels, sheet
 from tiny import SIZES
 
 NAMES = ("a $5 $6", "日本語", "a name that is far too long for the little room above an image")

@@ -4,10 +4,10 @@ import pytest
 import torch
 from PIL import Image
 
-from capsnet.analysis.strangers import Threshold
-from capsnet.card import Card
+from capsnet.checkpoints.model_card import Card
 from capsnet.data.photo import Frame
 from capsnet.errors import InputError
+from capsnet.evaluation.ood import Threshold
 from capsnet.models import Network, create
 from capsnet.prediction import Prediction, predict
 from tiny import SIZES, reading

@@ -8,7 +8,8 @@ from typing import Any
 
 import pytest
 
-from capsnet import runs, train
+from capsnet import train
+from capsnet.checkpoints import pretrained
 from capsnet.cli import main
 from capsnet.config import Config, read, with_defaults
 
@@ -62,7 +63,7 @@ def test_commands_parse(
 ) -> None:
     monkeypatch.setattr(train, "fit", stop)
     monkeypatch.setattr(train, "resume", stop)
-    monkeypatch.setattr(runs, "load", stop)
+    monkeypatch.setattr(pretrained, "load", stop)
     monkeypatch.chdir(tmp_path)
     (tmp_path / "scans").mkdir()
     for file in ("photo.jpg", "photo-of-a-digit.jpg", "scans/1.png"):

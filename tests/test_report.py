@@ -6,12 +6,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from capsnet.analysis.strangers import Threshold
-from capsnet.card import Card
+from capsnet.checkpoints.model_card import Card
 from capsnet.config import Config
 from capsnet.data import Dataset, Split
 from capsnet.data.strokes import strokes
 from capsnet.evaluation import Predictions, predict_split
+from capsnet.evaluation.ood import Threshold
 from capsnet.models import CapsuleNetwork, Network, create
 from capsnet.report import report
 from tiny import SIZES, pairs

@@ -14,7 +14,7 @@ from capsnet import config, reference, routing
 from capsnet import functional as F
 from capsnet.errors import InputError
 from capsnet.functional import votes
-from capsnet.kernels import cpu
+from capsnet.kernels import sweeps_cpu
 from capsnet.kernels.fused import votes_and_routing
 from capsnet.routing import RoutingResult, check_iterations, couplings_of, dynamic_routing
 
@@ -25,7 +25,7 @@ def plain(u: Tensor, weight: Tensor, **options: object) -> RoutingResult:
     return dynamic_routing(votes(u, weight), **options)  # type: ignore[arg-type]
 
 
-IMPLEMENTATIONS: dict[str, Routing] = {"plain": plain, "fused": partial(votes_and_routing, cpu.Sweeps)}
+IMPLEMENTATIONS: dict[str, Routing] = {"plain": plain, "fused": partial(votes_and_routing, sweeps_cpu.Sweeps)}
 BATCH, INS, IN_DIM, OUTS, DIM = 2, 7, 3, 5, 4
 
 every_routing = pytest.mark.parametrize("route", IMPLEMENTATIONS.values(), ids=IMPLEMENTATIONS)

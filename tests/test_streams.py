@@ -13,9 +13,10 @@ from typing import Any
 
 import pytest
 
-from capsnet import machine, runs, train
+from capsnet import devices, train
+from capsnet.checkpoints import run_directory
 from capsnet.cli import main
-from capsnet.progress import Progress
+from capsnet.console import Progress
 from tiny import files, options, photos, tiny
 
 pytestmark = pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full, a device that is always full")
@@ -111,7 +112,7 @@ def test_progress_goes_on_where_stderr_fails(live: bool, monkeypatch: pytest.Mon
 
 def test_a_hang_up_is_collected_and_a_second_one_changes_nothing() -> None:
     before = signal.getsignal(signal.SIGHUP)
-    with machine.signals() as received:
+    with devices.signals() as received:
         os.kill(os.getpid(), signal.SIGHUP)
         os.kill(os.getpid(), signal.SIGHUP)
         time.sleep(0.01)
@@ -122,7 +123,7 @@ def test_a_hang_up_is_collected_and_a_second_one_changes_nothing() -> None:
 def test_a_hang_up_that_is_ignored_stays_so() -> None:
     before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
     try:
-        with machine.signals() as received:
+        with devices.signals() as received:
             os.kill(os.getpid(), signal.SIGHUP)
             assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
             assert received == []
@@ -214,7 +215,7 @@ def test_a_directory_that_another_process_takes_meanwhile_is_chosen_anew(
     workplace: Path, monkeypatch: pytest.MonkeyPatch, finished: bool
 ) -> None:
     config = tiny(photos(workplace / "data", count=6), epochs=1, report=False)
-    first = runs.Run(train._free_directory(config))
+    first = run_directory.Run(train._free_directory(config))
     real = train.prepare_data
 
     def prepared(*arguments: Any, **more: Any) -> Any:
@@ -222,7 +223,7 @@ def test_a_directory_that_another_process_takes_meanwhile_is_chosen_anew(
             first.directory.mkdir(parents=True)
             first.config_path.write_text("preset: paper\n")
         else:
-            held.enter_context(first.claimed())
+            held.enter_context(first.locked())
         return real(*arguments, **more)
 
     with ExitStack() as held:

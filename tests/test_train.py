@@ -12,7 +12,8 @@ import pytest
 import torch
 
 import capsnet
-from capsnet import feed, machine, report, runs, train
+from capsnet import devices, report, train
+from capsnet.checkpoints import pretrained, run_directory
 from capsnet.config import Config, preset
 from capsnet.data import Dataset, load
 from capsnet.data.augment import augment
@@ -20,8 +21,9 @@ from capsnet.data.preprocessing import Preprocessing
 from capsnet.errors import InputError
 from capsnet.evaluation import Evaluation, evaluate, predict_split
 from capsnet.kernels import native
-from capsnet.session import Session
 from capsnet.train import Diverged, Interrupted, fit, resume
+from capsnet.training import batches
+from capsnet.training.state import TrainingState
 from tiny import REAL, SIZES, files, metrics, pairs, same_weights, tiny, weights
 
 pytestmark = pytest.mark.usefixtures("workplace", "blank_figure")
@@ -50,7 +52,7 @@ def at_step(monkeypatch: pytest.MonkeyPatch, number: int, what: Any) -> None:
             what()
         return augment(*arguments)
 
-    monkeypatch.setattr(feed, "augment", augmented)
+    monkeypatch.setattr(batches, "augment", augmented)
 
 
 def send(number: int) -> None:
@@ -58,7 +60,7 @@ def send(number: int) -> None:
 
 
 def checkpoint(run: str) -> Any:
-    return runs.Run(run).load_checkpoint()
+    return run_directory.Run(run).load_checkpoint()
 
 
 def test_a_run_writes_these_files_and_no_others(photos: Path, workplace: Path) -> None:
@@ -223,7 +225,7 @@ def test_a_loss_that_is_not_finite_stops_and_keeps_the_last_good_checkpoint(
         count[0] += 1
         return augment(*arguments) * (math.nan if count[0] == 8 else 1)
 
-    monkeypatch.setattr(feed, "augment", augmented)
+    monkeypatch.setattr(batches, "augment", augmented)
     with pytest.raises(
         Diverged, match=r"2 at step 3 of 5; not finite first: the images of the step; the last good .*--lr"
     ):
@@ -296,7 +298,7 @@ def test_more_epochs_go_on_as_one_longer_run(photos: Path) -> None:
     assert resume("run", epochs=3).epochs == 3
     assert same_weights("long", "run")
     assert metrics("long") == metrics("run")
-    assert runs.Run("run").config().epochs == 3
+    assert run_directory.Run("run").config().epochs == 3
     with pytest.raises(InputError, match=r"epochs must be at least the 3 that the run has begun; got 2"):
         resume("run", epochs=2)
 
@@ -375,8 +377,8 @@ def test_overwrite_leaves_nothing_of_the_old_run(photos: Path, monkeypatch: pyte
     with pytest.raises(Interrupted):
         fit(tiny(photos, out="run", overwrite=True, seed=1))
     assert files("run") == {"config.yaml", "last.ckpt", "manifest.csv", "notes.txt"}
-    assert not runs.Run("run").config().overwrite  # `--config run/config.yaml` must not replace anything
-    assert runs.Run("run").config().out is None
+    assert not run_directory.Run("run").config().overwrite  # `--config run/config.yaml` must not replace anything
+    assert run_directory.Run("run").config().out is None
     resume("run")
     assert files("run") == {*WRITTEN, "notes.txt"}
 
@@ -436,7 +438,7 @@ def test_the_learning_rate_reaches_the_optimiser(photos: Path, monkeypatch: pyte
 def test_devices_that_are_not_there_are_refused(photos: Path) -> None:
     most = max(2, os.cpu_count() or 1)
     with pytest.raises(InputError, match=rf"devices must be at most the {most} CPU cores of this machine; got 999"):
-        machine.resolve_device(Config(device="cpu", devices=999))
+        devices.resolve_device(Config(device="cpu", devices=999))
     if not torch.cuda.is_available():
         with pytest.raises(InputError, match=r"device cuda must have a CUDA GPU"):
             fit(tiny(photos, device="cuda"))
@@ -468,15 +470,15 @@ def test_tensorboard_holds_curves_and_reconstructions(photos: Path, monkeypatch:
     pytest.importorskip("tensorboard")
     event_accumulator = importlib.import_module("tensorboard.backend.event_processing.event_accumulator")
 
-    save = runs.Run.save_checkpoint
+    save = run_directory.Run.save_checkpoint
 
-    def die_at_the_second(self: runs.Run, state: dict[str, Any]) -> None:
+    def die_at_the_second(self: run_directory.Run, state: dict[str, Any]) -> None:
         if self.checkpoint_path.exists():
             raise Killed  # the second epoch is in the curves and will be there again
         save(self, state)
 
     with monkeypatch.context() as patch:
-        patch.setattr(runs.Run, "save_checkpoint", die_at_the_second)
+        patch.setattr(run_directory.Run, "save_checkpoint", die_at_the_second)
         with pytest.raises(Killed):
             fit(tiny(photos, out="run", tensorboard=True))
     resume("run")
@@ -517,7 +519,7 @@ def test_the_figure_and_the_report_are_made(photos: Path, monkeypatch: pytest.Mo
 
 def test_the_card_tells_the_run_and_the_threshold(photos: Path) -> None:
     result = fit(tiny(photos, out="run", validation=20))
-    card = runs.load_card("run")
+    card = pretrained.load_card("run")
     given = replace(tiny(photos), validation=20, primary_scale=1.0)
     assert card.trained() == replace(given, image_size="12x13", channels=3, framing="off")
     assert (card.data, card.epochs, card.train_images) == (str(photos), 2, 55)
@@ -535,14 +537,14 @@ def test_the_card_tells_the_run_and_the_threshold(photos: Path) -> None:
 
 def test_without_validation_the_threshold_is_of_training_images(photos: Path) -> None:
     fit(tiny(photos, epochs=1, out="run", validation=0))
-    threshold = runs.load_card("run").threshold
+    threshold = pretrained.load_card("run").threshold
     assert threshold is not None
     assert (threshold.split, threshold.images) == ("train", 75)
 
 
 def test_without_decoder_there_is_no_threshold(photos: Path) -> None:
     result = fit(tiny(photos, epochs=1, out="run", reconstruction=False))
-    assert runs.load_card("run").threshold is None
+    assert pretrained.load_card("run").threshold is None
     assert result.figure is None
 
 
@@ -581,7 +583,7 @@ def test_images_in_memory_train_too_and_resume(photos: Path) -> None:
 
 def test_results_of_fewer_epochs_do_not_pass_for_those_of_more(photos: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     fit(tiny(photos, out="run", epochs=1))
-    monkeypatch.setattr(feed, "augment", raising(KeyboardInterrupt))
+    monkeypatch.setattr(batches, "augment", raising(KeyboardInterrupt))
     with pytest.raises(KeyboardInterrupt):
         resume("run", epochs=3)
     assert files("run") == {"config.yaml", "last.ckpt", "manifest.csv", "metrics.csv"}
@@ -799,7 +801,7 @@ def test_some_training_images_leave_the_others_where_they_are(photos: Path) -> N
     result = fit(tiny(photos, out="run", epochs=1, train_images=20))
     told = json.loads(Path("run/result.json").read_text(encoding="utf-8"))
     assert (told["train_images"], told["validation"]["total"], told["test"]["total"]) == (20, 7, 15)
-    assert runs.load_card("run").train_images == 20
+    assert pretrained.load_card("run").train_images == 20
     whole, few = (train.prepare_data(tiny(photos, train_images=count)) for count in (None, 20))
     assert whole.validation is not None
     assert few.validation is not None
@@ -821,14 +823,14 @@ def test_a_crop_is_what_the_network_sees(photos: Path, monkeypatch: pytest.Monke
         return made
 
     with monkeypatch.context() as patch:
-        patch.setattr(feed, "augment", augmented)
+        patch.setattr(batches, "augment", augmented)
         result = fit(replace(config, out="whole"))
     assert set(seen) == {(3, 11, 11)}
     assert result.network.image_shape == (3, 11, 11)
     assert files("whole") == WRITTEN
     dataset = train.prepare_data(config)
-    assert evaluate(runs.load("whole"), dataset.test, config=config).confusion == result.test.confusion
-    threshold = runs.load_card("whole").threshold
+    assert evaluate(pretrained.load("whole"), dataset.test, config=config).confusion == result.test.confusion
+    threshold = pretrained.load_card("whole").threshold
     assert threshold is not None
     assert threshold.images == 7
     with monkeypatch.context() as patch:
@@ -843,7 +845,7 @@ def test_a_crop_is_what_the_network_sees(photos: Path, monkeypatch: pytest.Monke
 
 def test_without_validation_the_threshold_is_of_cropped_training_images(photos: Path) -> None:
     fit(tiny(photos, epochs=1, out="run", validation=0, crop=11))
-    threshold = runs.load_card("run").threshold
+    threshold = pretrained.load_card("run").threshold
     assert threshold is not None
     assert (threshold.split, threshold.images) == ("train", 75)
 
@@ -860,10 +862,10 @@ def test_a_run_of_pairs_writes_finds_and_evaluates_the_same_again() -> None:
     assert (told["data"], told["train_images"], told["test"]["objects"]) == ("pairs", 54, 2)
     assert (told["test"]["total"], told["validation"]["total"]) == (15, 6)
     assert {"missed", "missed_percent"} <= told["test"].keys()
-    assert runs.load_card("run").threshold is None  # an image has no one reconstruction error
-    network = runs.load("run")
+    assert pretrained.load_card("run").threshold is None  # an image has no one reconstruction error
+    network = pretrained.load("run")
     assert network.objects_per_image == 2
-    again = evaluate(network, made.test, config=runs.Run("run").config())
+    again = evaluate(network, made.test, config=run_directory.Run("run").config())
     assert again.confusion == result.test.confusion
     assert again.wrong == result.test.wrong
     for name in ("loss", "classification_loss", "reconstruction_loss"):
@@ -894,14 +896,14 @@ def test_a_run_of_pairs_resumes_bit_for_bit(
 
 def test_pairs_are_others_in_every_step_and_the_same_for_the_same_seed(monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[list[torch.Tensor]] = []
-    real = feed.Feed.__call__
+    real = batches.BatchLoader.__call__
 
-    def fed(self: feed.Feed, *arguments: Any, **options: Any) -> Any:
+    def fed(self: batches.BatchLoader, *arguments: Any, **options: Any) -> Any:
         batch = real(self, *arguments, **options)
         seen[-1].append(batch.labels)
         return batch
 
-    monkeypatch.setattr(feed.Feed, "__call__", fed)
+    monkeypatch.setattr(batches.BatchLoader, "__call__", fed)
     for seed in (0, 0, 1):
         seen.append([])
         fit(tiny(Path("pairs"), seed=seed, batch_size=54), pairs())
@@ -914,14 +916,14 @@ def test_pairs_are_others_in_every_step_and_the_same_for_the_same_seed(monkeypat
 
 def test_the_training_error_of_pairs_is_that_of_exact_sets(monkeypatch: pytest.MonkeyPatch) -> None:
     wrong = [0]
-    real = Session.record
+    real = TrainingState.record
 
-    def record(self: Session, losses: Any, targets: torch.Tensor, **options: Any) -> None:
+    def record(self: TrainingState, losses: Any, targets: torch.Tensor, **options: Any) -> None:
         for scores, truth in zip(losses.output.scores, targets.tolist(), strict=True):
             wrong[0] += set(scores.argsort(descending=True)[:2].tolist()) != set(truth)
         real(self, losses, targets, **options)
 
-    monkeypatch.setattr(Session, "record", record)
+    monkeypatch.setattr(TrainingState, "record", record)
     fit(tiny(Path("pairs"), epochs=1, out="run"), pairs())
     assert float(metrics("run")[0]["train_error_percent"]) == pytest.approx(100 * wrong[0] / 54)
 
@@ -936,7 +938,7 @@ def test_a_baseline_of_pairs_trains_too() -> None:
 
 def test_other_options_of_networks_train_too(photos: Path) -> None:
     fit(tiny(photos, epochs=1, out="run", standardize=True, squash_epsilon=1e-7, brightness=0.2, contrast=0.5))
-    network = runs.load("run")
+    network = pretrained.load("run")
     assert (network.config["standardize"], network.config["squash_epsilon"]) == (True, 1e-7)
 
 

@@ -15,7 +15,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from capsnet import runs
+from capsnet.checkpoints import run_directory
 from capsnet.errors import InputError
 from capsnet.train import fit, resume
 from tiny import files, same_weights, tiny
@@ -239,17 +239,17 @@ def test_checkpoints_of_short_epochs_take_a_small_share_of_the_time(
     photos: Path, monkeypatch: pytest.MonkeyPatch, seconds: float, expected: int
 ) -> None:
     """A checkpoint of 0.3 seconds is written after the first and the last of eight epochs; the weights are the same."""
-    saved, save = list[int](), runs.Run.save_checkpoint
+    saved, save = list[int](), run_directory.Run.save_checkpoint
 
-    def slow(self: runs.Run, content: dict[str, Any]) -> None:
+    def slow(self: run_directory.Run, content: dict[str, Any]) -> None:
         time.sleep(seconds)
         saved.append(content["state"]["epoch"])
         save(self, content)
 
-    monkeypatch.setattr(runs.Run, "save_checkpoint", slow)
+    monkeypatch.setattr(run_directory.Run, "save_checkpoint", slow)
     fit(tiny(photos, out="run", epochs=8))
     assert len(saved) == expected
     assert saved[-1] == 8
-    monkeypatch.setattr(runs.Run, "save_checkpoint", save)
+    monkeypatch.setattr(run_directory.Run, "save_checkpoint", save)
     fit(tiny(photos, out="plain", epochs=8))
     assert same_weights("run", "plain")

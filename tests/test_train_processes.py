@@ -22,10 +22,11 @@ pytestmark = [pytest.mark.usefixtures("workplace", "blank_figure"), pytest.mark.
 
 COMMAND = """
 import os, resource, signal, sys, threading, time
-from capsnet import cli, feed, report, train
+from capsnet import cli, report, train
+from capsnet.training import batches
 
 rank = os.environ.get("LOCAL_RANK", "0")
-augment, steps = feed.augment, [0]
+augment, steps = batches.augment, [0]
 
 def wait(*arguments):
     steps[0] += 1
@@ -34,7 +35,7 @@ def wait(*arguments):
         raise RuntimeError("this process fails")
     return augment(*arguments)
 
-feed.augment = wait
+batches.augment = wait
 def blank(path):
     path.parent.mkdir(exist_ok=True)
     path.write_bytes(b"")

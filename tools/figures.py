@@ -11,7 +11,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from capsnet import plots, runs
+from capsnet import plots
+from capsnet.checkpoints import pretrained, run_directory
 from capsnet.data import Split
 from capsnet.errors import InputError
 from capsnet.evaluation import predict_split
@@ -47,9 +48,9 @@ def draw(
         row = one.rows[0]
         config = one.config(row, budget, 0)
         place = place_of(config, runs_folder)
-        if not runs.Run(place).result_path.exists():
+        if not run_directory.Run(place).result_path.exists():
             return
-        network = runs.load(place)
+        network = pretrained.load(place)
         split = split_of(config, one.metric, data_dir).take(torch.arange(LOOKED_AT))
         parts = drawn_apart(network, split, predict_split(network, split))
         yield plots.save(plots.separations(parts, network.classes), path, command=command)

@@ -17,8 +17,7 @@ from pathlib import Path
 from capsnet.errors import InputError
 from capsnet.experiments import available, experiment
 from capsnet.experiments.tables import overview, render
-from capsnet.files import read_text
-from capsnet.runs import write_atomically
+from capsnet.files import read_text, write_atomically
 
 __all__ = ["PAGES", "main", "rewritten"]
 

@@ -6,6 +6,10 @@ from . import functional as functional
 from . import layers as layers
 from . import models as models
 from . import routing as routing
+from .checkpoints.pretrained import from_pretrained as from_pretrained
+from .checkpoints.pretrained import load as load
+from .checkpoints.pretrained import load_card as load_card
+from .checkpoints.pretrained import save_pretrained as save_pretrained
 from .config import Config as Config
 from .config import preset as preset
 from .errors import InputError as InputError
@@ -30,10 +34,6 @@ from .prediction import Prediction as Prediction
 from .prediction import predict as predict
 from .routing import RoutingResult as RoutingResult
 from .routing import dynamic_routing as dynamic_routing
-from .runs import from_pretrained as from_pretrained
-from .runs import load as load
-from .runs import load_card as load_card
-from .runs import save_pretrained as save_pretrained
 from .train import Result as Result
 from .train import fit as fit
 from .train import resume as resume

@@ -1,7 +1,9 @@
-"""The cache directory; and reading files that may be anything: no more of one than it can rightly hold."""
+"""Files: the cache directory, bounded reading of files that may be anything, atomic writing."""
 
+import contextlib
 import json
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
@@ -18,6 +20,7 @@ __all__ = [
     "read_text",
     "read_up_to",
     "read_yaml",
+    "write_atomically",
 ]
 
 LARGEST_TEXT = 64 * 2**20
@@ -147,3 +150,27 @@ def parse_yaml(text: str, *, source: str) -> Any:
     except Exception as error:  # PyYAML answers wrong values of a type, as !!int "", with many types
         reason = " ".join(str(error).split()) or type(error).__name__
         raise InputError(f"{source} must be YAML; got: {reason[:200]}") from None
+
+
+def write_atomically(path: Path, write: Callable[[Path], Any]) -> None:
+    """Let `write` make a file beside `path`, flush it to the disk, and put it in place in one step.
+
+    Raises:
+        InputError: it could not be written; what was at `path` is untouched and nothing half-made is left.
+    """
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write(temporary)
+        with temporary.open("rb") as file:
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    except OSError as error:
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
+        reason = error.strerror or str(error)
+        kept = "; what it held before is kept" if path.is_file() else ""
+        raise InputError(f"file {path} must be writable; got: {reason}{kept}") from None
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from capsnet import functional as F
 from capsnet.errors import InputError
-from capsnet.kernels import cpu, fused, gpu, native, sweeps_native
+from capsnet.kernels import fused, native, sweeps_cpu, sweeps_native, sweeps_triton
 from capsnet.kernels.squash import biased_squash
 from capsnet.kernels.winograd import saving
 from capsnet.routing import RoutingResult, check_iterations, dynamic_routing
@@ -59,7 +59,7 @@ def resolve_kernel(kernel: str, device: torch.device, *, ordinary: bool = True, 
         raise InputError(f"kernel fused must run on a CPU or a CUDA GPU; got a tensor on {device}")
     if kernel == "fused" and F.is_transformed():
         raise InputError("kernel fused must run outside torch.func and torch.jit.trace; use kernel plain or auto there")
-    if kernel == "fused" and device.type == "cuda" and not gpu.available():
+    if kernel == "fused" and device.type == "cuda" and not sweeps_triton.available():
         raise InputError("kernel fused must have Triton on a GPU; it is not installed (pip install 'capsnet[triton]')")
     return kernel
 
@@ -67,8 +67,8 @@ def resolve_kernel(kernel: str, device: torch.device, *, ordinary: bool = True, 
 def sweeps_for(u: Tensor, weight: Tensor) -> type[fused.Sweeps]:
     """How the fused kernel reads the votes of `u` and `weight`: in Triton on a GPU, in C on a CPU where that can be."""
     if u.device.type == "cuda":
-        return gpu.Sweeps
-    return sweeps_native.Sweeps if native.usable(u, weight) else cpu.Sweeps
+        return sweeps_triton.Sweeps
+    return sweeps_native.Sweeps if native.usable(u, weight) else sweeps_cpu.Sweeps
 
 
 class Convolution(nn.Module):

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from capsnet import functional as F
-from capsnet.card import Card
+from capsnet.checkpoints.model_card import Card
 from capsnet.data.dataset import to_float
 from capsnet.data.preprocessing import Framing, Invert, Prepared, Preprocessing
 from capsnet.errors import InputError

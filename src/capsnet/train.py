@@ -19,29 +19,32 @@ from typing import Any, Literal
 import torch
 from lightning_fabric import Fabric
 
-from capsnet import memory, models, recipe, report, runs
-from capsnet.analysis.strangers import threshold_for
-from capsnet.board import board, check_board
-from capsnet.card import Card, Tested
+from capsnet import environment, memory, models, report
+from capsnet.checkpoints import pretrained
+from capsnet.checkpoints.model_card import Card, Tested
+from capsnet.checkpoints.run_directory import Checkpoint, Run
 from capsnet.config import PRESETS, Config, from_dict, preset, preset_differences, size_of, with_defaults
+from capsnet.console import Progress
 from capsnet.data import Dataset, available, is_folder, load, outline
 from capsnet.data import describe as describe_data
 from capsnet.data.image_folder import ImageFolder, Unreadable, scan
 from capsnet.data.manifest import Manifest
 from capsnet.data.photo import frame_of
 from capsnet.data.preprocessing import MNIST_FRAME, Preprocessing
-from capsnet.diagnosis import Chance
+from capsnet.devices import first_process, make_fabric, resolve_device, resolve_precision, shutdown, signals
 from capsnet.errors import InputError
 from capsnet.evaluation import Evaluation, predict_split
-from capsnet.feed import Feed
-from capsnet.graph import GraphedStep, check_graph
+from capsnet.evaluation.ood import threshold_for
 from capsnet.kernels.buffers import pool
-from capsnet.machine import first_process, make_fabric, resolve_device, resolve_precision, shutdown, signals
 from capsnet.models import Network
 from capsnet.objective import Batch, Losses, Objective
-from capsnet.progress import Progress
 from capsnet.schema import checked, shown
-from capsnet.session import Diverged, Interrupted, Session, fitting_checkpoint
+from capsnet.training import defaults
+from capsnet.training.batches import BatchLoader
+from capsnet.training.cuda_graph import GraphedStep, check_graph
+from capsnet.training.diagnosis import Chance
+from capsnet.training.state import Diverged, Interrupted, TrainingState, fitting_checkpoint
+from capsnet.training.tensorboard import board, check_board
 
 __all__ = [
     "Diverged",
@@ -131,7 +134,7 @@ def resume(directory: str | Path, dataset: Dataset | None = None, **changes: Any
         InputError: no run or checkpoint there, another process trains in it, or another option is to change; otherwise
             as `fit`.
     """
-    run = runs.Run(directory)
+    run = Run(directory)
     saved = run.config()
     faults = [
         f"{name} of a resumed run must stay {getattr(saved, name, None)!r}; got {value!r}"
@@ -311,7 +314,7 @@ def layout(config: Config, dataset: Dataset) -> Network:
         "objects_per_image": dataset.objects_per_image,
         **{name: getattr(config, name) for name in options},
     }
-    return runs.outline(config.model, **about)
+    return pretrained.outline(config.model, **about)
 
 
 def build(config: Config, dataset: Dataset) -> Network:
@@ -331,11 +334,11 @@ def learning_rate(config: Config, step: int, steps_per_epoch: int) -> float:
     return max(config.lr_floor, config.lr * math.pow(config.lr_decay, step / decay_steps))
 
 
-def _launch(config: Config, dataset: Dataset | None, resumed: runs.Run | None) -> Result:
+def _launch(config: Config, dataset: Dataset | None, resumed: Run | None) -> Result:
     """Check everything that can be checked, start the processes, train, and leave no process group behind."""
     if dataset is not None:
         config = replace(config, data=dataset.name)
-    run = resumed or runs.Run(config.out or _free_directory(config))
+    run = resumed or Run(config.out or _free_directory(config))
     device = resolve_device(config)
     if config.tensorboard:
         check_board(run.directory)
@@ -353,7 +356,7 @@ def _launch(config: Config, dataset: Dataset | None, resumed: runs.Run | None) -
         _same_images(dataset, recorded, config)
     if config.stop_at is not None and dataset.validation is None:
         raise InputError(f"stop_at must be given with validation images to judge by; got {config.stop_at} without any")
-    given, config = config, recipe.resolved(as_read(config, dataset), dataset)
+    given, config = config, defaults.resolved(as_read(config, dataset), dataset)
     with torch.random.fork_rng(devices=[]):
         network = build(config, dataset)
     precision = resolve_precision(config, device, network)
@@ -366,17 +369,17 @@ def _launch(config: Config, dataset: Dataset | None, resumed: runs.Run | None) -
         checkpoint = _checkpoint(run, config, network, dataset) if resumed else None
         if first:
             if resumed:
-                run.go_on(config)
+                run.reopen(config)
             else:
-                run.begin(config, Manifest.of(dataset), overwrite=config.overwrite)
+                run.create(config, Manifest.of(dataset), overwrite=config.overwrite)
 
         fabric.launch()
         if config.threads:
             torch.set_num_threads(config.threads)
         try:
-            run = runs.Run(fabric.broadcast(str(run.directory)))
+            run = Run(fabric.broadcast(str(run.directory)))
             with signals() as received, torch.random.fork_rng(devices=[]):
-                note = "; ".join(filter(None, (*dataset.notes, _read_so(given, dataset), recipe.told(given, config))))
+                note = "; ".join(filter(None, (*dataset.notes, _read_so(given, dataset), defaults.told(given, config))))
                 return _train(fabric, config, dataset, network, run, received, checkpoint, precision, note)
         except (Interrupted, Diverged, InputError):
             if fabric.is_global_zero:
@@ -388,7 +391,7 @@ def _launch(config: Config, dataset: Dataset | None, resumed: runs.Run | None) -
 
 def _check_memory(config: Config, dataset: Dataset, device: torch.device) -> None:
     """Raise InputError where a training is not going to fit into memory."""
-    config = recipe.resolved(as_read(config, dataset), dataset)
+    config = defaults.resolved(as_read(config, dataset), dataset)
     network = layout(config, dataset)
     memory.check_training(
         network,
@@ -400,7 +403,7 @@ def _check_memory(config: Config, dataset: Dataset, device: torch.device) -> Non
     )
 
 
-def _claimed(config: Config, run: runs.Run, held: ExitStack, *, given: bool) -> runs.Run:
+def _claimed(config: Config, run: Run, held: ExitStack, *, given: bool) -> Run:
     """The run with its directory kept to this process while `held` is open.
 
     Args:
@@ -415,7 +418,7 @@ def _claimed(config: Config, run: runs.Run, held: ExitStack, *, given: bool) -> 
     while True:
         with ExitStack() as claim:
             try:
-                claim.enter_context(run.claimed())
+                claim.enter_context(run.locked())
             except InputError:
                 if given:
                     raise
@@ -423,10 +426,10 @@ def _claimed(config: Config, run: runs.Run, held: ExitStack, *, given: bool) -> 
                 if given or not run.exists():
                     held.push(claim.pop_all())
                     return run
-        run = runs.Run(_free_directory(config))
+        run = Run(_free_directory(config))
 
 
-def _checkpoint(run: runs.Run, config: Config, network: Network, dataset: Dataset) -> runs.Checkpoint | None:
+def _checkpoint(run: Run, config: Config, network: Network, dataset: Dataset) -> Checkpoint | None:
     """The checkpoint to go on from; None where a run was stopped before its first one.
 
     Raises:
@@ -462,14 +465,14 @@ def _train(
     config: Config,
     dataset: Dataset,
     network: Network,
-    run: runs.Run,
+    run: Run,
     received: list[int],
-    checkpoint: runs.Checkpoint | None,
+    checkpoint: Checkpoint | None,
     precision: str,
     note: str | None,
 ) -> Result:
     assert config.epochs is not None  # resolved
-    environment = runs.environment(fabric.device)  # of the code that runs, not of what is on disk at the end
+    about = environment.describe(fabric.device)  # of the code that runs, not of what is on disk at the end
     network.to(fabric.device)
     objective, optimizer = fabric.setup(
         Objective(network, config), torch.optim.Adam(network.parameters(), lr=config.lr, fused=True)
@@ -486,8 +489,8 @@ def _train(
     count = len(dataset.train)
     graphed = GraphedStep(step, batch_size=min(config.batch_size, count)) if config.cuda_graph else None
     rate_here = torch.tensor(config.lr, device=fabric.device)
-    feed = Feed(dataset, config, fabric.device)
-    session = Session(fabric, config, run, network, optimizer, train_images=count, received=received)
+    feed = BatchLoader(dataset, config, fabric.device)
+    session = TrainingState(fabric, config, run, network, optimizer, train_images=count, received=received)
     notes = [note, session.restore(checkpoint) if checkpoint else None]
     steps, validation, losses = session.steps, None, None
     chance = Chance(
@@ -572,13 +575,13 @@ def _train(
         "seconds": round(session.at.seconds, 1),
         "processes": fabric.world_size,
         "precision": precision,
-        **environment,
+        **about,
     }
 
     def finish() -> None:
-        runs.save_pretrained(network, run.directory)
+        pretrained.save_pretrained(network, run.directory)
         card = describe(network, dataset, config, test.to_dict(), epochs=session.at.epoch)
-        runs.save_card(card, run.directory)
+        pretrained.save_card(card, run.directory)
         run.write_result(result)
         if figure:
             report.draw_reconstructions(network, dataset.test, figure)
@@ -637,7 +640,7 @@ def reading_of(network: Network, dataset: Dataset, config: Config) -> Preprocess
     )
 
 
-def _evaluate(session: Session, dataset: Dataset, name: str) -> Evaluation:
+def _evaluate(session: TrainingState, dataset: Dataset, name: str) -> Evaluation:
     """Results on the split `name`, every example counted once over all processes; stops where the training would."""
     fabric = session.fabric
     with fabric.autocast():

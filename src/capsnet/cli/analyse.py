@@ -14,7 +14,7 @@ from capsnet.errors import InputError
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from capsnet.analysis.factors import PoseExplained
+    from capsnet.analysis.pose_probe import PoseExplained
     from capsnet.data.preprocessing import Preprocessing
 
 __all__ = ["ANALYSE", "pose_table", "probe_poses"]
@@ -46,13 +46,13 @@ class _Record:
 
     def write(self, record: dict[str, Any]) -> None:
         """Print the record as JSON if asked for, and write its file."""
-        from capsnet import runs
+        from capsnet.files import write_atomically
 
         if self.json:
             show_json(record)
         if self.out:
             text = json.dumps(record, indent=2) + "\n"
-            runs.write_atomically(Path(self.out), lambda path: path.write_text(text, encoding="utf-8"))
+            write_atomically(Path(self.out), lambda path: path.write_text(text, encoding="utf-8"))
             if not self.json:
                 show(f"record: {self.out}")
 
@@ -86,10 +86,10 @@ class _Ood(_Record, _OodOptions):
             raise InputError("--against must be at least one data set, folder or noise; got none")
         import torch
 
-        from capsnet import runs
-        from capsnet.analysis.drawing import decoder_of
-        from capsnet.analysis.strangers import auroc, reconstruction_errors
+        from capsnet import environment
+        from capsnet.analysis.reconstruction import decoder_of
         from capsnet.evaluation import predict_split
+        from capsnet.evaluation.ood import auroc, reconstruction_errors
 
         trained = TrainedModel(self.model)
         network, _ = decoder_of(trained.network)
@@ -127,7 +127,7 @@ class _Ood(_Record, _OodOptions):
             },
             "threshold": threshold.to_dict() if threshold else None,
             "ood": rows,
-            **runs.environment(torch.device("cpu")),
+            **environment.describe(torch.device("cpu")),
         }
         if not self.json:
             _print_ood(record)
@@ -239,13 +239,13 @@ class _Attack(_Record, _AttackOptions):
         for name, values in (("MODEL", self.models), ("--attacks", self.attacks), ("--epsilons", self.epsilons)):
             if not values:
                 raise InputError(f"{name} must be given at least once; got none")
-        from capsnet import machine, runs
+        from capsnet import devices, environment
 
         subjects = [TrainedModel(model) for model in self.models]
-        device = machine.resolve_device(replace(subjects[0].trained(self.data), device=self.device, devices=1))
+        device = devices.resolve_device(replace(subjects[0].trained(self.data), device=self.device, devices=1))
         record: dict[str, Any] = {
             "command": line,
-            "environment": runs.environment(device),
+            "environment": environment.describe(device),
             "seed": self.seed,
             "epsilons": list(self.epsilons),
             "steps": self.steps,
@@ -262,9 +262,9 @@ class _Attack(_Record, _AttackOptions):
 
     def _attack(self, trained: TrainedModel, device: Any) -> dict[str, Any]:
         """The rates of one network, as they are recorded."""
-        from capsnet.analysis.attack import attack_rates
         from capsnet.data.dataset import to_float
         from capsnet.evaluation import wilson_interval
+        from capsnet.evaluation.adversarial import attack_rates
 
         config = trained.trained(self.data)
         dataset = trained.dataset(self.data, self.data_dir, held_out=False)
@@ -387,11 +387,12 @@ def probe_poses(
     """The first network, the record, and the pose probe of each network by its name."""
     import torch
 
-    from capsnet import runs
-    from capsnet.analysis.factors import pose_explained
+    from capsnet import environment
+    from capsnet.analysis.pose_probe import pose_explained
+    from capsnet.checkpoints import pretrained
 
     trained = TrainedModel(options.model)
-    networks = {model: runs.load(model) for model in (options.model, *against)}
+    networks = {model: pretrained.load(model) for model in (options.model, *against)}
     dataset = trained.dataset(options.data, options.data_dir)
     for network in networks.values():
         network.check_images(dataset.test.images[:1].float())
@@ -404,7 +405,7 @@ def probe_poses(
         "command": line,
         "data": dataset.name,
         "networks": {name: one.to_dict() for name, one in found.items()},
-        **runs.environment(torch.device("cpu")),
+        **environment.describe(torch.device("cpu")),
     }
     return trained, record, found
 

@@ -41,11 +41,12 @@ class Demo:
             raise InputError(
                 "demo must have starlette and uvicorn; they are not installed (pip install 'capsnet[demo]')"
             ) from None
-        from capsnet import memory, runs
+        from capsnet import memory
+        from capsnet.checkpoints import pretrained
         from capsnet.demo import Viewer, serve
 
-        card = runs.load_card(self.model)
-        network = runs.load(self.model)
+        card = pretrained.load_card(self.model)
+        network = pretrained.load(self.model)
         memory.check_demo(network)
         reading = card.reading(network.image_shape).with_framing(self.framing)
         viewer = Viewer(network, self.model, reading=reading, threshold=card.threshold)

@@ -17,8 +17,8 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from capsnet.data import Dataset, Split
-    from capsnet.ensemble import Ensemble
     from capsnet.evaluation import Evaluation
+    from capsnet.evaluation.ensemble import Ensemble
     from capsnet.evaluation.statistics import McNemar, Summary, TTest
 
 
@@ -74,7 +74,7 @@ class Evaluate:
                 "--against must be one network for one MODEL, and at least two for several, because the variance of "
                 f"one is not known; got {len(self.against)} for {len(self.models)}"
             )
-        from capsnet.ensemble import check_shifts
+        from capsnet.evaluation.ensemble import check_shifts
 
         runs = _evaluated_runs([*self.models, *self.against])
         check_shifts(self.shifts, runs[0].trained.network.image_shape)
@@ -85,14 +85,14 @@ class Evaluate:
         return (self._compare if self.against else self._ensemble)(runs, split, record)
 
     def _one(self) -> int:
-        from capsnet import machine, memory
+        from capsnet import devices, memory
         from capsnet.evaluation import evaluate
 
         trained = TrainedModel(self.models[0], several=True)
         network, config = trained.network, trained.trained(self.data)
         options = replace(config, device=self.device, precision=self.precision or config.precision, devices=1)
-        device = machine.resolve_device(options)
-        precision = machine.resolve_precision(options, device, network)
+        device = devices.resolve_device(options)
+        precision = devices.resolve_precision(options, device, network)
         dataset = trained.dataset(self.data, self.data_dir, held_out=self.split == "validation")
         split = trained.split(dataset, self.split)
         _check_objects(trained, split, f"{dataset.name} {self.split}")
@@ -126,7 +126,7 @@ class Evaluate:
         return 0
 
     def _compare(self, runs: list["_EvaluatedRun"], split: "Split", record: dict[str, Any]) -> int:
-        from capsnet.ensemble import Ensemble
+        from capsnet.evaluation.ensemble import Ensemble
         from capsnet.evaluation.statistics import McNemar, summarise
 
         scores = (run.scores(split, shifts=self.shifts, batch_size=self.batch_size) for run in runs)
@@ -162,7 +162,7 @@ class _Part:
     def of(cls, runs: list["_EvaluatedRun"], split: "Split", shifts: int, batch_size: int) -> "_Part":
         import torch
 
-        from capsnet.ensemble import Ensemble
+        from capsnet.evaluation.ensemble import Ensemble
 
         scores = [run.scores(split, shifts=shifts, batch_size=batch_size) for run in runs]
         alone = [Ensemble.of(each, split.labels) for each in scores]
@@ -233,7 +233,7 @@ class _EvaluatedRun:
 
     def scores(self, split: "Split", *, shifts: int, batch_size: int) -> "Tensor":
         """Its scores of every image, see `ensemble_scores`."""
-        from capsnet.ensemble import ensemble_scores
+        from capsnet.evaluation.ensemble import ensemble_scores
 
         views = (2 * shifts + 1) ** 2
         say(f"{self.model}: {len(split):,} images" + (f", {views} views of each" if shifts else ""))
@@ -245,8 +245,8 @@ class _EvaluatedRun:
 
 def _evaluated_runs(models: Sequence[str]) -> list[_EvaluatedRun]:
     """The networks, on the CPU; each must be named once, with the same classes and image shape."""
-    from capsnet.ensemble import check_alike
-    from capsnet.runs import folder_of
+    from capsnet.checkpoints.pretrained import folder_of
+    from capsnet.evaluation.ensemble import check_alike
 
     folders = [folder_of(name).resolve() for name in models]
     for k, (name, folder) in enumerate(zip(models, folders, strict=True)):
@@ -263,7 +263,7 @@ def _same_split(runs: Sequence[_EvaluatedRun], options: Evaluate) -> tuple["Data
     Raises:
         InputError: the data cannot be had, too little memory, or validation images that another network was trained on.
     """
-    from capsnet import machine, memory
+    from capsnet import devices, memory
 
     first = runs[0].trained
     for run in runs if options.split == "validation" else ():
@@ -272,7 +272,7 @@ def _same_split(runs: Sequence[_EvaluatedRun], options: Evaluate) -> tuple["Data
                 f"--split must be test or train where {runs[0].model} and {run.model} held out other images; "
                 "got validation"
             )
-    device = machine.resolve_device(replace(first.trained(options.data), device=options.device, devices=1))
+    device = devices.resolve_device(replace(first.trained(options.data), device=options.device, devices=1))
     dataset = first.dataset(options.data, options.data_dir, held_out=options.split == "validation")
     split = first.split(dataset, options.split)
     _check_objects(first, split, f"{dataset.name} {options.split}")

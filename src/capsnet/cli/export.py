@@ -53,8 +53,8 @@ class Export:
         """Export a network, say how it compares."""
         import torch
 
-        from capsnet import memory, runs
-        from capsnet.export import FORMATS, export
+        from capsnet import environment, memory
+        from capsnet.checkpoints.export import FORMATS, export
         from capsnet.models import inference_batch
 
         trained = TrainedModel(self.model, several=True)
@@ -79,7 +79,7 @@ class Export:
                 "model": self.model,
                 "data": name,
                 **result.to_dict(),
-                **runs.environment(torch.device("cpu")),
+                **environment.describe(torch.device("cpu")),
             }
             show_json(record)
         else:

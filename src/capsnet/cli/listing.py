@@ -77,11 +77,11 @@ def _models() -> list[dict[str, Any]]:
 
 
 def _weights() -> list[dict[str, Any]]:
-    from capsnet import runs
+    from capsnet.checkpoints import pretrained
 
     rows: list[dict[str, Any]] = []
-    for name in runs.shipped():
-        card, folder = runs.load_card(name), runs.folder_of(name)
+    for name in pretrained.shipped():
+        card, folder = pretrained.load_card(name), pretrained.folder_of(name)
         low, high = card.test["interval"]
         rows.append(
             {

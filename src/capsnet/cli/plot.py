@@ -14,7 +14,7 @@ from capsnet.errors import InputError
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from capsnet.plots.figure import Figure
+    from capsnet.plots.style import Figure
 
 __all__ = ["PLOT"]
 
@@ -95,7 +95,7 @@ class _Reconstructions(_FigureOptions):
         import torch
 
         from capsnet import plots
-        from capsnet.analysis.drawing import decoder_of, reconstruct
+        from capsnet.analysis.reconstruction import decoder_of, reconstruct
         from capsnet.data.dataset import to_float
         from capsnet.evaluation import predict_split
         from capsnet.report import drawn_apart
@@ -167,10 +167,11 @@ class _Perturbations(_FigureOptions):
         own = self.of_own(self.image)
         import torch
 
-        from capsnet import plots, runs
-        from capsnet.analysis.drawing import decoder_of, perturb
+        from capsnet import plots
+        from capsnet.analysis.reconstruction import decoder_of, perturb
         from capsnet.data.dataset import to_float
         from capsnet.evaluation import predict_split
+        from capsnet.files import write_atomically
 
         trained = TrainedModel(self.model)
         network, _ = decoder_of(trained.network)
@@ -210,7 +211,7 @@ class _Perturbations(_FigureOptions):
         lines = [f"{len(inputs)} x {result.images.shape[1]} dimensions x {self.steps} steps of +-{self.span:g}"]
         if self.gif is not None:
             content = plots.sweep(result)
-            runs.write_atomically(animation, lambda place: place.write_bytes(content))
+            write_atomically(animation, lambda place: place.write_bytes(content))
             lines.append(f"animation: {animation}")
         change = result.images - result.images[:, :, self.steps // 2, None]
         return self.finish(
@@ -248,8 +249,8 @@ class _Couplings(_FigureOptions):
         own = self.of_own(self.image)
         import torch
 
-        from capsnet import plots, runs
-        from capsnet.analysis.couplings import Evidence, evidence, with_capsules
+        from capsnet import environment, plots
+        from capsnet.analysis.routing_trace import Evidence, evidence, with_capsules
         from capsnet.data.dataset import to_float
 
         trained = TrainedModel(self.model)
@@ -282,7 +283,7 @@ class _Couplings(_FigureOptions):
                 "agreement_others": others,
                 "coupling_winning_largest": found.couplings.transpose(2, 3)[:, won].amax((1, 2)).tolist(),
                 "figure": str(self.save(trained, "couplings", figure, line)),
-                **runs.environment(torch.device("cpu")),
+                **environment.describe(torch.device("cpu")),
             },
             f"{name}: mean of {len(inputs)} images; uniform couplings have {uniform:.4f} bits",
             "iteration  entropy, bits  agreement of the winner  of the others",
@@ -314,7 +315,7 @@ class _Results(_FigureOptions):
     names: ClassVar[tuple[str, ...]]
 
     def draw(self, line: str) -> int:
-        from capsnet import runs
+        from capsnet.checkpoints import run_directory
         from capsnet.evaluation import calibration, predict_split
         from capsnet.report import result_figures
 
@@ -324,7 +325,7 @@ class _Results(_FigureOptions):
         dataset = trained.dataset(self.data, self.data_dir)
         split = trained.split(dataset, self.split)
         found = predict_split(trained.network, split)
-        makers = result_figures(found, split, trained.network.classes, runs.Run(trained.folder).metrics())
+        makers = result_figures(found, split, trained.network.classes, run_directory.Run(trained.folder).metrics())
         if self.names == ("curves",) and "curves" not in makers:
             raise InputError(f"curves must be of a run directory with metrics.csv; {self.model} has none")
         paths = [self.save(trained, name, makers[name](), line) for name in self.names if name in makers]

@@ -71,8 +71,8 @@ class Predict:
             say(f"capsnet predict: {note}")
         from dataclasses import replace
 
-        from capsnet import machine, memory
-        from capsnet.analysis.drawing import decoder_of
+        from capsnet import devices, memory
+        from capsnet.analysis.reconstruction import decoder_of
         from capsnet.config import Config
         from capsnet.prediction import Prediction, predict
 
@@ -80,7 +80,7 @@ class Predict:
         if self.save_reconstructions:
             decoder_of(trained.network)
             places = _places(names, Path(self.save_reconstructions), overwrite=self.overwrite)
-        device = machine.resolve_device(replace(Config(), device=self.device))
+        device = devices.resolve_device(replace(Config(), device=self.device))
         sources = ((name, sys.stdin.buffer.read() if name == "-" else Path(name)) for name in names)
         precision = trained.precision(device)
         batch_size = min(self.batch_size, len(names))
@@ -207,7 +207,8 @@ def _save(image: "Tensor", reconstruction: "Tensor", path: Path) -> None:
     """Both side by side, as a PNG file."""
     import torch
 
-    from capsnet import plots, runs
+    from capsnet import plots
+    from capsnet.files import write_atomically
 
     both = plots.picture(torch.stack([image, reconstruction])[None])
-    runs.write_atomically(path, lambda place: both.save(place, format="PNG"))
+    write_atomically(path, lambda place: both.save(place, format="PNG"))

@@ -33,7 +33,8 @@ class Report:
 
     def run(self, line: str) -> int:
         """Write the report, print where."""
-        from capsnet import runs
+        from capsnet.checkpoints import run_directory
+        from capsnet.files import write_atomically
         from capsnet.report import render
 
         trained = TrainedModel(self.model, several=True)
@@ -41,7 +42,7 @@ class Report:
         if self.out is None and trained.is_run:
             path = trained.folder / "report.html"
         dataset = trained.dataset(self.data, self.data_dir)
-        files = runs.Run(trained.folder)
+        files = run_directory.Run(trained.folder)
         content = render(
             trained.network,
             dataset,
@@ -51,6 +52,6 @@ class Report:
             rows=files.metrics(),
             result=files.result() if files.result_path.is_file() else None,
         )
-        runs.write_atomically(path, lambda place: place.write_text(content, encoding="utf-8"))
+        write_atomically(path, lambda place: place.write_text(content, encoding="utf-8"))
         show(f"report: {path}")
         return 0

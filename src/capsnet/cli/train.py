@@ -65,7 +65,7 @@ class Train:
             show(*dry_run(options).split("\n"))
             return 0
 
-        from capsnet import machine, train
+        from capsnet import devices, train
 
         try:
             if self.resume:
@@ -80,7 +80,7 @@ class Train:
         except train.Diverged as error:
             say(f"capsnet train: error: {error}")
             return 1
-        if not machine.first_process():
+        if not devices.first_process():
             return 0
         paths = {"directory": result.directory, "figure": result.figure, "report": result.report}
         if self.json:

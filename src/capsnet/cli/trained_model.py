@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
-    from capsnet.card import Card
+    from capsnet.checkpoints.model_card import Card
     from capsnet.data import Dataset, Split
     from capsnet.data.image_folder import ImageFolder
     from capsnet.data.manifest import Manifest
@@ -42,23 +42,23 @@ class TrainedModel:
     card: "Card"
 
     def __init__(self, model: str, *, several: bool = False) -> None:
-        from capsnet import runs
+        from capsnet.checkpoints import pretrained, run_directory
 
-        self.model, self.folder = model, runs.folder_of(model)
-        self.network, self.card = runs.load(model), runs.load_card(model)
+        self.model, self.folder = model, pretrained.folder_of(model)
+        self.network, self.card = pretrained.load(model), pretrained.load_card(model)
         if self.network.objects_per_image > 1 and not several:
             raise InputError(
                 f"{model} must be of images that show one object each; it finds {self.network.objects_per_image}"
             )
-        run = runs.Run(self.folder)
+        run = run_directory.Run(self.folder)
         self._config = run.config() if run.config_path.exists() else self.card.trained() if self.card.config else None
 
     @property
     def is_run(self) -> bool:
         """Whether it is a run directory, where its figures then go."""
-        from capsnet import runs
+        from capsnet.checkpoints import run_directory
 
-        return runs.Run(self.folder).config_path.exists()
+        return run_directory.Run(self.folder).config_path.exists()
 
     def trained(self, data: str | None = None) -> Config:
         """The configuration it was trained with; for other weights, one that reads `data` in their images' shape.
@@ -132,9 +132,9 @@ class TrainedModel:
 
     def recorded(self) -> "Manifest | None":
         """Which images its run used; None where that is not known."""
-        from capsnet import runs
+        from capsnet.checkpoints import run_directory
 
-        return runs.Run(self.folder).manifest()
+        return run_directory.Run(self.folder).manifest()
 
     def _is_old(self, recorded: "Manifest | None") -> bool:
         """Whether its validation images were held out as before there were manifests."""
@@ -142,9 +142,9 @@ class TrainedModel:
 
     def precision(self, device: "torch.device") -> str:
         """The precision that it is run in on a device: that of its training, as far as the device has it."""
-        from capsnet import machine
+        from capsnet import devices
 
-        return machine.resolve_precision(replace(self._config or Config(), devices=1), device, self.network)
+        return devices.resolve_precision(replace(self._config or Config(), devices=1), device, self.network)
 
     def _is_own(self, options: Config, recorded: "Manifest | None") -> bool:
         """Whether a folder holds the images of the run, wherever it is."""

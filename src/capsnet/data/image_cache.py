@@ -27,9 +27,9 @@ import torch
 from jaxtyping import UInt8
 from torch import Tensor
 
+from capsnet.console import Counter
 from capsnet.errors import InputError
 from capsnet.files import cache_dir
-from capsnet.progress import Counter
 
 if sys.platform != "win32":
     import fcntl

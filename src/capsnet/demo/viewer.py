@@ -11,13 +11,13 @@ from jaxtyping import Float, UInt8
 from torch import Tensor
 
 from capsnet import functional as F
-from capsnet.analysis.couplings import evidence
-from capsnet.analysis.drawing import decoder_of
-from capsnet.analysis.strangers import Threshold
+from capsnet.analysis.reconstruction import decoder_of
+from capsnet.analysis.routing_trace import evidence
 from capsnet.data.dataset import to_float
 from capsnet.data.image_file import formats
 from capsnet.data.preprocessing import Invert, Preprocessing
 from capsnet.errors import InputError
+from capsnet.evaluation.ood import Threshold
 from capsnet.models import Network
 from capsnet.names import visible
 

@@ -6,10 +6,9 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-from capsnet import runs
 from capsnet.config import Config, with_defaults
 from capsnet.errors import InputError
-from capsnet.files import parse_json, read_text
+from capsnet.files import parse_json, read_text, write_atomically
 from capsnet.schema import checked
 
 __all__ = ["Record", "add", "effective", "fingerprint", "path_of", "read", "write"]
@@ -138,4 +137,4 @@ def write(folder: Path, records: list[Record]) -> None:
     """
     lines = "".join(json.dumps(asdict(record)) + "\n" for record in records)
     path = path_of(folder, records[0].experiment, records[0].budget)
-    runs.write_atomically(path, lambda place: place.write_text(lines, encoding="utf-8"))
+    write_atomically(path, lambda place: place.write_text(lines, encoding="utf-8"))

@@ -7,12 +7,13 @@ from typing import Any
 
 import torch
 
-from capsnet import machine, runs, train
+from capsnet import devices, train
+from capsnet.checkpoints import pretrained, run_directory
 from capsnet.config import Config
 from capsnet.data import Split, describe
-from capsnet.ensemble import Ensemble, ensemble_scores
 from capsnet.errors import InputError
 from capsnet.evaluation import Evaluation, predict_split
+from capsnet.evaluation.ensemble import Ensemble, ensemble_scores
 from capsnet.experiments import records
 from capsnet.experiments.plan import Experiment, Row
 from capsnet.experiments.records import Record, fingerprint
@@ -109,7 +110,7 @@ def _known(found: Sequence[Record], key: str, config: Config, data: Sequence[str
 def _trained(config: Config, runs_folder: Path) -> Path:
     """The run directory of a finished training, which is begun, gone on with, or there already."""
     directory = place_of(config, runs_folder)
-    run = runs.Run(directory)
+    run = run_directory.Run(directory)
     if not run.exists():
         train.fit(replace(config, out=str(directory)))
         return directory
@@ -127,9 +128,9 @@ def _measured(
     experiment: Experiment, row: Row, budget: str, config: Config, directory: Path, also: Sequence[str]
 ) -> Record:
     """The record of a finished training, measured on all test images of its own data set, the metric's and `also`."""
-    network, result = runs.load(directory), runs.Run(directory).result()
-    device = machine.resolve_device(config)
-    precision = machine.resolve_precision(config, device, network)
+    network, result = pretrained.load(directory), run_directory.Run(directory).result()
+    device = devices.resolve_device(config)
+    precision = devices.resolve_precision(config, device, network)
     network.to(device)
     results, wrong_images = dict[str, dict[str, float]](), dict[str, list[int]]()
     for name in dict.fromkeys((config.data, experiment.metric, *also)):
@@ -172,9 +173,9 @@ def _together(
     if gone:
         say(f"no ensemble of {seeds}, for these weights are not here: {', '.join(gone)}")
         return None
-    device = machine.resolve_device(configs[0])
-    networks = [runs.load(place).to(device) for place in places]
-    precision = machine.resolve_precision(configs[0], device, networks[0])
+    device = devices.resolve_device(configs[0])
+    networks = [pretrained.load(place).to(device) for place in places]
+    precision = devices.resolve_precision(configs[0], device, networks[0])
     split = split_of(configs[0], experiment.metric)
     with torch.autocast(device.type, dtype=torch.bfloat16, enabled=precision == "bf16"):
         judged = Ensemble.of(ensemble_scores(networks, split), split.labels)

@@ -11,16 +11,16 @@ __all__ = ["BufferPool", "pool"]
 
 
 class BufferPool:
-    """At most one free array for each name; whoever takes it owns it until it is given back.
+    """At most one free array for each name; whoever acquires it owns it until it is released.
 
-    An array that is never given back (a forward without a backward) is freed like any tensor, and the next `take` makes
-    a new one, so that nothing is ever shared by two owners.
+    An array that is never released (a forward without a backward) is freed like any tensor, and the next `acquire`
+    makes a new one, so that nothing is ever shared by two owners.
     """
 
     def __init__(self) -> None:
         self._free: dict[str, Tensor] = {}
 
-    def take(self, name: str, shape: tuple[int, ...], like: Tensor) -> Tensor:
+    def acquire(self, name: str, shape: tuple[int, ...], like: Tensor) -> Tensor:
         """An array of undefined content, of `like`'s type and device."""
         kept = self._free.pop(name, None)
         count = math.prod(shape)
@@ -29,14 +29,14 @@ class BufferPool:
             kept = torch.empty(count, dtype=like.dtype, device=like.device)
         return kept.view(shape)
 
-    def give(self, name: str, array: Tensor) -> None:
-        """Keep `array` for the next `take`, unless it is a tracer's; its owner must not use it any more."""
+    def release(self, name: str, array: Tensor) -> None:
+        """Keep `array` for the next `acquire`, unless it is a tracer's; its owner must not use it any more."""
         if type(array) is Tensor:
             self._free[name] = array.view(-1)
 
     @contextmanager
     def set_aside(self) -> Iterator[None]:
-        """Inside, nothing is kept but what was given inside; afterwards, what was kept before."""
+        """Inside, nothing is kept but what was released inside; afterwards, what was kept before."""
         before, self._free = self._free, {}
         try:
             yield

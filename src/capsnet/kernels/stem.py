@@ -85,7 +85,7 @@ def constant_weights() -> Iterator[None]:
         yield
     finally:
         _transforms.reset(token)
-        mine.give_back()
+        mine.release()
 
 
 @dataclass
@@ -116,9 +116,9 @@ class _Transforms:
             self.kept[key] = held = (parameter, *state, _transform(plan, weight2))
         return held[3]
 
-    def give_back(self) -> None:
+    def release(self) -> None:
         for *_, u in self.kept.values():
-            pool.give("stem u", u)
+            pool.release("stem u", u)
         self.kept.clear()
 
 
@@ -128,7 +128,7 @@ _transforms: ContextVar[_Transforms | None] = ContextVar("transforms", default=N
 def _transform(plan: Plan, weight2: Tensor) -> Tensor:
     """U = G W, `[points, phases^2 * channels, out]`."""
     out, channels, s = *weight2.shape[:2], plan.s2
-    u = pool.take("stem u", (plan.points, s * s * channels, out), weight2)
+    u = pool.acquire("stem u", (plan.points, s * s * channels, out), weight2)
     kernel = weight2.permute(2, 3, 1, 0).reshape(plan.k2, plan.k2, channels * out)
     plan.tiles.weight(plan, kernel, u.view(plan.points, s, s, channels * out))
     return u
@@ -158,8 +158,8 @@ class _Input:
         most = max(1, min(batch, CHUNK_BYTES // one))
         taps = in_channels * plan.k1**2 + 1
         places = plan.rows * plan.points * plan.s2**2
-        patches = pool.take("stem patches", (most * places, taps), self.images)
-        x = pool.take("stem x", (most * places, self.channels), self.images)
+        patches = pool.acquire("stem patches", (most * places, taps), self.images)
+        x = pool.acquire("stem x", (most * places, self.channels), self.images)
         for start in range(0, batch, most):
             count = min(most, batch - start)
             part = patches[: count * places]
@@ -167,13 +167,13 @@ class _Input:
             yield slice(start * plan.rows, (start + count) * plan.rows), part, x[: count * places]
             if part.is_meta:
                 break  # the others take no more memory, see `capsnet.memory`
-        pool.give("stem patches", patches)
-        pool.give("stem x", x)
+        pool.release("stem patches", patches)
+        pool.release("stem x", x)
 
     def forward(self, weight1: Tensor, bias1: Tensor, positive: Tensor | None) -> Tensor:
         """V, `[points, rows, width]`; `positive [points * rows, width]` tells where ReLU lets pass."""
         plan, rows = self.plan, len(self.images) * self.plan.rows
-        v = pool.take("stem v", (plan.points, rows, self.width), self.images)
+        v = pool.acquire("stem v", (plan.points, rows, self.width), self.images)
         matrix = torch.cat([weight1.flatten(1).t(), bias1[None]])
         for part, patches, x in self.chunks():
             torch.mm(patches, matrix, out=x)
@@ -216,23 +216,23 @@ class _Stem(torch.autograd.Function):
         positive = None
         if keep:
             places = (plan.points * rows, source.width)
-            positive = pool.take("stem positive", places, images.new_empty(0, dtype=torch.uint8))
+            positive = pool.acquire("stem positive", places, images.new_empty(0, dtype=torch.uint8))
         v = source.forward(weight1, bias1, positive)
         transforms = None if keep else _Transforms.here()
         kept = transforms.of(plan, weight2) if transforms else None
         u = _transform(plan, weight2) if kept is None else kept
-        m = pool.take("stem m", (plan.points, rows, out), images)
+        m = pool.acquire("stem m", (plan.points, rows, out), images)
         torch.bmm(v, u, out=m)
         grid = images.new_empty(len(images), plan.y.outputs, plan.x.outputs, out)
         tiles.output(plan, m, grid)
-        pool.give("stem m", m)
+        pool.release("stem m", m)
         if keep:
             ctx.plan = plan
             ctx.save_for_backward(images, weight1, weight2, positive, u, v)
         else:
-            pool.give("stem v", v)
+            pool.release("stem v", v)
             if kept is None:
-                pool.give("stem u", u)
+                pool.release("stem u", u)
         return grid
 
     @staticmethod
@@ -242,9 +242,9 @@ class _Stem(torch.autograd.Function):
         images, weight1, weight2, positive, u, v = ctx.saved_tensors
         out, channels = weight2.shape[:2]
 
-        d_m = pool.take("stem m", (plan.points, v.shape[1], out), d_grid)
+        d_m = pool.acquire("stem m", (plan.points, v.shape[1], out), d_grid)
         plan.tiles.output_backward(plan, d_grid.contiguous(), d_m)
-        d_v = pool.take("stem d_v", tuple(v.shape), d_grid)
+        d_v = pool.acquire("stem d_v", tuple(v.shape), d_grid)
         torch.bmm(d_m, u.transpose(1, 2), out=d_v)
         d_u = u  # its memory takes its gradient
         torch.bmm(v.transpose(1, 2), d_m, out=d_u)
@@ -253,5 +253,5 @@ class _Stem(torch.autograd.Function):
         in_phases = d_u.view(plan.points, plan.s2, plan.s2, channels * out)
         plan.tiles.weight_backward(plan, in_phases, d_kernel.view(plan.k2, plan.k2, channels * out))
         for name, array in (("positive", positive), ("u", u), ("v", v), ("d_v", d_v), ("m", d_m)):
-            pool.give(f"stem {name}", array)
+            pool.release(f"stem {name}", array)
         return None, d_weight1.view(weight1.shape), d_bias1, d_kernel.permute(3, 2, 0, 1), None, None, None, None, None

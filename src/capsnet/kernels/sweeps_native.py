@@ -78,7 +78,7 @@ class Sweeps:
     def gradients(self, first: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """See `fused.Sweeps`."""
         ins, in_dim, _, _ = self.weight.shape
-        d_u, d_weight = pool.take("sweeps d_u", tuple(self.u.shape), self.u), torch.empty_like(self.weight)
+        d_u, d_weight = pool.acquire("sweeps d_u", tuple(self.u.shape), self.u), torch.empty_like(self.weight)
         gains, d_s = (torch.stack(each) for each in zip(*self.swept, strict=True)) if self.swept else (None, None)
         arguments = _Gradients(
             **self._sizes(),
@@ -94,7 +94,7 @@ class Sweeps:
         native.call("native_gradients", arguments)
         self.swept, self.d_c = [], None  # a second backward of the same forward starts anew
         images_first = self._images_first(d_u).view(self.n, ins, in_dim)
-        pool.give("sweeps d_u", d_u)
+        pool.release("sweeps d_u", d_u)
         return images_first, d_weight
 
     def _sweep(self, gains: Tensor, **arrays: Tensor | None) -> Tensor:

@@ -86,11 +86,11 @@ def baseline(
         InputError: a dropout rate outside [0, 1), or a width not above 0.
     """
     one, two, three, four, five = widths((256, 256, 128, 328, 192), width, dropout)
-    channels, height, breadth = image_shape
+    channels, rows, columns = image_shape
     layers: list[nn.Module] = []
     for fan_in, fan_out in ((channels, one), (one, two), (two, three)):
         layers += [nn.Conv2d(fan_in, fan_out, 5, padding="same"), nn.ReLU()]
-    layers += [nn.Flatten(), nn.Linear(three * height * breadth, four), nn.ReLU(), nn.Linear(four, five), nn.ReLU()]
+    layers += [nn.Flatten(), nn.Linear(three * rows * columns, four), nn.ReLU(), nn.Linear(four, five), nn.ReLU()]
     return ConvNet(
         nn.Sequential(*layers, nn.Dropout(dropout), nn.Linear(five, num_classes)), image_shape, standardize=standardize
     )

@@ -34,9 +34,9 @@ def baseline_multimnist(
         InputError: a dropout rate outside [0, 1), a width not above 0, or an image too small to pool twice.
     """
     one, two, three = widths((512, 256, 1024), width, dropout)
-    channels, height, breadth = image_shape
-    if min(height, breadth) < 4:
-        raise InputError(f"images of baseline-multimnist must be at least 4 x 4 pixels; got {height} x {breadth}")
+    channels, rows, columns = image_shape
+    if min(rows, columns) < 4:
+        raise InputError(f"images of baseline-multimnist must be at least 4 x 4 pixels; got {rows} x {columns}")
     layers = nn.Sequential(
         nn.Conv2d(channels, one, 9, padding="same"),
         nn.ReLU(),
@@ -45,7 +45,7 @@ def baseline_multimnist(
         nn.ReLU(),
         nn.MaxPool2d(2),
         nn.Flatten(),
-        nn.Linear(two * (height // 4) * (breadth // 4), three),
+        nn.Linear(two * (rows // 4) * (columns // 4), three),
         nn.ReLU(),
         nn.Dropout(dropout),
         nn.Linear(three, num_classes),

@@ -5,8 +5,8 @@ Each function returns a figure; `save` writes it, with the command that made it 
 
 from capsnet.plots.capsules import couplings, factors, perturbations, reconstructions, separations, sweep
 from capsnet.plots.classes import class_errors, class_rows, confused, confusion
-from capsnet.plots.figure import FORMATS, picture, rendered, save
 from capsnet.plots.results import curves, errors_by_factor, gallery, lengths, reliability
+from capsnet.plots.style import FORMATS, picture, rendered, save
 
 __all__ = [
     "FORMATS",

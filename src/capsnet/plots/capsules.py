@@ -9,11 +9,11 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from capsnet.analysis.couplings import Evidence
-from capsnet.analysis.drawing import Perturbation, Reconstruction, Separation
-from capsnet.analysis.factors import PoseExplained
+from capsnet.analysis.pose_probe import PoseExplained
+from capsnet.analysis.reconstruction import Perturbation, Reconstruction, Separation
+from capsnet.analysis.routing_trace import Evidence
 from capsnet.names import visible
-from capsnet.plots.figure import ORDER, new, picture, pixels, short, show_sheet, styled
+from capsnet.plots.style import ORDER, new, picture, pixels, short, show_sheet, styled
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from capsnet.evaluation import Predictions
-from capsnet.plots.figure import ORDER, new, short, styled
+from capsnet.plots.style import ORDER, new, short, styled
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

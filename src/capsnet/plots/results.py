@@ -11,7 +11,7 @@ from capsnet.data.dataset import Split, to_float
 from capsnet.evaluation import Calibration, Predictions
 from capsnet.evaluation.statistics import wilson_interval
 from capsnet.names import visible
-from capsnet.plots.figure import ORDER, new, pixels, short, styled
+from capsnet.plots.style import ORDER, new, pixels, short, styled
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

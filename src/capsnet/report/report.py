@@ -11,22 +11,22 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from capsnet import plots
-from capsnet.analysis.couplings import evidence
-from capsnet.analysis.drawing import Separation, perturb, reconstruct, separate
-from capsnet.analysis.factors import pose_explained
-from capsnet.card import Card, command_of
+from capsnet.analysis.pose_probe import pose_explained
+from capsnet.analysis.reconstruction import Separation, perturb, reconstruct, separate
+from capsnet.analysis.routing_trace import evidence
+from capsnet.checkpoints.model_card import Card, command_of
 from capsnet.config import Config
 from capsnet.data import Dataset, Split
 from capsnet.data.dataset import to_float
 from capsnet.errors import InputError
 from capsnet.evaluation import Predictions, calibration, predict_split, wilson_interval
+from capsnet.files import write_atomically
 from capsnet.models import CapsuleNetwork, Network
 from capsnet.names import visible
 from capsnet.plots.classes import MOST
-from capsnet.runs import write_atomically
 
 if TYPE_CHECKING:
-    from capsnet.plots.figure import Figure
+    from capsnet.plots.style import Figure
 
 __all__ = ["Section", "draw_reconstructions", "drawn_apart", "render", "result_figures", "write"]
 

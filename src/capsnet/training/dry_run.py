@@ -6,12 +6,13 @@ from dataclasses import asdict
 import torch
 from torch import Tensor, nn
 
-from capsnet import free_memory, machine, memory, recipe, train
+from capsnet import devices, free_memory, memory, train
 from capsnet.config import Config
 from capsnet.data import Dataset, outline
 from capsnet.kernels import native
 from capsnet.layers import ClassCapsules
 from capsnet.models import Network, create
+from capsnet.training import defaults
 
 __all__ = ["dry_run", "layer_table"]
 
@@ -24,12 +25,12 @@ def dry_run(config: Config) -> str:
     Raises:
         InputError: as `train.fit` would before it trains.
     """
-    device = machine.resolve_device(config)
+    device = devices.resolve_device(config)
     dataset = train.prepare_data(config, read=False)
-    config = recipe.resolved(train.as_read(config, dataset), dataset)
+    config = defaults.resolved(train.as_read(config, dataset), dataset)
     assert config.epochs is not None
     network = train.layout(config, dataset)
-    precision = machine.resolve_precision(config, device, network)
+    precision = devices.resolve_precision(config, device, network)
     steps = math.ceil(len(dataset.train) / config.batch_size)
     kernels = network.kernels(device, precision)
     validation = 0 if dataset.validation is None else len(dataset.validation)

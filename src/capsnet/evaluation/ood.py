@@ -13,7 +13,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from capsnet import functional as F
-from capsnet.analysis.drawing import decoder_of
+from capsnet.analysis.reconstruction import decoder_of
 from capsnet.errors import InputError
 from capsnet.kernels.stem import constant_weights
 from capsnet.models import Network, evaluation_mode

@@ -47,7 +47,7 @@ class Sweeps:
 
     def __del__(self) -> None:
         for name, array in getattr(self, "arrays", {}).items():
-            pool.give(f"sweeps {name}", array)
+            pool.release(f"sweeps {name}", array)
 
     def rebind(self, u: Tensor, weight: Tensor) -> None:
         """See `fused.Sweeps`; of `u` there is a copy where it was read already."""
@@ -145,7 +145,7 @@ class Sweeps:
     def _array(self, name: str, *shape: int) -> Tensor:
         """A working array of undefined content, the pool's until this object is gone."""
         if name not in self.arrays:
-            self.arrays[name] = pool.take(f"sweeps {name}", shape, self.weight)
+            self.arrays[name] = pool.acquire(f"sweeps {name}", shape, self.weight)
         return self.arrays[name]
 
 

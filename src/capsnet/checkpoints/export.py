@@ -25,9 +25,10 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from capsnet import runs
-from capsnet.card import Card
+from capsnet.checkpoints import pretrained
+from capsnet.checkpoints.model_card import Card
 from capsnet.errors import InputError
+from capsnet.files import write_atomically
 from capsnet.models import Network, Output
 
 __all__ = ["FORMATS", "Export", "compare", "export"]
@@ -122,11 +123,11 @@ def export(
 
     if format == "safetensors":
         with tempfile.TemporaryDirectory() as folder:
-            runs.save_pretrained(network, folder)
-            checked(partial(_outputs, runs.load(folder)))
-        runs.save_pretrained(network, path)
+            pretrained.save_pretrained(network, folder)
+            checked(partial(_outputs, pretrained.load(folder)))
+        pretrained.save_pretrained(network, path)
         if card is not None:
-            runs.save_card(card, path)
+            pretrained.save_card(card, path)
     else:
         with _quiet():
             with network.plain():
@@ -136,7 +137,7 @@ def export(
                 temporary.write_bytes(content)
                 checked(read(temporary))
 
-            runs.write_atomically(path, write)
+            write_atomically(path, write)
     return results[0]
 
 
@@ -192,7 +193,7 @@ def _check_free(path: Path, format: str, *, overwrite: bool) -> None:
     if format == "safetensors":
         if path.exists() and not path.is_dir():
             raise InputError(f"out must be a folder for safetensors; got the file {path}")
-        taken = [name for name in runs.PRETRAINED if (path / name).exists()]
+        taken = [name for name in pretrained.PRETRAINED if (path / name).exists()]
         if taken and not overwrite:
             raise InputError(f"out must be a folder without {taken[0]}, or be replaced with --overwrite; got {path}")
     elif path.is_dir():

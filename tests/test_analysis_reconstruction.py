@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from capsnet.analysis.drawing import perturb, reconstruct, separate
+from capsnet.analysis.reconstruction import perturb, reconstruct, separate
 from capsnet.errors import InputError
 from capsnet.models import create
 from capsnet.models.capsnet import CapsNet

@@ -12,16 +12,17 @@ from lightning_fabric import Fabric
 from torch import Tensor
 
 from capsnet import functional as F
+from capsnet.checkpoints.pretrained import fitted, fitting
+from capsnet.checkpoints.run_directory import Checkpoint, Row, Run
 from capsnet.config import Config
-from capsnet.diagnosis import first_not_finite
 from capsnet.errors import InputError
 from capsnet.kernels import native
 from capsnet.models import Network
 from capsnet.objective import Batch, Losses
-from capsnet.runs import Checkpoint, Row, Run, fitted, fitting
 from capsnet.schema import brief, checked, shown
+from capsnet.training.diagnosis import first_not_finite
 
-__all__ = ["Diverged", "Interrupted", "Position", "Session", "fitting_checkpoint"]
+__all__ = ["Diverged", "Interrupted", "Position", "TrainingState", "fitting_checkpoint"]
 
 
 class Interrupted(Exception):
@@ -133,7 +134,7 @@ CHEAP = 0.1
 """Seconds of a checkpoint that is always written."""
 
 
-class Session:
+class TrainingState:
     """A training under way, seen by one of its processes.
 
     Args:

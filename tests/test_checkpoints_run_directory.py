@@ -11,10 +11,12 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import capsnet
-from capsnet import runs, train
+from capsnet import environment, train
+from capsnet.checkpoints import pretrained, run_directory
 from capsnet.data.manifest import Manifest
 from capsnet.errors import InputError
 from capsnet.experiments import records
+from capsnet.files import write_atomically
 from capsnet.models import Network, create
 from tiny import REAL, SIZES, files, tiny
 
@@ -58,22 +60,22 @@ def test_load_a_run(photos: Path) -> None:
     ],
 )
 def test_a_missing_file_is_told(network: Network, name: str, message: str) -> None:
-    runs.save_pretrained(network, "net")
+    pretrained.save_pretrained(network, "net")
     Path("net", name).unlink()
     with pytest.raises(InputError, match=message):
-        runs.load("net")
+        pretrained.load("net")
 
 
 def test_a_run_that_is_not_finished_is_told(photos: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    runs.Run("run").begin(tiny(photos), Manifest(()), overwrite=False)
+    run_directory.Run("run").create(tiny(photos), Manifest(()), overwrite=False)
     with pytest.raises(
         InputError, match=r"must hold config.json; there is none \(the run is not finished; see --resume"
     ):
-        runs.load("run")
+        pretrained.load("run")
 
 
 def test_weights_that_do_not_fit_name_the_first_wrong_one(network: Network) -> None:
-    runs.save_pretrained(network, "net")
+    pretrained.save_pretrained(network, "net")
     good = load_file("net/model.safetensors")
     key = "class_capsules.weight"
     shape = list(good[key].shape)
@@ -87,7 +89,7 @@ def test_weights_that_do_not_fit_name_the_first_wrong_one(network: Network) -> N
     ):
         save_file(weights, "net/model.safetensors")
         with pytest.raises(InputError) as error:
-            runs.load("net")
+            pretrained.load("net")
         assert message in str(error.value)
         assert "net/model.safetensors" in str(error.value)
 
@@ -117,20 +119,20 @@ def test_weights_that_do_not_fit_name_the_first_wrong_one(network: Network) -> N
 )
 @pytest.mark.usefixtures("unchecked")
 def test_a_wrong_config_json_is_told(network: Network, change: dict[str, Any], message: str) -> None:
-    runs.save_pretrained(network, "net")
+    pretrained.save_pretrained(network, "net")
     edit("net/config.json", **change)
     with pytest.raises(InputError, match=message) as error:
-        runs.load("net")
+        pretrained.load("net")
     assert str(error.value).startswith("file net/config.json")
     assert len(str(error.value)) < 700
 
 
 def test_damaged_files_are_told(network: Network) -> None:
-    runs.save_pretrained(network, "net")
+    pretrained.save_pretrained(network, "net")
     whole = Path("net/model.safetensors").read_bytes()
     Path("net/model.safetensors").write_bytes(whole[:-7])
     with pytest.raises(InputError, match=r"file net/model.safetensors must be safetensors; got: "):
-        runs.load("net")
+        pretrained.load("net")
     Path("net/model.safetensors").write_bytes(whole)
     for text, message in (
         ("[", r"must be JSON; got: \S"),
@@ -141,23 +143,23 @@ def test_damaged_files_are_told(network: Network) -> None:
     ):
         Path("net/config.json").write_text(text, encoding="utf-8")
         with pytest.raises(InputError, match=f"^file net/config.json:? .*{message}"):
-            runs.load("net")
+            pretrained.load("net")
 
 
 @pytest.mark.parametrize("name", ["config.json", "model.safetensors"])
 def test_of_a_far_too_large_file_no_more_is_read_than_can_be_right(network: Network, name: str) -> None:
-    runs.save_pretrained(network, "net")
+    pretrained.save_pretrained(network, "net")
     os.truncate(Path("net", name), 5 * 10**9)  # zeros that take no room on the disk
     with pytest.raises(InputError, match=rf"^file net/{name} must hold at most [\d,]+ bytes; got more$"):
-        runs.load("net")
+        pretrained.load("net")
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64], ids=str)
 def test_weights_stored_in_another_precision_are_computed_in_float32(network: Network, dtype: torch.dtype) -> None:
-    runs.save_pretrained(network, "net")
+    pretrained.save_pretrained(network, "net")
     stored = {name: tensor.to(dtype) for name, tensor in load_file("net/model.safetensors").items()}
     save_file(stored, "net/model.safetensors")
-    for name, tensor in runs.load("net").state_dict().items():
+    for name, tensor in pretrained.load("net").state_dict().items():
         assert torch.equal(tensor, stored[name].float())
         assert tensor.dtype == torch.float32
 
@@ -168,21 +170,21 @@ def test_weights_stored_in_another_precision_are_computed_in_float32(network: Ne
     ids=str,
 )
 def test_weights_of_other_types_are_refused_by_name(network: Network, dtype: torch.dtype) -> None:
-    runs.save_pretrained(network, "net")
+    pretrained.save_pretrained(network, "net")
     good = load_file("net/model.safetensors")
     save_file({**good, "conv.bias": good["conv.bias"].to(dtype)}, "net/model.safetensors")
     told = r"weight conv.bias must be a dense tensor of bfloat16, float16, float32, float64; got strided "
     with pytest.raises(InputError, match=rf"^net/model.safetensors: {told}{str(dtype).removeprefix('torch.')}$"):
-        runs.load("net")
+        pretrained.load("net")
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), 1e300])
 def test_weights_that_are_not_finite_are_refused_by_name(network: Network, value: float) -> None:
-    runs.save_pretrained(network, "net")
+    pretrained.save_pretrained(network, "net")
     good = load_file("net/model.safetensors")
     save_file({**good, "conv.bias": torch.full_like(good["conv.bias"].double(), value)}, "net/model.safetensors")
     with pytest.raises(InputError, match=r"weight conv.bias must be finite in float32; it holds NaN or infinity$"):
-        runs.load("net")
+        pretrained.load("net")
 
 
 class Payload:
@@ -200,10 +202,10 @@ def test_pickles_are_never_executed(photos: Path, network: Network) -> None:
         make(Path("run/last.ckpt"))
         with pytest.raises(InputError, match=r"^checkpoint run/last.ckpt must be one that capsnet wrote; [^\n]*$"):
             train.resume("run", epochs=2)
-    runs.save_pretrained(network, "net")
+    pretrained.save_pretrained(network, "net")
     Path("net/model.safetensors").write_bytes(plain)
     with pytest.raises(InputError, match=r"must be safetensors"):
-        runs.load("net")
+        pretrained.load("net")
     assert not Path("executed").exists()
     pickle.loads(plain)
     assert Path("executed").exists()  # so the payload does work
@@ -211,7 +213,7 @@ def test_pickles_are_never_executed(photos: Path, network: Network) -> None:
 
 def test_damaged_and_foreign_checkpoints_are_told(photos: Path) -> None:
     train.fit(tiny(photos, epochs=1, out="run"))
-    run = runs.Run("run")
+    run = run_directory.Run("run")
     whole, state = run.checkpoint_path.read_bytes(), run.load_checkpoint()
 
     def told() -> str:
@@ -242,7 +244,7 @@ RESULTS = Path(__file__).parents[1] / "results"
 
 def test_every_run_that_is_kept_is_read_again() -> None:
     """Also those of older versions, which wrote fewer options and columns."""
-    kept = [runs.Run(path.parent) for path in RESULTS.glob("*/config.yaml")]
+    kept = [run_directory.Run(path.parent) for path in RESULTS.glob("*/config.yaml")]
     assert len(kept) >= 12
     for run in kept:
         rows, result = run.metrics(), run.result()
@@ -261,7 +263,7 @@ def test_all_records_that_are_kept_are_read_again_and_written_the_same(tmp_path:
 
 
 def test_metrics_are_read_as_they_were_written(photos: Path) -> None:
-    run = runs.Run("run")
+    run = run_directory.Run("run")
     assert run.metrics() == []
     train.fit(tiny(photos, out="run"))
     assert run.metrics() == run.load_checkpoint()["rows"]
@@ -283,12 +285,12 @@ def test_metrics_are_read_as_they_were_written(photos: Path) -> None:
 )
 @pytest.mark.usefixtures("workplace")
 def test_a_damaged_table_says_where(old: str, new: str, message: str) -> None:
-    names = list(runs.Row.__required_keys__ - {"epoch", "seconds", "learning_rate"})
+    names = list(run_directory.Row.__required_keys__ - {"epoch", "seconds", "learning_rate"})
     lines = [["epoch", "learning_rate", *names, "seconds"], ["1", "0.1", *["0"] * len(names), "2"]]
     text = "".join(f"{','.join(line)}\n" for line in lines).replace(old, new, 1)
     Path("metrics.csv").write_text(text, encoding="utf-8")
     with pytest.raises(InputError, match=f"^file {message}"):
-        runs.Run(".").metrics()
+        run_directory.Run(".").metrics()
 
 
 @pytest.mark.parametrize(
@@ -303,10 +305,10 @@ def test_a_damaged_table_says_where(old: str, new: str, message: str) -> None:
 @pytest.mark.usefixtures("workplace")
 def test_a_damaged_result_says_what_is_wrong(text: str, message: str) -> None:
     with pytest.raises(InputError, match=r"^file result.json must be readable; got: No such file or directory$"):
-        runs.Run(".").result()
+        run_directory.Run(".").result()
     Path("result.json").write_text(text, encoding="utf-8")
     with pytest.raises(InputError, match=f"^file result.json:? {message}"):
-        runs.Run(".").result()
+        run_directory.Run(".").result()
 
 
 def test_from_pretrained_offline_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -321,7 +323,7 @@ def test_from_pretrained_offline_is_one_line(monkeypatch: pytest.MonkeyPatch) ->
 
 def test_write_atomically_leaves_the_old_file_or_the_new_one(workplace: Path) -> None:
     path = Path("deep/file.txt")
-    runs.write_atomically(path, lambda temporary: temporary.write_text("old", encoding="utf-8"))
+    write_atomically(path, lambda temporary: temporary.write_text("old", encoding="utf-8"))
 
     def fails(temporary: Path) -> None:
         temporary.write_text("new", encoding="utf-8")
@@ -329,20 +331,20 @@ def test_write_atomically_leaves_the_old_file_or_the_new_one(workplace: Path) ->
         raise OSError(28, "No space left on device")
 
     with pytest.raises(InputError, match=r"No space left on device; what it held before is kept$"):
-        runs.write_atomically(path, fails)
+        write_atomically(path, fails)
     with pytest.raises(ZeroDivisionError):
-        runs.write_atomically(path, lambda temporary: 1 // 0)
+        write_atomically(path, lambda temporary: 1 // 0)
     assert path.read_text(encoding="utf-8") == "old"
     assert files(workplace) == {"deep/file.txt"}
     with pytest.raises(InputError, match=r"file deep/file.txt/x must be writable; got: [^;]*$"):
-        runs.write_atomically(path / "x", lambda temporary: temporary.touch())
+        write_atomically(path / "x", lambda temporary: temporary.touch())
 
 
 def test_what_a_kill_left_half_written_is_removed(photos: Path) -> None:
-    run = runs.Run("run")
-    run.begin(tiny(photos), Manifest(()), overwrite=False)
+    run = run_directory.Run("run")
+    run.create(tiny(photos), Manifest(()), overwrite=False)
     Path("run/.last.ckpt.123.partial").touch()
-    run.go_on(tiny(photos))
+    run.reopen(tiny(photos))
     assert files("run") == {"config.yaml", "manifest.csv"}
 
 
@@ -350,7 +352,7 @@ def test_a_run_that_is_being_trained_is_left_alone(photos: Path) -> None:
     train.fit(tiny(photos, epochs=1, out="run"))
     before = {name: Path("run", name).read_bytes() for name in files("run")}
     told = "run directory run must be free; another process trains in it"
-    with runs.Run("run").claimed():
+    with run_directory.Run("run").locked():
         with pytest.raises(InputError, match=told):
             train.resume("run", epochs=2)
         with pytest.raises(InputError, match=told):
@@ -360,36 +362,35 @@ def test_a_run_that_is_being_trained_is_left_alone(photos: Path) -> None:
 
 
 def test_a_claim_ends_with_its_process(workplace: Path) -> None:
-    program = "from capsnet import runs\nwith runs.Run('run').claimed(): print('mine', flush=True); input()"
+    program = (
+        "from capsnet.checkpoints.run_directory import Run\n"
+        "with Run('run').locked(): print('mine', flush=True); input()"
+    )
     with subprocess.Popen([sys.executable, "-c", program], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as other:
         assert other.stdout is not None
         assert other.stdout.readline() == b"mine\n"
-        with pytest.raises(InputError, match="another process trains in it"), runs.Run("run").claimed():
+        with pytest.raises(InputError, match="another process trains in it"), run_directory.Run("run").locked():
             pass
         other.kill()
-    with runs.Run("run").claimed():
+    with run_directory.Run("run").locked():
         assert files("run") == set()
 
 
 def test_environment() -> None:
-    told = runs.environment(torch.device("cpu"))
+    told = environment.describe(torch.device("cpu"))
     assert told["capsnet"] == capsnet.__version__
     assert told["torch"] == torch.__version__
     assert told["commit"] is None or len(told["commit"].rstrip("+")) == 12
     json.dumps(told)
 
 
-def test_public_names() -> None:
-    assert all(hasattr(runs, name) for name in runs.__all__)
-
-
 def test_shipped_weights_load_by_name_and_read_the_test_set(workplace: Path) -> None:
-    network = runs.load("capsnet-mnist")
+    network = pretrained.load("capsnet-mnist")
     assert {parameter.dtype for parameter in network.parameters()} == {torch.float32}
     assert network.parameter_count() == 8_215_568
     Path("capsnet-mnist").mkdir()
     with pytest.raises(InputError, match=r"model folder capsnet-mnist must hold config.json"):
-        runs.load("capsnet-mnist")  # one's own folder comes first
+        pretrained.load("capsnet-mnist")  # one's own folder comes first
 
 
 @pytest.mark.slow
@@ -398,6 +399,6 @@ def test_shipped_weights_are_as_good_as_their_card_says() -> None:
     from capsnet import data
     from capsnet.evaluation import evaluate
 
-    result = evaluate(runs.load("capsnet-mnist"), data.load("mnist", data_dir=REAL).test)
-    card = (runs.WEIGHTS / "capsnet-mnist" / "README.md").read_text(encoding="utf-8")
+    result = evaluate(pretrained.load("capsnet-mnist"), data.load("mnist", data_dir=REAL).test)
+    card = (pretrained.WEIGHTS / "capsnet-mnist" / "README.md").read_text(encoding="utf-8")
     assert result.summary().removeprefix("error ") in card

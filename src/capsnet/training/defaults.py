@@ -10,7 +10,8 @@ import math
 from dataclasses import replace
 from typing import Any
 
-from capsnet import models, runs
+from capsnet import models
+from capsnet.checkpoints import pretrained
 from capsnet.config import OPEN, Config, with_defaults
 from capsnet.data import Dataset, available
 from capsnet.models import CapsuleNetwork
@@ -67,5 +68,5 @@ def _votes(config: Config, dataset: Dataset) -> float:
     """Votes that each class capsule gets; 0 where there are no capsules."""
     options = {name: getattr(with_defaults(config), name) for name in models.builder_options(config.model)}
     shape, classes = dataset.image_shape, len(dataset.classes)
-    network = runs.outline(config.model, image_shape=shape, num_classes=classes, **options)
+    network = pretrained.outline(config.model, image_shape=shape, num_classes=classes, **options)
     return network.in_capsules / classes if isinstance(network, CapsuleNetwork) else 0.0

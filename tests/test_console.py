@@ -2,8 +2,8 @@ import io
 
 import pytest
 
-from capsnet import progress
-from capsnet.progress import Progress
+from capsnet import console
+from capsnet.console import Progress
 
 ROW = {"epoch": 1, "train_loss": 0.5, "train_error_percent": 12.0, "images_per_second": 1234.5, "seconds": 6.7}
 
@@ -16,7 +16,7 @@ class Terminal(io.StringIO):
 def test_plain_lines_where_there_is_no_terminal(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(progress, "PLAIN_INTERVAL", -1.0)
+    monkeypatch.setattr(console, "PLAIN_INTERVAL", -1.0)
     with Progress(epochs=3, steps=10, quiet=False) as shown:
         shown.update(0, 5, [0.5, 0.4, 12.0, 0.25], 1000.0)
         shown.update(0, 10, [0.5, 0.4, 12.0, 0.25], 1000.0)
@@ -39,7 +39,7 @@ def test_not_more_often_than_the_interval(capsys: pytest.CaptureFixture[str]) ->
 
 
 def test_other_processes_say_nothing(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(progress, "PLAIN_INTERVAL", -1.0)
+    monkeypatch.setattr(console, "PLAIN_INTERVAL", -1.0)
     with Progress(epochs=3, steps=10, quiet=True) as shown:
         shown.update(0, 5, [0.5, 0.4, 12.0, 0.25], 1000.0)
         shown.epoch(ROW)

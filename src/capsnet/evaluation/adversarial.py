@@ -20,9 +20,9 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from capsnet.analysis.strangers import Threshold, reconstruction_errors
 from capsnet.config import Config
 from capsnet.errors import InputError
+from capsnet.evaluation.ood import Threshold, reconstruction_errors
 from capsnet.models import Network, evaluation_mode
 from capsnet.objective import Objective
 

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from capsnet.analysis.factors import features, pose_explained, r2_linear
+from capsnet.analysis.pose_probe import features, pose_explained, r2_linear
 from capsnet.data.dataset import Split
 from capsnet.data.strokes import FACTORS, strokes
 from capsnet.errors import InputError
@@ -84,7 +84,7 @@ def test_pose_explained_finds_the_dimension_that_holds_a_factor(monkeypatch: pyt
         noise[:, 2] = 0.01 * split.factors["slant_degrees"] * (1 - 2 * (split.labels % 2))  # another sign in each class
         return noise
 
-    monkeypatch.setattr("capsnet.analysis.factors.features", known)
+    monkeypatch.setattr("capsnet.analysis.pose_probe.features", known)
     found = pose_explained(network, dataset.train, dataset.test)
     assert calls == [400, 200]
     assert found.factors == tuple(FACTORS)

@@ -10,10 +10,10 @@ from capsnet.data.dataset import to_float
 from capsnet.data.overlay import overlay, partners
 from capsnet.objective import Batch
 
-__all__ = ["Feed"]
+__all__ = ["BatchLoader"]
 
 
-class Feed:
+class BatchLoader:
     """The training images of a data set on a device, and how batches are made of them.
 
     Args:

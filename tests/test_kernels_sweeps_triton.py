@@ -18,7 +18,7 @@ from torch import Tensor
 
 from capsnet.errors import InputError
 from capsnet.functional import votes
-from capsnet.kernels import gpu
+from capsnet.kernels import sweeps_triton
 from capsnet.kernels.fused import votes_and_routing
 from capsnet.routing import RoutingResult, couplings_of, dynamic_routing
 
@@ -57,11 +57,11 @@ def interpreted(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(interpreter, "_patch_lang_tensor", patch_tensor_and_index)
     monkeypatch.setenv("TRITON_INTERPRET", "1")
-    for module in (gpu, triton.language, triton.language.standard):
+    for module in (sweeps_triton, triton.language, triton.language.standard):
         for name, function in list(vars(module).items()):
             if isinstance(function, triton.JITFunction | interpreter.InterpretedFunction):
                 monkeypatch.setattr(module, name, Interpreted(function.fn))
-    monkeypatch.setattr(gpu, "INPUTS", 2)
+    monkeypatch.setattr(sweeps_triton, "INPUTS", 2)
 
 
 def random(*shape: int, seed: int = 0) -> Tensor:
@@ -102,7 +102,7 @@ def plain_sweep(
 def sweep(
     u: Tensor, weight: Tensor, gains: Tensor, d_s: Tensor, d_c: Tensor | None, *, leaky: bool, detached: bool
 ) -> dict[str, Tensor]:
-    kernel = gpu.Sweeps(u, weight, leaky=leaky)
+    kernel = sweeps_triton.Sweeps(u, weight, leaky=leaky)
     s, c = kernel.weighted_sum(gains)
     d_gains = kernel.weighted_sum_backward(gains, d_s, d_c, detached=detached)
     d_u, d_weight = kernel.gradients()
@@ -166,7 +166,7 @@ def test_one_sweep_and_its_gradients(sizes: Sizes, given: str, leaky: bool) -> N
 def test_sweeps_add_their_gradients(sizes: Sizes) -> None:
     """33 images are three blocks, so that one part of the batch has two of them."""
     u, weight, gains, d_s, d_c = arguments(sizes)
-    kernel = gpu.Sweeps(u, weight, leaky=False)
+    kernel = sweeps_triton.Sweeps(u, weight, leaky=False)
     expected = [
         plain_sweep(u, weight, *x, leaky=False, detached=False) for x in ((gains, d_s, None), (d_s, gains, d_c))
     ]
@@ -222,7 +222,7 @@ def test_an_empty_batch_gives_empty_results_and_zero_gradients() -> None:
 
 def test_without_a_backward_sweep_gradients_are_zero() -> None:
     u, weight, *_ = arguments((3, 7, 3, 5, 4))
-    d_u, d_weight = gpu.Sweeps(u, weight, leaky=False).gradients()
+    d_u, d_weight = sweeps_triton.Sweeps(u, weight, leaky=False).gradients()
     assert d_u.shape == u.shape
     assert d_weight.shape == weight.shape
     assert not d_u.any()
@@ -253,14 +253,14 @@ def test_every_launch_is_on_the_device_of_the_tensors(outs: int, monkeypatch: py
     monkeypatch.setattr(torch.cuda, "device_of", launches.device_of)
     kernels = ("_forward", "_statistics", "_backward")
     for name in kernels:
-        monkeypatch.setattr(gpu, name, launches)
+        monkeypatch.setattr(sweeps_triton, name, launches)
     u, weight, gains, d_s, d_c = arguments((3, 7, 3, outs, 4))
-    sweeps = gpu.Sweeps(u, weight, leaky=False)
+    sweeps = sweeps_triton.Sweeps(u, weight, leaky=False)
     sweeps.weighted_sum(gains)
     sweeps.weighted_sum_backward(gains, d_s, d_c, detached=False)
     assert len(launches.seen) == (2 if outs == 5 else 4 + sweeps.blocks - 1)
     assert all(tensor is sweeps.u for tensor in launches.seen)
-    assert inspect.getsource(gpu).count("[grid](") == 1  # no launch goes another way
+    assert inspect.getsource(sweeps_triton).count("[grid](") == 1  # no launch goes another way
 
 
 # what is refused
@@ -269,24 +269,24 @@ def test_every_launch_is_on_the_device_of_the_tensors(outs: int, monkeypatch: py
 def test_another_type_is_refused() -> None:
     u, weight, *_ = arguments((3, 7, 3, 5, 4))
     with pytest.raises(InputError, match=r"^u of the fused kernel must be torch.float32; got torch.float64$"):
-        gpu.Sweeps(u.double(), weight.double(), leaky=False)
+        sweeps_triton.Sweeps(u.double(), weight.double(), leaky=False)
     with pytest.raises(InputError, match=r"^weight of the fused kernel must be torch.float32; got torch.bfloat16$"):
-        gpu.Sweeps(u, weight.bfloat16(), leaky=False)
+        sweeps_triton.Sweeps(u, weight.bfloat16(), leaky=False)
 
 
 def test_large_capsules_are_refused() -> None:
     for name, in_dim, dim in (("in_dim", 65, 64), ("dim", 64, 65)):
         with pytest.raises(InputError, match=rf"^{name} of the fused kernel must be at most 64; got 65$"):
-            gpu.Sweeps(torch.zeros(1, 1, in_dim), torch.zeros(1, in_dim, 1, dim), leaky=False)
+            sweeps_triton.Sweeps(torch.zeros(1, 1, in_dim), torch.zeros(1, in_dim, 1, dim), leaky=False)
 
 
 def test_it_is_available_on_a_gpu_or_interpreted(monkeypatch: pytest.MonkeyPatch) -> None:
     for on_a_gpu, interpreted in ((False, False), (False, True), (True, False)):
         monkeypatch.setattr(torch.cuda, "is_available", lambda answer=on_a_gpu: answer)
         monkeypatch.setenv("TRITON_INTERPRET", str(int(interpreted)))
-        assert gpu.available() == (on_a_gpu or interpreted)
-    monkeypatch.setattr(gpu, "triton", None)
-    assert not gpu.available()
+        assert sweeps_triton.available() == (on_a_gpu or interpreted)
+    monkeypatch.setattr(sweeps_triton, "triton", None)
+    assert not sweeps_triton.available()
 
 
 # the whole routing
@@ -298,14 +298,14 @@ def test_it_is_available_on_a_gpu_or_interpreted(monkeypatch: pytest.MonkeyPatch
 def test_routing_and_its_gradients(sizes: Sizes, options: dict[str, Any]) -> None:
     given = routing_arguments(sizes)
     expected = outputs_and_gradients(plain, *(x.double() for x in given), iterations=3, **options)
-    found = outputs_and_gradients(partial(votes_and_routing, gpu.Sweeps), *given, iterations=3, **options)
+    found = outputs_and_gradients(partial(votes_and_routing, sweeps_triton.Sweeps), *given, iterations=3, **options)
     compare(found, expected)
 
 
 @pytest.mark.usefixtures("interpreted")
 def test_a_second_backward_of_one_forward_gives_the_same() -> None:
     u, weight, *_ = (x.requires_grad_() for x in routing_arguments((3, 7, 3, 5, 3)))
-    loss = votes_and_routing(gpu.Sweeps, u, weight, iterations=3).activation.square().sum()
+    loss = votes_and_routing(sweeps_triton.Sweeps, u, weight, iterations=3).activation.square().sum()
     first, second = (torch.autograd.grad(loss, (u, weight), retain_graph=True) for _ in range(2))
     assert all(one.equal(other) for one, other in zip(first, second, strict=True))
 
@@ -316,8 +316,8 @@ def test_a_second_backward_of_one_forward_gives_the_same() -> None:
 def compiled(kernel: Any, sizes: Sizes, *, none: tuple[str, ...] = (), **options: object) -> Any:
     """The kernel for a Hopper GPU; arguments named in `none` are None."""
     _, ins, in_dim, outs, dim = sizes
-    tile = gpu._tile_of(torch.empty(ins, in_dim, outs, dim, device="meta"))
-    given = {"INS": ins, "IN_DIM": in_dim, "OUTS": outs, "DIM": dim, "BN": gpu.IMAGES, "LEAKY": True}
+    tile = sweeps_triton._tile_of(torch.empty(ins, in_dim, outs, dim, device="meta"))
+    given = {"INS": ins, "IN_DIM": in_dim, "OUTS": outs, "DIM": dim, "BN": sweeps_triton.IMAGES, "LEAKY": True}
     given |= tile._asdict() | dict.fromkeys(none)
     constants = {name: given[name] for name in kernel.arg_names if name in given}
     types = {name: "i32" if name in ("n", "block") else "*fp32" for name in kernel.arg_names}
@@ -337,16 +337,16 @@ def fresh_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("sizes", [PAPER, (3, 7, 3, 37, 3)], ids=str)
 def test_the_kernels_compile_for_a_gpu(sizes: Sizes) -> None:
     """For Hopper: by tensor cores, and within the 227 KiB of shared memory of a program."""
-    if not hasattr(gpu._forward, "cache_key"):
+    if not hasattr(sweeps_triton._forward, "cache_key"):
         pytest.skip("Triton was imported for its interpreter only")
     in_one_block = sizes == PAPER
     whole = ("log_sum", "mean") if in_one_block else ()
     for kernel, none, options in (
-        (gpu._forward, whole, {"maxnreg": 128}),
-        (gpu._statistics, (), {"maxnreg": 128}),
-        (gpu._statistics, ("d_s", "d_c", "means"), {"maxnreg": 128}),
-        (gpu._backward, whole, {}),
-        (gpu._backward, (*whole, "d_c", "mean", "parts"), {}),
+        (sweeps_triton._forward, whole, {"maxnreg": 128}),
+        (sweeps_triton._statistics, (), {"maxnreg": 128}),
+        (sweeps_triton._statistics, ("d_s", "d_c", "means"), {"maxnreg": 128}),
+        (sweeps_triton._backward, whole, {}),
+        (sweeps_triton._backward, (*whole, "d_c", "mean", "parts"), {}),
     ):
         binary = compiled(kernel, sizes, none=none, **options)
         assert "mma.sync" in binary.asm["ptx"]
@@ -377,7 +377,7 @@ def test_routing_on_a_gpu(sizes: Sizes, options: dict[str, Any]) -> None:
     """The first iteration is a product of matrices by cuBLAS, in float32 by PyTorch's default."""
     given = routing_arguments(sizes, "cuda")
     expected = outputs_and_gradients(plain, *(x.double() for x in given), iterations=3, **options)
-    route = partial(votes_and_routing, gpu.Sweeps)
+    route = partial(votes_and_routing, sweeps_triton.Sweeps)
     found = outputs_and_gradients(route, *given, iterations=3, **options)
     compare(found, expected, ON_A_GPU)
     for name, x in outputs_and_gradients(route, *given, iterations=3, **options).items():
@@ -393,7 +393,7 @@ def loss_of(route: Callable[..., RoutingResult], u: Tensor, weight: Tensor) -> T
 def test_memory_on_a_gpu_is_a_tenth_of_the_plain_versions() -> None:
     u, weight, _ = routing_arguments(PAPER, "cuda")
     needed = []
-    for route in (partial(votes_and_routing, gpu.Sweeps), plain):
+    for route in (partial(votes_and_routing, sweeps_triton.Sweeps), plain):
         leaves = u.clone().requires_grad_(), weight.clone().requires_grad_()
         torch.autograd.grad(loss_of(route, *leaves), leaves)  # what is set up once
         torch.cuda.reset_peak_memory_stats()
@@ -409,7 +409,7 @@ def test_memory_on_a_gpu_is_a_tenth_of_the_plain_versions() -> None:
 def test_it_can_be_captured_in_a_cuda_graph(sizes: Sizes) -> None:
     u, weight, _ = routing_arguments(sizes, "cuda")
     leaves = u.clone().requires_grad_(), weight.clone().requires_grad_()
-    route = partial(votes_and_routing, gpu.Sweeps)
+    route = partial(votes_and_routing, sweeps_triton.Sweeps)
 
     def step() -> tuple[Tensor, ...]:
         loss = loss_of(route, *leaves)

@@ -7,12 +7,12 @@ from pathlib import Path
 from typing import Any, TypedDict, cast
 
 from capsnet import config as config_file
-from capsnet.analysis.strangers import Threshold
 from capsnet.config import Config, preset_differences, size_of
 from capsnet.data import available, describe
 from capsnet.data.photo import Frame
 from capsnet.data.preprocessing import Preprocessing
 from capsnet.errors import InputError
+from capsnet.evaluation.ood import Threshold
 from capsnet.files import read_json
 from capsnet.schema import checked
 

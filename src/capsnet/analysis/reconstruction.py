@@ -7,7 +7,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from capsnet import functional as F
-from capsnet.analysis.couplings import with_capsules
+from capsnet.analysis.routing_trace import with_capsules
 from capsnet.errors import InputError
 from capsnet.layers import Decoder
 from capsnet.models import CapsuleNetwork, Network

@@ -5,8 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from capsnet.analysis.strangers import Threshold
-from capsnet.card import Card, command_of
+from capsnet.checkpoints.model_card import Card, command_of
 from capsnet.cli import CAPSNET
 from capsnet.cli.parsing import parse
 from capsnet.cli.train import Train
@@ -14,6 +13,7 @@ from capsnet.config import Config, preset
 from capsnet.data.photo import Frame
 from capsnet.data.preprocessing import Preprocessing
 from capsnet.errors import InputError
+from capsnet.evaluation.ood import Threshold
 
 CARD = Card(
     config={"preset": "paper", "data": "mnist", "epochs": 20},

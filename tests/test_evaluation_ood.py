@@ -1,8 +1,8 @@
 import pytest
 import torch
 
-from capsnet.analysis.strangers import Threshold, auroc, reconstruction_errors, threshold_for
 from capsnet.errors import InputError
+from capsnet.evaluation.ood import Threshold, auroc, reconstruction_errors, threshold_for
 from capsnet.models import create
 from tiny import SIZES
 

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from capsnet import machine
+from capsnet import devices
 from capsnet.cli import main
 from capsnet.config import Config
 from capsnet.errors import InputError
@@ -39,18 +39,18 @@ def test_mps_where_there_is_none_is_one_line(
 
 @pytest.mark.usefixtures("apple")
 def test_mps_is_accepted_and_never_chosen() -> None:
-    assert machine.resolve_device(Config(device="mps")) == MPS
-    assert machine.resolve_device(Config()).type == "cpu"
+    assert devices.resolve_device(Config(device="mps")) == MPS
+    assert devices.resolve_device(Config()).type == "cpu"
     with pytest.raises(InputError, match=r"^devices must be at most the 1 GPU of this machine; got 2$"):
-        machine.resolve_device(Config(device="mps", devices=2))
+        devices.resolve_device(Config(device="mps", devices=2))
 
 
 def test_mps_is_float32_plain_and_direct() -> None:
     network = small()
     for precision in ("auto", "32"):
-        assert machine.resolve_precision(Config(precision=precision), MPS, network) == "32"
+        assert devices.resolve_precision(Config(precision=precision), MPS, network) == "32"
     with pytest.raises(InputError, match=r"^precision must be 32 or auto on device mps; got bf16$"):
-        machine.resolve_precision(Config(precision="bf16"), MPS, network)
+        devices.resolve_precision(Config(precision="bf16"), MPS, network)
     assert resolve_kernel("auto", MPS) == "plain"
     with pytest.raises(InputError, match=r"^kernel fused must run on a CPU or a CUDA GPU; got a tensor on mps$"):
         resolve_kernel("fused", MPS)

@@ -8,9 +8,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from capsnet.graph import WARM_UP, GraphedStep
 from capsnet.models import Output
 from capsnet.objective import Batch, Losses
+from capsnet.training.cuda_graph import WARM_UP, GraphedStep
 
 
 class Recorder:

@@ -9,11 +9,12 @@ import pytest
 import torch
 from PIL import Image
 
-from capsnet import recipe, train
+from capsnet import train
 from capsnet.cli import main
 from capsnet.config import Config, read
 from capsnet.data import Dataset, Split
-from capsnet.recipe import resolved, told
+from capsnet.training import defaults
+from capsnet.training.defaults import resolved, told
 
 SMALL = Config(conv_channels=16, capsule_types=2, decoder_sizes=(32,))
 
@@ -95,7 +96,7 @@ def test_many_votes_for_few_classes_do_not_saturate(
     workplace: Path, classes: int, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The paper's capsules; the first convolution is narrower, and the steps are fewer, for time alone."""
-    monkeypatch.setattr(recipe, "FEWEST_STEPS", 40)
+    monkeypatch.setattr(defaults, "FEWEST_STEPS", 40)
     data = patterns(workplace / "data", classes)
     leaves_chance(data, classes, "--conv-channels", "64", "--decoder-sizes", "32", capsys=capsys)
     assert read(Path("run/config.yaml")).primary_scale == 0

@@ -6,9 +6,9 @@ import torch
 from torch import Tensor
 
 from capsnet.data.dataset import Split, to_float
-from capsnet.ensemble import Ensemble, check_alike, ensemble_scores
 from capsnet.errors import InputError
 from capsnet.evaluation import wilson_interval
+from capsnet.evaluation.ensemble import Ensemble, check_alike, ensemble_scores
 from capsnet.evaluation.predictions import shifted
 from capsnet.models import Network, create
 from tiny import SIZES

@@ -7,16 +7,17 @@ import torch
 from torch import Tensor, nn
 
 import tiny
-from capsnet import cli, runs
+from capsnet import cli
 from capsnet import functional as F
-from capsnet.analysis.attack import ATTACKS, attack_rates, fgsm, loss_of, pgd
-from capsnet.analysis.strangers import Threshold, reconstruction_errors
-from capsnet.card import Card
+from capsnet.checkpoints import pretrained
+from capsnet.checkpoints.model_card import Card
 from capsnet.config import Config
 from capsnet.data import Dataset, strokes
 from capsnet.data.dataset import to_float
 from capsnet.errors import InputError
 from capsnet.evaluation import wilson_interval
+from capsnet.evaluation.adversarial import ATTACKS, attack_rates, fgsm, loss_of, pgd
+from capsnet.evaluation.ood import Threshold, reconstruction_errors
 from capsnet.models import Network, create
 from capsnet.models.baseline import ConvNet
 from capsnet.models.capsnet import CapsNet
@@ -286,8 +287,8 @@ def models(workplace: Path, networks: dict[str, Network], data: Dataset, monkeyp
     threshold = Threshold(3.0, 0.05, 100, "validation")
     baseline = create("baseline", image_shape=(1, 12, 12), num_classes=2)
     for name, network in {"capsnet": networks["capsnet"], "baseline": baseline}.items():
-        runs.save_pretrained(network, name)
-        runs.save_card(Card(config={"data": "strokes"}, threshold=threshold if name == "capsnet" else None), name)
+        pretrained.save_pretrained(network, name)
+        pretrained.save_card(Card(config={"data": "strokes"}, threshold=threshold if name == "capsnet" else None), name)
     return ["capsnet", "baseline"]
 
 
@@ -384,4 +385,4 @@ def test_the_weights_that_come_with_the_package(
     assert none["fooled"] == 0
     assert none["right"] >= 98
     assert 0 < some["fooled"] < 100
-    assert isinstance(runs.load("capsnet-mnist"), CapsNet)
+    assert isinstance(pretrained.load("capsnet-mnist"), CapsNet)

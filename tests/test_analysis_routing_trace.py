@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from capsnet import functional as F
-from capsnet.analysis.couplings import Evidence, evidence, fold
+from capsnet.analysis.routing_trace import Evidence, evidence, fold
 from capsnet.errors import InputError
 from capsnet.functional import votes
 from capsnet.models import create

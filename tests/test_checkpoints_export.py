@@ -12,14 +12,15 @@ import torch
 from torch import Tensor
 
 import tiny
-from capsnet import cli, runs
-from capsnet import export as module
-from capsnet.card import Card
+from capsnet import cli, environment
+from capsnet.checkpoints import export as module
+from capsnet.checkpoints import pretrained
+from capsnet.checkpoints.export import FORMATS, Export, compare, export
+from capsnet.checkpoints.model_card import Card
 from capsnet.data import strokes
 from capsnet.data.dataset import to_float
 from capsnet.data.photo import Frame
 from capsnet.errors import InputError
-from capsnet.export import FORMATS, Export, compare, export
 from capsnet.kernels.buffers import pool
 from capsnet.models import Network, create
 from tiny import reading
@@ -79,7 +80,7 @@ def read(path: Path, format: str, batch: Tensor) -> dict[str, Tensor]:
     with torch.no_grad():
         if format == "pt2":
             return dict(torch.export.load(path).module()(batch))
-        output = runs.from_pretrained(path)(batch)
+        output = pretrained.from_pretrained(path)(batch)
     found = {"scores": output.scores, "reconstruction": output.reconstruction, "pose": output.pose}
     return {name: tensor for name, tensor in found.items() if tensor is not None}
 
@@ -118,7 +119,7 @@ def test_onnx_says_what_goes_in_and_out(exported: Exported) -> None:
     assert json.loads(facts["classes"]) == list(CLASSES)
     assert json.loads(facts["image_shape"]) == list(SHAPE)
     assert facts["model"] == "capsnet"
-    assert facts["capsnet"] == runs.environment(torch.device("cpu"))["capsnet"]
+    assert facts["capsnet"] == environment.describe(torch.device("cpu"))["capsnet"]
 
 
 def test_pt2_says_the_same(exported: Exported) -> None:
@@ -150,7 +151,7 @@ def test_nothing_of_the_tracing_stays_in_the_kernels(exported: Exported) -> None
 def test_a_card_goes_along(tmp_path: Path) -> None:
     card = Card(config={"data": "mnist"}, preprocessing=reading((1, 12, 13), Frame(0.0, 0.5)))
     export(KINDS["baseline"], tmp_path / "x", format="safetensors", images=images(2), card=card)
-    assert runs.load_card(tmp_path / "x") == card
+    assert pretrained.load_card(tmp_path / "x") == card
     export(KINDS["baseline"], tmp_path / "y", format="safetensors", images=images(2))
     assert tiny.files(tmp_path / "y") == {"config.json", "model.safetensors"}
 
@@ -253,7 +254,7 @@ def test_wrong_arguments_are_refused(tmp_path: Path) -> None:
 def model(workplace: Path) -> Path:
     """Weights in the working directory that say what they were trained on: strokes of 12 pixels."""
     torch.manual_seed(0)
-    runs.save_pretrained(create("capsnet", image_shape=(1, 12, 12), **tiny.SIZES), "tiny")
+    pretrained.save_pretrained(create("capsnet", image_shape=(1, 12, 12), **tiny.SIZES), "tiny")
     return Path("tiny")
 
 
@@ -267,7 +268,7 @@ def test_the_verb_compares_on_the_networks_own_test_images(
         return 0, {"scores": 1e-7}
 
     monkeypatch.setattr(module, "compare", same)
-    runs.save_card(Card(config={"data": "strokes", "image_size": 12}), model)
+    pretrained.save_card(Card(config={"data": "strokes", "image_size": 12}), model)
     strokes_ = strokes.strokes(image_size=12)
     monkeypatch.setattr("capsnet.train.load", lambda *_, **__: strokes_)
     assert cli.main(["export", "tiny", "--to", "safetensors", "--images", "40"]) == 0
@@ -279,7 +280,7 @@ def test_the_verb_compares_on_the_networks_own_test_images(
     told = json.loads(capsys.readouterr().out)
     assert told["images"] == len(strokes_.test) == len(seen[1])
     assert (told["model"], told["data"], told["path"]) == ("tiny", "strokes test", "all")
-    assert runs.load_card("all").data == "strokes"
+    assert pretrained.load_card("all").data == "strokes"
 
 
 def test_without_data_it_compares_on_noise_and_says_so(model: Path, capsys: pytest.CaptureFixture[str]) -> None:

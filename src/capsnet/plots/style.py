@@ -12,8 +12,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from capsnet import runs
 from capsnet.errors import InputError
+from capsnet.files import write_atomically
 from capsnet.names import visible
 
 if TYPE_CHECKING:
@@ -95,7 +95,7 @@ def save(figure: "Figure", path: Path, *, format: str = "png", command: str = ""
         InputError: an unknown format, or the file cannot be written.
     """
     content = rendered(figure, format=format, command=command)
-    runs.write_atomically(path, lambda place: place.write_bytes(content))
+    write_atomically(path, lambda place: place.write_bytes(content))
     return path
 
 

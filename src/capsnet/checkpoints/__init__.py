@@ -1,0 +1,1 @@
+"""What is written and read again: run directories, weights, model cards, exports."""

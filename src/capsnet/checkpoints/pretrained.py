@@ -1,0 +1,249 @@
+"""Trained weights: `model.safetensors` and `config.json` in a folder, with the model card beside them.
+
+Nothing is unpickled and no code is run: weights are safetensors.
+"""
+
+import difflib
+import json
+from collections.abc import Mapping
+from collections.abc import Set as AbstractSet
+from pathlib import Path
+from typing import Any, Literal, get_type_hints
+
+import torch
+from torch import Tensor
+
+from capsnet import config as config_file
+from capsnet import memory, models
+from capsnet.checkpoints import model_card
+from capsnet.checkpoints.model_card import Card
+from capsnet.errors import InputError
+from capsnet.files import read_bytes, read_json, write_atomically
+from capsnet.models import Network
+from capsnet.schema import brief, checked, joined, shown
+
+__all__ = [
+    "fitted",
+    "fitting",
+    "folder_of",
+    "from_pretrained",
+    "load",
+    "load_card",
+    "outline",
+    "save_card",
+    "save_pretrained",
+    "shipped",
+]
+
+WEIGHTS = Path(__file__).parents[1] / "weights"
+PRETRAINED = ["config.json", model_card.FILE, "model.safetensors"]
+STORED = frozenset({torch.float16, torch.bfloat16, torch.float32, torch.float64})
+"""Types that weights may be stored in; they are computed in float32."""
+
+
+def save_pretrained(network: Network, directory: str | Path) -> None:
+    """Write `model.safetensors` and `config.json`: all that `load` and `from_pretrained` need.
+
+    Args:
+        network: a network made by `create`.
+        directory: made if it is not there; only these two files are replaced.
+
+    Raises:
+        InputError: the files cannot be written.
+    """
+    from safetensors.torch import save
+
+    directory = Path(directory)
+    weights = {name: tensor.detach().cpu().contiguous() for name, tensor in network.state_dict().items()}
+    content = save(weights, metadata={"format": "pt"})
+    write_atomically(directory / "model.safetensors", lambda path: path.write_bytes(content))
+    text = json.dumps(network.config, indent=2) + "\n"
+    write_atomically(directory / "config.json", lambda path: path.write_text(text, encoding="utf-8"))
+
+
+def save_card(card: Card, directory: str | Path) -> None:
+    """Write `card.json`.
+
+    Raises:
+        InputError: the file cannot be written.
+    """
+    write_atomically(Path(directory) / model_card.FILE, lambda path: path.write_text(card.to_json(), encoding="utf-8"))
+
+
+def shipped() -> list[str]:
+    """Names of the weights that come with the package, sorted."""
+    return sorted(folder.name for folder in WEIGHTS.iterdir() if (folder / "config.json").is_file())
+
+
+def folder_of(path: str | Path) -> Path:
+    """Where weights are: the folder itself, or that of weights which come with the package by their name."""
+    folder = Path(path)
+    if not folder.exists() and folder.name == str(path) and (WEIGHTS / folder).is_dir():
+        return WEIGHTS / folder
+    return folder
+
+
+def load_card(path: str | Path) -> Card:
+    """What is told of the weights in a folder, or of those of this name; an empty card where nothing is.
+
+    Raises:
+        InputError: `card.json` is damaged.
+    """
+    return Card.read(folder_of(path) / model_card.FILE)
+
+
+def load(path: str | Path) -> Network:
+    """Load a trained network: from a run directory, a folder written by `save_pretrained`, or by its name.
+
+    Args:
+        path: a folder with `config.json` and `model.safetensors`, or the name of weights that come with the package
+            (`capsnet-mnist`; a model card lies beside them).
+
+    Returns:
+        The network on the CPU, in evaluation mode.
+
+    Raises:
+        InputError: a file is missing or damaged, or the weights do not fit: the first wrong key and both shapes are
+            named.
+    """
+    from safetensors import SafetensorError
+    from safetensors.torch import load as tensors_in
+
+    folder = folder_of(path)
+    near = [] if folder.exists() else difflib.get_close_matches(str(path), shipped(), n=1)
+    for name in ("config.json", "model.safetensors"):
+        if not (folder / name).is_file():
+            hint = f" (did you mean {near[0]}?)" if near else ""
+            begun = (folder / "config.yaml").exists() or (folder / "last.ckpt").exists()
+            hint = " (the run is not finished; see --resume)" if begun else hint
+            raise InputError(f"model folder {folder} must hold {name}; there is none{hint}")
+    network, file = _described(folder / "config.json"), folder / "model.safetensors"
+    content = read_bytes(file, most=16 * network.parameter_count() + 2**26)  # room for other weights, to name them
+    try:
+        weights = tensors_in(content)  # of bytes: load_file refuses a path that is not UTF-8
+    except (SafetensorError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
+        raise InputError(f"file {file} must be safetensors; got: {brief(str(error))}") from None
+    network.load_state_dict(fitted(network, weights, source=str(file), stored=STORED), assign=True)
+    return network.eval()
+
+
+def _described(path: Path) -> Network:
+    """The network that a `config.json` describes, without memory for its weights.
+
+    Raises:
+        InputError: it is not one that capsnet writes, or there can be no such network.
+    """
+    source = f"file {path}"
+    options = checked(read_json(path), dict[str, Any], source=source)
+    if "objects" in options:  # before version 0.2
+        options["objects_per_image"] = options.pop("objects")
+    name = checked(options.get("name"), Literal[tuple(models.available())], name="name", source=source)
+    kinds = get_type_hints(models.create) | get_type_hints(models.builder(name))
+    for key, value in options.items():
+        if key not in kinds:
+            raise InputError(f"{source} must hold options of model {name}; got {shown(key)}")
+        options[key] = checked(value, kinds[key], name=key, source=source)
+    try:
+        if faults := config_file.out_of_range(options):
+            raise InputError(joined(faults))
+        network = outline(**options)
+        size = 4 * network.parameter_count()
+        task = f"model {name}, of {network.parameter_count():,} parameters,"
+        memory.check(2 * size, torch.device("cpu"), task=task, remedy="it must be loaded where there is more")
+        return network
+    except InputError as error:
+        raise InputError(f"{source}: {error}") from None
+
+
+def outline(name: str, **options: Any) -> Network:
+    """The network that `models.create` makes, without memory for its weights.
+
+    Args:
+        name: of the model.
+        options: of `models.create`.
+
+    Raises:
+        InputError: see `models.create`; or sizes that PyTorch cannot count.
+    """
+    try:
+        with torch.device("meta"):
+            return models.create(name, **options)
+    except (RuntimeError, OverflowError, TypeError):
+        raise InputError(f"sizes of model {name} must be ones that PyTorch can count; they are too large") from None
+
+
+def from_pretrained(name: str | Path, *, revision: str | None = None) -> Network:
+    """Load a network from a folder, or from the Hugging Face Hub by its repository's name (`owner/name`).
+
+    Only `config.json`, `card.json` and `model.safetensors` are fetched; nothing is unpickled and no code is run.
+
+    Raises:
+        InputError: neither a folder nor a repository that can be reached, or see `load`.
+    """
+    if Path(name).is_dir():
+        return load(name)
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    try:
+        folder = snapshot_download(str(name), revision=revision, allow_patterns=PRETRAINED)
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise InputError(
+            f"model must be a folder or a repository of the Hugging Face Hub; got {str(name)!r}: {reason}"
+        ) from None
+    return load(folder)
+
+
+def fitted(
+    network: Network,
+    weights: Mapping[str, Tensor],
+    *,
+    source: str,
+    stored: AbstractSet[torch.dtype] = frozenset(),
+) -> dict[str, Tensor]:
+    """The weights of `network`, in its types.
+
+    Args:
+        network: whose they are to be.
+        weights: by name.
+        source: the file they are from, for errors.
+        stored: further types that a weight may have there.
+
+    Raises:
+        InputError: they do not fit exactly, or are not finite; the first wrong one is named, with both shapes.
+    """
+    wanted, fine = network.state_dict(), dict[str, Tensor]()
+    for key, tensor in wanted.items():
+        if key not in weights:
+            raise InputError(f"{source}: weights must hold {key} of shape {list(tensor.shape)}; it is missing")
+        fine[key] = fitting(weights[key], tensor, name=f"{source}: weight {key}", stored=stored)
+    for key in weights:
+        if key not in wanted:
+            raise InputError(
+                f"{source}: weights must fit model {network.config['name']}, which has no {brief(key)}; "
+                f"got one of shape {list(weights[key].shape)}"
+            )
+    return fine
+
+
+def fitting(tensor: Tensor, like: Tensor, *, name: str, stored: AbstractSet[torch.dtype] = frozenset()) -> Tensor:
+    """A tensor from a file in the type of `like`.
+
+    Raises:
+        InputError: it is of another shape or type, or not finite; `name` says which.
+    """
+    if tensor.shape != like.shape:
+        raise InputError(f"{name} must be of shape {list(like.shape)}; got {list(tensor.shape)}")
+    allowed = {like.dtype, *stored}
+    if tensor.dtype not in allowed or (tensor.layout, tensor.device.type) != (torch.strided, "cpu"):
+        types = ", ".join(sorted(map(_word, allowed)))
+        raise InputError(f"{name} must be a dense tensor of {types}; got {_word(tensor.layout)} {_word(tensor.dtype)}")
+    found = tensor.to(like.dtype)
+    if not found.isfinite().all():
+        raise InputError(f"{name} must be finite in {_word(like.dtype)}; it holds NaN or infinity")
+    return found
+
+
+def _word(kind: torch.dtype | torch.layout) -> str:
+    return str(kind).removeprefix("torch.")
