@@ -83,7 +83,7 @@ def test_the_files_it_speaks_of_are_there() -> None:
     from capsnet.cli import CAPSNET
 
     package = Path(capsnet.__file__).parent
-    assert all((package / name).is_file() for name in re.findall(r"`(\w+\.py)`", PROSE))
+    assert all((package / name).is_file() for name in re.findall(r"`([\w/]+\.py)`", PROSE))
     commands = set(re.findall(r"`capsnet (\w+)", PROSE))
     assert {"train", "demo", "report", "plot"} <= commands <= set(CAPSNET.verbs)
     assert NOTEBOOK.name in (EXAMPLES / "README.md").read_text(encoding="utf-8")
