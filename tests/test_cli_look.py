@@ -63,7 +63,7 @@ def kind(path: Path | str) -> str | None:
         return picture.format
 
 
-def test_reconstruct(run: Path, capsys: Capture) -> None:
+def test_plot_reconstructions(run: Path, capsys: Capture) -> None:
     out = told(capsys, "plot reconstructions run --right 3 --wrong 2")
     assert out.endswith("figure: run/figures/reconstructions.png\n")
     with Image.open("run/figures/reconstructions.png") as picture:
@@ -74,7 +74,7 @@ def test_reconstruct(run: Path, capsys: Capture) -> None:
     assert numbers["reconstruction_error_right"] > 0
 
 
-def test_perturb(run: Path, capsys: Capture) -> None:
+def test_plot_perturbations(run: Path, capsys: Capture) -> None:
     numbers = json.loads(
         told(capsys, "plot perturbations run --image images/0.png images/1.png --classes 3 8 --span 0.5 --json")
     )
@@ -113,7 +113,7 @@ def test_perturb_draws_no_more_sheets_than_a_figure_holds(
     assert err.endswith(": --images, --image and --classes must make at most 9 sheets; got 10\n")
 
 
-def test_couplings(run: Path, capsys: Capture) -> None:
+def test_plot_couplings(run: Path, capsys: Capture) -> None:
     numbers = json.loads(told(capsys, "plot couplings run --images 20 --show 2 --json"))
     assert (numbers["data"], numbers["images"]) == ("strokes", 20)
     assert len(numbers["entropy_bits"]) == 3
@@ -124,7 +124,7 @@ def test_couplings(run: Path, capsys: Capture) -> None:
     assert len(out.splitlines()) == 6
 
 
-def test_factors(run: Path, capsys: Capture) -> None:
+def test_pose(run: Path, capsys: Capture) -> None:
     out = told(capsys, "analyse pose run --against run")
     assert "slant degrees" in out
     assert "n = 60" in out
@@ -135,7 +135,7 @@ def test_factors(run: Path, capsys: Capture) -> None:
     assert networks["capsnet"]["train_images"] == 300
 
 
-def test_figures(run: Path, capsys: Capture) -> None:
+def test_plot_results(run: Path, capsys: Capture) -> None:
     out = told(capsys, "plot all run")
     paths = [Path(line.removeprefix("figure: ")) for line in out.splitlines()]
     assert [path.stem for path in paths] == ["curves", "class-errors", "confusion", "gallery", "lengths", "reliability"]
@@ -158,7 +158,7 @@ def test_report(run: Path, capsys: Capture) -> None:
     assert "40 validation images" in page
 
 
-def test_strangers(run: Path, capsys: Capture) -> None:
+def test_ood(run: Path, capsys: Capture) -> None:
     record = json.loads(told(capsys, "analyse ood run --against noise --json --out record.json"))
     assert json.loads(Path("record.json").read_text(encoding="utf-8")) == record
     (row,) = record["ood"]
@@ -194,7 +194,7 @@ def test_predict_files_folders_and_standard_input(
     elif form == "--csv":
         rows = list(csv.DictReader(io.StringIO(out)))
         assert [row["file"] for row in rows] == names
-        assert set(rows[0]) >= {"class", "presence", "runner_up", "reconstruction_error", "stranger"}
+        assert set(rows[0]) >= {"class", "presence", "runner_up", "reconstruction_error", "ood"}
     else:
         assert [line.split()[0] for line in out.splitlines()[:6]] == ["file", *names]
     assert files("seen") == {"stdin.png", "0.png", "1.png", "2.png", "1-2.png"}

@@ -151,7 +151,7 @@ def test_predict_and_evaluate_agree_to_the_image(
         assert wrong == evaluate(fitted.network, split).wrong
     every = predicted(capsys, "run", str(folder))
     assert {(row["inverted"], row["framed"]) for row in every} == {("False", "False")}
-    assert sum(row["stranger"] == "True" for row in every) <= 40, "a threshold of the 95th of a hundred, of 10 images"
+    assert sum(row["ood"] == "True" for row in every) <= 40, "a threshold of the 95th of a hundred, of 10 images"
     assert predicted(capsys, "run", str(folder), "--framing", "digits")[0]["framed"] == "True"
 
 

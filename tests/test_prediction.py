@@ -49,7 +49,7 @@ def test_predictions_are_the_networks(network: Network, files: list[Path], batch
         assert one.reconstruction is not None
         torch.testing.assert_close(one.reconstruction, drawn, atol=1e-5, rtol=1e-4)
         torch.testing.assert_close(one.image, image)
-        assert one.stranger is None
+        assert one.ood is None
         assert not one.inverted
 
 
@@ -64,14 +64,16 @@ def test_a_bad_file_costs_no_other_its_prediction(network: Network, files: list[
     assert list(predict(network, [])) == []
 
 
-def test_the_card_flags_strangers_and_frames_photographs(network: Network, files: list[Path], tmp_path: Path) -> None:
+def test_the_card_flags_out_of_distribution_and_frames_photographs(
+    network: Network, files: list[Path], tmp_path: Path
+) -> None:
     errors = sorted(float(good(one).error or 0) for one in predict(network, [("", path) for path in files]))
     card = Card(
         threshold=Threshold(errors[2], 0.05, 100, "validation"), preprocessing=reading((1, 12, 13), Frame(0.0, 0.7))
     )
     found = [good(one) for one in predict(network, [("", path) for path in files], card=card)]
     assert sorted(float(one.error or 0) > errors[2] for one in found) == [False, False, False, True, True]
-    assert all(one.stranger == (float(one.error or 0) > errors[2]) for one in found)
+    assert all(one.ood == (float(one.error or 0) > errors[2]) for one in found)
 
     paper = Image.new("RGB", (120, 90), "white")
     paper.paste((20, 20, 60), (50, 20, 60, 70))

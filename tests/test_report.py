@@ -80,7 +80,7 @@ def test_without_decoder_capsules_or_pose_those_parts_are_left_out(dataset: Data
     assert "mean summed squared error per test image" not in told
     assert "<h2>Reconstructions</h2>" not in told
     assert "<h2>Routing</h2>" in told
-    assert "flagged as strangers" not in told
+    assert "flagged as out of distribution" not in told
     bare = Split(dataset.test.images, dataset.test.labels)
     told = page(network("baseline"), replace(dataset, test=bare))
     assert "<h2>Routing</h2>" not in told

@@ -56,20 +56,20 @@ class Options:
     channels: int | None = None
     """Turn images to 1 (grey) or 3 (colour) channels."""
     bit_depth: int | None = None
-    """Of a folder's integer images of more than 8 bits. Default: that of their tags, else the fewest bits that hold all
-    values."""
+    """Bit depth of a folder's integer images above 8 bits. Default: that of their tags, else the fewest bits that hold
+    all values."""
     framing: Literal["off", "digits"] | None = None
     """digits: cut out the ink of an image file, scale and centre it as in MNIST, unless it has the network's size. Used
     for a folder's images, and for every file that the network is then shown. Default: that of the data set."""
     skip_unreadable: bool = False
-    """Pass over files of a folder that are no images, and tell of them."""
+    """Skip files of a folder that are no images, and report them."""
     validation: int | None = None
     """Training images held out for validation; 0 trains on all. Default: the data set's own validation split, else a
     tenth of the training images, at most 5,000."""
     train_images: int | None = None
     """Train on this many of the training images only, chosen by `data_seed`; for learning curves and quick looks."""
     data_seed: int = 0
-    """Of what is drawn or split: strokes, validation images, the test images of a folder without test/."""
+    """Seed of what is drawn or split: strokes, validation images, the test images of a folder without test/."""
     crop: int | None = None
     """Cut a random square of this many pixels out of each training image, and the central one elsewhere."""
     shift: int | None = None
@@ -90,56 +90,56 @@ class Options:
 
     # network
     model: str = "capsnet"
-    """Network (see `capsnet list models`)."""
+    """Name of the network (see `capsnet list models`)."""
     routing_iterations: int = 3
-    """r; 1 means uniform couplings."""
+    """Number of routing iterations r; 1 means uniform couplings."""
     routing_bias: bool = False
-    """Biases inside routing."""
+    """Add a learned bias to the weighted sum of votes."""
     leaky: bool = False
-    """A "none of the above" slot for every primary capsule."""
+    """Add a "none of the above" slot to the softmax of every primary capsule."""
     detach_routing: bool = False
-    """No gradient through the couplings."""
+    """Stop the gradient at the couplings."""
     kernel: Literal["auto", "plain", "fused"] = "auto"
     """How votes and routing are computed; the results are the same. auto: fused on a CPU, plain on a GPU."""
     stem: Literal["auto", "direct", "minimal"] = "auto"
     """How the two convolutions are computed. minimal saves most multiplications, at about 1e-4 relative rounding in
     float32; auto: minimal on a CPU in precision 32 where it saves half or more, direct elsewhere."""
     conv_channels: int = 256
-    """Channels of the first convolution."""
+    """Number of channels of the first convolution."""
     conv_kernel: int = 9
-    """Side of its kernel, in pixels."""
+    """Kernel size of the first convolution, in pixels."""
     conv_stride: int = 1
-    """Its step, in pixels."""
+    """Stride of the first convolution, in pixels."""
     capsule_types: int = 32
-    """Kinds of primary capsules."""
+    """Number of primary capsule types."""
     primary_dim: int = 8
-    """Length of a primary capsule's vector."""
+    """Dimension of a primary capsule."""
     primary_kernel: int = 9
-    """Side of the primary capsules' kernel, in pixels."""
+    """Kernel size of the primary capsules, in pixels."""
     primary_stride: int = 2
-    """Their step, in pixels."""
+    """Stride of the primary capsules, in pixels."""
     primary_scale: float | None = None
     """Factor on the primary capsules' convolution before its bias; 0 means uniform couplings: 1 / capsule_types, or
     1 / (capsule_types + 1) with the leaky slot. Default: 1 (the paper), but 0 for images of one's own where a class
     capsule gets more votes than the paper's."""
     padding: Literal["valid", "same"] = "valid"
-    """Of the convolutions."""
+    """Padding of both convolutions."""
     class_dim: int = 16
-    """Length of a class capsule's vector."""
+    """Dimension of a class capsule."""
     squash_epsilon: float = 0.0
     """Added to the squared length where squash divides by the length, as many implementations do; 0 divides by none.
     Above 0 routing is computed plainly."""
     decoder_sizes: tuple[int, ...] = (512, 1024)
     """Widths of the decoder's hidden layers."""
     init: Literal["pytorch", "authors"] = "pytorch"
-    """First weights. authors: truncated normal 0.1 (0.05 in the first convolution), biases 0.1."""
+    """Initial weights. authors: truncated normal 0.1 (0.05 in the first convolution), biases 0.1."""
     standardize: bool = False
-    """Give each image mean 0 and standard deviation 1 at the network's entrance, as the first author's code does for
+    """Give each input image mean 0 and standard deviation 1, as the first author's code does for
     CIFAR-10."""
     width: float = 1.0
-    """Factor on the widths of all layers of a baseline network."""
+    """Factor on the number of channels and units of all layers of a baseline network."""
     dropout: float = 0.5
-    """Of a baseline network."""
+    """Dropout rate of a baseline network."""
 
     # loss
     reconstruction: bool = True
@@ -147,7 +147,7 @@ class Options:
     reconstruction_weight: float = 0.0005
     """Weight of the SUM of squared pixel errors of an image (Section 4.1); 0.0005 is 0.392 on their mean on MNIST."""
     mask: Literal["label", "prediction"] = "label"
-    """Capsule the decoder sees in training; evaluation always takes the prediction."""
+    """Class capsule that the decoder sees in training; in evaluation it is always the predicted one."""
     margin_scale: float = 1.0
     """Factor on the margin loss of eq. 4, which is summed over the classes."""
     m_pos: float = 0.9
@@ -162,7 +162,7 @@ class Options:
     """Passes over the training images. Default: 3, but for few images of one's own as many as make 200 steps, over
     which the learning rate then decays as over 3 epochs."""
     stop_at: float | None = None
-    """Stop before that, once the error on the validation images is at most this many percent."""
+    """Stop early, once the error on the validation images is at most this many percent."""
     batch_size: int = 128
     """Images of one step over all devices together (first author's code: 128)."""
     lr: float = 0.001
@@ -175,15 +175,15 @@ class Options:
     lr_floor: float = 1e-6
     """The learning rate never falls below this (first author's code)."""
     seed: int = 0
-    """Of weights, order and augmentation."""
+    """Seed of weights, order and augmentation."""
 
     # machine
     device: Device = "auto"
     """auto: a CUDA GPU if there is one. mps (Apple's) is accepted where PyTorch has it, and untested."""
     devices: int = 1
-    """Processes, one a device; `batch_size` stays the total."""
+    """Number of processes, one per device; `batch_size` is the total over all."""
     precision: Literal["auto", "32", "bf16"] = "auto"
-    """Of convolutions and decoder; routing and losses are always float32. auto: bf16 where the hardware has it."""
+    """Precision of convolutions and decoder (routing and losses are always float32). auto: bf16 if the hardware has it."""
     cuda_graph: bool = False
     """Launch each training step as one CUDA graph (one GPU, no dropout): about 3 times as fast on an H100."""
     threads: int | None = None
@@ -193,11 +193,11 @@ class Options:
     out: str | None = None
     """Run directory; default: runs/DATA-MODEL-seedN."""
     overwrite: bool = False
-    """Replace a run that is already in `out`."""
+    """Replace an existing run in `out`."""
     log_every: int = 20
     """Steps between updates of the progress line."""
     checkpoint_steps: int = 0
-    """Save a checkpoint every so many steps too; 0: at the end of each epoch only."""
+    """Steps between additional checkpoints; 0: only at the end of each epoch."""
     tensorboard: bool = False
     """Write TensorBoard curves and reconstructions too."""
     report: bool = True

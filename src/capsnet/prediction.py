@@ -30,7 +30,7 @@ class Prediction:
         runner_up: name of the second class; the same as `label` if there is only one.
         runner_up_presence: the same of it.
         error: sum of squared differences between the image and its reconstruction, None without a decoder.
-        stranger: whether `error` is above the card's threshold; None without either.
+        ood: whether `error` is above the card's threshold; None without either.
         inverted: whether dark and light were swapped.
         framed: whether the ink was cut out, scaled and centred.
         notes: what else is to be told: that the image is empty, or what reading it lost or changed.
@@ -44,7 +44,7 @@ class Prediction:
     runner_up: str
     runner_up_presence: float
     error: float | None
-    stranger: bool | None
+    ood: bool | None
     inverted: bool
     framed: bool
     notes: tuple[str, ...]
@@ -60,7 +60,7 @@ class Prediction:
             "runner_up": self.runner_up,
             "runner_up_presence": self.runner_up_presence,
             "reconstruction_error": self.error,
-            "stranger": self.stranger,
+            "ood": self.ood,
             "inverted": self.inverted,
             "framed": self.framed,
             "notes": "; ".join(self.notes),
@@ -82,7 +82,7 @@ def predict(
     Args:
         network: trained, in evaluation mode.
         sources: name of each image, and its place or content.
-        card: of the network, see `runs.load_card`; without one, images are only resized, and none is a stranger.
+        card: of the network, see `load_card`; without one, images are only resized, and none is out of distribution.
         framing: in place of the card's; see `data.preprocessing`.
         invert: see `data.preprocessing`.
         batch_size: images at a time; only memory and speed depend on it.
@@ -116,7 +116,7 @@ def predict(
                 runner_up=network.classes[int(order[-1])],
                 runner_up_presence=float(values[-1]),
                 error=error,
-                stranger=None if limit is None or error is None else error > limit,
+                ood=None if limit is None or error is None else error > limit,
                 inverted=one.inverted,
                 framed=one.framed,
                 notes=one.notes,

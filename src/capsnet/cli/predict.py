@@ -117,7 +117,7 @@ class _Writer:
         self.command, self.rows, self.begun = command, list[dict[str, Any]](), False
         self.width, self.label = min(width, 60), max(5, min(label, 30))
         self.csv: csv.DictWriter[str] | None = None
-        self.strangers = 0
+        self.ood = 0
 
     def __call__(self, found: "Prediction") -> None:
         """Print one prediction; all JSON comes at the end."""
@@ -138,11 +138,11 @@ class _Writer:
         if not self.begun:
             show(self._row("file", "class", "presence", "runner-up", "error", "notes"))
         self.begun = True
-        self.strangers += bool(found.stranger)
+        self.ood += bool(found.ood)
         notes = [note for note, is_so in (("inverted", found.inverted), ("centred and scaled", found.framed)) if is_so]
         notes += found.notes
-        if found.stranger:
-            notes.insert(0, "STRANGER?")
+        if found.ood:
+            notes.insert(0, "OOD?")
         error = "-" if found.error is None else f"{found.error:.1f}"
         runner_up = f"{visible(found.runner_up)} {found.runner_up_presence:.2f}"
         name, label = visible(found.name), visible(found.label)
@@ -156,8 +156,8 @@ class _Writer:
         """Print what comes at the end."""
         if self.command.json:
             show_json(self.rows)
-        elif self.strangers:
-            show("STRANGER?: the reconstruction is so bad that it may be no object of the known classes")
+        elif self.ood:
+            show("OOD?: out of distribution: the reconstruction error is above the threshold of the network")
 
 
 def _width(names: Iterable[str]) -> int:

@@ -26,7 +26,7 @@ class TrainedModel:
     """A trained network as a command names it.
 
     Args:
-        model: run directory, folder with weights, or name of weights that come with the package.
+        model: run directory, folder with weights, or name of weights that ship with the package.
         several: whether its images may show several objects each.
 
     Attributes:

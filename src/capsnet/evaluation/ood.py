@@ -84,18 +84,18 @@ def threshold_for(errors: Float[Tensor, "n"], *, false_alarm_rate: float = 0.05,
     return Threshold(value, false_alarm_rate, len(errors), split)
 
 
-def auroc(known: Float[Tensor, "n"], strange: Float[Tensor, "m"]) -> float:
-    """Area under the ROC curve: the chance that a stranger's error is above a known image's, ties counted half.
+def auroc(known: Float[Tensor, "n"], unknown: Float[Tensor, "m"]) -> float:
+    """Area under the ROC curve: the chance that an unknown image's error is above a known one's, ties half.
 
     Args:
         known: errors of images of the known classes; at least one.
-        strange: errors of what should be flagged; at least one.
+        unknown: errors of out-of-distribution images; at least one.
 
     Returns:
         In [0, 1]; 0.5 is guessing.
     """
     order = known.double().sort().values
-    strange = strange.double().contiguous()
-    below = torch.searchsorted(order, strange, side="left")
-    not_above = torch.searchsorted(order, strange, side="right")
+    unknown = unknown.double().contiguous()
+    below = torch.searchsorted(order, unknown, side="left")
+    not_above = torch.searchsorted(order, unknown, side="right")
     return float((below + not_above).double().mean() / (2 * len(order)))

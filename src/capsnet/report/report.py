@@ -234,7 +234,7 @@ def _numbers(found: Predictions, card: Card, result: Mapping[str, Any]) -> Itera
     if limit and errors is not None:
         share = 100 * float((errors > limit.value).double().mean())
         yield (
-            "flagged as strangers",
+            "flagged as out of distribution",
             f"{share:.2f} % of the test images: reconstruction error above {limit.value:.2f}, which "
             f"{100 * limit.false_alarm_rate:g} % of {limit.images:,} {limit.split} images exceed",
         )
