@@ -145,7 +145,11 @@ def test_a_run_without_a_manifest_is_evaluated_and_goes_on_as_it_was_divided(
     whole = scan(own).divided(seed=0).of("train")
     assert legacy.validation is not None
     assert legacy.validation.labels.tolist() == [whole[k].label for k in order[:7].sort().values]
-    assert train.prepare_data(tiny(own)).validation.labels.bincount().tolist() != []  # type: ignore[union-attr]
+    few = train.prepare_data(tiny(own, train_images=20), shares=False)
+    assert few.validation is not None
+    assert torch.equal(few.validation.images, legacy.validation.images)
+    order = torch.randperm(68, generator=torch.Generator().manual_seed(0))[:20].sort().values
+    assert torch.equal(few.train.images, legacy.train.images[order])
 
 
 def test_a_test_folder_is_scored_whole(trained: Manifest, own: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -183,7 +183,7 @@ class Options:
     devices: int = 1
     """Number of processes, one per device; `batch_size` is the total over all."""
     precision: Literal["auto", "32", "bf16"] = "auto"
-    """Precision of convolutions and decoder (routing and losses are always float32). auto: bf16 if the hardware has it."""
+    """Precision of convolutions and decoder (routing and losses are float32). auto: bf16 if the hardware has it."""
     cuda_graph: bool = False
     """Launch each training step as one CUDA graph (one GPU, no dropout): about 3 times as fast on an H100."""
     threads: int | None = None

@@ -165,7 +165,7 @@ def prepare_data(
         config: of a run.
         dataset: images of one's own in memory.
         recorded: which files of a folder were in which split; those that are not recorded are left out.
-        shares: False holds out validation images as runs without a manifest did, see `Dataset.with_validation`.
+        shares: False chooses validation and training images as runs without a manifest did, see `Dataset`.
         tell: is given the place of decoded images that do not fit into memory.
         check: is given the data set without its images (see `data.outline`) before they are read; it may raise.
         read: False returns the data set without its images, where they need not be read to know it.
@@ -206,7 +206,7 @@ def _with_splits(config: Config, dataset: Dataset, *, shares: bool, divided: boo
         count = min(5000, len(dataset.train) // 10) if config.validation is None else config.validation
         dataset = dataset.with_validation(count, seed=config.data_seed, shares=shares)
     if config.train_images is not None:
-        dataset = dataset.with_train(config.train_images, seed=config.data_seed)
+        dataset = dataset.with_train(config.train_images, seed=config.data_seed, shares=shares)
     return dataset
 
 

@@ -210,19 +210,20 @@ class Dataset:
         validation = self.validation and self.validation.cropped(size)
         return replace(self, test=self.test.cropped(size), validation=validation, crop=size)
 
-    def with_train(self, count: int, *, seed: int) -> "Dataset":
+    def with_train(self, count: int, *, seed: int, shares: bool = True) -> "Dataset":
         """The same with `count` random training images only, of each class its share.
 
         Args:
             count: number of images.
             seed: chooses the images; the same seed always chooses the same, and fewer are among more.
+            shares: False chooses from all classes together, as runs without a manifest did.
 
         Raises:
             InputError: there are not so many.
         """
         if not 0 < count <= len(self.train):
             raise InputError(f"train_images must be 1 to the {len(self.train)} there are; got {count}")
-        chosen = stratified(self.train.labels, count, seed=seed)
+        chosen = _chosen(self.train.labels, count, seed=seed, shares=shares)
         train = self.train.take(chosen.sort().values)
         without = len(self.classes) - int((train.labels.bincount() > 0).sum())
         notes = (f"{without} of {len(self.classes)} classes have no training image",) if without else ()
@@ -245,10 +246,7 @@ class Dataset:
             raise InputError(
                 f"validation must be 0 to {len(self.train) - 1} of the {len(self.train)} training images; got {count}"
             )
-        if shares:
-            order = stratified(self.train.labels, count, seed=seed, held_out=True)
-        else:
-            order = torch.randperm(len(self.train), generator=torch.Generator().manual_seed(seed))[:count]
+        order = _chosen(self.train.labels, count, seed=seed, shares=shares, held_out=True)
         kept = torch.ones(len(self.train), dtype=torch.bool).index_fill_(0, order, False).nonzero().flatten()
         held_out = order.sort().values
         validation = self.train.take(held_out)
@@ -301,3 +299,10 @@ def stratified(labels: Tensor, count: int, *, seed: int, held_out: bool = False)
     place = torch.empty(len(labels), dtype=torch.int64).index_put_((order,), torch.arange(len(labels)))
     mixed = place[by_class].argsort()  # where shares are equal, at random
     return by_class[mixed][share[mixed].argsort(stable=True)][:count]
+
+
+def _chosen(labels: Tensor, count: int, *, seed: int, shares: bool, held_out: bool = False) -> Tensor:
+    """Indices of `count` random images, of each class its share, or of all classes together."""
+    if shares:
+        return stratified(labels, count, seed=seed, held_out=held_out)
+    return torch.randperm(len(labels), generator=torch.Generator().manual_seed(seed))[:count]
