@@ -214,7 +214,7 @@ def test_damaged_bytes_are_one_line(name: str, run: Path, dataset: Dataset) -> N
     change_bytes(name, FEW, run, dataset)
 
 
-@pytest.mark.parametrize("count", [8, pytest.param(300, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("count", [8, pytest.param(300, marks=[pytest.mark.slow, pytest.mark.timeout(900)])])
 @pytest.mark.usefixtures("workplace", "blank_figure")
 def test_commands_answer_with_0_or_2_and_lose_nothing(
     run: Path, finished: Path, capsys: pytest.CaptureFixture[str], count: int

@@ -48,13 +48,13 @@ if "TEST_BYTES" in os.environ:  # a full disk: no file may grow beyond this
     signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     resource.setrlimit(resource.RLIMIT_FSIZE, (int(os.environ["TEST_BYTES"]),) * 2)
 if "TEST_LIFE" in os.environ:
-    begin = train.runs.Run.begin
+    create = train.Run.create
 
-    def begin_and_die(*arguments, **named):
-        begin(*arguments, **named)
+    def create_and_die(*arguments, **named):
+        create(*arguments, **named)
         threading.Timer(float(os.environ["TEST_LIFE"]), lambda: os.kill(os.getpid(), signal.SIGKILL)).start()
 
-    train.runs.Run.begin = begin_and_die
+    train.Run.create = create_and_die
 sys.exit(cli.main())
 """
 
@@ -211,7 +211,7 @@ def test_a_failing_process_takes_the_others_down(photos: Path) -> None:
 def test_two_processes_tell_a_fault_once(photos: Path) -> None:
     words = ("train", *options(tiny(photos)), "--devices", "2")
     cases: list[tuple[tuple[str, ...], dict[str, Any], int, str]] = [
-        (("--data", "nope"), {}, 2, "--data must be one of"),
+        (("--data", "nope"), {}, 2, "data must be one of"),
         (("--lr", "1e30", "--out", "run"), {}, 1, "became NaN or infinite in epoch 1"),
         (("--out", "full"), {"bytes": 10_000}, 2, "file full/last.ckpt must be writable; got: File too large"),
     ]
