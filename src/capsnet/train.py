@@ -298,7 +298,7 @@ def layout(config: Config, dataset: Dataset) -> Network:
     """The network of `config` for the images and classes of `dataset`, without memory for its weights.
 
     Raises:
-        InputError: see `runs.outline`, or an option was given that this network does not have.
+        InputError: see `pretrained.outline`, or an option was given that this network does not have.
     """
     options, config = models.builder_options(config.model), with_defaults(config)
     recipes = [with_defaults(preset(name)) for name in PRESETS]

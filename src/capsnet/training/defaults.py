@@ -33,7 +33,7 @@ def resolved(config: Config, dataset: Dataset) -> Config:
         dataset: its images. Those of a published name get what such sets always got.
 
     Raises:
-        InputError: see `runs.outline`.
+        InputError: see `pretrained.outline`.
     """
     if dataset.name in available():
         return with_defaults(config)
