@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -110,6 +111,15 @@ def test_progress_goes_on_where_stderr_fails(live: bool, monkeypatch: pytest.Mon
             )
 
 
+@pytest.fixture
+def hang_up() -> Iterator[None]:
+    """SIGHUP as it is without nohup."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    yield
+    signal.signal(signal.SIGHUP, before)
+
+
+@pytest.mark.usefixtures("hang_up")
 def test_a_hang_up_is_collected_and_a_second_one_changes_nothing() -> None:
     before = signal.getsignal(signal.SIGHUP)
     with devices.signals() as received:
@@ -140,8 +150,7 @@ def test_a_closed_terminal_saves_a_checkpoint_unless_under_nohup(workplace: Path
     def begin() -> None:
         os.setsid()
         fcntl.ioctl(0, termios.TIOCSCTTY, 0)
-        if nohup:
-            signal.signal(signal.SIGHUP, signal.SIG_IGN)
+        signal.signal(signal.SIGHUP, signal.SIG_IGN if nohup else signal.SIG_DFL)
 
     config = tiny(photos(workplace / "data", count=6), epochs=1_000_000)
     words = [*COMMAND, "train", *options(config), "--no-report", "--out", "run"]

@@ -3,7 +3,7 @@
 import json
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal, Protocol
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Protocol, runtime_checkable
 
 from capsnet.cli.parsing import BatchSize, Group, Images, Model, Models, Range, Seed
 from capsnet.cli.printing import say, show, show_json, show_table
@@ -370,6 +370,7 @@ class _Pose(_Record, _PoseOptions):
         return 0
 
 
+@runtime_checkable
 class _OnSplit(Protocol):
     @property
     def model(self) -> str: ...

@@ -5,7 +5,7 @@ from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from dataclasses import dataclass
 from inspect import cleandoc, getdoc
 from io import StringIO
-from typing import Annotated, Any, Protocol, Union, get_type_hints
+from typing import Annotated, Any, Protocol, Union, get_type_hints, runtime_checkable
 
 import tyro
 from tyro.conf import Positional, arg, subcommand
@@ -17,6 +17,7 @@ from capsnet.errors import InputError
 __all__ = ["BatchSize", "Command", "Group", "Images", "Model", "Models", "Range", "Seed", "parse"]
 
 
+@runtime_checkable
 class Command(Protocol):
     """The options of one verb, a dataclass whose docstring is its help."""
 
