@@ -45,6 +45,7 @@ def test_mps_is_accepted_and_never_chosen() -> None:
         devices.resolve_device(Config(device="mps", devices=2))
 
 
+@pytest.mark.usefixtures("unchecked")
 def test_mps_is_float32_plain_and_direct() -> None:
     network = small()
     for precision in ("auto", "32"):
