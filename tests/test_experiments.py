@@ -15,7 +15,7 @@ from capsnet.checkpoints import pretrained, run_directory
 from capsnet.cli import main
 from capsnet.config import PRESETS, Config
 from capsnet.data import Dataset, Split
-from capsnet.errors import InputError
+from capsnet.errors import Diverged, InputError, Interrupted
 from capsnet.evaluation.ensemble import Ensemble, ensemble_scores
 from capsnet.experiments import BUDGETS, Experiment, Record, Row, available, experiment, fingerprint, read, records
 from capsnet.experiments import plan as plans
@@ -298,11 +298,11 @@ def test_a_row_that_diverges_does_not_hold_up_the_others(small: Experiment, monk
 
     def diverging(config: Config) -> train.Result:
         if config.routing_iterations == 3:
-            raise train.Diverged("loss became NaN")
+            raise Diverged("loss became NaN")
         return fit(config)
 
     monkeypatch.setattr(train, "fit", diverging)
-    with pytest.raises(train.Diverged, match="of small these diverged: one, seed 0; one, seed 1"):
+    with pytest.raises(Diverged, match="of small these diverged: one, seed 0; one, seed 1"):
         reproduce(small, budget="cpu", seeds=2)
     assert [(one.row, one.seed) for one in read(RECORDS_HERE, "small", "cpu")] == [
         ("two", 0),
@@ -605,6 +605,18 @@ def test_reproduce_prints_its_table(
     assert "Small\n\n| network | paper | here | n |" in out
     assert "The same, ensemble of 2" in out
     assert len(read(RECORDS_HERE, "small", "cpu")) == 5
+
+
+def test_a_signal_says_that_the_same_command_continues(
+    workplace: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def stopped(config: Config) -> train.Result:
+        raise Interrupted("stopped in epoch 1 after step 2 of 5; go on with: capsnet train --resume run", 15)
+
+    monkeypatch.setattr(train, "fit", stopped)
+    assert main(["reproduce", "table1", "--budget", "quick"]) == 143
+    last = capsys.readouterr().err.splitlines()[-1]
+    assert last == "capsnet reproduce: stopped in epoch 1 after step 2 of 5; the same command continues it"
 
 
 def test_quick_is_one_seed_unless_told_otherwise(workplace: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -18,10 +18,10 @@ from capsnet.config import Config, preset
 from capsnet.data import Dataset, load
 from capsnet.data.augment import augment
 from capsnet.data.preprocessing import Preprocessing
-from capsnet.errors import InputError
+from capsnet.errors import Diverged, InputError, Interrupted
 from capsnet.evaluation import Evaluation, evaluate, predict_split
 from capsnet.kernels import native
-from capsnet.train import Diverged, Interrupted, fit, resume
+from capsnet.train import fit, resume
 from capsnet.training import batches
 from capsnet.training.state import TrainingState
 from tiny import REAL, SIZES, files, metrics, pairs, same_weights, tiny, weights

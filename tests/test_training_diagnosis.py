@@ -10,12 +10,12 @@ import torch
 from torch import Tensor
 
 from capsnet.config import Config
+from capsnet.errors import Diverged
 from capsnet.models import Output, create
 from capsnet.models.capsnet import CapsNet
 from capsnet.objective import Losses
 from capsnet.train import fit
 from capsnet.training.diagnosis import Chance, first_not_finite
-from capsnet.training.state import Diverged
 from tiny import SIZES, photos, tiny
 
 LABELS = torch.tensor([0] * 60 + [1] * 30 + [2] * 30)

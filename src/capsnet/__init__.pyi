@@ -12,7 +12,9 @@ from .checkpoints.pretrained import load_card as load_card
 from .checkpoints.pretrained import save_pretrained as save_pretrained
 from .config import Config as Config
 from .config import preset as preset
+from .errors import Diverged as Diverged
 from .errors import InputError as InputError
+from .errors import Interrupted as Interrupted
 from .evaluation import Evaluation as Evaluation
 from .evaluation import evaluate as evaluate
 from .functional import lengths as lengths

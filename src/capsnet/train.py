@@ -32,7 +32,7 @@ from capsnet.data.manifest import Manifest
 from capsnet.data.photo import frame_of
 from capsnet.data.preprocessing import MNIST_FRAME, Preprocessing
 from capsnet.devices import first_process, make_fabric, resolve_device, resolve_precision, shutdown, signals
-from capsnet.errors import InputError
+from capsnet.errors import Diverged, InputError, Interrupted
 from capsnet.evaluation import Evaluation, predict_split
 from capsnet.evaluation.ood import threshold_for
 from capsnet.kernels.buffers import pool
@@ -43,12 +43,10 @@ from capsnet.training import defaults
 from capsnet.training.batches import BatchLoader
 from capsnet.training.cuda_graph import GraphedStep, check_graph
 from capsnet.training.diagnosis import Chance
-from capsnet.training.state import Diverged, Interrupted, TrainingState, fitting_checkpoint
+from capsnet.training.state import TrainingState, fitting_checkpoint
 from capsnet.training.tensorboard import board, check_board
 
 __all__ = [
-    "Diverged",
-    "Interrupted",
     "Result",
     "as_read",
     "build",

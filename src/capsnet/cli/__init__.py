@@ -22,7 +22,7 @@ from capsnet.cli.printing import begin, end, say, show
 from capsnet.cli.report import Report
 from capsnet.cli.reproduce import Reproduce
 from capsnet.cli.train import Train
-from capsnet.errors import InputError
+from capsnet.errors import Diverged, InputError, Interrupted
 
 __all__ = ["CAPSNET", "main"]
 
@@ -72,6 +72,12 @@ def _run(arguments: list[str]) -> int:
     except InputError as error:
         say(f"{name}: error: {error}")
         return 2
+    except Diverged as error:
+        say(f"{name}: error: {error}")
+        return 1
+    except Interrupted as stop:
+        say(f"{name}: {stop}")
+        return 128 + stop.signal_number
     except KeyboardInterrupt:
         say(f"{name}: interrupted")
         return 130

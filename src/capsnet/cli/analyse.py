@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, Protocol, runtime_che
 
 from capsnet.cli.parsing import BatchSize, Group, Images, Model, Models, Range, Seed
 from capsnet.cli.printing import say, show, show_json, show_table
-from capsnet.cli.trained_model import TrainedModel, check_free
+from capsnet.cli.trained_model import TrainedModel, WritesFile
 from capsnet.config import Device
 from capsnet.errors import InputError
 
@@ -24,7 +24,7 @@ NOISE_SEED = 0
 
 
 @dataclass(frozen=True)
-class _Record:
+class _Record(WritesFile):
     """Where the record of a measurement goes."""
 
     out: str | None = None
@@ -33,16 +33,6 @@ class _Record:
     """Replace an existing file."""
     json: bool = False
     """Print the record as JSON."""
-
-    def run(self, line: str) -> int:
-        """Measure and print, once nothing stands in the way of the file."""
-        if self.out is not None:
-            check_free(Path(self.out), overwrite=self.overwrite)
-        return self.measure(line)
-
-    def measure(self, line: str) -> int:
-        """Measure, print and write the record."""
-        raise NotImplementedError
 
     def write(self, record: dict[str, Any]) -> None:
         """Print the record as JSON if asked for, and write its file."""
@@ -81,7 +71,7 @@ class _Ood(_Record, _OodOptions):
       capsnet analyse ood runs/mine --against path/to/images noise --json
     """
 
-    def measure(self, line: str) -> int:
+    def work(self, line: str) -> int:
         if not self.against:
             raise InputError("--against must be at least one data set, folder or noise; got none")
         import torch
@@ -235,7 +225,7 @@ class _Attack(_Record, _AttackOptions):
       capsnet analyse attack runs/mnist runs/baseline --attacks pgd --epsilons 0.05 0.1 --steps 40 --out attack.json
     """
 
-    def measure(self, line: str) -> int:
+    def work(self, line: str) -> int:
         for name, values in (("MODEL", self.models), ("--attacks", self.attacks), ("--epsilons", self.epsilons)):
             if not values:
                 raise InputError(f"{name} must be given at least once; got none")
@@ -362,7 +352,7 @@ class _Pose(_Record, _PoseOptions):
       capsnet analyse pose runs/strokes-capsnet-seed0 --against runs/strokes-baseline-seed0 --json
     """
 
-    def measure(self, line: str) -> int:
+    def work(self, line: str) -> int:
         _, record, found = probe_poses(self, self.against, line)
         if not self.json:
             show(*pose_table(found))

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 from capsnet.cli.analyse import pose_table, probe_poses
 from capsnet.cli.parsing import Group, Images, Model, Range
 from capsnet.cli.printing import show, show_json
-from capsnet.cli.trained_model import TrainedModel, check_free
+from capsnet.cli.trained_model import TrainedModel, WritesFile
 from capsnet.errors import InputError
 
 if TYPE_CHECKING:
@@ -22,7 +22,7 @@ MOST_SHEETS = 100  # perturbation sheets in one figure
 
 
 @dataclass(frozen=True)
-class _FigureOptions:
+class _FigureOptions(WritesFile):
     model: Model
     """Run directory, folder with weights, or the name of weights that ship with the package."""
     data: str | None = None
@@ -39,16 +39,6 @@ class _FigureOptions:
     """Replace an existing file."""
     json: bool = False
     """Print the numbers as JSON."""
-
-    def run(self, line: str) -> int:
-        """Draw and print, once nothing stands in the way of the file."""
-        if self.out is not None:
-            check_free(Path(self.out), overwrite=self.overwrite)
-        return self.draw(line)
-
-    def draw(self, line: str) -> int:
-        """Draw the figure, print its numbers."""
-        raise NotImplementedError
 
     def save(self, trained: TrainedModel, name: str, figure: "Figure", line: str) -> Path:
         """Write the figure, with the command that made it in its metadata."""
@@ -89,7 +79,7 @@ class _Reconstructions(_FigureOptions):
     wrong: Annotated[int, Range(0, 1_000)] = 20
     """Number of wrongly classified images, at most: the first ones of the split."""
 
-    def draw(self, line: str) -> int:
+    def work(self, line: str) -> int:
         if self.right + self.wrong == 0:
             raise InputError("--right and --wrong must not both be 0; got 0 and 0")
         import torch
@@ -163,7 +153,7 @@ class _Perturbations(_FigureOptions):
     gif: str | None = None
     """Write also an animation in which all dimensions go through their range."""
 
-    def draw(self, line: str) -> int:
+    def work(self, line: str) -> int:
         own = self.of_own(self.image)
         import torch
 
@@ -245,7 +235,7 @@ class _Couplings(_FigureOptions):
     image: tuple[str, ...] = ()
     """Your own image files instead of those of the data set."""
 
-    def draw(self, line: str) -> int:
+    def work(self, line: str) -> int:
         own = self.of_own(self.image)
         import torch
 
@@ -302,7 +292,7 @@ class _Pose(_FigureOptions):
     against: tuple[str, ...] = ()
     """Other networks to draw beside the first."""
 
-    def draw(self, line: str) -> int:
+    def work(self, line: str) -> int:
         from capsnet import plots
 
         trained, numbers, found = probe_poses(self, self.against, line)
@@ -314,7 +304,7 @@ class _Pose(_FigureOptions):
 class _Results(_FigureOptions):
     names: ClassVar[tuple[str, ...]]
 
-    def draw(self, line: str) -> int:
+    def work(self, line: str) -> int:
         from capsnet.checkpoints import run_directory
         from capsnet.evaluation import calibration, predict_split
         from capsnet.report import result_figures

@@ -52,7 +52,6 @@ class Reproduce:
 
     def run(self, line: str) -> int:
         """Reproduce an experiment, print its table."""
-        from capsnet import train
         from capsnet.experiments import plan
         from capsnet.experiments.reproduce import reproduce
         from capsnet.experiments.tables import SHOWN, render
@@ -64,24 +63,17 @@ class Reproduce:
             show(experiment.title, "", *render(experiment, folder, budgets=budgets).splitlines())
             return 0
         seeds = self.seeds if self.seeds is not None else 1 if budget == "quick" else experiment.seeds
-        try:
-            reproduce(
-                experiment,
-                budget=budget,
-                seeds=seeds,
-                rows=self.rows,
-                folder=folder,
-                runs_folder=Path(self.runs),
-                say=say,
-                device=self.device,
-                threads=self.threads,
-                data_dir=self.data_dir,
-            )
-        except train.Interrupted as stop:
-            say(f"capsnet reproduce: {str(stop).partition(';')[0]}; the same command continues it")
-            return 128 + stop.signal_number
-        except train.Diverged as error:
-            say(f"capsnet reproduce: error: {error}")
-            return 1
+        reproduce(
+            experiment,
+            budget=budget,
+            seeds=seeds,
+            rows=self.rows,
+            folder=folder,
+            runs_folder=Path(self.runs),
+            say=say,
+            device=self.device,
+            threads=self.threads,
+            data_dir=self.data_dir,
+        )
         show(experiment.title, "", *render(experiment, folder, budgets=[budget]).splitlines())
         return 0

@@ -8,7 +8,7 @@ from pathlib import Path
 from tyro.conf import OmitArgPrefixes
 
 from capsnet import config
-from capsnet.cli.printing import say, show, show_json
+from capsnet.cli.printing import show, show_json
 from capsnet.config import Config, Options
 from capsnet.errors import InputError
 
@@ -67,19 +67,12 @@ class Train:
 
         from capsnet import devices, train
 
-        try:
-            if self.resume:
-                saved = _of_run(self.resume)
-                changed = {name: value for name, value in vars(options).items() if value != getattr(saved, name)}
-                result = train.resume(self.resume, **changed)
-            else:
-                result = train.fit(options)
-        except train.Interrupted as stop:
-            say(f"capsnet train: {stop}")
-            return 128 + stop.signal_number
-        except train.Diverged as error:
-            say(f"capsnet train: error: {error}")
-            return 1
+        if self.resume:
+            saved = _of_run(self.resume)
+            changed = {name: value for name, value in vars(options).items() if value != getattr(saved, name)}
+            result = train.resume(self.resume, **changed)
+        else:
+            result = train.fit(options)
         if not devices.first_process():
             return 0
         paths = {"directory": result.directory, "figure": result.figure, "report": result.report}

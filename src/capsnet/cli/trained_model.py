@@ -1,5 +1,6 @@
 """A trained network as a command names it: its weights, its data, and where its figures go."""
 
+from abc import ABC, abstractmethod
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
@@ -19,7 +20,7 @@ if TYPE_CHECKING:
     from capsnet.data.manifest import Manifest
     from capsnet.models import Network
 
-__all__ = ["TrainedModel", "check_free", "some"]
+__all__ = ["TrainedModel", "WritesFile", "some"]
 
 
 class TrainedModel:
@@ -253,11 +254,28 @@ class TrainedModel:
         if out is None and self.is_run:
             return self.folder / "figures" / f"{name}.{suffix}"
         path = Path(out) if out else Path(f"{self.folder.name}-{name}.{suffix}")
-        check_free(path, overwrite=overwrite)
+        _check_free(path, overwrite=overwrite)
         return path
 
 
-def check_free(path: Path, *, overwrite: bool) -> None:
+class WritesFile(ABC):
+    """A command with the options --out and --overwrite, whose file is checked before anything is computed."""
+
+    out: str | None
+    overwrite: bool
+
+    def run(self, line: str) -> int:
+        """Work, unless the file must not be written."""
+        if self.out is not None:
+            _check_free(Path(self.out), overwrite=self.overwrite)
+        return self.work(line)
+
+    @abstractmethod
+    def work(self, line: str) -> int:
+        """Compute, print and write; `line` is the command as it was typed. Returns the exit code."""
+
+
+def _check_free(path: Path, *, overwrite: bool) -> None:
     """Raise InputError where a file must not be written."""
     if path.is_dir() or (path.exists() and not overwrite):
         raise InputError(f"--out must be a new file, or be given with --overwrite; got {path}")

@@ -11,7 +11,7 @@ from capsnet import devices, train
 from capsnet.checkpoints import pretrained, run_directory
 from capsnet.config import Config
 from capsnet.data import Split, describe
-from capsnet.errors import InputError
+from capsnet.errors import Diverged, InputError, Interrupted
 from capsnet.evaluation import Evaluation, predict_split
 from capsnet.evaluation.ensemble import Ensemble, ensemble_scores
 from capsnet.experiments import records
@@ -58,7 +58,7 @@ def reproduce(
 
     Raises:
         InputError: an unknown row, data that is not here, or a folder that cannot be written to.
-        Interrupted: see `train.fit`.
+        Interrupted: a signal; the same call continues.
         Diverged: some row did; the others were trained.
     """
     if seeds < 1:
@@ -78,16 +78,19 @@ def reproduce(
             say(f"{experiment.name} {row.key}, seed {seed} ({budget}): {place_of(config, runs_folder)}")
             try:
                 directory = _trained(config, runs_folder)
-            except train.Diverged as error:
+            except Diverged as error:
                 say(f"{row.key}, seed {seed}: {error}")
                 diverged.append(f"{row.key}, seed {seed}")
                 continue
+            except Interrupted as stop:
+                where = str(stop).partition(";")[0]
+                raise Interrupted(f"{where}; the same command continues it", stop.signal_number) from None
             found = records.add(folder, _measured(experiment, row, budget, config, directory, also))
     if experiment.ensemble and seeds > 1 and experiment.ensemble[0] in [row.key for row in chosen]:
         together = _together(experiment, budget, seeds, found, runs_folder, say, **machine_options)
         found = found if together is None else records.add(folder, together)
     if diverged:
-        raise train.Diverged(f"of {experiment.name} these diverged: {'; '.join(diverged)}")
+        raise Diverged(f"of {experiment.name} these diverged: {'; '.join(diverged)}")
     return found
 
 

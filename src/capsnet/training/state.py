@@ -4,7 +4,6 @@ import math
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, fields
-from pathlib import Path
 from typing import Any, cast
 
 import torch
@@ -15,26 +14,14 @@ from capsnet import functional as F
 from capsnet.checkpoints.pretrained import fitted, fitting
 from capsnet.checkpoints.run_directory import Checkpoint, Row, Run
 from capsnet.config import Config
-from capsnet.errors import InputError
+from capsnet.errors import Diverged, InputError, Interrupted
 from capsnet.kernels import native
 from capsnet.models import Network
 from capsnet.objective import Batch, Losses
 from capsnet.schema import brief, checked, shown
 from capsnet.training.diagnosis import first_not_finite
 
-__all__ = ["Diverged", "Interrupted", "Position", "TrainingState", "fitting_checkpoint"]
-
-
-class Interrupted(Exception):
-    """Ctrl-C, SIGTERM or SIGHUP: the run was saved and can go on."""
-
-    def __init__(self, directory: Path, signal_number: int, where: str) -> None:
-        super().__init__(f"stopped {where}; go on with: capsnet train --resume {directory}")
-        self.signal_number = signal_number
-
-
-class Diverged(Exception):
-    """The loss became NaN or infinite; the last good checkpoint is kept."""
+__all__ = ["Position", "TrainingState", "fitting_checkpoint"]
 
 
 @dataclass
@@ -307,7 +294,8 @@ class TrainingState:
             self.save()
             where = f"in epoch {self.at.epoch + 1} after step {self.at.step} of {self.steps}"
             over = self.at.epoch == self.config.epochs
-            raise Interrupted(self.run.directory, stop, "after the last epoch" if over else where)
+            place = "after the last epoch" if over else where
+            raise Interrupted(f"stopped {place}; go on with: capsnet train --resume {self.run.directory}", stop)
 
     def refuse(self, losses: Losses, batch: Batch) -> None:
         """Stop before a loss that is not finite moves the weights, where looking at it costs nothing: on a CPU.
