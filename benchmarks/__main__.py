@@ -24,7 +24,7 @@ from benchmarks import record, sections
 from benchmarks.correctness import Incorrect
 from benchmarks.show import show
 from capsnet import config
-from capsnet.config import Config
+from capsnet.config import Config, Options
 from capsnet.errors import InputError
 
 __all__ = ["main"]
@@ -37,7 +37,7 @@ Section = Literal["ceilings", "step", "inference", "parts", "routing", "scaling"
 class Command:
     """Arguments of the command line."""
 
-    run: OmitArgPrefixes[Config]
+    run: OmitArgPrefixes[Options]
     what: Positional[tuple[Section, ...]] = ("ceilings", "step", "inference", "parts")
     """ceilings: the best matrix products and memory copy of the machine. step: training steps, and their peak memory.
     inference: batches of 1, 128 and 512. parts: data, each layer of the network forward and backward, loss, optimiser.
@@ -70,12 +70,15 @@ def main(arguments: Sequence[str]) -> int:
 
 def _run(arguments: list[str]) -> int:
     starts = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    starts.add_argument("--config")
-    starts.add_argument("--preset", default="paper")
+    for name in ("preset", "config"):
+        starts.add_argument(f"--{name}", nargs="?")
     start, _ = starts.parse_known_args(arguments)
-    base = config.read(start.config) if start.config else config.preset(start.preset)
-    command = tyro.cli(Command, args=arguments, prog=PROG, description=__doc__, default=Command(base))
-    options, plan = command.run, sections.QUICK if command.quick else sections.FULL
+    if start.config is not None and start.preset is not None:
+        raise InputError("only one of --preset and --config can be given; got both")
+    base = config.preset(start.preset or "paper") if start.config is None else config.read(start.config)
+    default = Command(Options(**vars(base)))
+    command = tyro.cli(Command, args=arguments, prog=PROG, description=__doc__, default=default)
+    options, plan = Config(**vars(command.run)), sections.QUICK if command.quick else sections.FULL
     given = [name for name, value in asdict(options).items() if value != getattr(base, name)]
     record.check_measured({*given} - {"out", "overwrite"}, command.what, options.model)
     if options.out is not None:

@@ -1,6 +1,7 @@
 """No number for a wrong result: what is timed is first compared with the plain, direct way in float64."""
 
 from collections.abc import Callable, Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass
 
 import torch
@@ -51,15 +52,16 @@ def results(
     backward: Callable[[Tensor], object] = torch.autograd.backward,
 ) -> dict[str, Tensor]:
     """Training losses and inference scores of each image, and the gradients of the mean loss, without dropout."""
-    dropouts = [module.eval() for module in network.modules() if isinstance(module, nn.Dropout)]
     network.zero_grad()
-    losses = objective(images, labels).total
-    backward(losses.mean())
+    with ExitStack() as without_dropout:
+        for module in network.modules():
+            if isinstance(module, nn.Dropout):
+                without_dropout.enter_context(evaluation_mode(module))
+        losses = objective(images, labels).total
+        backward(losses.mean())
     found = {"losses": losses.detach()}
     found |= {f"gradient of {name}": p.grad for name, p in network.named_parameters() if p.grad is not None}
     network.zero_grad()
-    for module in dropouts:
-        module.train()
     with torch.inference_mode(), evaluation_mode(network):
         found["scores"] = objective(images, labels).output.scores.clone()
     return found

@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 import capsnet
 from capsnet import environment, train
 from capsnet.checkpoints import pretrained, run_directory
+from capsnet.cli.plot import PLOT
 from capsnet.data.manifest import Manifest
 from capsnet.errors import InputError
 from capsnet.experiments import records
@@ -237,6 +238,13 @@ def test_damaged_and_foreign_checkpoints_are_told(photos: Path) -> None:
 
 
 # what is measured
+
+
+def test_every_figure_that_plot_draws_is_made_from_the_weights() -> None:
+    """And so is removed where training goes on, or starts anew."""
+    figures = set(PLOT.verbs) - {"all"}
+    assert len(figures) >= 10
+    assert {f"figures/{name}.*" for name in figures} <= set(run_directory.RESULTS)
 
 
 RESULTS = Path(__file__).parents[1] / "results"

@@ -250,6 +250,7 @@ def test_other_data_and_other_splits(capsys: Capture) -> None:
         ("evaluate pair", "images of images test must show 2 of pair's classes each; got 1"),
         ("evaluate pair --shifts 1", "images of images test must show 2 of pair's classes each; got 1"),
         ("evaluate", "MODEL must be given; got none"),
+        ("evaluate one --against", "--against must be at least one network; got none"),
         (
             "evaluate one two --against three",
             "at least two for several, because the variance of one is not known; got 1 for 2",

@@ -261,6 +261,8 @@ def test_bad_input_is_told_before_the_work(run: Path, capsys: Capture, monkeypat
         ("plot couplings run --image nofile.png", "nofile.png must be a readable image"),
         ("plot all run --out a.png", "--out must be given for one figure; got 6 figures"),
         ("plot pose run --against nowhere", "model folder nowhere must hold config.json; there is none"),
+        ("plot pose run --against", "--against must be at least one network; got none"),
+        ("analyse pose run --against", "--against must be at least one network; got none"),
         ("analyse ood run --against nope", "--against must be noise, a folder, or among strokes, mnist"),
         ("analyse ood run --against", "--against must be at least one data set"),
         ("predict run", "FILES must be image files, folders or -; got none"),

@@ -53,6 +53,15 @@ def test_predictions_are_the_networks(network: Network, files: list[Path], batch
         assert not one.inverted
 
 
+def test_predictions_are_without_dropout(files: list[Path]) -> None:
+    torch.manual_seed(0)
+    baseline = create("baseline", image_shape=(1, 12, 13), num_classes=3).train()
+    sources = [(path.name, path) for path in files]
+    once, again = ([good(one).presence for one in predict(baseline, sources)] for _ in range(2))
+    assert once == again
+    assert baseline.training
+
+
 def test_a_bad_file_costs_no_other_its_prediction(network: Network, files: list[Path]) -> None:
     files[1].write_bytes(b"no image")
     sources: list[tuple[str, Path | bytes]] = [(path.name, path) for path in files]

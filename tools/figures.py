@@ -43,7 +43,7 @@ def draw(
         The files, as each is written.
     """
     path = records.path_of(folder, one.name, budget).with_suffix(".png")
-    command = f"capsnet reproduce {one.name} --budget {budget}"
+    command = f"python -m tools.figures {one.name} --budget {budget}"
     if one.name == "multimnist":
         row = one.rows[0]
         config = one.config(row, budget, 0)

@@ -92,10 +92,10 @@ def make_fabric(config: Config, device: torch.device, precision: str) -> Fabric:
 
 @contextmanager
 def signals() -> Iterator[list[int]]:
-    """Collect SIGINT, SIGTERM and SIGHUP (a closed terminal) instead of dying of them; a second Ctrl-C acts at once.
+    """Record SIGINT, SIGTERM and SIGHUP, so that training stops after its step; a second Ctrl-C acts at once.
 
-    SIGHUP stays ignored where it is, as under nohup; a second one, which the shell and the system both send, changes
-    nothing.
+    SIGHUP, of a closed terminal, stays ignored where it is, as under nohup; a second one, which the shell and the
+    system both send, changes nothing.
     """
     received: list[int] = []
     hang_up = getattr(signal, "SIGHUP", None)  # Windows has none

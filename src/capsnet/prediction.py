@@ -14,7 +14,7 @@ from capsnet.checkpoints.model_card import Card
 from capsnet.data.dataset import to_float
 from capsnet.data.preprocessing import Framing, Invert, Prepared, Preprocessing
 from capsnet.errors import InputError
-from capsnet.models import Network
+from capsnet.models import Network, evaluation_mode
 
 __all__ = ["Prediction", "predict"]
 
@@ -139,7 +139,7 @@ def _answers(
     """For each image: itself, the scores, its reconstruction and the error of that."""
     device = next(network.parameters()).device
     inputs = to_float(images).to(device)
-    with torch.autocast(device.type, dtype=torch.bfloat16, enabled=precision == "bf16"):
+    with evaluation_mode(network), torch.autocast(device.type, dtype=torch.bfloat16, enabled=precision == "bf16"):
         output = network(inputs)
     scores = network.presence(output)
     if output.reconstruction is None:

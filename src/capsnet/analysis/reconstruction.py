@@ -10,7 +10,7 @@ from capsnet import functional as F
 from capsnet.analysis.routing_trace import with_capsules
 from capsnet.errors import InputError
 from capsnet.layers import Decoder
-from capsnet.models import CapsuleNetwork, Network
+from capsnet.models import CapsuleNetwork, Network, evaluation_mode
 
 __all__ = ["Perturbation", "Reconstruction", "Separation", "decoder_of", "perturb", "reconstruct", "separate"]
 
@@ -94,7 +94,8 @@ def reconstruct(
         InputError: no decoder, or images of another shape.
     """
     network, decoder = decoder_of(network)
-    output = network(images)
+    with evaluation_mode(network):
+        output = network(images)
     assert output.pose is not None
     assert output.reconstruction is not None
     return Reconstruction(
@@ -117,7 +118,8 @@ def separate(
         InputError: no decoder, or images of another shape.
     """
     network, decoder = decoder_of(network)
-    output = network(images)
+    with evaluation_mode(network):
+        output = network(images)
     assert output.pose is not None
     return Separation(images, classes, decoder(output.pose, classes), output.scores.gather(1, classes))
 
@@ -150,7 +152,8 @@ def perturb(
     if steps < 3 or steps % 2 == 0:
         raise InputError(f"steps must be odd and at least 3, for an unchanged middle; got {steps}")
     network, decoder = decoder_of(network)
-    poses = network(images).pose
+    with evaluation_mode(network):
+        poses = network(images).pose
     assert isinstance(poses, Tensor)
     classes = F.lengths(poses).argmax(-1) if classes is None else classes
     batch, _, dim = poses.shape

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from capsnet import functional as F
 from capsnet.errors import InputError
-from capsnet.models import CapsuleNetwork, Network
+from capsnet.models import CapsuleNetwork, Network, evaluation_mode
 
 __all__ = ["Evidence", "evidence", "fold", "with_capsules"]
 
@@ -69,7 +69,8 @@ def evidence(network: Network, images: Float[Tensor, "batch channels height widt
         InputError: no capsules, or images of another shape.
     """
     network = with_capsules(network)
-    activation, u_hat, couplings, poses = network.trace_routing(images)
+    with evaluation_mode(network):
+        activation, u_hat, couplings, poses = network.trace_routing(images)
     vote_lengths = F.lengths(u_hat)
     parts: list[Evidence] = []
     for c, pose in zip(couplings, poses, strict=True):

@@ -71,12 +71,12 @@ def save_card(card: Card, directory: str | Path) -> None:
 
 
 def shipped() -> list[str]:
-    """Names of the weights that come with the package, sorted."""
+    """Names of the weights that ship with the package, sorted."""
     return sorted(folder.name for folder in WEIGHTS.iterdir() if (folder / "config.json").is_file())
 
 
 def folder_of(path: str | Path) -> Path:
-    """Where weights are: the folder itself, or that of weights which come with the package by their name."""
+    """Where weights are: the folder itself, or that of weights which ship with the package by their name."""
     folder = Path(path)
     if not folder.exists() and folder.name == str(path) and (WEIGHTS / folder).is_dir():
         return WEIGHTS / folder
@@ -96,7 +96,7 @@ def load(path: str | Path) -> Network:
     """Load a trained network: from a run directory, a folder written by `save_pretrained`, or by its name.
 
     Args:
-        path: a folder with `config.json` and `model.safetensors`, or the name of weights that come with the package
+        path: a folder with `config.json` and `model.safetensors`, or the name of weights that ship with the package
             (`capsnet-mnist`; a model card lies beside them).
 
     Returns:
@@ -135,7 +135,7 @@ def _described(path: Path) -> Network:
     """
     source = f"file {path}"
     options = checked(read_json(path), dict[str, Any], source=source)
-    if "objects" in options:  # before version 0.2
+    if "objects" in options:  # as it was called in earlier files
         options["objects_per_image"] = options.pop("objects")
     name = checked(options.get("name"), Literal[tuple(models.available())], name="name", source=source)
     kinds = get_type_hints(models.create) | get_type_hints(models.builder(name))

@@ -40,6 +40,7 @@ DRAWN = (
     "confusion",
     "couplings",
     "curves",
+    "factors",  # the pose probe of runs from before it was called pose
     "gallery",
     "lengths",
     "perturbations",

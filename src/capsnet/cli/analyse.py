@@ -329,7 +329,7 @@ def _percent(part: int | None, whole: int) -> str:
 class _PoseOptions:
     model: Model
     """Run directory, folder with weights, or the name of weights that ship with the package."""
-    against: tuple[str, ...] = ()
+    against: tuple[str, ...] | None = None
     """Other networks to measure beside the first."""
     data: str | None = None
     """Data set that knows the pose of its images; default: the network's own."""
@@ -373,7 +373,7 @@ class _OnSplit(Protocol):
 
 
 def probe_poses(
-    options: _OnSplit, against: tuple[str, ...], line: str
+    options: _OnSplit, against: tuple[str, ...] | None, line: str
 ) -> "tuple[TrainedModel, dict[str, Any], dict[str, PoseExplained]]":
     """The first network, the record, and the pose probe of each network by its name."""
     import torch
@@ -382,8 +382,10 @@ def probe_poses(
     from capsnet.analysis.pose_probe import pose_explained
     from capsnet.checkpoints import pretrained
 
+    if against == ():
+        raise InputError("--against must be at least one network; got none")
     trained = TrainedModel(options.model)
-    networks = {model: pretrained.load(model) for model in (options.model, *against)}
+    networks = {options.model: trained.network, **{model: pretrained.load(model) for model in against or ()}}
     dataset = trained.dataset(options.data, options.data_dir)
     for network in networks.values():
         network.check_images(dataset.test.images[:1].float())

@@ -22,7 +22,7 @@ class Demo:
     """
 
     model: Positional[str] = "capsnet-mnist"
-    """Run directory, a folder with config.json and model.safetensors, or the name of weights of the package."""
+    """Run directory, folder with weights, or the name of weights that ship with the package."""
     framing: Literal["off", "digits"] | None = None
     """digits: find the ink of an image file, scale and centre it as in MNIST; default: that of the network."""
     host: str = "127.0.0.1"

@@ -42,7 +42,7 @@ class Evaluate:
 
     models: Models
     """Run directories, folders with weights, or names of weights that ship with the package."""
-    against: tuple[str, ...] = ()
+    against: tuple[str, ...] | None = None
     """Other networks to compare with, of the same classes and image shape."""
     shifts: Annotated[int, Range(0, 1_000)] = 0
     """Also average the scores over all shifts of an image by up to this many pixels along both axes."""
@@ -65,7 +65,9 @@ class Evaluate:
         """Evaluate, print tables or JSON."""
         if not self.models:
             raise InputError("MODEL must be given; got none")
-        if len(self.models) == 1 and not self.shifts and not self.against:
+        if self.against == ():
+            raise InputError("--against must be at least one network; got none")
+        if len(self.models) == 1 and not self.shifts and self.against is None:
             return self._one()
         if self.precision == "bf16":
             raise InputError("--precision must be 32 for several networks and for --shifts; got bf16")
@@ -76,7 +78,7 @@ class Evaluate:
             )
         from capsnet.evaluation.ensemble import check_shifts
 
-        runs = _evaluated_runs([*self.models, *self.against])
+        runs = _evaluated_runs([*self.models, *(self.against or ())])
         check_shifts(self.shifts, runs[0].trained.network.image_shape)
         dataset, split = _same_split(runs, self)
         record = {"data": dataset.name, "split": self.split, "precision": "32"}

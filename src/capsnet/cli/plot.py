@@ -240,23 +240,24 @@ class _Couplings(_FigureOptions):
         import torch
 
         from capsnet import environment, plots
+        from capsnet import functional as F
         from capsnet.analysis.routing_trace import Evidence, evidence, with_capsules
         from capsnet.data.dataset import to_float
 
         trained = TrainedModel(self.model)
         network = with_capsules(trained.network)
         if own:
-            inputs = trained.images(self.image)
-            labels = network(inputs).scores.argmax(-1)
-            name = ", ".join(self.image)
+            inputs, labels, name = trained.images(self.image), None, ", ".join(self.image)
         else:
             dataset = trained.dataset(self.data, self.data_dir, any_will_do=True)
             split = trained.split(dataset, self.split)
             inputs, labels, name = to_float(split.images[: self.images]), split.labels[: self.images], dataset.name
         parts = [evidence(network, part) for part in torch.split(inputs, 16)]
         found = Evidence(*(torch.cat(each, 1) for each in zip(*parts, strict=True)))
+        strongest = F.lengths(found.pose[-1]).argmax(-1)
+        labels = strongest if labels is None else labels
         figure = plots.couplings(found, inputs, labels, network.classes, show=self.show)
-        won = torch.nn.functional.one_hot(found.pose[-1].norm(dim=-1).argmax(-1), len(network.classes)).bool()
+        won = F.multi_hot(strongest, len(network.classes)).bool()
         uniform = math.log2(len(network.classes) + network.leaky)
         entropies, winners, others = (
             each.mean(1).tolist() for each in (found.entropy, found.agreement[:, won], found.agreement[:, ~won])
@@ -289,7 +290,7 @@ class _Pose(_FigureOptions):
       capsnet plot pose runs/strokes-capsnet-seed0 --against runs/strokes-baseline-seed0
     """
 
-    against: tuple[str, ...] = ()
+    against: tuple[str, ...] | None = None
     """Other networks to draw beside the first."""
 
     def work(self, line: str) -> int:

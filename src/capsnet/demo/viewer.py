@@ -18,7 +18,7 @@ from capsnet.data.image_file import formats
 from capsnet.data.preprocessing import Invert, Preprocessing
 from capsnet.errors import InputError
 from capsnet.evaluation.ood import Threshold
-from capsnet.models import Network
+from capsnet.models import Network, evaluation_mode
 from capsnet.names import visible
 
 __all__ = ["MAX_PIXELS", "Viewer"]
@@ -84,7 +84,8 @@ class Viewer:
         _check_size(file)
         prepared = self.reading(file, invert=invert, name="image", seen=True)
         images = to_float(prepared.image)[None]
-        output = self.network(images, None if index is None else torch.tensor([index]))
+        with evaluation_mode(self.network):
+            output = self.network(images, None if index is None else torch.tensor([index]))
         winner = int(output.scores[0].argmax())
         best = output.reconstruction
         assert output.pose is not None

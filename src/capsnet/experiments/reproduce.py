@@ -41,7 +41,7 @@ def reproduce(
 ) -> list[Record]:
     """Train and measure what is not in the records yet; every network is kept as soon as it is done.
 
-    A stopped training is gone on with, by the same call. Seeds come first: one of every row before the second of any.
+    The same call resumes a stopped training. Seeds come first: one of every row before the second of any.
 
     Args:
         experiment: what to train.
@@ -111,7 +111,7 @@ def _known(found: Sequence[Record], key: str, config: Config, data: Sequence[str
 
 
 def _trained(config: Config, runs_folder: Path) -> Path:
-    """The run directory of a finished training, which is begun, gone on with, or there already."""
+    """The run directory of a finished training, which is started, resumed, or there already."""
     directory = place_of(config, runs_folder)
     run = run_directory.Run(directory)
     if not run.exists():

@@ -16,7 +16,8 @@ capsules. So can the backward, with `d x` the gradient that reaches x:
     d g_t    = sum_i d b_t u_hat                          and  d u_hat += d b_t g_t
     d v_t   += d g_{t+1} + ... + d g_r
 
-The first iteration has uniform couplings and is one matrix product. The sweeps are those of `cpu.py` and `gpu.py`.
+The first iteration has uniform couplings and is one matrix product. The sweeps are those of `sweeps_cpu.py` and
+`sweeps_triton.py`.
 """
 
 from collections.abc import Callable

@@ -21,7 +21,7 @@ from capsnet.data.dataset import to_float
 from capsnet.errors import InputError
 from capsnet.evaluation import Predictions, calibration, predict_split, wilson_interval
 from capsnet.files import write_atomically
-from capsnet.models import CapsuleNetwork, Network
+from capsnet.models import CapsuleNetwork, Network, evaluation_mode
 from capsnet.names import visible
 from capsnet.plots.classes import MOST
 
@@ -278,7 +278,7 @@ def _capsules(network: CapsuleNetwork, split: Split, found: Predictions) -> Iter
 
 def _routed(network: CapsuleNetwork, image: torch.Tensor) -> int:
     """Images whose routing is followed: `ROUTED`, but no more than `ROUTED_BYTES` hold, and at least one."""
-    with torch.inference_mode():
+    with torch.inference_mode(), evaluation_mode(network):
         trace, (_, height, width) = network.trace_routing(image), network.image_shape
     votes = 3 * trace.votes.nbytes  # and what is made of them on the way
     maps = 16 * len(trace.couplings) * len(network.classes) * height * width  # couplings and support, also stacked

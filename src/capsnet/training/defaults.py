@@ -19,7 +19,7 @@ from capsnet.models import CapsuleNetwork
 __all__ = ["resolved", "told"]
 
 FEWEST_STEPS = 200
-"""Steps after which 2 to 100 classes of 10 images each were well above chance, see `tests/test_recipe.py`."""
+"""Steps after which 2 to 100 classes of 10 images each were well above chance (`tests/test_training_defaults.py`)."""
 MOST_VOTES = 1152 / 10
 """Primary capsules for each class of the paper's network. With 1.8 times as many, and images without black ground, it
 stayed at chance for 40 steps and longer; with uniform couplings it had no training image wrong after 21."""

@@ -11,7 +11,7 @@ import torch
 from capsnet.data import Dataset
 from capsnet.data.dataset import to_float
 from capsnet.errors import InputError
-from capsnet.models import Network
+from capsnet.models import Network, evaluation_mode
 from capsnet.names import check_utf8
 
 __all__ = ["board", "check_board"]
@@ -37,12 +37,13 @@ def board(directory: Path, *, first_epoch: int) -> Iterator[Callable[[dict[str, 
         for name, value in row.items():
             if name != "epoch":
                 writer.add_scalar(name, value, row["epoch"])
-        split = dataset.validation or dataset.shown("train")
-        assert split is not None
-        examples = to_float(split.images[:8])
-        with torch.inference_mode():
-            output = network(examples.to(next(network.parameters()).device))
-        if output.reconstruction is not None:
+        if network.decoder is not None:
+            split = dataset.validation or dataset.shown("train")
+            assert split is not None
+            examples = to_float(split.images[:8])
+            with torch.inference_mode(), evaluation_mode(network):
+                output = network(examples.to(next(network.parameters()).device))
+            assert output.reconstruction is not None
             drawn = output.reconstruction.float().cpu()
             sheet = torch.cat([examples, *(drawn.unbind(1) if network.objects_per_image > 1 else [drawn])])
             writer.add_images("inputs above, reconstructions below", sheet, row["epoch"])
