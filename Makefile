@@ -3,7 +3,7 @@
 # make test                        the tests
 # make check                       lint, format, types
 # make bench                       speed, memory and exactness on this machine
-# make bench ARGS="step --compare kernel=plain,fused"
+# make bench ARGS="step --compare routing_kernel=plain,fused"
 # make tables                      the tables of README and docs from the records; ARGS=--check compares only
 PYTHON ?= python3
 ARGS ?=

@@ -4,7 +4,7 @@ Its results are first compared with float64; a wrong one gets no number. Every n
 largest and n; variants are measured in turn, A B A B, in one process.
 
     python -m benchmarks
-    python -m benchmarks step parts --compare stem=direct,minimal --threads 1 --out results/bench/stem.json
+    python -m benchmarks step parts --compare convolution=direct,winograd --threads 1 --out convolution.json
 """
 
 import argparse
@@ -13,18 +13,18 @@ import os
 import shlex
 import sys
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
 import tyro
-from tyro.conf import OmitArgPrefixes, Positional
+from tyro.conf import Positional
 
 from benchmarks import record, sections
 from benchmarks.correctness import Incorrect
 from benchmarks.show import show
 from capsnet import config
-from capsnet.config import Config, Options
+from capsnet.cli.parsing import config_of, with_options
 from capsnet.errors import InputError
 
 __all__ = ["main"]
@@ -37,7 +37,10 @@ Section = Literal["ceilings", "step", "inference", "parts", "routing", "scaling"
 class Command:
     """Arguments of the command line."""
 
-    run: OmitArgPrefixes[Options]
+    preset: str = "paper"
+    """Recipe that the other options start from: paper or authors."""
+    model: str = "capsnet"
+    """Name of the network."""
     what: Positional[tuple[Section, ...]] = ("ceilings", "step", "inference", "parts")
     """ceilings: the best matrix products and memory copy of the machine. step: training steps, and their peak memory.
     inference: batches of 1, 128 and 512. parts: data, each layer of the network forward and backward, loss, optimiser.
@@ -50,8 +53,8 @@ class Command:
     repeats: int | None = None
     """Measurements of each number; default 7, with --quick 2."""
     compare: str | None = None
-    """Measure variants of one option, and their ratios to the first: kernel=plain,auto; or of several options:
-    kernel+stem=plain+direct,fused+minimal."""
+    """Measure variants of one option, and their ratios to the first: routing_kernel=plain,auto; or of several options:
+    routing_kernel+convolution=plain+direct,fused+winograd."""
     quick: bool = False
     """Small sizes and 2 repeats."""
     json: bool = False
@@ -70,16 +73,17 @@ def main(arguments: Sequence[str]) -> int:
 
 def _run(arguments: list[str]) -> int:
     starts = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    for name in ("preset", "config"):
+    for name in ("preset", "config", "model"):
         starts.add_argument(f"--{name}", nargs="?")
     start, _ = starts.parse_known_args(arguments)
     if start.config is not None and start.preset is not None:
         raise InputError("only one of --preset and --config can be given; got both")
-    base = config.preset(start.preset or "paper") if start.config is None else config.read(start.config)
-    default = Command(Options(**vars(base)))
-    command = tyro.cli(Command, args=arguments, prog=PROG, description=__doc__, default=default)
-    options, plan = Config(**vars(command.run)), sections.QUICK if command.quick else sections.FULL
-    given = [name for name, value in asdict(options).items() if value != getattr(base, name)]
+    model = start.model or "capsnet"
+    base = config.preset(start.preset or "paper", model=model) if start.config is None else config.read(start.config)
+    default = with_options(Command, base, preset=base.preset, model=base.model)
+    command = tyro.cli(type(default), args=arguments, prog=PROG, description=__doc__, default=default)
+    options, plan = config_of(command), sections.QUICK if command.quick else sections.FULL
+    given = [name for name, value in options.flat().items() if value != base.flat().get(name)]
     record.check_measured({*given} - {"out", "overwrite"}, command.what, options.model)
     if options.out is not None:
         record.check_free(Path(options.out), overwrite=options.overwrite)

@@ -12,11 +12,12 @@ from capsnet.objective import Losses
 
 __all__ = ["TOLERANCES", "Check", "Incorrect", "check", "results", "tolerance"]
 
-TOLERANCES = {"float32": 1e-4, "minimal stem": 1e-2, "TF32": 5e-2, "bf16": 0.2}
+TOLERANCES = {"float32": 1e-4, "winograd": 1e-2, "TF32": 5e-2, "bf16": 0.2}
 """Largest relative error allowed in any result (see `check`), by the coarsest arithmetic on the way to it.
 
-Measured, over both presets, two seeds and 28 to 48 pixels: 3e-6 in float32; 7e-5 with the minimal stem, but 3e-3 where
-its rounding flips a ReLU; up to 0.09 in bf16. TF32 (convolutions of a GPU in precision 32) is between, by its 10 bits.
+Measured, over both presets, two seeds and 28 to 48 pixels: 3e-6 in float32; 7e-5 with Winograd convolutions, but 3e-3
+where their rounding flips a ReLU; up to 0.09 in bf16. TF32 (convolutions of a GPU in precision 32) is between, by its
+10 bits.
 """
 
 
@@ -34,13 +35,13 @@ class Check:
     images: int
 
 
-def tolerance(*, precision: str, stem: str, device: torch.device) -> float:
+def tolerance(*, precision: str, convolution: str, device: torch.device) -> float:
     """The largest error that a variant may have (`TOLERANCES`)."""
     if precision == "bf16":
         return TOLERANCES["bf16"]
     if device.type == "cuda" and torch.backends.cudnn.allow_tf32:
         return TOLERANCES["TF32"]
-    return TOLERANCES["minimal stem" if stem == "minimal" else "float32"]
+    return TOLERANCES["winograd" if convolution == "winograd" else "float32"]
 
 
 def results(

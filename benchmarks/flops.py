@@ -18,7 +18,7 @@ __all__ = ["Flops", "plainly"]
 
 def plainly(network: Network) -> dict[str, Any]:
     """The configuration of the same network, computed in the plain, direct way."""
-    plain = {"kernel": "plain", "stem": "direct"}
+    plain = {"routing_kernel": "plain", "convolution": "direct"}
     return {**network.config, **{name: way for name, way in plain.items() if name in network.config}}
 
 

@@ -4,7 +4,6 @@ import json
 import subprocess
 import sys
 from contextlib import suppress
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +28,7 @@ def peak(workload: TrainingWorkload | RoutingWorkload) -> dict[str, Any]:
     if workload.device.type == "cpu" and not STATUS.exists():
         return {}
     routing = isinstance(workload, RoutingWorkload)
-    recipe = [asdict(workload.config), workload.classes, workload.threads, routing]
+    recipe = [workload.config.flat(), workload.classes, workload.threads, routing]
     command, root = [sys.executable, "-m", "benchmarks.memory"], Path(__file__).parents[1]
     done = subprocess.run(command, input=json.dumps(recipe), capture_output=True, text=True, check=False, cwd=root)
     if done.returncode:  # such as a process killed for its memory

@@ -14,7 +14,7 @@ import shlex
 import subprocess
 import sys
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from types import ModuleType
@@ -153,7 +153,7 @@ def measure(
     torch.manual_seed(0)
     images, labels = torch.rand(batch_size, 1, 28, 28), torch.randint(10, (batch_size,))
     config = Config(device="cpu", precision="32", batch_size=batch_size)
-    plain = replace(config, kernel="plain", stem="direct")
+    plain = config.changed(routing_kernel="plain", convolution="direct")
     ways = {"capsnet": (config, "auto"), "capsnet without C": (config, "off"), "capsnet, plainly": (plain, "off")}
     tasks: dict[str, dict[str, Task]] = {"step": {}, "inference": {}}
     checked, resolved = [], {}

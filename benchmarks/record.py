@@ -1,24 +1,25 @@
 """A benchmark from its options to its record: the variants to compare, the run, and the JSON that keeps it."""
 
-import difflib
 import json
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict, fields
+from dataclasses import asdict
 from datetime import UTC, datetime
 from itertools import combinations
 from pathlib import Path
-from typing import Any, Literal, get_origin
+from typing import Any, Literal, get_origin, get_type_hints
 
 import torch
 
 from benchmarks.flops import Flops
 from benchmarks.sections import FULL, SECTIONS, Benchmark, Plan, measured
 from benchmarks.training_workload import random_images
-from capsnet import devices, environment, train
+from capsnet import devices, environment
 from capsnet.config import Config, from_dict
 from capsnet.errors import InputError
 from capsnet.files import parse_yaml, write_atomically
+from capsnet.schema import did_you_mean
+from capsnet.training import prepare
 
 __all__ = ["check_free", "check_measured", "parse_compare", "run", "write"]
 
@@ -61,7 +62,7 @@ def run(
                 getattr(benchmark, section)()
     finally:
         torch.set_num_threads(threads)
-    network = train.layout(config, random_images(config, classes))
+    network = prepare.layout(config, random_images(config, classes))
     flops = Flops.of(network)
     kept = {"preset"}.union(*(measured(section, config.model) for section in SECTIONS))
     return {
@@ -69,7 +70,7 @@ def run(
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         **about,
         "device_type": device.type,
-        "config": {name: value for name, value in asdict(config).items() if name in kept},
+        "config": {name: value for name, value in config.flat().items() if name in kept},
         "image_shape": list(network.image_shape),
         "classes": classes,
         "parameters": network.parameter_count(),
@@ -97,9 +98,10 @@ def check_measured(names: Iterable[str], what: Sequence[str], model: str, *, com
 
 
 def parse_compare(text: str, config: Config, what: Sequence[str]) -> list[tuple[str, Config]]:
-    """`kernel=plain,auto` as names (`kernel=plain`) and configurations that differ from `config` in that option.
+    """`lr=0.1,0.2` as names (`lr=0.1`) and configurations that differ from `config` in that option.
 
-    Several options at once are joined by a plus, and so are their values: `kernel+stem=plain+direct,fused+minimal`.
+    Several options at once are joined by a plus, and so are their values:
+    `routing_kernel+convolution=plain+direct,fused+winograd`.
 
     Raises:
         InputError: another form, an unknown option, one that makes no difference to all of `what`, fewer than two
@@ -107,15 +109,14 @@ def parse_compare(text: str, config: Config, what: Sequence[str]) -> list[tuple[
     """
     left, equals, right = text.partition("=")
     names = [name.strip().replace("-", "_") for name in left.split("+")]
-    kinds: dict[str, Any] = {field.name: field.type for field in fields(Config)}
+    kinds: dict[str, Any] = get_type_hints(Config) | get_type_hints(type(config.options))
     unknown = [name for name in names if name not in kinds]
     if not equals or unknown:
-        near = difflib.get_close_matches(unknown[0], kinds, n=1) if unknown else []
-        hint = f" (did you mean {near[0]}?)" if near else ""
+        hint = did_you_mean(unknown[0], kinds) if unknown else ""
         raise InputError(f"compare must be OPTION=A,B with an option of a run; got {text!r}{hint}")
     written = [[value.strip() for value in variant.split("+")] for variant in right.split(",")]
     if len(written) < 2 or any("" in values for values in written):
-        raise InputError(f"compare must name two values or more, as in kernel=plain,auto; got {text!r}")
+        raise InputError(f"compare must name two values or more, as in routing_kernel=plain,auto; got {text!r}")
     if any(len(values) != len(names) for values in written):
         raise InputError(f"compare must name {len(names)} values for each variant, joined by +; got {text!r}")
     variants: list[tuple[str, Config]] = []
@@ -125,7 +126,7 @@ def parse_compare(text: str, config: Config, what: Sequence[str]) -> list[tuple[
         for name, value in chosen.items():
             if get_origin(kinds[name]) is not Literal and kinds[name] is not str:
                 chosen[name] = parse_yaml(value, source="compare")
-        variants.append((label, from_dict({**asdict(config), **chosen}, source="--compare")))
+        variants.append((label, from_dict({**config.flat(), **chosen}, source="--compare")))
         check_measured(names, what, variants[-1][1].model, compared=True)
     if any(one == other for (_, one), (_, other) in combinations(variants, 2)):
         raise InputError(f"compare must name different values; got {text!r}")

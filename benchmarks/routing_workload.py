@@ -1,7 +1,5 @@
 """What is timed: votes and routing alone, without the layers around them."""
 
-from dataclasses import replace
-
 import torch
 from torch import Tensor, nn
 
@@ -10,12 +8,13 @@ from benchmarks.correctness import Check
 from benchmarks.flops import Flops
 from benchmarks.timing import Stopwatch, Task
 from benchmarks.training_workload import random_images
-from capsnet import devices, train
+from capsnet import devices
 from capsnet import functional as F
 from capsnet.config import Config
 from capsnet.errors import InputError
-from capsnet.layers import ClassCapsules, resolve_kernel
+from capsnet.layers import ClassCapsules, resolve_routing_kernel
 from capsnet.models import Network
+from capsnet.training import prepare
 
 __all__ = ["RoutingWorkload"]
 
@@ -39,10 +38,13 @@ class RoutingWorkload:
         self.flops = Flops.of(self._network(config))
         self.flop = 3 * self.images * self.flops.forward("class_capsules")  # the poses get a gradient too
         self.threads = config.threads or torch.get_num_threads()
-        self.resolved = {"kernel": resolve_kernel(self.layer.kernel, self.device), "threads": self.threads}
+        self.resolved = {
+            "routing_kernel": resolve_routing_kernel(self.layer.routing_kernel, self.device),
+            "threads": self.threads,
+        }
 
     def _network(self, config: Config) -> Network:
-        return train.layout(config, random_images(config, self.classes))
+        return prepare.layout(config, random_images(config, self.classes))
 
     def _layer(self, config: Config) -> ClassCapsules:
         """The class capsules of the network of `config`, with random weights."""
@@ -70,13 +72,13 @@ class RoutingWorkload:
         """Compare with plain routing in float64, on a few of the poses; see `correctness.check`."""
         count = max(1, min(8, self.images, 2 * 10**9 * self.images // self.flop))  # float64 is slow
         _, found = self._run(count)
-        plain = self._layer(replace(self.config, kernel="plain")).double()
+        plain = self._layer(self.config.changed(routing_kernel="plain")).double()
         plain.load_state_dict(self.layer.state_dict())
         u = self.u[:count].cpu().double().requires_grad_()
         pose = plain(u).pose
         pose.backward(self.gradient[:count].cpu().double())
         truth = {"pose": pose.detach(), **_gradients(plain, u)}
-        who = self.label or f"kernel {self.resolved['kernel']}"
+        who = self.label or f"routing_kernel {self.resolved['routing_kernel']}"
         allowed = correctness.TOLERANCES["float32"]
         return correctness.check(found, truth, allowed=allowed, images=count, who=who)
 

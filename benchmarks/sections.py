@@ -1,7 +1,7 @@
 """What is measured: ceilings, step, inference, parts, routing, scaling, each a method that adds rows of numbers."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field, fields
 from functools import partial
 from typing import Any, TypeVar
 
@@ -15,8 +15,8 @@ from benchmarks.training_workload import TrainingWorkload
 from capsnet import devices
 from capsnet.config import Config
 from capsnet.errors import InputError
-from capsnet.layers import resolve_kernel
-from capsnet.models import builder_options
+from capsnet.layers import resolve_routing_kernel
+from capsnet.models import options_of
 
 __all__ = ["FULL", "QUICK", "SECTIONS", "Benchmark", "Plan", "measured"]
 
@@ -49,8 +49,10 @@ QUICK = Plan(2, (1, 8), (256,), 2**24, (1, 8), (28, 32), (4, 32), (2, 10), (1, 3
 def measured(section: str, model: str) -> set[str]:
     """The options of a run that the numbers of a section depend on."""
     machine_options = {"device", "threads"}
-    network = {"model", "image_size", "channels", *builder_options(model)} - {"init"} | machine_options
-    unrouted = {"channels", "conv_channels", "primary_scale", "stem", "reconstruction", "decoder_sizes", "standardize"}
+    options = {each.name for each in fields(options_of(model))} - {"init"}
+    network = {"model", "image_size", "channels"} | options | machine_options
+    unrouted = {"channels", "conv_channels", "primary_scale", "convolution"}
+    unrouted |= {"reconstruction", "decoder_sizes", "standardize"}
     augmentation = {"crop", "shift", "flip", "rotation", "scale", "shear", "brightness", "contrast"}
     parts = network | augmentation | {"batch_size", "precision", "mask"}
     scaled = {"batch_size", "image_size", "capsule_types", "routing_iterations"}
@@ -147,7 +149,7 @@ class Benchmark:
             self.say(f"scaling: {what}, {option.replace('_', ' ')} {value:,} ...")
             changes = options if option == "classes" else {**options, option: value}
             classes = value if option == "classes" else self.classes
-            made = [self._checked(kind, replace(c, **changes), label, classes) for label, c in self.variants]
+            made = [self._checked(kind, c.changed(**changes), label, classes) for label, c in self.variants]
             first = made[0]
             size = first.u.shape[1] if isinstance(first, RoutingWorkload) and what == "primary capsules" else value
             images = "" if what == "batch" else f" ({first.images} images)"
@@ -171,13 +173,13 @@ class Benchmark:
         named: list[tuple[str, Config]] = []
         for kernel in ("plain", "fused"):
             try:
-                resolve_kernel(kernel, devices.resolve_device(self.config))
+                resolve_routing_kernel(kernel, devices.resolve_device(self.config))
             except InputError:
                 continue
-            if kernel == "plain" or not self.config.squash_epsilon:  # which only plain routing has
-                config = replace(self.config, kernel=kernel)
-                named += [(kernel, replace(config, detach_routing=False))]
-                named += [(f"{kernel}, detached", replace(config, detach_routing=True))]
+            if kernel == "plain" or not self.config.options.squash_epsilon:  # which only plain routing has
+                config = self.config.changed(routing_kernel=kernel)
+                named += [(kernel, config.changed(detach_routing=False))]
+                named += [(f"{kernel}, detached", config.changed(detach_routing=True))]
         return named
 
     def _measure(
@@ -229,7 +231,7 @@ class Benchmark:
 
 
 def _has_capsules(model: str) -> bool:
-    return "routing_iterations" in builder_options(model)
+    return hasattr(options_of(model), "routing_iterations")
 
 
 def _on_threads(workload: Workload, function: Callable[[], T]) -> Callable[[], T]:

@@ -33,7 +33,7 @@ COLUMNS = {
 }
 """Heading and format by key of a row. A column without any value in a section is left out."""
 NOTES = {
-    "gflop_per_second": "GFLOP/s: plain, direct arithmetic, 2 FLOP per multiply-add; stem minimal needs less of it, "
+    "gflop_per_second": "GFLOP/s: plain, direct arithmetic, 2 FLOP per multiply-add; Winograd convolutions need less, "
     "and so can seem to exceed the ceiling.",
     "ratio": "ratio: of the median to that of the first variant; all were measured in turn.",
     "added_mib": "MiB: peak memory of a fresh process (on a GPU, as PyTorch allocates it): added to network and "
@@ -90,7 +90,11 @@ def _heading(record: Mapping[str, Any]) -> list[str]:
         + (f"; computed by {record['kernels']}" if record.get("kernels") else ""),
     ]
     for found in record["variants"]:
-        ways = [f"{name} {found[name]}" for name in ("precision", "kernel", "stem", "threads") if name in found]
+        ways = [
+            f"{name} {found[name]}"
+            for name in ("precision", "routing_kernel", "kernel", "convolution", "stem", "threads")
+            if name in found
+        ]
         label = f"{found['variant']}: " if found["variant"] else ""
         lines.append(
             f"{label}{', '.join(ways)}; checked on {found['images']} images: {found['result']} is {found['error']:.1e} "

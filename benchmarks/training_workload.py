@@ -12,11 +12,13 @@ from benchmarks import correctness
 from benchmarks.correctness import Check
 from benchmarks.flops import Flops, plainly
 from benchmarks.timing import Stopwatch, Task, clock, timed
-from capsnet import devices, memory, train
-from capsnet.config import Config, size_of
+from capsnet import devices, memory
+from capsnet.config import Config
 from capsnet.data import Dataset, Split
 from capsnet.models import Network, Output, create, evaluation_mode
 from capsnet.objective import Batch, Losses, Objective
+from capsnet.options import size_of
+from capsnet.training import prepare
 from capsnet.training.batches import BatchLoader
 from capsnet.training.cuda_graph import GraphedStep, check_graph
 
@@ -33,7 +35,7 @@ def random_images(config: Config, classes: int, *, count: int = 1) -> Dataset:
 
 
 class TrainingWorkload:
-    """Network, loss and optimiser of `config` as `train.fit` would have them, with random images in memory.
+    """Network, loss and optimiser of `config` as `fit.fit` would have them, with random images in memory.
 
     Attributes:
         label: name in tables.
@@ -51,10 +53,10 @@ class TrainingWorkload:
         self.device = devices.resolve_device(config)
         self.draw = torch.Generator().manual_seed(config.seed)
         dataset = random_images(config, classes, count=self.images)
-        outline = train.layout(config, dataset)
+        outline = prepare.layout(config, dataset)
         precision = devices.resolve_precision(config, self.device, outline)
         memory.check_training(outline, config, self.device, dataset, precision=precision, processes=1)
-        self.network: Network = train.build(config, dataset).to(self.device)
+        self.network: Network = prepare.build(config, dataset).to(self.device)
         if config.cuda_graph:
             check_graph(config, self.device, self.network)
         self.fabric = devices.make_fabric(config, self.device, precision)
@@ -134,7 +136,7 @@ class TrainingWorkload:
         parts = {
             name: child for name, child in self.network.named_children() if next(child.parameters(), None) is not None
         }
-        if self.resolved.get("stem") == "minimal":  # which calls neither, and is not used where one has a hook
+        if self.resolved.get("convolution") == "winograd":  # which calls neither, and is not used where one has a hook
             parts = {"conv + primary": parts.pop("conv"), **{name: parts[name] for name in parts if name != "primary"}}
         names = list(parts)
 
@@ -186,8 +188,10 @@ class TrainingWorkload:
             reference.load_state_dict(self.network.state_dict())
             found = correctness.results(self.objective, self.network, *here, backward=self.fabric.backward)
         truth = correctness.results(Objective(reference, self.config), reference, images.double(), labels)
-        stem = self.resolved.get("stem", "direct")
-        allowed = correctness.tolerance(precision=self.resolved["precision"], stem=stem, device=self.device)
+        convolution = self.resolved.get("convolution", "direct")
+        allowed = correctness.tolerance(
+            precision=self.resolved["precision"], convolution=convolution, device=self.device
+        )
         return correctness.check(found, truth, allowed=allowed, images=count, who=self.label or self.config.model)
 
 

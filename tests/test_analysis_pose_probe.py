@@ -3,7 +3,7 @@ import torch
 
 from capsnet.analysis.pose_probe import features, pose_explained, r2_linear
 from capsnet.data.dataset import Split
-from capsnet.data.strokes import FACTORS, strokes
+from capsnet.data.sets.strokes import FACTORS, strokes
 from capsnet.errors import InputError
 from capsnet.models import create
 from tiny import SIZES

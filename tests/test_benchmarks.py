@@ -28,7 +28,7 @@ from capsnet import create
 from capsnet.config import Config
 from capsnet.errors import InputError
 from capsnet.layers import ClassCapsules, PrimaryCapsules
-from capsnet.models import available
+from capsnet.models import available, options_of
 from tiny import SIZES
 
 ROOT = Path(__file__).parent.parent
@@ -37,7 +37,7 @@ KEPT = sorted(
     path for path in (ROOT / "results" / "bench").glob("*.json") if path.stem not in ("peers", "gpu-training")
 )
 CPU = torch.device("cpu")
-TINY = Config(**SIZES, image_size=16, batch_size=6, precision="32", device="cpu")
+TINY = Config.of(**SIZES, image_size=16, batch_size=6, precision="32", device="cpu")
 PLAN = replace(sections.QUICK, matrices=(32,), copied=2**16, batches=(1, 3), image_sizes=(16, 18))
 PLAN = replace(PLAN, capsule_types=(1, 2), output_capsules=(2, 3))
 
@@ -91,12 +91,12 @@ def test_other_sizes_and_the_baseline_by_hand() -> None:
     assert flops.first == "layers.0"
 
 
-@pytest.mark.parametrize("stem", ["direct", "minimal"])
-def test_the_parts_add_up_to_the_whole(stem: Literal["direct", "minimal"]) -> None:
+@pytest.mark.parametrize("stem", ["direct", "winograd"])
+def test_the_parts_add_up_to_the_whole(stem: Literal["direct", "winograd"]) -> None:
     flops = Flops({"": 12, "first": 5, "second": 7}, "first")
     assert (flops.forward(), flops.backward(), flops.backward("first + second")) == (12, 19, 19)
     assert (flops.backward("first"), flops.backward("second")) == (5, 14)
-    workload = TrainingWorkload(replace(TINY, stem=stem), 3)
+    workload = TrainingWorkload(TINY.changed(convolution=stem), 3)
     seconds = workload.parts()
     begun = ["conv", "primary"] if stem == "direct" else ["conv + primary"]
     names = [
@@ -156,12 +156,12 @@ def test_a_stopwatch_adds_up_what_has_one_name_and_leaves_out_what_is_before_a_s
     assert watch.seconds == {"a": 5.0, "b": 2.0}
 
 
-@pytest.mark.parametrize("changes", [{"stem": "direct"}, {"reconstruction": False}, {"model": "baseline"}])
+@pytest.mark.parametrize("changes", [{"convolution": "direct"}, {"reconstruction": False}, {"model": "baseline"}])
 def test_each_boundary_of_a_step_is_met_once_in_its_order(
     changes: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    base = Config(batch_size=4, image_size=16, precision="32", device="cpu") if "model" in changes else TINY
-    workload, met = TrainingWorkload(replace(base, **changes), 3), list[str]()
+    base = Config.of(batch_size=4, image_size=16, precision="32", device="cpu") if "model" in changes else TINY
+    workload, met = TrainingWorkload(base.changed(**changes), 3), list[str]()
     stop = Stopwatch.__call__
 
     def noted(watch: Stopwatch, name: str) -> None:
@@ -191,14 +191,20 @@ def test_each_boundary_of_a_step_is_met_once_in_its_order(
 
 
 def test_the_gate_is_green_for_what_is_right() -> None:
-    for changes in ({}, {"stem": "direct"}, {"precision": "bf16"}, {"kernel": "plain"}, {"detach_routing": True}):
-        config = replace(TINY, **changes)
+    for changes in (
+        {},
+        {"convolution": "direct"},
+        {"precision": "bf16"},
+        {"routing_kernel": "plain"},
+        {"detach_routing": True},
+    ):
+        config = TINY.changed(**changes)
         assert 0 < TrainingWorkload(config, 3).check().error < 0.1
         assert 0 < RoutingWorkload(config, 3).check().error < 1e-5
 
 
 def test_routing_alone_is_that_of_the_network() -> None:
-    config = replace(TINY, squash_epsilon=0.5, leaky=True, routing_bias=True, routing_iterations=2)
+    config = TINY.changed(squash_epsilon=0.5, leaky=True, routing_bias=True, routing_iterations=2)
     alone, whole = RoutingWorkload(config, 3), TrainingWorkload(config, 3)
     layer = whole.network.class_capsules
     assert isinstance(layer, ClassCapsules)
@@ -221,7 +227,7 @@ def test_checking_leaves_no_trace() -> None:
 def test_the_gate_is_red_for_a_network_with_a_wrong_part(
     precision: Literal["32", "bf16"], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    config = replace(TINY, stem="direct", precision=precision)
+    config = TINY.changed(convolution="direct", precision=precision)
     forward = PrimaryCapsules.forward
 
     def wrong(self: PrimaryCapsules, x: Tensor) -> Tensor:
@@ -260,28 +266,37 @@ def test_what_the_gate_compares() -> None:
 
 
 def test_compare_is_parsed() -> None:
-    variants = parse_compare("stem=direct,minimal", TINY, ["step"])
-    assert variants == [(f"stem={stem}", replace(TINY, stem=stem)) for stem in ("direct", "minimal")]
+    variants = parse_compare("convolution=direct,winograd", TINY, ["step"])
+    assert variants == [(f"convolution={stem}", TINY.changed(convolution=stem)) for stem in ("direct", "winograd")]
     assert [c.batch_size for _, c in parse_compare("batch-size=1,20", TINY, ["step"])] == [1, 20]
-    assert [c.detach_routing for _, c in parse_compare("detach_routing=false,true", TINY, ["step"])] == [False, True]
+    assert [c.options.detach_routing for _, c in parse_compare("detach_routing=false,true", TINY, ["step"])] == [
+        False,
+        True,
+    ]
     assert [c.precision for _, c in parse_compare("precision=32, bf16", TINY, ["step"])] == ["32", "bf16"]
-    several = parse_compare("kernel+batch-size=plain+1,fused+20", TINY, ["step"])
-    assert [name for name, _ in several] == ["kernel=plain, batch_size=1", "kernel=fused, batch_size=20"]
-    assert [(c.kernel, c.batch_size) for _, c in several] == [("plain", 1), ("fused", 20)]
+    several = parse_compare("routing-kernel+batch-size=plain+1,fused+20", TINY, ["step"])
+    assert [name for name, _ in several] == [
+        "routing_kernel=plain, batch_size=1",
+        "routing_kernel=fused, batch_size=20",
+    ]
+    assert [(c.options.routing_kernel, c.batch_size) for _, c in several] == [("plain", 1), ("fused", 20)]
 
 
 @pytest.mark.parametrize(
     ("text", "message"),
     [
         ("stem", "compare must be OPTION=A,B with an option of a run; got 'stem'"),
-        ("stme=direct,minimal", "did you mean stem"),
+        ("convoluton=direct,winograd", "did you mean convolution"),
         ("epochs=1,2", "epochs must be an option that makes a difference to step; it makes none"),
-        ("stem=direct,direct", "compare must name different values; got 'stem=direct,direct'"),
-        ("stem=direct", "compare must name two values or more, as in kernel=plain,auto; got 'stem=direct'"),
-        ("stem=direct,", "compare must name two values or more"),
-        ("kernel+stem=plain,fused", "compare must name 2 values for each variant, joined by +"),
-        ("kernel+stme=plain+direct,fused+minimal", "did you mean stem"),
-        ("stem=direct,fast", "--compare: stem must be one of auto, direct, minimal; got 'fast'"),
+        ("convolution=direct,direct", "compare must name different values; got 'convolution=direct,direct'"),
+        (
+            "convolution=direct",
+            "compare must name two values or more, as in routing_kernel=plain,auto; got",
+        ),
+        ("convolution=direct,", "compare must name two values or more"),
+        ("routing_kernel+convolution=plain,fused", "compare must name 2 values for each variant, joined by +"),
+        ("routing_kernel+convoluton=plain+direct,fused+winograd", "did you mean convolution"),
+        ("convolution=direct,fast", "--compare: convolution must be one of auto, direct, winograd; got 'fast'"),
         ("batch_size=1,x", "--compare: batch_size must be a whole number; got 'x'"),
         ("threads=1,0", "--compare: threads must be at least 1; got 0"),
         ('threads=1,!!int ""', "compare must be YAML; got: string index out of range"),
@@ -300,9 +315,9 @@ def test_compare_refuses(text: str, message: str) -> None:
         ("routing", "stem", "routing"),
         ("step inference", "batch_size", "inference"),
         ("step scaling", "capsule_types", "scaling"),
-        ("ceilings", "kernel", "ceilings"),
-        ("step", "kernel", ""),
-        ("ceilings step inference parts routing scaling", "kernel", ""),
+        ("ceilings", "routing_kernel", "ceilings"),
+        ("step", "routing_kernel", ""),
+        ("ceilings step inference parts routing scaling", "routing_kernel", ""),
     ],
 )
 def test_what_makes_no_difference_is_not_compared(what: str, name: str, blind: str) -> None:
@@ -317,9 +332,9 @@ def test_what_makes_no_difference_is_not_compared(what: str, name: str, blind: s
 
 
 def test_what_the_sections_depend_on_are_options() -> None:
-    every = {field.name for field in fields(Config)}
-    for section in sections.SECTIONS:
-        for model in available():
+    for model in available():
+        every = {field.name for field in (*fields(Config), *fields(options_of(model)))}
+        for section in sections.SECTIONS:
             assert sections.measured(section, model) <= every
 
 
@@ -345,7 +360,7 @@ def test_variants_have_ratios_to_the_first_and_their_own_threads(monkeypatch: py
 
 
 def test_models_without_capsules() -> None:
-    config = Config(model="baseline", batch_size=2, image_size=8, precision="32", device="cpu")
+    config = Config.of(model="baseline", batch_size=2, image_size=8, precision="32", device="cpu")
     told = run(config, ["inference", "parts"], classes=3, plan=PLAN)
     assert [row["name"] for row in told["rows"][2:5]] == ["data", "layers forward", "layers backward"]
     with pytest.raises(InputError, match="model must be one with capsules to route; got baseline"):
@@ -360,7 +375,7 @@ def test_the_record_says_what_was_measured_where_and_how(record: dict[str, Any])
     assert {"date", "commit", "torch", "device", "threads", "cores", "load", "config", "plan"} <= record.keys()
     assert (record["command"], record["image_shape"], record["classes"]) == ("python -m benchmarks ...", [1, 16, 16], 3)
     (checked,) = record["variants"]
-    assert (checked["precision"], checked["stem"], checked["images"]) == ("32", "minimal", 8)
+    assert (checked["precision"], checked["convolution"], checked["images"]) == ("32", "winograd", 8)
     for row in record["rows"]:
         assert 0 < row["min"] <= row["median"] <= row["max"]
         assert row["n"] == 2
@@ -377,9 +392,9 @@ def test_the_record_says_what_was_measured_where_and_how(record: dict[str, Any])
 def test_the_memory_of_routing_is_that_of_a_fresh_process() -> None:
     if not memory.STATUS.exists():
         pytest.skip("no /proc")
-    config = replace(TINY, capsule_types=1_250)  # at 4 x 4 places
+    config = TINY.changed(capsule_types=1_250)  # at 4 x 4 places
     told = memory.peak(RoutingWorkload(config, 3))
-    votes = 6 * 20_000 * 3 * TINY.class_dim * 4 / 2**20
+    votes = 6 * 20_000 * 3 * TINY.options.class_dim * 4 / 2**20
     assert votes < told["added_mib"] < told["total_mib"]
 
 
@@ -390,7 +405,7 @@ def test_a_process_that_dies_is_told_of() -> None:
 
 
 def row_tolerance(row: Mapping[str, Any]) -> float:
-    return correctness.TOLERANCES["minimal stem" if "routing" not in row["name"] else "float32"]
+    return correctness.TOLERANCES["winograd" if "routing" not in row["name"] else "float32"]
 
 
 def test_every_size_is_scaled(record: dict[str, Any]) -> None:
@@ -455,7 +470,17 @@ def test_run_refuses(what: list[str], changes: dict[str, Any], message: str) -> 
 
 # the command line
 
-SMALL = ["--image-size", "12", "--conv-channels", "8", "--conv-kernel", "5", "--primary-kernel", "5", "--quick"]
+SMALL = [
+    "--image-size",
+    "12",
+    "--conv-channels",
+    "8",
+    "--conv-kernel-size",
+    "5",
+    "--primary-kernel-size",
+    "5",
+    "--quick",
+]
 
 
 @pytest.mark.usefixtures("workplace")
@@ -492,21 +517,27 @@ def test_wrong_results_end_the_command_with_one_line(
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        ("step --compare stem=direct", "compare must name two values or more"),
-        ("step --compare stem=direct,fast", "--compare: stem must be one of auto, direct, minimal; got 'fast'"),
-        ("step --compare steam=a,b", "did you mean stem"),
+        ("step --compare convolution=direct", "compare must name two values or more"),
+        (
+            "step --compare convolution=direct,fast",
+            "--compare: convolution must be one of auto, direct, winograd; got 'fast'",
+        ),
+        ("step --compare convoluton=a,b", "did you mean convolution"),
         (
             "--compare cuda_graph=false,true",
             "cuda_graph must be an option that makes a difference to inference and parts",
         ),
         ("step --epochs 3", "epochs must be an option that makes a difference to step; it makes none"),
-        ("routing --stem minimal", "stem must be an option that makes a difference to routing; it makes none"),
+        (
+            "routing --convolution winograd",
+            "convolution must be an option that makes a difference to routing; it makes none",
+        ),
         ("step --repeats 0", "repeats must be at least 1; got 0"),
         ("step --device cuda", "device cuda must have a CUDA GPU"),
         ("step --model capsnt", "baseline, baseline-multimnist, capsnet; got 'capsnt' (did you mean capsnet?)"),
         ("step --out .", "out must be a file; got the directory"),
         ("step --out old.json", "out must be a new file; "),
-        ("step --stem minimal --precision bf16", "stem minimal got images of torch.bfloat16"),
+        ("step --convolution winograd --precision bf16", "convolution winograd got images of torch.bfloat16"),
         ("step --config old.json", "epochs must be at least 0; got -1"),
     ],
 )

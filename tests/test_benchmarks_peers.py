@@ -2,7 +2,6 @@
 
 import json
 import sys
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -10,9 +9,9 @@ import torch
 
 import tiny
 from benchmarks import correctness, peers, time_to_error
-from capsnet import train
 from capsnet.errors import InputError
-from capsnet.train import fit
+from capsnet.training import prepare
+from capsnet.training.fit import fit
 
 MODEL = """
 import torch
@@ -68,9 +67,10 @@ def clones(tmp_path: Path) -> list[Path]:
 @pytest.fixture
 def small(monkeypatch: pytest.MonkeyPatch) -> None:
     """capsnet with a few thousand weights."""
-    build = train.build
+    build = prepare.build
     monkeypatch.setattr(
-        train, "build", lambda config, dataset: build(replace(config, conv_channels=4, capsule_types=2), dataset)
+        "capsnet.training.prepare.build",
+        lambda config, dataset: build(config.changed(conv_channels=4, capsule_types=2), dataset),
     )
 
 

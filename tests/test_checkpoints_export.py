@@ -17,9 +17,9 @@ from capsnet.checkpoints import export as module
 from capsnet.checkpoints import pretrained
 from capsnet.checkpoints.export import FORMATS, Export, compare, export
 from capsnet.checkpoints.model_card import Card
-from capsnet.data import strokes
 from capsnet.data.dataset import to_float
 from capsnet.data.photo import Frame
+from capsnet.data.sets import strokes
 from capsnet.errors import InputError
 from capsnet.kernels.buffers import pool
 from capsnet.models import Network, create
@@ -48,8 +48,8 @@ def images(count: int, shape: tuple[int, int, int] = SMALL) -> Tensor:
 
 KINDS: dict[str, Network] = {
     "capsnet": network("capsnet"),
-    "capsnet, minimal stem": network("capsnet", stem="minimal"),
-    "capsnet, fused kernel": network("capsnet", kernel="fused"),
+    "capsnet, minimal stem": network("capsnet", convolution="winograd"),
+    "capsnet, fused kernel": network("capsnet", routing_kernel="fused"),
     "capsnet, all options": network("capsnet", routing_bias=True, leaky=True, padding="same", reconstruction=False),
     "baseline": network("baseline"),
 }
@@ -270,7 +270,7 @@ def test_the_verb_compares_on_the_networks_own_test_images(
     monkeypatch.setattr(module, "compare", same)
     pretrained.save_card(Card(config={"data": "strokes", "image_size": 12}), model)
     strokes_ = strokes.strokes(image_size=12)
-    monkeypatch.setattr("capsnet.train.load", lambda *_, **__: strokes_)
+    monkeypatch.setattr("capsnet.training.prepare.load", lambda *_, **__: strokes_)
     assert cli.main(["export", "tiny", "--to", "safetensors", "--images", "40"]) == 0
     text = capsys.readouterr().out
     assert "tiny-safetensors: 0 of 40 predictions differ" in text

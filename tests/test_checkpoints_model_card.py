@@ -7,7 +7,7 @@ import pytest
 
 from capsnet.checkpoints.model_card import Card, command_of
 from capsnet.cli import CAPSNET
-from capsnet.cli.parsing import parse
+from capsnet.cli.parsing import config_of, parse
 from capsnet.cli.train import Train
 from capsnet.config import Config, preset
 from capsnet.data.photo import Frame
@@ -31,7 +31,7 @@ def test_a_card_is_read_as_it_was_written(tmp_path: Path) -> None:
         path.write_text(card.to_json(), encoding="utf-8")
         assert Card.read(path) == card
     assert CARD.data == "mnist"
-    assert CARD.trained() == Config(data="mnist", epochs=20)
+    assert CARD.trained() == Config.of(data="mnist", epochs=20)
     assert CARD.command == "capsnet train --data mnist --epochs 20"
 
 
@@ -79,8 +79,8 @@ def test_a_damaged_card_says_what_is_wrong(tmp_path: Path, text: str, message: s
     "config",
     [
         Config(),
-        Config(data="my images", epochs=7, flip=True, reconstruction=False, decoder_sizes=(8, 9), lr=0.01),
-        replace(preset("authors"), seed=3, routing_bias=False),
+        Config.of(data="my images", epochs=7, flip=True, reconstruction=False, decoder_sizes=(8, 9), lr=0.01),
+        preset("authors").changed(seed=3, routing_bias=False),
     ],
 )
 def test_the_command_makes_the_same_configuration(config: Config) -> None:
@@ -88,4 +88,4 @@ def test_the_command_makes_the_same_configuration(config: Config) -> None:
     assert words[:2] == ["capsnet", "train"]
     command = parse(CAPSNET, words[1:], prog="capsnet")
     assert isinstance(command, Train)
-    assert Config(**vars(command.options)) == config
+    assert config_of(command) == config

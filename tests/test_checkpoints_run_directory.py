@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import capsnet
-from capsnet import environment, train
+from capsnet import environment
 from capsnet.checkpoints import pretrained, run_directory
 from capsnet.cli.plot import PLOT
 from capsnet.data.manifest import Manifest
@@ -19,6 +19,7 @@ from capsnet.errors import InputError
 from capsnet.experiments import records
 from capsnet.files import write_atomically
 from capsnet.models import Network, create
+from capsnet.training import fit as training
 from tiny import REAL, SIZES, files, tiny
 
 pytestmark = pytest.mark.usefixtures("workplace", "blank_figure")
@@ -48,7 +49,7 @@ def test_saved_and_loaded_it_is_the_same_network(network: Network) -> None:
 
 
 def test_load_a_run(photos: Path) -> None:
-    result = train.fit(tiny(photos, epochs=1, out="run"))
+    result = training.fit(tiny(photos, epochs=1, out="run"))
     images = torch.rand(5, 3, 12, 13)
     assert torch.equal(capsnet.load("run")(images).scores, result.network(images).scores)
 
@@ -194,7 +195,7 @@ class Payload:
 
 
 def test_pickles_are_never_executed(photos: Path, network: Network) -> None:
-    train.fit(tiny(photos, epochs=1, out="run"))
+    training.fit(tiny(photos, epochs=1, out="run"))
     plain = pickle.dumps(Payload())
     for make in (
         lambda path: path.write_bytes(plain),
@@ -202,7 +203,7 @@ def test_pickles_are_never_executed(photos: Path, network: Network) -> None:
     ):
         make(Path("run/last.ckpt"))
         with pytest.raises(InputError, match=r"^checkpoint run/last.ckpt must be one that capsnet wrote; [^\n]*$"):
-            train.resume("run", epochs=2)
+            training.resume("run", epochs=2)
     pretrained.save_pretrained(network, "net")
     Path("net/model.safetensors").write_bytes(plain)
     with pytest.raises(InputError, match=r"must be safetensors"):
@@ -213,13 +214,13 @@ def test_pickles_are_never_executed(photos: Path, network: Network) -> None:
 
 
 def test_damaged_and_foreign_checkpoints_are_told(photos: Path) -> None:
-    train.fit(tiny(photos, epochs=1, out="run"))
+    training.fit(tiny(photos, epochs=1, out="run"))
     run = run_directory.Run("run")
     whole, state = run.checkpoint_path.read_bytes(), run.load_checkpoint()
 
     def told() -> str:
         with pytest.raises(InputError) as error:
-            train.resume("run", epochs=2)
+            training.resume("run", epochs=2)
         assert "\n" not in str(error.value)
         return str(error.value).removeprefix("checkpoint run/last.ckpt must be ")
 
@@ -273,7 +274,7 @@ def test_all_records_that_are_kept_are_read_again_and_written_the_same(tmp_path:
 def test_metrics_are_read_as_they_were_written(photos: Path) -> None:
     run = run_directory.Run("run")
     assert run.metrics() == []
-    train.fit(tiny(photos, out="run"))
+    training.fit(tiny(photos, out="run"))
     assert run.metrics() == run.load_checkpoint()["rows"]
 
 
@@ -357,16 +358,16 @@ def test_what_a_kill_left_half_written_is_removed(photos: Path) -> None:
 
 
 def test_a_run_that_is_being_trained_is_left_alone(photos: Path) -> None:
-    train.fit(tiny(photos, epochs=1, out="run"))
+    training.fit(tiny(photos, epochs=1, out="run"))
     before = {name: Path("run", name).read_bytes() for name in files("run")}
     told = "run directory run must be free; another process trains in it"
     with run_directory.Run("run").locked():
         with pytest.raises(InputError, match=told):
-            train.resume("run", epochs=2)
+            training.resume("run", epochs=2)
         with pytest.raises(InputError, match=told):
-            train.fit(tiny(photos, epochs=1, out="run", overwrite=True))
+            training.fit(tiny(photos, epochs=1, out="run", overwrite=True))
     assert {name: Path("run", name).read_bytes() for name in files("run")} == before
-    assert train.resume("run", epochs=2).epochs == 2
+    assert training.resume("run", epochs=2).epochs == 2
 
 
 def test_a_claim_ends_with_its_process(workplace: Path) -> None:

@@ -5,7 +5,6 @@ import signal
 import subprocess
 import sys
 import time
-from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +19,7 @@ from tiny import KEPT, REAL, files, metrics, options, photos, same_weights, tiny
 
 pytestmark = pytest.mark.usefixtures("workplace")
 
-FIELDS = {f"--{field.name.replace('_', '-')}" for field in fields(Config)}
+FIELDS = {f"--{name.replace('_', '-')}" for name in Config().flat()}
 
 
 def run(capsys: pytest.CaptureFixture[str], *words: str) -> tuple[int, str, str]:
@@ -286,8 +285,8 @@ def test_list(capsys: pytest.CaptureFixture[str], what: str) -> None:
     expected = {
         "models": ["baseline", "baseline-multimnist", "capsnet"],
         "data": [
-            *("strokes", "mnist", "multimnist", "expanded-mnist", "affnist", "affnist-generated", "fashion-mnist"),
-            *("kmnist", "cifar10", "svhn", "smallnorb"),
+            *("affnist", "affnist-generated", "cifar10", "expanded-mnist", "fashion-mnist", "kmnist", "mnist"),
+            *("multimnist", "smallnorb", "strokes", "svhn"),
         ],
         "presets": ["paper", "authors"],
         "experiments": [

@@ -46,7 +46,7 @@ def constant(name: str, *sure: float, seed: int | None = 0, **trained: Any) -> s
         last.bias.copy_(torch.tensor(sure))
     pretrained.save_pretrained(network, name)
     if seed is not None:
-        write(Config(data="images", seed=seed, model="baseline", **trained), Path(name, "config.yaml"))
+        write(Config.of(data="images", seed=seed, model="baseline", **trained), Path(name, "config.yaml"))
     return name
 
 
@@ -270,7 +270,7 @@ def test_bad_input_is_one_line(capsys: Capture, line: str, message: str) -> None
     for name, options in (("four", {"num_classes": 4}), ("pair", {"classes": ("a", "b", "c"), "objects_per_image": 2})):
         chosen: dict[str, Any] = {"image_shape": (3, 12, 13), "num_classes": 3, "width": 0.02, **options}
         pretrained.save_pretrained(create("baseline", **chosen), name)
-        write(Config(data="images"), Path(name, "config.yaml"))
+        write(Config.of(data="images"), Path(name, "config.yaml"))
     code, out, err = typed(capsys, line)
     faults = [row for row in err.splitlines() if not row.endswith("is divided anew")]
     assert (code, out, len(faults)) == (2, "", 1)

@@ -15,9 +15,9 @@ from PIL import Image
 from capsnet import report
 from capsnet.checkpoints import pretrained
 from capsnet.cli import CAPSNET, main
-from capsnet.data.strokes import strokes
+from capsnet.data.sets.strokes import strokes
 from capsnet.evaluation.ood import auroc, reconstruction_errors
-from capsnet.train import fit
+from capsnet.training.fit import fit
 from tiny import files, pairs, tiny
 
 Capture = pytest.CaptureFixture[str]
@@ -38,7 +38,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def run(trained: Path, workplace: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A copy of that run, called `run`, beside 60 test images of strokes."""
     few = strokes(train=300, validation=40, test=60)
-    monkeypatch.setattr("capsnet.train.load", lambda *arguments, **options: few)
+    monkeypatch.setattr("capsnet.training.prepare.load", lambda *arguments, **options: few)
     shutil.copytree(trained, workplace / "run")
     (workplace / "images" / "more").mkdir(parents=True)
     for k, image in enumerate(few.test.images[:3, 0]):
@@ -329,7 +329,7 @@ def trained_on_pairs(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def pair_run(trained_on_pairs: Path, workplace: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A copy of that run, called `run`."""
-    monkeypatch.setattr("capsnet.train.load", lambda *arguments, **options: pairs(train=80, test=30))
+    monkeypatch.setattr("capsnet.training.prepare.load", lambda *arguments, **options: pairs(train=80, test=30))
     shutil.copytree(trained_on_pairs, workplace / "run")
     return Path("run")
 

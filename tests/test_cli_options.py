@@ -10,10 +10,10 @@ import pytest
 
 from capsnet import report
 from capsnet.cli import CAPSNET, main
-from capsnet.cli.parsing import Group, Range
-from capsnet.config import Options
-from capsnet.data.strokes import strokes
-from capsnet.train import fit
+from capsnet.cli.parsing import Group
+from capsnet.data.sets.strokes import strokes
+from capsnet.schema import Range
+from capsnet.training.fit import fit
 from tiny import tiny
 
 Capture = pytest.CaptureFixture[str]
@@ -33,8 +33,7 @@ def options() -> list[tuple[str, str, Any]]:
     found = []
     for verb, kind in commands(CAPSNET).items():
         hints = typing.get_type_hints(kind, include_extras=True)
-        names = [field.name for field in fields(kind) if Options not in typing.get_args(hints[field.name])]
-        found += [(verb, name, hints[name]) for name in names if numbers(hints[name])]
+        found += [(verb, field.name, hints[field.name]) for field in fields(kind) if numbers(hints[field.name])]
     return found
 
 
@@ -71,7 +70,7 @@ def test_a_number_outside_its_range_is_one_line(capsys: Capture, verb: str, name
     (within,) = ranges(hint)
     option = f"--{name.replace('_', '-')}"
     words = [*verb.split(), *POSITIONAL.get(verb, ["x"])]
-    wrong = [str(10**30), str(-(10**30)), *(str(number) for number in (-1, 0) if within.rule(number))]
+    wrong = [str(10**30), str(-(10**30)), *(str(number) for number in (-1, 0) if within.fault(number))]
     wrong += ["nan", "inf", "-inf", "1e308"] if float in numbers(hint) else []
     for value in wrong:
         assert main([*words, f"{option}={value}"]) == 2, value
@@ -117,7 +116,7 @@ def test_the_largest_numbers_work(
     trained: Path, workplace: Path, monkeypatch: pytest.MonkeyPatch, capsys: Capture, line: str, code: int
 ) -> None:
     few = strokes(train=60, validation=0, test=10)
-    monkeypatch.setattr("capsnet.train.load", lambda *arguments, **options: few)
+    monkeypatch.setattr("capsnet.training.prepare.load", lambda *arguments, **options: few)
     for name in ("run", "copy"):
         shutil.copytree(trained, workplace / name)
     shutil.copyfile("run/figures/reconstructions.png", "image.png")

@@ -1,16 +1,16 @@
-import subprocess
 import sys
-from dataclasses import FrozenInstanceError, asdict, fields, replace
+from dataclasses import FrozenInstanceError, fields, replace
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, get_args, get_type_hints
 
 import pytest
 import yaml
 
-from capsnet import config
+from capsnet import options
 from capsnet.config import PRESETS, Config, from_dict, preset, preset_differences, read, with_defaults, write
 from capsnet.errors import InputError
-from capsnet.models import available, builder_options
+from capsnet.models import available, options_of
+from capsnet.options import GROUPS
 
 
 def written(text: str, folder: Path) -> Path:
@@ -25,13 +25,14 @@ def written(text: str, folder: Path) -> Path:
 def test_the_defaults_are_the_paper() -> None:
     assert Config() == preset("paper")
     config = Config()
-    assert (config.routing_iterations, config.conv_channels, config.capsule_types) == (3, 256, 32)
-    assert (config.primary_dim, config.class_dim, config.decoder_sizes) == (8, 16, (512, 1024))
+    options = config.options
+    assert (options.routing_iterations, options.conv_channels, options.capsule_types) == (3, 256, 32)
+    assert (options.primary_dim, options.class_dim, options.decoder_sizes) == (8, 16, (512, 1024))
     assert (config.m_pos, config.m_neg, config.down_weight, config.reconstruction_weight) == (0.9, 0.1, 0.5, 0.0005)
     assert (config.margin_scale, config.shift, config.lr, config.batch_size) == (1.0, None, 0.001, 128)
-    assert not config.routing_bias
-    assert not config.leaky
-    assert not config.detach_routing
+    assert not options.routing_bias
+    assert not options.leaky
+    assert not options.detach_routing
 
 
 def test_authors_differ_in_what_design_says() -> None:
@@ -39,7 +40,7 @@ def test_authors_differ_in_what_design_says() -> None:
     assert config.preset == "authors"
     assert config.margin_scale == pytest.approx(0.5 / 10)
     assert config.reconstruction_weight / config.margin_scale == pytest.approx(0.01)
-    assert (config.primary_scale, config.routing_bias, config.init) == (0.0, True, "authors")
+    assert (config.options.primary_scale, config.options.routing_bias, config.options.init) == (0.0, True, "authors")
     assert (config.lr, config.lr_decay, config.lr_decay_steps, config.lr_floor) == (1e-3, 0.96, 2000, 1e-6)
     assert preset_differences(config) == {}
 
@@ -47,16 +48,17 @@ def test_authors_differ_in_what_design_says() -> None:
 @pytest.mark.parametrize("name", PRESETS["authors"])
 def test_every_field_of_authors_can_be_switched_alone(name: str) -> None:
     value = PRESETS["authors"][name]
-    alone = replace(Config(), **{name: value})
-    without = replace(preset("authors"), **{name: getattr(Config(), name)})
-    assert preset_differences(alone) == from_paper(alone) == ({name: value} if value != getattr(Config(), name) else {})
+    default = Config().flat()[name]
+    alone = Config().changed(**{name: value})
+    without = preset("authors").changed(**{name: default})
+    assert preset_differences(alone) == from_paper(alone) == ({name: value} if value != default else {})
     assert from_dict({name: value}, source="here") == alone
-    assert from_dict({"preset": "authors", name: getattr(Config(), name)}, source="here") == without
+    assert from_dict({"preset": "authors", name: default}, source="here") == without
     assert from_paper(without) | {name: value} == from_paper(preset("authors")) | {name: value}
 
 
 def test_an_open_option_that_is_given_its_default_differs_from_the_preset_only_in_a_folder(tmp_path: Path) -> None:
-    given = Config(epochs=3, primary_scale=1.0)
+    given = Config.of(epochs=3, primary_scale=1.0)
     assert with_defaults(Config()) == given
     assert preset_differences(given) == preset_differences(Config()) == {}
     folder = replace(given, data=str(tmp_path))
@@ -65,28 +67,48 @@ def test_an_open_option_that_is_given_its_default_differs_from_the_preset_only_i
 
 
 def from_paper(config: Config) -> dict[str, Any]:
-    return {name: value for name, value in asdict(config).items() if value != asdict(Config())[name]}
+    return {name: value for name, value in config.flat().items() if value != Config().flat()[name]}
 
 
 def test_an_unknown_preset_is_refused_and_the_nearest_named() -> None:
     with pytest.raises(InputError, match=r"^preset must be one of paper, authors; got 'author' \(did you mean authors"):
         preset("author")
-    with pytest.raises(InputError, match=r"^preset must be one of paper, authors; got 'xyz'$"):
+    with pytest.raises(InputError, match=r"^here: preset must be one of paper, authors; got 'xyz'$"):
         from_dict({"preset": "xyz"}, source="here")
 
 
-def test_model_options_have_the_same_defaults_here_as_in_the_builders() -> None:
-    here = asdict(with_defaults(Config()))
-    for model in ("capsnet", "baseline"):
-        options = builder_options(model)
-        assert {name: here[name] for name in options} == options
+@pytest.mark.parametrize("kind", [*GROUPS.values(), *map(options_of, available())])
+def test_every_option_says_what_it_is(kind: type) -> None:
+    lines = Path(sys.modules[kind.__module__].__file__ or "").read_text(encoding="utf-8").splitlines()
+    for field in fields(kind):
+        at = [k for k, line in enumerate(lines) if line.startswith(f"    {field.name}: ") and " = " in line]
+        assert at, field.name
+        assert all(lines[k + 1].startswith('    """') for k in at), field.name
 
 
-def test_every_field_says_what_it_is() -> None:
-    lines = Path(sys.modules[Config.__module__].__file__ or "").read_text(encoding="utf-8").splitlines()
-    for field in fields(Config):
-        (at,) = (k for k, line in enumerate(lines) if line.startswith(f"    {field.name}: "))
-        assert lines[at + 1].startswith('    """'), field.name
+def test_every_option_has_one_group() -> None:
+    for model in available():
+        names = [field.name for kind in (*GROUPS.values(), options_of(model)) for field in fields(kind)]
+        assert len(names) == len(set(names))
+        assert {*names, "preset", "model"} == set(Config.of(model=model).flat())
+
+
+def test_an_option_of_another_model_is_refused_whatever_its_value() -> None:
+    for value in (256, 3):
+        with pytest.raises(InputError, match=r"^conv_channels is an option of model capsnet, not of baseline$"):
+            Config.of(model="baseline", conv_channels=value)
+    assert Config().changed(model="baseline", epochs=4).options == options_of("baseline")()
+    with pytest.raises(InputError, match=r"^options of model baseline must be Options; got Options\("):
+        Config(model="baseline", options=options_of("capsnet")())
+
+
+def test_old_files_name_all_options_of_all_models_side_by_side(tmp_path: Path) -> None:
+    old = "preset: paper\nmodel: {}\nstem: minimal\nkernel: plain\nconv_kernel: 5\nwidth: 0.5\nepochs: 2\n"
+    found = read(written(old.format("capsnet"), tmp_path))
+    assert found == Config.of(convolution="winograd", routing_kernel="plain", conv_kernel_size=5, epochs=2)
+    assert read(written(old.format("baseline"), tmp_path)) == Config.of(model="baseline", width=0.5, epochs=2)
+    for path in (Path(__file__).parent.parent / "results").glob("*/config.yaml"):
+        assert read(path).seed in (0, 1, 2)
 
 
 def test_a_configuration_cannot_be_changed() -> None:
@@ -102,8 +124,8 @@ def test_a_configuration_cannot_be_changed() -> None:
     [
         Config(),
         preset("authors"),
-        replace(preset("authors"), lr=3e-5, decoder_sizes=(), channels=1, data_dir="/a b/ä", validation=0, leaky=True),
-        Config(decoder_sizes=(7,), m_neg=0.0, lr_floor=0.0, epochs=0, out="true", mask="prediction"),
+        preset("authors").changed(lr=3e-5, decoder_sizes=(), channels=1, data_dir="/a b/ä", validation=0, leaky=True),
+        Config.of(decoder_sizes=(7,), m_neg=0.0, lr_floor=0.0, epochs=0, out="true", mask="prediction"),
     ],
     ids=["paper", "authors", "changed", "edges"],
 )
@@ -111,8 +133,10 @@ def test_a_file_gives_back_what_was_written(config: Config, tmp_path: Path) -> N
     write(config, tmp_path / "config.yaml")
     again = read(tmp_path / "config.yaml")
     assert again == config
-    assert [type(value) for value in asdict(again).values()] == [type(value) for value in asdict(config).values()]
-    assert list(yaml.safe_load((tmp_path / "config.yaml").read_text(encoding="utf-8"))) == list(asdict(config))
+    assert [type(value) for value in again.flat().values()] == [type(value) for value in config.flat().values()]
+    sections = yaml.safe_load((tmp_path / "config.yaml").read_text(encoding="utf-8"))
+    assert list(sections) == ["preset", "data", "model", "loss", "optimisation", "machine", "output"]
+    assert sections["model"]["name"] == "capsnet"
 
 
 def test_a_short_file_takes_the_rest_from_its_preset(tmp_path: Path) -> None:
@@ -173,7 +197,7 @@ def test_a_file_that_cannot_be_read_is_refused(tmp_path: Path) -> None:
         ({"decoder_sizes": 512}, "decoder_sizes must be a list of whole numbers; got 512"),
         ({"decoder_sizes": [512, "big"]}, r"decoder_sizes\[1\] must be a whole number; got 'big'$"),
         ({"mask": "none"}, "mask must be one of label, prediction; got 'none'"),
-        ({"kernel": []}, r"kernel must be one of auto, plain, fused; got \[\]"),
+        ({"routing_kernel": []}, r"routing_kernel must be one of auto, plain, fused; got \[\]"),
     ],
 )
 def test_a_value_of_the_wrong_type_is_refused(values: dict[str, Any], message: str) -> None:
@@ -191,7 +215,6 @@ def test_a_value_of_the_wrong_type_is_refused(values: dict[str, Any], message: s
         ("image_size", 0, "pixels, 1 to 10,000, or HEIGHTxWIDTH, as 48x64"),
         ("lr", 0.0, "above 0"),
         ("lr_decay", 1.1, r"in \(0, 1\]"),
-        ("dropout", 1.0, r"in \[0, 1\)"),
         ("scale", -0.1, r"in \[0, 1\)"),
         ("m_neg", 1.0, r"in \[0, 1\)"),
         ("m_pos", 0.0, r"in \(0, 1\]"),
@@ -203,7 +226,7 @@ def test_a_value_of_the_wrong_type_is_refused(values: dict[str, Any], message: s
 )
 def test_a_value_out_of_range_is_refused(name: str, value: Any, rule: str) -> None:
     with pytest.raises(InputError, match=f"^{name} must be {rule}; got "):
-        Config(**{name: value})
+        Config.of(**{name: value})
     with pytest.raises(InputError, match=f"^here: {name} must be {rule}; got "):
         from_dict({name: value}, source="here")
 
@@ -211,12 +234,12 @@ def test_a_value_out_of_range_is_refused(name: str, value: Any, rule: str) -> No
 @pytest.mark.parametrize(
     "values",
     [
-        {"epochs": 0, "m_pos": 1.0, "m_neg": 0.0, "lr_decay": 1.0, "validation": 0, "dropout": 0.0},
+        {"epochs": 0, "m_pos": 1.0, "m_neg": 0.0, "lr_decay": 1.0, "validation": 0},
         {"channels": None, "threads": None, "decoder_sizes": (), "seed": 0},
     ],
 )
 def test_values_at_the_edge_are_accepted(values: dict[str, Any]) -> None:
-    assert from_dict(values, source="here") == Config(**values)
+    assert from_dict(values, source="here") == Config.of(**values)
 
 
 @pytest.mark.usefixtures("unchecked")
@@ -234,20 +257,8 @@ def test_all_faults_are_named_at_once() -> None:
     ):
         assert text.count(fault) == 1, text
     assert text.count("; and ") == 4
-    with pytest.raises(InputError, match=r"^m_neg must be .*; and batch_size must be .*; and device must be "):
-        Config(batch_size=0, m_neg=2.0, device="x")  # type: ignore[arg-type]
-
-
-def test_a_configuration_is_made_and_read_without_torch(tmp_path: Path) -> None:
-    write(Config(), tmp_path / "config.yaml")
-    code = (
-        "import sys; from capsnet import config; config.read(sys.argv[1]); "
-        "sys.exit(', '.join({'torch', 'numpy', 'matplotlib'} & set(sys.modules)) or None)"
-    )
-    done = subprocess.run(
-        [sys.executable, "-c", code, str(tmp_path / "config.yaml")], capture_output=True, text=True, check=False
-    )
-    assert (done.returncode, done.stderr) == (0, "")
+    with pytest.raises(InputError, match=r"^device must be .*; and batch_size must be .*; and m_neg must be "):
+        Config.of(batch_size=0, m_neg=2.0, device="x")
 
 
 def test_the_name_of_a_preset_alone_is_not_the_preset() -> None:
@@ -257,34 +268,29 @@ def test_the_name_of_a_preset_alone_is_not_the_preset() -> None:
 
 def test_a_rate_below_its_floor_is_refused() -> None:
     with pytest.raises(InputError, match=r"^lr must be at least lr_floor, 1e-06; got 1e-07$"):
-        Config(lr=1e-7)
+        Config.of(lr=1e-7)
 
 
 @pytest.mark.usefixtures("unchecked")
 @pytest.mark.parametrize("value", [float("inf"), float("nan")])
-@pytest.mark.parametrize("name", [field.name for field in fields(Config) if field.type is float])
+@pytest.mark.parametrize("name", [name for name, kind in get_type_hints(Config).items() if kind is float])
 def test_numbers_that_are_not_finite_are_refused(name: str, value: Any) -> None:
     with pytest.raises(InputError, match=f"^{name} must be .*; got {value}$"):
-        Config(**{name: value})
+        Config.of(**{name: value})
     with pytest.raises(InputError, match=f"^here: {name} must be a finite number; got {value}$"):
         from_dict({name: value}, source="here")
 
 
 def test_a_turn_is_at_most_half_a_circle() -> None:
     with pytest.raises(InputError, match=r"^rotation must be 0 to 180 degrees; got 200"):
-        Config(rotation=200.0)
-
-
-def test_builders_and_configuration_have_the_same_defaults() -> None:
-    for model in available():
-        for name, value in builder_options(model).items():
-            assert getattr(with_defaults(Config()), name) == value, (model, name)
+        Config.of(rotation=200.0)
 
 
 # what no machine can do
 
 
-WHOLE_NUMBERS = [field.name for field in fields(Config) if int in (field.type, *get_args(field.type))]
+HINTS = get_type_hints(Config) | get_type_hints(options_of("capsnet"))
+WHOLE_NUMBERS = [name for name, kind in HINTS.items() if int in (kind, *get_args(kind))]
 MOST = {"seed": 2**62 - 1, "data_seed": 2**62 - 1, "routing_iterations": 100, "image_size": 10_000, "threads": 1024}
 
 
@@ -297,15 +303,15 @@ def test_whole_numbers_have_a_largest_value(name: str) -> None:
     for value in (most + 1, 10**26, 10**5000):
         wrong = (value,) if name == "decoder_sizes" else value
         with pytest.raises(InputError, match=rf"^{name} must be {rule}; got [^\n]{{1,80}}$"):
-            Config(**{name: wrong})
+            Config.of(**{name: wrong})
     if name not in ("channels", "bit_depth", "decoder_sizes"):
         allowed: Any = most
-        assert getattr(Config(**{name: allowed}), name) == most
+        assert Config.of(**{name: allowed}).flat()[name] == most
 
 
 def test_every_seed_that_is_allowed_can_be_used() -> None:
     torch = pytest.importorskip("torch")
-    largest = config.LARGEST_SEED
+    largest = options.LARGEST_SEED
     torch.Generator().manual_seed(3 * largest + 2)  # as strokes do
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(largest)
@@ -313,7 +319,7 @@ def test_every_seed_that_is_allowed_can_be_used() -> None:
 
 def test_text_holds_no_nul() -> None:
     with pytest.raises(InputError, match=r"^out must be text without a NUL character; got 'a\\x00b'$"):
-        Config(out="a\0b")
+        Config.of(out="a\0b")
 
 
 # hostile files

@@ -12,8 +12,11 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from capsnet import data
-from capsnet.data import Split, affnist
-from capsnet.data.affnist import FACTORS, generated, padded, parse, placed, transform
+from capsnet.data import Split
+from capsnet.data.sets import affnist_generated
+from capsnet.data.sets.affnist import parse
+from capsnet.data.sets.affnist_generated import FACTORS, generated, transform
+from capsnet.data.sets.expanded_mnist import padded, placed
 from capsnet.errors import InputError
 from tiny import REAL
 
@@ -117,7 +120,7 @@ def test_colours_and_other_sizes_are_transformed_alike() -> None:
 def test_images_do_not_depend_on_the_chunk_they_are_in(monkeypatch: pytest.MonkeyPatch) -> None:
     split = digits(7)
     whole = generated(split, seed=3)
-    monkeypatch.setattr(affnist, "_CHUNK", 3)
+    monkeypatch.setattr(affnist_generated, "_CHUNK", 3)
     assert torch.equal(generated(split, seed=3).images, whole.images)
 
 
@@ -355,7 +358,7 @@ def test_real_mnist_at_random_places() -> None:
     assert test.images.shape == (10_000, 1, 40, 40)
     assert torch.equal(test.images.sum((1, 2, 3)), mnist.images.sum((1, 2, 3)))
     assert torch.equal(test.labels, mnist.labels)
-    with pytest.raises(InputError, match=r"split must be train or test .*; got validation of expanded-mnist"):
+    with pytest.raises(InputError, match=r"^split of expanded-mnist must be among train, test; got validation$"):
         data.load_split("expanded-mnist", "validation", data_dir=REAL)
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from capsnet.data import cifar
+from capsnet.data.sets import cifar10 as cifar
 from capsnet.errors import InputError
 
 NAMES = tuple(cifar.SHA256)
@@ -81,7 +81,7 @@ def test_a_wrong_batch_is_named(content: bytes, message: str) -> None:
 def test_read(tmp_path: Path, batches: dict[str, bytes]) -> None:
     for name, content in batches.items():
         (tmp_path / name).write_bytes(content)
-    train, test = cifar.read(tmp_path, "train"), cifar.read(tmp_path, "test")
+    train, test = (cifar.read(split, data_dir=tmp_path) for split in ("train", "test"))
     assert train.labels.tolist() == [0, 9, 1, 9, 2, 9, 3, 9, 4, 9]
     assert test.labels.tolist() == [5, 9]
     assert test.images[0, :, 0, 0].tolist() == [5, 10, 20]
@@ -94,12 +94,13 @@ def test_a_changed_batch_is_named_with_both_checksums(tmp_path: Path, batches: d
     (tmp_path / "data_batch_2.bin").write_bytes(wrong)
     expected, actual = cifar.SHA256["data_batch_2.bin"], hashlib.sha256(wrong).hexdigest()
     with pytest.raises(InputError, match=f"data_batch_2.bin must have the SHA-256 {expected}; got {actual}"):
-        cifar.read(tmp_path, "train")
+        cifar.read("train", data_dir=tmp_path)
 
 
 def test_a_missing_batch_is_named(tmp_path: Path, batches: dict[str, bytes]) -> None:
+    (tmp_path / "data_batch_1.bin").write_bytes(batches["data_batch_1.bin"])
     with pytest.raises(InputError, match=r"^file .*test_batch.bin must be readable; got: No such file"):
-        cifar.read(tmp_path, "test")
+        cifar.read("test", data_dir=tmp_path)
 
 
 @pytest.mark.parametrize("kind", ["gz", "xz"])
@@ -138,7 +139,7 @@ def test_a_batch_of_any_size_is_not_read_whole(tmp_path: Path, batches: dict[str
     with (tmp_path / "test_batch.bin").open("wb") as file:
         file.truncate(5 * 10**9)
     with pytest.raises(InputError, match=r"test_batch.bin must hold at most 30,730,000 bytes; got more$"):
-        cifar.read(tmp_path, "test")
+        cifar.read("test", data_dir=tmp_path)
 
 
 def link(kind: bytes) -> tarfile.TarInfo:

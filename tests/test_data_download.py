@@ -150,7 +150,7 @@ def test_when_all_mirrors_fail_one_message_tells_everything(tmp_path: Path, monk
 def test_offline_does_not_try(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CAPSNET_OFFLINE", "1")
     with serve(ALL) as (url, requests):
-        with pytest.raises(InputError, match=r"missing: labels.gz; .*downloads are off \(CAPSNET_OFFLINE\)"):
+        with pytest.raises(InputError, match=r"missing: labels.gz, images.gz; .*downloads are off \(CAPSNET_OFFLINE\)"):
             download.contents(source(url), ["labels"], None)
         assert requests == []
         monkeypatch.setenv("CAPSNET_OFFLINE", "0")
@@ -209,7 +209,9 @@ def test_in_data_dir_nothing_else_is_looked_at(tmp_path: Path, monkeypatch: pyte
     place(tmp_path / "env")
     place(tmp_path / "cache")
     (tmp_path / "arg").mkdir()
-    with pytest.raises(InputError, match=r"missing: labels.gz; looked in: [^;]*/arg; with --data-dir nothing is down"):
+    with pytest.raises(
+        InputError, match=r"missing: labels.gz, images.gz; looked in: [^;]*/arg; with --data-dir nothing"
+    ):
         labels(data_dir=tmp_path / "arg")
     for folder in ("arg", "arg/toy-test", "arg/toy"):
         path = place(tmp_path / folder)

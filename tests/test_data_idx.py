@@ -6,9 +6,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch import Tensor
 
 from capsnet.data import idx
 from capsnet.errors import InputError
+from capsnet.files import unpacked
 from tiny import REAL
 
 MNIST = REAL / "mnist"
@@ -22,18 +24,22 @@ IMAGES = encode((2, 3, 5), bytes(range(30)))
 LABELS = encode((7,), bytes([5, 0, 4, 1, 9, 2, 255]))
 
 
+def parse(parser: Callable[[bytes, Path], Tensor], path: Path) -> Tensor:
+    return parser(unpacked(path), path)
+
+
 @pytest.mark.parametrize("pack", [bytes, gzip.compress])
 @pytest.mark.parametrize("name", ["images", "images.gz"])  # the content decides, not the name
 def test_images(tmp_path: Path, pack: Callable[[bytes], bytes], name: str) -> None:
     (tmp_path / name).write_bytes(pack(IMAGES))
-    images = idx.read_images(tmp_path / name)
+    images = parse(idx.parse_images, tmp_path / name)
     assert images.dtype == torch.uint8
     assert torch.equal(images, torch.arange(30, dtype=torch.uint8).view(2, 1, 3, 5))
 
 
 def test_labels(tmp_path: Path) -> None:
     (tmp_path / "labels").write_bytes(gzip.compress(LABELS))
-    labels = idx.read_labels(str(tmp_path / "labels"))
+    labels = parse(idx.parse_labels, tmp_path / "labels")
     assert labels.dtype == torch.int64
     assert labels.tolist() == [5, 0, 4, 1, 9, 2, 255]
 
@@ -70,7 +76,7 @@ def test_a_wrong_file_is_named_with_its_fault(tmp_path: Path, content: bytes, me
     path = tmp_path / "train-images.gz"
     path.write_bytes(content)
     with pytest.raises(InputError, match=f"train-images.gz {message}"):
-        idx.read_images(path)
+        parse(idx.parse_images, path)
 
 
 def test_images_are_not_labels() -> None:
@@ -80,22 +86,22 @@ def test_images_are_not_labels() -> None:
 
 def test_a_missing_file_is_named(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="nowhere must be a readable file; got: No such file"):
-        idx.read_labels(tmp_path / "nowhere")
+        unpacked(tmp_path / "nowhere")
 
 
 @pytest.mark.parametrize("pack", [bytes, gzip.compress])
 def test_no_more_is_unpacked_than_can_be_right(tmp_path: Path, pack: Callable[[bytes], bytes]) -> None:
     path = tmp_path / "labels"
     path.write_bytes(pack(bytes(3 * 2**20)))
-    assert len(idx.unpacked(path, most=3 * 2**20)) == 3 * 2**20
+    assert len(unpacked(path, most=3 * 2**20)) == 3 * 2**20
     with pytest.raises(InputError, match=rf"^file {path} must hold at most 3,145,727 bytes; got more$"):
-        idx.unpacked(path, most=3 * 2**20 - 1)
+        unpacked(path, most=3 * 2**20 - 1)
 
 
 @pytest.mark.skipif(not MNIST.is_dir(), reason=f"no MNIST in {MNIST}; set CAPSNET_DATA")
 def test_mnist_test_set() -> None:
-    content = idx.unpacked(MNIST / "t10k-images-idx3-ubyte.gz")
+    content = unpacked(MNIST / "t10k-images-idx3-ubyte.gz")
     assert hashlib.sha256(content).hexdigest().startswith("0fa7898d5092")
     assert idx.parse_images(content, "t10k").shape == (10_000, 1, 28, 28)
-    labels = idx.read_labels(MNIST / "t10k-labels-idx1-ubyte.gz")
+    labels = parse(idx.parse_labels, MNIST / "t10k-labels-idx1-ubyte.gz")
     assert labels[:10].tolist() == [7, 2, 1, 0, 4, 1, 4, 9, 5, 9]

@@ -13,11 +13,12 @@ import pytest
 import torch
 from PIL import Image
 
-from capsnet import train
 from capsnet.config import Config
 from capsnet.data import Dataset, image_cache, image_file, load
 from capsnet.data.image_folder import image_files, scan
 from capsnet.errors import InputError
+from capsnet.training import fit as training
+from capsnet.training import prepare
 from tiny import same_weights, tiny
 
 RED, BLUE = (200, 10, 30), (10, 20, 190)
@@ -419,7 +420,7 @@ def test_all_bad_files_are_told_at_once(pets: Path) -> None:
         "dog/notes.txt must be an",
     ):
         assert part in str(told.value)
-    data = train.prepare_data(Config(data=str(pets), validation=0, skip_unreadable=True))
+    data = prepare.prepare_data(Config.of(data=str(pets), validation=0, skip_unreadable=True))
     assert len(data.train) + len(data.test) == 4
 
 
@@ -428,8 +429,8 @@ def test_files_that_only_decoding_finds_damaged_are_told_together_or_passed_over
         (pets / name).write_bytes(encoded("JPEG")[:-500])
     with pytest.raises(InputError, match=r"2 files are none: cat/c.jpg must be a .* truncated.*; dog/d.jpg must be a"):
         folder(pets, image_size=8)
-    config = Config(data=str(pets), image_size=8, validation=0, skip_unreadable=True)
-    data = train.prepare_data(config)
+    config = Config.of(data=str(pets), image_size=8, validation=0, skip_unreadable=True)
+    data = prepare.prepare_data(config)
     assert len(data.train) + len(data.test) == 4
     assert re.match(r"passed over 2 unreadable: cat/c.jpg \(must be a readable image; got: .*truncated", data.notes[0])
 
@@ -474,9 +475,9 @@ def test_a_training_on_mapped_images_ends_as_one_in_memory(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    train.fit(tiny(photos, out="memory", epochs=1))
+    training.fit(tiny(photos, out="memory", epochs=1))
     monkeypatch.setattr(image_cache, "IN_MEMORY", 0)
-    train.fit(tiny(photos, out="mapped", epochs=1, report=False))
+    training.fit(tiny(photos, out="mapped", epochs=1, report=False))
     assert same_weights("memory", "mapped")
     assert len(image_cache.entries()) == 1
     assert str(image_cache.entries()[0].path) in capsys.readouterr().err
@@ -488,7 +489,7 @@ def test_a_report_of_1000_classes_takes_less_than_a_gigabyte_more(workplace: Pat
     for k in range(1000):
         for number in range(3):
             save(workplace / "many" / str(k) / f"{number}.png", Image.new("L", (12, 12), (7 * k + number) % 256))
-    sizes = "--conv-channels 8 --conv-kernel 5 --primary-kernel 5 --capsule-types 2 --decoder-sizes 16"
+    sizes = "--conv-channels 8 --conv-kernel-size 5 --primary-kernel-size 5 --capsule-types 2 --decoder-sizes 16"
     sizes += " --threads 1 --epochs 1 --validation 0"
     program = (
         "import sys; from capsnet.cli import main; code = main(sys.argv[1:]); "

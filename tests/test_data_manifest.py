@@ -12,13 +12,15 @@ import pytest
 import torch
 from PIL import Image
 
-from capsnet import cli, train
+from capsnet import cli
 from capsnet.checkpoints import run_directory
 from capsnet.cli.trained_model import TrainedModel
 from capsnet.data import Dataset, Split
 from capsnet.data.image_folder import scan
 from capsnet.data.manifest import Line, Manifest
 from capsnet.errors import InputError
+from capsnet.training import fit as training
+from capsnet.training import prepare
 from tiny import photos, tiny
 
 
@@ -31,7 +33,7 @@ def own(workplace: Path) -> Path:
 @pytest.fixture
 def trained(own: Path, blank_figure: None) -> Manifest:
     """The manifest of a run on them in `run`."""
-    train.fit(tiny(own, out="run", epochs=1))
+    training.fit(tiny(own, out="run", epochs=1))
     found = run_directory.Run("run").manifest()
     assert found is not None
     return found
@@ -89,7 +91,7 @@ def test_files_that_are_no_images_do_not_keep_a_run_from_its_own(
     after, told = evaluated(capsys)
     assert after == before
     assert "a/notes.txt" in told
-    train.resume("run", epochs=2)
+    training.resume("run", epochs=2)
     other = own.with_name("other")
     shutil.copytree(own, other)
     (other / "a" / "0.png").unlink()
@@ -105,7 +107,7 @@ def test_a_folder_that_moved_is_the_same(trained: Manifest, own: Path, capsys: p
     after, told = evaluated(capsys, "--data", "moved")
     assert after == {**before, "data": "moved"}
     assert "were used" not in told
-    train.resume("run", epochs=2, data="moved")
+    training.resume("run", epochs=2, data="moved")
     assert run_directory.Run("run").config().data == "moved"
 
 
@@ -123,13 +125,13 @@ def test_a_run_does_not_go_on_with_other_images(trained: Manifest, own: Path, ch
         Image.new("RGB", (13, 12), "red").save(own / line.path)
     before = Path("run/last.ckpt").read_bytes()
     with pytest.raises(InputError, match=r"own must be the images that the run began with; since then: \d+ [mc]"):
-        train.resume("run", epochs=2)
+        training.resume("run", epochs=2)
     assert Path("run/last.ckpt").read_bytes() == before
 
 
 def test_a_run_goes_on_beside_new_images(trained: Manifest, own: Path) -> None:
     Image.new("RGB", (13, 12), "red").save(own / "a" / "new.png")
-    train.resume("run", epochs=2)
+    training.resume("run", epochs=2)
     assert run_directory.Run("run").manifest() == trained
 
 
@@ -140,12 +142,12 @@ def test_a_run_without_a_manifest_is_evaluated_and_goes_on_as_it_was_divided(
     found, told = evaluated(capsys)
     assert found["total"] == 15
     assert "capsnet: run has no manifest of its images, so " in told
-    legacy = train.prepare_data(tiny(own), shares=False)
+    legacy = prepare.prepare_data(tiny(own), shares=False)
     order = torch.randperm(75, generator=torch.Generator().manual_seed(0))
     whole = scan(own).divided(seed=0).of("train")
     assert legacy.validation is not None
     assert legacy.validation.labels.tolist() == [whole[k].label for k in order[:7].sort().values]
-    few = train.prepare_data(tiny(own, train_images=20), shares=False)
+    few = prepare.prepare_data(tiny(own, train_images=20), shares=False)
     assert few.validation is not None
     assert torch.equal(few.validation.images, legacy.validation.images)
     order = torch.randperm(68, generator=torch.Generator().manual_seed(0))[:20].sort().values
@@ -223,7 +225,7 @@ def test_train_and_val_are_trained_and_the_number_is_called_a_validation_error(
     assert result["selection"].endswith("there are no test images")
     assert "validation error" in Path("run/report.html").read_text(encoding="utf-8")
     with pytest.raises(InputError, match=r"^validation must be left out, or 0, where .* has val/ and no test/; got 5$"):
-        train.prepare_data(tiny(layout, validation=5))
+        prepare.prepare_data(tiny(layout, validation=5))
 
 
 def layout(own: Path, **splits: range) -> Path:
@@ -242,14 +244,14 @@ def test_what_is_a_test_image_is_what_was_one(
 ) -> None:
     """Where test/ is gone, validation images do not stand in for it; where it came later, they stay what is told."""
     place = layout(own, train=range(10), val=range(10, 15), test=range(15, 20))
-    train.fit(tiny(place, out="run", epochs=1, validation=None))
+    training.fit(tiny(place, out="run", epochs=1, validation=None))
     assert evaluated(capsys)[0]["total"] == 15
     shutil.rmtree(place / "test")
     assert cli.main(["evaluate", "run"]) == 2
     assert f"{place} must hold test images; got none" in capsys.readouterr().err
     shutil.rmtree(place)
     place = layout(own, train=range(10), val=range(10, 15))
-    train.fit(tiny(place, out="run", epochs=1, validation=None, overwrite=True))
+    training.fit(tiny(place, out="run", epochs=1, validation=None, overwrite=True))
     before, _ = evaluated(capsys)
     layout(own, test=range(15, 20))
     after, told = evaluated(capsys)
@@ -260,8 +262,8 @@ def test_what_is_a_test_image_is_what_was_one(
 def test_looking_at_a_published_set_without_its_validation_images_warns_of_nothing(
     workplace: Path, blank_figure: None, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr("capsnet.train.load", lambda *arguments, **options: memory(validation=False))
-    train.fit(tiny(Path("memory"), out="run", epochs=1, validation=5), memory(validation=False))
+    monkeypatch.setattr("capsnet.training.prepare.load", lambda *arguments, **options: memory(validation=False))
+    training.fit(tiny(Path("memory"), out="run", epochs=1, validation=5), memory(validation=False))
     for held_out in (True, False):
         subject = TrainedModel("run")
         subject.dataset(held_out=held_out)
@@ -284,7 +286,7 @@ def test_a_folder_of_which_nothing_can_be_decoded_is_refused(
 def test_training_tells_what_is_lost_in_its_images(own: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for number in range(2):
         Image.new("RGB", (13, 12), "white").save(own / "a" / f"{number}.png")
-    notes = train.prepare_data(tiny(own)).notes
+    notes = prepare.prepare_data(tiny(own)).notes
     assert notes == ("2 of 90 images: blank: one colour all over (a/0.png, a/1.png)",)
 
 
@@ -293,22 +295,22 @@ def test_names_are_compared_in_one_unicode_form(own: Path) -> None:
         for name in ("Tür", "Öl"):
             place = own.with_name("forms") / split / unicodedata.normalize(form, name)  # type: ignore[arg-type]
             shutil.copytree(own / "ab"[k], place)
-    assert train.prepare_data(tiny(own.with_name("forms"))).classes == ("Tür", "Öl")
+    assert prepare.prepare_data(tiny(own.with_name("forms"))).classes == ("Tür", "Öl")
 
 
 def test_every_split_has_its_share_of_each_class(own: Path) -> None:
     for number in range(27):
         (own / "c" / f"{number}.png").unlink()  # 3 are left
-    dataset = train.prepare_data(tiny(own, validation=20))
+    dataset = prepare.prepare_data(tiny(own, validation=20))
     assert dataset.validation is not None
     assert dataset.train.labels.bincount().tolist()[2] == 1
     assert dataset.validation.labels.bincount(minlength=3).tolist()[2] in (0, 1)
     with pytest.raises(InputError, match=r"^train_images must be 3, one of each class, to the \d+ there are; got 2$"):
-        train.prepare_data(tiny(own, train_images=2))
-    few = train.prepare_data(tiny(own, train_images=4))
+        prepare.prepare_data(tiny(own, train_images=2))
+    few = prepare.prepare_data(tiny(own, train_images=4))
     assert few.train.labels.bincount().tolist() == [1, 2, 1] or few.train.labels.bincount().tolist() == [2, 1, 1]
     with pytest.raises(InputError, match=r"^validation must be 0 to 49, which leaves an image of each of 3"):
-        train.prepare_data(tiny(own, validation=50))
+        prepare.prepare_data(tiny(own, validation=50))
 
 
 # of tensors
@@ -336,10 +338,10 @@ def test_of_other_data_the_tensors_are_known() -> None:
 
 def test_a_run_in_memory_does_not_go_on_with_other_images(photos: Path, workplace: Path, blank_figure: None) -> None:
     config = tiny(photos, out="run", epochs=1)
-    train.fit(config, memory())
+    training.fit(config, memory())
     with pytest.raises(InputError, match=r"data memory must be the images that the run began with; since then: the im"):
-        train.resume("run", memory(1), epochs=2)
-    train.resume("run", memory(), epochs=2)
+        training.resume("run", memory(1), epochs=2)
+    training.resume("run", memory(), epochs=2)
 
 
 # the file

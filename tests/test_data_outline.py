@@ -6,10 +6,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from capsnet import train
 from capsnet.config import Config
 from capsnet.data import Dataset, available, describe, image_cache, load, outline
 from capsnet.errors import InputError
+from capsnet.training import prepare
 from tiny import tiny
 
 CHANGES: list[dict[str, int | str]] = [{}, {"image_size": 20, "channels": 3}, {"image_size": "14x20"}, {"crop": 12}]
@@ -41,22 +41,22 @@ def same(outlined: Dataset, read: Dataset, *, labels: bool) -> None:
 def test_of_a_registered_set(name: str, changes: dict[str, int | str]) -> None:
     if describe(name).missing:
         pytest.skip(f"{name} is not on this machine")
-    config = Config(data=name, **changes)  # type: ignore[arg-type]
-    known = train.prepare_data(config, read=False)
-    same(known, train.prepare_data(config), labels=False)
+    config = Config.of(data=name, **changes)  # type: ignore[arg-type]
+    known = prepare.prepare_data(config, read=False)
+    same(known, prepare.prepare_data(config), labels=False)
     assert outline.nbytes(known) > 0
 
 
 @pytest.mark.parametrize("changes", [*CHANGES, {"validation": 3}, {"train_images": 30}], ids=str)
 def test_of_a_folder(photos: Path, changes: dict[str, int | str], monkeypatch: pytest.MonkeyPatch) -> None:
     config = replace(tiny(photos), **changes)  # type: ignore[arg-type]
-    read = train.prepare_data(config)
+    read = prepare.prepare_data(config)
     monkeypatch.setattr("capsnet.data.image_folder.decoded", None)  # nothing is
-    same(train.prepare_data(config, read=False), read, labels=True)
+    same(prepare.prepare_data(config, read=False), read, labels=True)
 
 
 def test_images_that_will_be_mapped_take_no_memory(photos: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    known = train.prepare_data(tiny(photos), read=False)
+    known = prepare.prepare_data(tiny(photos), read=False)
     assert outline.nbytes(known) == 90 * 3 * 12 * 13
     monkeypatch.setattr(image_cache, "IN_MEMORY", 1000)
     assert outline.nbytes(known) == 0

@@ -12,11 +12,11 @@ from torch import Tensor
 
 from capsnet import data
 from capsnet.checkpoints import pretrained
-from capsnet.data import strokes
 from capsnet.data.dataset import to_float
 from capsnet.data.photo import Frame, frame_of
 from capsnet.data.preprocessing import MNIST_FRAME as MNIST
 from capsnet.data.preprocessing import Invert, Prepared
+from capsnet.data.sets import strokes
 from capsnet.errors import InputError
 from tiny import REAL, reading
 

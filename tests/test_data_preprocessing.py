@@ -5,7 +5,7 @@ import io
 import json
 from collections.abc import Callable
 from dataclasses import replace
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -14,15 +14,18 @@ import pytest
 import torch
 from PIL import Image, ImageDraw
 
-from capsnet import cli, data, train
+from capsnet import cli, data
 from capsnet.checkpoints import run_directory
 from capsnet.checkpoints.model_card import Card
 from capsnet.config import Config
 from capsnet.data import Split, available, describe, load
 from capsnet.data.photo import Frame
 from capsnet.data.preprocessing import MNIST_FRAME, Preprocessing
+from capsnet.data.registry import entry
 from capsnet.errors import InputError
 from capsnet.evaluation import evaluate
+from capsnet.training import fit as training
+from capsnet.training import prepare
 from tiny import REAL, SIZES, reading
 
 
@@ -51,31 +54,25 @@ KINDS: dict[str, dict[str, Any]] = {
 @pytest.fixture
 def fewer(monkeypatch: pytest.MonkeyPatch) -> None:
     """The first images of published sets only, each read once."""
-    monkeypatch.setattr(data, "_read", few)
-
-
-read_whole = data._read
-
-
-def few(name: str, splits: tuple[str, ...], data_dir: str | None) -> list[Split]:
-    return [first_of(name, split, data_dir) for split in splits]
+    monkeypatch.setattr(data, "entry", lambda name: replace(entry(name), read=partial(first_of, name)))
 
 
 @cache
-def first_of(name: str, split: str, data_dir: str | None) -> Split:
-    return read_whole(name, (split,), data_dir)[0].take(torch.arange(50))
+def first_of(name: str, split: str, **about: Any) -> Split:
+    whole = entry(name).read(split, **about)
+    return whole if name == "strokes" else whole.take(torch.arange(50))
 
 
 @pytest.mark.usefixtures("fewer")
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_file_of_a_test_image_becomes_the_test_image(kind: str, tmp_path: Path) -> None:
     name, options = kind.split(",")[0], KINDS[kind]
-    config = Config(data=name, data_dir=None if name == "strokes" else str(REAL), validation=0, **options)
+    config = Config.of(data=name, data_dir=None if name == "strokes" else str(REAL), validation=0, **options)
     if name != "strokes" and (not REAL.is_dir() or describe(name, data_dir=REAL).missing):
         pytest.skip(f"no {name} in {REAL}")
-    dataset = train.prepare_data(config)
-    network = train.build(replace(config, **SIZES), dataset)
-    read = train.reading_of(network, dataset, config)
+    dataset = prepare.prepare_data(config)
+    network = prepare.build(config.changed(**SIZES), dataset)
+    read = prepare.reading_of(network, dataset, config)
     assert read.framing == ("digits" if name in ("strokes", "mnist", "expanded-mnist") else "off")
     raw = load(name, data_dir=config.data_dir, image_size=options.get("image_size") if name == "strokes" else None)
     for k in range(5):
@@ -120,9 +117,9 @@ def predicted(capsys: pytest.CaptureFixture[str], *arguments: str) -> list[dict[
     ids=str,
 )
 def test_a_file_of_a_folder_becomes_what_its_training_image_is(options: dict[str, Any], workplace: Path) -> None:
-    config = Config(data=str(discs(workplace / "discs", "shades")), validation=10, **options)
-    dataset = train.prepare_data(config)
-    read = train.reading_of(train.build(replace(config, **SIZES), dataset), dataset, config)
+    config = Config.of(data=str(discs(workplace / "discs", "shades")), validation=10, **options)
+    dataset = prepare.prepare_data(config)
+    read = prepare.reading_of(prepare.build(config.changed(**SIZES), dataset), dataset, config)
     for name in ("train", "validation", "test"):
         split, files = dataset.shown(name), [file for file in dataset.files if file.split == name]
         assert split is not None
@@ -137,10 +134,10 @@ def test_predict_and_evaluate_agree_to_the_image(
     """On white paper, where only the size or the shade tells the classes apart; 28 pixels, so that all is resized."""
     folder = discs(workplace / "discs", kind)
     small = {**SIZES, "conv_channels": 16, "decoder_sizes": (32,)}
-    config = Config(data=str(folder), image_size=28, shift=0, epochs=8, batch_size=16, threads=1, **small)
-    fitted = train.fit(replace(config, out="run", report=False))
+    config = Config.of(data=str(folder), image_size=28, shift=0, epochs=8, batch_size=16, threads=1, **small)
+    fitted = training.fit(replace(config, out="run", report=False))
     assert fitted.test.wrong <= 1
-    manifest, dataset = run_directory.Run("run").manifest(), train.prepare_data(run_directory.Run("run").config())
+    manifest, dataset = run_directory.Run("run").manifest(), prepare.prepare_data(run_directory.Run("run").config())
     assert manifest is not None
     for split in (dataset.train, dataset.validation, dataset.test):
         assert split is not None
@@ -177,8 +174,8 @@ def test_digits_of_a_folder_are_framed_if_asked_for(workplace: Path) -> None:
             sheet.paste(0, (place, 20, place + 5, 50 + number))
             (workplace / "sheets" / name).mkdir(parents=True, exist_ok=True)
             sheet.save(workplace / "sheets" / name / f"{number}.png")
-    config = Config(data="sheets", image_size=28, validation=0, framing="digits")
-    whole, plain = train.prepare_data(config), train.prepare_data(replace(config, framing=None))
+    config = Config.of(data="sheets", image_size=28, validation=0, framing="digits")
+    whole, plain = prepare.prepare_data(config), prepare.prepare_data(replace(config, framing=None))
     assert whole.preprocessing == Preprocessing(28, 28, 1, framing="digits", frame=MNIST_FRAME)
     ink = whole.train.images.float()
     columns = (ink.sum(2) * torch.arange(28)).sum(-1) / ink.sum((2, 3))

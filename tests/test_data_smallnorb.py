@@ -10,8 +10,8 @@ import pytest
 import torch
 
 from capsnet import data
-from capsnet.data import smallnorb
-from capsnet.data.smallnorb import CLASSES, FILES, PACKED_SHA256, parse_factors, parse_images, parse_labels
+from capsnet.data.sets import smallnorb
+from capsnet.data.sets.smallnorb import CLASSES, FILES, SOURCE, parse_factors, parse_images, parse_labels
 from capsnet.errors import InputError
 
 BYTES, INTEGERS = 0x1E3D4C55, 0x1E3D4C54
@@ -60,8 +60,8 @@ def test_the_names_of_the_files_are_the_official_ones() -> None:
         "smallnorb-5x01235x9x18x6x2x96x96-testing-cat.mat",
         "smallnorb-5x01235x9x18x6x2x96x96-testing-info.mat",
     )
-    assert set(PACKED_SHA256) == {name for files in FILES.values() for name in files}
-    assert len({bytes.fromhex(value) for value in PACKED_SHA256.values()}) == 6
+    assert set(SOURCE.packed) == {name for files in FILES.values() for name in files}
+    assert len({bytes.fromhex(value) for value in SOURCE.packed.values()}) == 6
     assert math.prod((5, 5, 9, 18, 6)) == smallnorb.PAIRS
 
 
@@ -174,7 +174,7 @@ def test_packed_files_are_held_to_the_recorded_checksums(small: Path, monkeypatc
     plain.unlink()
     with pytest.raises(InputError, match=r"testing-cat.mat.gz must have the SHA-256 ecaf6d5bb8\w+ as the published"):
         data.load_split("smallnorb", "test", data_dir=small)
-    monkeypatch.setitem(PACKED_SHA256, plain.name, hashlib.sha256(packed).hexdigest())
+    monkeypatch.setitem(SOURCE.packed, plain.name, hashlib.sha256(packed).hexdigest())
     assert len(data.load_split("smallnorb", "test", data_dir=small)) == 10
 
 

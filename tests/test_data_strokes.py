@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from capsnet.data.strokes import FACTORS, SKELETONS, render, strokes
+from capsnet.data.sets.strokes import FACTORS, SKELETONS, render, strokes
 from capsnet.errors import InputError
 
 DRAWINGS = [(digit, k) for digit, drawings in enumerate(SKELETONS) for k in range(len(drawings))]

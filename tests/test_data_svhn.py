@@ -1,7 +1,7 @@
 import hashlib
 import io
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -9,8 +9,9 @@ import scipy.io
 import torch
 
 from capsnet import data
-from capsnet.data import download, svhn
-from capsnet.data.svhn import FILES, SHA256, parse
+from capsnet.data import download
+from capsnet.data.sets import svhn
+from capsnet.data.sets.svhn import FILES, SOURCE, parse
 from capsnet.errors import InputError
 
 
@@ -39,7 +40,7 @@ def small(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     for name, count in ((FILES["train"], 12), (FILES["test"], 11)):
         content = official(count, seed=count)
         (folder / name).write_bytes(content)
-        monkeypatch.setitem(SHA256, name, hashlib.sha256(content).hexdigest())
+        monkeypatch.setitem(cast(dict[str, str | None], SOURCE.files), name, hashlib.sha256(content).hexdigest())
     return tmp_path / "given"
 
 
@@ -113,8 +114,8 @@ def test_a_wrong_checksum_is_refused(small: Path) -> None:
 
 
 def test_the_recorded_checksums_are_whole() -> None:
-    assert set(SHA256) == set(FILES.values())
-    assert all(value is not None and len(bytes.fromhex(value)) == 32 for value in SHA256.values())
+    assert set(SOURCE.files) == set(FILES.values())
+    assert all(value is not None and len(bytes.fromhex(value)) == 32 for value in SOURCE.files.values())
 
 
 def test_a_download_is_kept_when_its_checksum_is_right(
@@ -130,7 +131,7 @@ def test_a_download_is_kept_when_its_checksum_is_right(
     monkeypatch.setenv("CAPSNET_OFFLINE", "0")
     monkeypatch.setattr(download, "_retrieve", retrieve)
     read = data.load("svhn")
-    assert asked == [f"http://ufldl.stanford.edu/housenumbers/{name}" for name in FILES.values()]
+    assert asked == [f"http://ufldl.stanford.edu/housenumbers/{name}" for name in (FILES["test"], FILES["train"])]
     assert {path.name for path in (tmp_path / "cache" / "svhn").iterdir()} == set(FILES.values())
     assert torch.equal(data.load("svhn").train.images, read.train.images)
     assert len(asked) == 2
@@ -140,7 +141,7 @@ def test_a_download_of_another_checksum_is_not_kept(tmp_path: Path, monkeypatch:
     monkeypatch.setenv("CAPSNET_OFFLINE", "0")
     monkeypatch.setattr(download, "_retrieve", lambda url, path: path.write_bytes(official(3)) and path)
     with pytest.raises(InputError, match=r"missing: test_32x32.mat; .*test_32x32.mat must have the SHA-256 cdce80df"):
-        svhn.read(download.Source("svhn", SHA256, ("http://localhost/",)), "test", None)
+        svhn.read("test")
     assert not list((tmp_path / "cache" / "svhn").glob("*.mat"))
 
 

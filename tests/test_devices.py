@@ -7,7 +7,7 @@ from capsnet import devices
 from capsnet.cli import main
 from capsnet.config import Config
 from capsnet.errors import InputError
-from capsnet.layers import resolve_kernel, resolve_stem
+from capsnet.layers import resolve_convolution, resolve_routing_kernel
 from capsnet.models import create
 from capsnet.models.capsnet import CapsNet
 from tiny import SIZES
@@ -39,24 +39,26 @@ def test_mps_where_there_is_none_is_one_line(
 
 @pytest.mark.usefixtures("apple")
 def test_mps_is_accepted_and_never_chosen() -> None:
-    assert devices.resolve_device(Config(device="mps")) == MPS
+    assert devices.resolve_device(Config.of(device="mps")) == MPS
     assert devices.resolve_device(Config()).type == "cpu"
     with pytest.raises(InputError, match=r"^devices must be at most the 1 GPU of this machine; got 2$"):
-        devices.resolve_device(Config(device="mps", devices=2))
+        devices.resolve_device(Config.of(device="mps", devices=2))
 
 
 @pytest.mark.usefixtures("unchecked")
 def test_mps_is_float32_plain_and_direct() -> None:
     network = small()
     for precision in ("auto", "32"):
-        assert devices.resolve_precision(Config(precision=precision), MPS, network) == "32"
+        assert devices.resolve_precision(Config.of(precision=precision), MPS, network) == "32"
     with pytest.raises(InputError, match=r"^precision must be 32 or auto on device mps; got bf16$"):
-        devices.resolve_precision(Config(precision="bf16"), MPS, network)
-    assert resolve_kernel("auto", MPS) == "plain"
-    with pytest.raises(InputError, match=r"^kernel fused must run on a CPU or a CUDA GPU; got a tensor on mps$"):
-        resolve_kernel("fused", MPS)
+        devices.resolve_precision(Config.of(precision="bf16"), MPS, network)
+    assert resolve_routing_kernel("auto", MPS) == "plain"
+    with pytest.raises(
+        InputError, match=r"^routing_kernel fused must run on a CPU or a CUDA GPU; got a tensor on mps$"
+    ):
+        resolve_routing_kernel("fused", MPS)
 
     class Images:
         device, dtype, requires_grad = MPS, torch.float32, False
 
-    assert resolve_stem("auto", network.conv, network.primary, Images()) == "direct"  # type: ignore[arg-type]
+    assert resolve_convolution("auto", network.conv, network.primary, Images()) == "direct"  # type: ignore[arg-type]

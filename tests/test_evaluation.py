@@ -59,7 +59,7 @@ def test_by_hand() -> None:
 
 
 def test_evaluate_is_the_plain_sum_over_the_images(network: Network, split: Split) -> None:
-    config = Config(margin_scale=0.7, reconstruction_weight=0.003)
+    config = Config.of(margin_scale=0.7, reconstruction_weight=0.003)
     result = evaluate(network, split, config=config, batch_size=8)
     confusion = [[0] * 4 for _ in range(4)]
     margin = squared = 0.0

@@ -12,8 +12,9 @@ from capsnet import functional as F
 from capsnet.checkpoints import pretrained
 from capsnet.checkpoints.model_card import Card
 from capsnet.config import Config
-from capsnet.data import Dataset, strokes
+from capsnet.data import Dataset
 from capsnet.data.dataset import to_float
+from capsnet.data.sets import strokes
 from capsnet.errors import InputError
 from capsnet.evaluation import wilson_interval
 from capsnet.evaluation.adversarial import ATTACKS, attack_rates, fgsm, loss_of, pgd
@@ -23,7 +24,7 @@ from capsnet.models.baseline import ConvNet
 from capsnet.models.capsnet import CapsNet
 from capsnet.objective import Objective
 
-SIZES: dict[str, Any] = {**tiny.SIZES, "conv_channels": 16, "conv_kernel": 3, "capsule_types": 4, "class_dim": 8}
+SIZES: dict[str, Any] = {**tiny.SIZES, "conv_channels": 16, "conv_kernel_size": 3, "capsule_types": 4, "class_dim": 8}
 NAMES = ("capsnet", "plain")
 
 
@@ -138,7 +139,7 @@ def test_own_margins_are_flat_where_open_ones_are_not(
     networks: dict[str, Network], examples: tuple[Tensor, Tensor]
 ) -> None:
     images, labels = examples
-    easy = Config(m_pos=0.01, m_neg=0.99)  # all that is recognised is beyond such margins
+    easy = Config.of(m_pos=0.01, m_neg=0.99)  # all that is recognised is beyond such margins
     own = fgsm(networks["capsnet"], images, labels, epsilon=0.1, margins="own", config=easy)
     assert torch.equal(own, images)
     opened = fgsm(networks["capsnet"], images, labels, epsilon=0.1, config=easy)
@@ -283,7 +284,7 @@ def test_wrong_arguments_are_refused(networks: dict[str, Network], examples: tup
 @pytest.fixture
 def models(workplace: Path, networks: dict[str, Network], data: Dataset, monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Both networks in the working directory, with their cards."""
-    monkeypatch.setattr("capsnet.train.load", lambda *_, **__: data)
+    monkeypatch.setattr("capsnet.training.prepare.load", lambda *_, **__: data)
     threshold = Threshold(3.0, 0.05, 100, "validation")
     baseline = create("baseline", image_shape=(1, 12, 12), num_classes=2)
     for name, network in {"capsnet": networks["capsnet"], "baseline": baseline}.items():
@@ -334,7 +335,7 @@ def test_the_numbers_are_those_of_the_library(
         == 0
     )
     row = json.loads(capsys.readouterr().out)["models"][0]["rates"][1]
-    config, threshold = Config(data="strokes"), Threshold(3.0, 0.05, 100, "validation")
+    config, threshold = Config.of(data="strokes"), Threshold(3.0, 0.05, 100, "validation")
     wanted = attack_rates(
         networks["capsnet"],
         *examples,

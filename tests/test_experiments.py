@@ -3,14 +3,13 @@
 import json
 import math
 from collections.abc import Callable
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
 
-from capsnet import train
 from capsnet.checkpoints import pretrained, run_directory
 from capsnet.cli import main
 from capsnet.config import PRESETS, Config
@@ -22,6 +21,8 @@ from capsnet.experiments import plan as plans
 from capsnet.experiments import reproduce as reproduction
 from capsnet.experiments.reproduce import ENSEMBLE, place_of, reproduce, split_of
 from capsnet.experiments.tables import overview, render
+from capsnet.training import fit as training
+from capsnet.training import prepare
 from tiny import REAL, SIZES
 from tools import figures
 
@@ -66,7 +67,7 @@ def test_every_row_is_a_network_that_can_be_built_at_every_budget(one: Experimen
         images = torch.zeros(1, channels, *2 * [config.crop or sides.get(config.data, 28)], dtype=torch.uint8)
         split = Split(images, torch.zeros(1, dtype=torch.int64))
         with torch.device("meta"):
-            network = train.build(config, Dataset("any", tuple("0123456789"), split, split))
+            network = prepare.build(config, Dataset("any", tuple("0123456789"), split, split))
         quick = network.parameter_count() < 2e6, config.epochs, config.train_images
         assert budget != "quick" or quick == (True, 1, 1000)
 
@@ -76,7 +77,7 @@ def test_networks_are_of_the_sizes_that_the_paper_states() -> None:
         config = experiment(name).config(experiment(name).row(key), budget, 0)
         split = Split(torch.zeros(1, 1, side, side, dtype=torch.uint8), torch.zeros(1, dtype=torch.int64))
         with torch.device("meta"):
-            return train.build(config, Dataset("any", tuple("0123456789"), split, split)).parameter_count()
+            return prepare.build(config, Dataset("any", tuple("0123456789"), split, split)).parameter_count()
 
     assert parameters("multimnist", "capsnet-3", 36) == 11_361_808  # "11.36M"
     assert parameters("multimnist", "baseline", 36) == 24_563_978  # "24.56M"
@@ -87,8 +88,8 @@ def test_networks_are_of_the_sizes_that_the_paper_states() -> None:
 
 def test_every_difference_of_the_recipes_is_switched_alone() -> None:
     recipes = experiment("recipes")
-    base = asdict(recipes.config(recipes.row("paper"), "full", 0))
-    every = [asdict(recipes.config(row, "full", 0)) for row in recipes.rows[2:]]
+    base = recipes.config(recipes.row("paper"), "full", 0).flat()
+    every = [recipes.config(row, "full", 0).flat() for row in recipes.rows[2:]]
     alone = [{name: value for name, value in one.items() if value != base[name]} for one in every]
     schedule = {"lr_decay", "lr_decay_steps"}  # one choice, in two fields
     assert all(len(changes) == 1 or set(changes) == schedule for changes in alone)
@@ -144,7 +145,7 @@ GOOD = {"title": "T", "metric": "mnist", "rows": [ROW], "base": {"data": "mnist"
 def test_a_wrong_file_is_refused(tmp_path: Path, changes: dict[str, Any], told: str) -> None:
     path = tmp_path / "mine.yaml"
     path.write_text(json.dumps(GOOD), encoding="utf-8")
-    assert plans.read(path).config(plans.read(path).rows[0], "cpu", 2) == Config(data="mnist", report=False, seed=2)
+    assert plans.read(path).config(plans.read(path).rows[0], "cpu", 2) == Config.of(data="mnist", report=False, seed=2)
     path.write_text(json.dumps({**GOOD, **changes}), encoding="utf-8")
     with pytest.raises(InputError, match=f"^(experiment .*mine.yaml:? )?{told}"):
         plans.read(path)
@@ -154,11 +155,11 @@ def test_a_wrong_file_is_refused(tmp_path: Path, changes: dict[str, Any], told: 
 
 
 def test_a_fingerprint_is_of_what_has_an_effect() -> None:
-    config = Config(data="mnist", epochs=20)
+    config = Config.of(data="mnist", epochs=20)
     for same in ({"seed": 3}, {"threads": 1, "device": "cpu"}, {"out": "there", "overwrite": True}, {"report": False}):
-        assert fingerprint(replace(config, **same)) == fingerprint(config)
-    for other in ({"epochs": 21}, {"lr": 0.002}, {"shift": 0}, {"routing_iterations": 1}, {"stem": "direct"}):
-        assert fingerprint(replace(config, **other)) != fingerprint(config)
+        assert fingerprint(config.changed(**same)) == fingerprint(config)
+    for other in ({"epochs": 21}, {"lr": 0.002}, {"shift": 0}, {"routing_iterations": 1}, {"convolution": "direct"}):
+        assert fingerprint(config.changed(**other)) != fingerprint(config)
 
 
 def test_the_fingerprint_of_the_main_row_stays() -> None:
@@ -221,7 +222,7 @@ def small(workplace: Path, monkeypatch: pytest.MonkeyPatch) -> Experiment:
         whole = Split(images, labels)
         return Dataset(name, ("a", "b", "c"), whole.take(torch.arange(60)), whole.take(torch.arange(60, 90)))
 
-    monkeypatch.setattr(train, "load", made)
+    monkeypatch.setattr(prepare, "load", made)
     monkeypatch.setattr(reproduction, "is_here", lambda name, _: name != "absent")
     base = {"data": "some", "epochs": 2, "batch_size": 16, "precision": "32", "validation": 0, **SIZES}
     rows = (Row("one", "One", paper=50.0), Row("two", "Two", {"routing_iterations": 1}, against="one"))
@@ -242,7 +243,7 @@ def test_what_is_missing_is_trained_and_what_is_there_is_not(
     again = reproduce(small, budget="cpu", seeds=2, say=told.append)
     assert again[:2] == found
     assert [(one.row, one.seed) for one in again[2:]] == [("one", 1), ("two", 1), (ENSEMBLE, None)]
-    monkeypatch.setattr(train, "fit", None)
+    monkeypatch.setattr(training, "fit", None)
     assert reproduce(small, budget="cpu", seeds=2, say=told.append) == again
     assert len(told) == 4
 
@@ -273,7 +274,7 @@ def test_a_data_set_that_came_later_is_measured_without_training(
     small: Experiment, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     first = reproduce(small, budget="cpu", seeds=1, rows=["one"])
-    monkeypatch.setattr(train, "fit", None)
+    monkeypatch.setattr(training, "fit", None)
     later = reproduce(replace(small, also=("other", "third")), budget="cpu", seeds=1, rows=["one"])
     assert len(later) == 1
     assert set(later[0].results) == {"some", "other", "third"}
@@ -281,27 +282,27 @@ def test_a_data_set_that_came_later_is_measured_without_training(
 
 
 def test_what_others_recorded_in_the_meantime_stays(small: Experiment, monkeypatch: pytest.MonkeyPatch) -> None:
-    fit = train.fit
+    fit = training.fit
 
-    def beside(config: Config) -> train.Result:
+    def beside(config: Config) -> training.Result:
         records.add(RECORDS_HERE, record(experiment="small", seed=9))
         return fit(config)
 
-    monkeypatch.setattr(train, "fit", beside)
+    monkeypatch.setattr(training, "fit", beside)
     found = reproduce(small, budget="cpu", seeds=1)
     assert [one.seed for one in found] == [0, 9, 0]
     assert read(RECORDS_HERE, "small", "cpu") == found
 
 
 def test_a_row_that_diverges_does_not_hold_up_the_others(small: Experiment, monkeypatch: pytest.MonkeyPatch) -> None:
-    fit = train.fit
+    fit = training.fit
 
-    def diverging(config: Config) -> train.Result:
-        if config.routing_iterations == 3:
+    def diverging(config: Config) -> training.Result:
+        if config.options.routing_iterations == 3:
             raise Diverged("loss became NaN")
         return fit(config)
 
-    monkeypatch.setattr(train, "fit", diverging)
+    monkeypatch.setattr(training, "fit", diverging)
     with pytest.raises(Diverged, match="of small these diverged: one, seed 0; one, seed 1"):
         reproduce(small, budget="cpu", seeds=2)
     assert [(one.row, one.seed) for one in read(RECORDS_HERE, "small", "cpu")] == [
@@ -350,7 +351,7 @@ def test_a_stopped_training_is_gone_on_with(small: Experiment, monkeypatch: pyte
         with pytest.raises(KeyboardInterrupt):
             reproduce(small, budget="full", seeds=1, rows=["one"])
     assert read(RECORDS_HERE, "small", "full") == []
-    monkeypatch.setattr(train, "fit", None)  # a new training would not be the same one
+    monkeypatch.setattr(training, "fit", None)  # a new training would not be the same one
     found = reproduce(small, budget="full", seeds=1, rows=["one"])
     assert found[0].wrong_images == whole[0].wrong_images
     assert saved == [1]
@@ -369,7 +370,7 @@ def test_the_run_of_another_configuration_is_not_taken_for_it(small: Experiment)
 
 
 def test_wrong_requests_are_refused_before_any_training(small: Experiment, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(train, "fit", None)
+    monkeypatch.setattr(training, "fit", None)
     with pytest.raises(InputError, match="seeds must be at least 1; got 0"):
         reproduce(small, budget="cpu", seeds=0)
     with pytest.raises(InputError, match=r"rows of small must be among one, two; got 'on' \(did you mean one\?\)"):
@@ -549,7 +550,7 @@ def every_data_set(workplace: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPa
     """The real MNIST, Fashion-MNIST and CIFAR-10, and random images in the official formats of the others."""
     import test_data_smallnorb as norb
     import test_data_svhn as numbers
-    from capsnet.data import smallnorb, svhn
+    from capsnet.data.sets import smallnorb, svhn
 
     place = tmp_path / "data"
     place.mkdir()
@@ -561,7 +562,7 @@ def every_data_set(workplace: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPa
         (place / name).mkdir()
     for split, name in svhn.FILES.items():
         (place / "svhn" / name).write_bytes(numbers.official(1000, seed=len(split)))
-        monkeypatch.setitem(svhn.SHA256, name, None)
+        monkeypatch.setitem(cast(dict[str, str | None], svhn.SOURCE.files), name, None)
     monkeypatch.setattr(smallnorb, "PAIRS", 1000)
     monkeypatch.setattr(norb, "COUNT", 1000)
     for files in smallnorb.FILES.values():
@@ -610,10 +611,10 @@ def test_reproduce_prints_its_table(
 def test_a_signal_says_that_the_same_command_continues(
     workplace: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    def stopped(config: Config) -> train.Result:
+    def stopped(config: Config) -> training.Result:
         raise Interrupted("stopped in epoch 1 after step 2 of 5; go on with: capsnet train --resume run", 15)
 
-    monkeypatch.setattr(train, "fit", stopped)
+    monkeypatch.setattr(training, "fit", stopped)
     assert main(["reproduce", "table1", "--budget", "quick"]) == 143
     last = capsys.readouterr().err.splitlines()[-1]
     assert last == "capsnet reproduce: stopped in epoch 1 after step 2 of 5; the same command continues it"

@@ -17,13 +17,14 @@ import yaml
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
-from capsnet import train
 from capsnet.checkpoints import pretrained, run_directory
 from capsnet.cli import main
 from capsnet.data import Dataset
 from capsnet.errors import InputError
 from capsnet.experiments import records
 from capsnet.models import Network
+from capsnet.training import fit as training
+from capsnet.training import prepare
 from tiny import tiny
 
 RECORD = Path(__file__).parents[1] / "results" / "experiments" / "table1-cpu.jsonl"
@@ -50,14 +51,14 @@ MANY = settings(FEW, max_examples=2_000, derandomize=False)
 @pytest.fixture(scope="module")
 def finished(photos: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run of one epoch of 5 steps, and a file of records beside it."""
-    run = train.fit(tiny(photos, epochs=1, out=str(tmp_path_factory.mktemp("fuzz") / "run"), report=False)).directory
+    run = training.fit(tiny(photos, epochs=1, out=str(tmp_path_factory.mktemp("fuzz") / "run"), report=False)).directory
     (run / "x-quick.jsonl").write_text(RECORD.read_text(encoding="utf-8").splitlines()[0], encoding="utf-8")
     return run
 
 
 @pytest.fixture(scope="module")
 def dataset(photos: Path) -> Dataset:
-    return train.prepare_data(tiny(photos))
+    return prepare.prepare_data(tiny(photos))
 
 
 @pytest.fixture
@@ -68,14 +69,14 @@ def run(finished: Path, tmp_path: Path) -> Path:
 
 @cache
 def network_of(dataset: Dataset) -> Network:
-    return train.build(tiny(Path("photos")), dataset)
+    return prepare.build(tiny(Path("photos")), dataset)
 
 
 def read(run: Path, name: str, dataset: Dataset) -> None:
     """Read the file `name` of a run as the package does."""
     here = run_directory.Run(run)
     if name == "last.ckpt":
-        train._checkpoint(here, here.config(), network_of(dataset), dataset)
+        training._checkpoint(here, here.config(), network_of(dataset), dataset)
     elif name in ("model.safetensors", "config.json"):
         network = pretrained.load(run)
         assert all(

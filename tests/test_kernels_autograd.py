@@ -13,7 +13,7 @@ from capsnet.models import create
 from capsnet.models.capsnet import CapsNet
 
 pytestmark = pytest.mark.usefixtures("each_way")
-WAYS = {"minimal": ("minimal", "plain"), "fused": ("direct", "fused"), "both": ("minimal", "fused")}
+WAYS = {"winograd": ("winograd", "plain"), "fused": ("direct", "fused"), "both": ("winograd", "fused")}
 PLAINLY = ("direct", "plain")
 
 
@@ -24,14 +24,14 @@ def network(way: tuple[str, str]) -> CapsNet:
         image_shape=(2, 17, 19),
         num_classes=3,
         conv_channels=5,
-        conv_kernel=3,
+        conv_kernel_size=3,
         capsule_types=2,
         primary_dim=3,
-        primary_kernel=5,
+        primary_kernel_size=5,
         class_dim=4,
         decoder_sizes=(7,),
-        stem=way[0],
-        kernel=way[1],
+        convolution=way[0],
+        routing_kernel=way[1],
     ).double()
     assert isinstance(made, CapsNet)
     with torch.no_grad():
@@ -84,15 +84,15 @@ def test_a_backward_inside_autocast_is_the_one_outside() -> None:
 
 
 @pytest.mark.parametrize("hooks", [nullcontext, torch.autograd.graph.save_on_cpu], ids=["plain", "save_on_cpu"])
-@pytest.mark.parametrize("stem", ["minimal", "both"])
-def test_a_second_backward_through_the_minimal_stem_names_the_remedy(stem: str, hooks: Callable[[], Any]) -> None:
+@pytest.mark.parametrize("stem", ["winograd", "both"])
+def test_a_second_backward_through_winograd_convolutions_names_the_remedy(stem: str, hooks: Callable[[], Any]) -> None:
     net = network(WAYS[stem])
     with hooks():
         value = loss(net)
     first = torch.autograd.grad(value, list(net.parameters()), retain_graph=True)
     same(list(first), gradients(PLAINLY))
     with pytest.raises(
-        RuntimeError, match=r"minimal stem can run backward once.*use stem direct for retain_graph=True"
+        RuntimeError, match=r"Winograd convolutions can run once.*use convolution direct for retain_graph=True"
     ):
         torch.autograd.grad(value, list(net.parameters()))
 
@@ -113,7 +113,7 @@ def test_a_second_backward_through_fused_routing_gives_the_same(hooks: Callable[
 @pytest.mark.parametrize("iterations", [1, 2, 3])
 def test_a_weight_that_changes_after_the_forward_is_read_as_it_was_saved(iterations: int, dtype: torch.dtype) -> None:
     """With saved-tensor hooks PyTorch has a copy, and does not see that the original changed."""
-    layer = ClassCapsules(6, 4, 3, 5, iterations=iterations, kernel="fused").to(dtype)
+    layer = ClassCapsules(6, 4, 3, 5, iterations=iterations, routing_kernel="fused").to(dtype)
     u = torch.rand(2, 6, 4, dtype=dtype, requires_grad=True)
     wanted = torch.autograd.grad(layer(u).pose.sum(), (u, layer.weight))
     with torch.autograd.graph.saved_tensors_hooks(torch.clone, lambda copy: copy):
@@ -133,7 +133,7 @@ def test_strided_poses_and_weights_have_the_gradients_of_plain_routing(
     found = []
     for kernel in ("fused", "plain"):
         torch.manual_seed(2)
-        layer = ClassCapsules(6, 4, 3, 5, iterations=iterations, kernel=kernel, detach_routing=detached)
+        layer = ClassCapsules(6, 4, 3, 5, iterations=iterations, routing_kernel=kernel, detach_routing=detached)
         layer.weight = nn.Parameter(torch.randn(4, 5, 6, 3).permute(2, 0, 3, 1))
         layer.to(torch.float64 if dtype == torch.float64 else torch.float32)
         u = torch.randn(2, 4, 6).to(dtype).requires_grad_()
@@ -157,13 +157,13 @@ def test_second_derivatives_name_the_remedy(way: tuple[str, str]) -> None:
     first = torch.autograd.grad(loss(net), list(net.parameters()), create_graph=True)
     same([x.detach() for x in first], gradients(PLAINLY))
     for gradient in first[:3]:  # through the convolutions
-        with pytest.raises(RuntimeError, match=r"use (stem direct|kernel plain) for .*second derivatives"):
+        with pytest.raises(RuntimeError, match=r"use (convolution direct|kernel plain) for .*second derivatives"):
             torch.autograd.grad(gradient.square().sum(), list(net.parameters()), allow_unused=True, retain_graph=True)
 
 
 def test_second_derivatives_are_refused_also_of_what_is_linear_in_the_output() -> None:
     """The incoming gradient is then a constant, and PyTorch's own decorator lets the wrong answer pass."""
-    layer, u = ClassCapsules(6, 4, 3, 5, iterations=1, kernel="fused"), torch.rand(2, 6, 4)
+    layer, u = ClassCapsules(6, 4, 3, 5, iterations=1, routing_kernel="fused"), torch.rand(2, 6, 4)
     (first,) = torch.autograd.grad(layer(u).couplings.sum() + layer(u).pose.sum(), layer.weight, create_graph=True)
     with pytest.raises(RuntimeError, match="kernel fused has first derivatives only; use kernel plain"):
         torch.autograd.grad(first.sum(), layer.weight)

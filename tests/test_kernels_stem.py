@@ -149,9 +149,9 @@ def scores(network: CapsNet) -> Tensor:
 
 
 def plainly(network: CapsNet) -> Tensor:
-    network.stem, stem = "direct", network.stem
+    network.convolution, stem = "direct", network.convolution
     result = scores(network)
-    network.stem = stem
+    network.convolution = stem
     return result
 
 
@@ -350,13 +350,13 @@ def test_a_second_backward_is_refused() -> None:
     (images, *weights), s1, s2 = arguments(SHAPES["stride 1"], torch.float32)
     loss = minimal_stem(images, *weights, stride1=s1, stride2=s2).square().sum()
     torch.autograd.grad(loss, weights, retain_graph=True)
-    with pytest.raises(RuntimeError, match=r"the minimal stem can run backward once, .*; use stem direct for retain"):
+    with pytest.raises(RuntimeError, match=r"can run once, .*; use convolution direct for retain"):
         torch.autograd.grad(loss, weights)
 
 
 def test_images_that_need_a_gradient_are_refused() -> None:
     (images, *weights), s1, s2 = arguments(SHAPES["stride 1"], torch.float32)
-    with pytest.raises(InputError, match="images of the minimal stem must not need a gradient"):
+    with pytest.raises(InputError, match="images of Winograd convolutions must not need a gradient"):
         minimal_stem(images.requires_grad_(), *weights, stride1=s1, stride2=s2)
 
 
@@ -370,10 +370,10 @@ def tiny(**options: Any) -> CapsNet:
 
 def test_the_network_gives_the_same_with_either_stem() -> None:
     images = torch.rand(4, 1, 28, 28)
-    network = tiny(stem="direct").double()
+    network = tiny(convolution="direct").double()
     outputs, gradients = [], []
-    for choice in ("direct", "minimal"):
-        network.stem = choice
+    for choice in ("direct", "winograd"):
+        network.convolution = choice
         network.zero_grad()
         output = network(images.double(), torch.tensor([0, 1, 2, 0]))
         assert output.reconstruction is not None
@@ -395,29 +395,29 @@ def on(device: str, dtype: torch.dtype = torch.float32) -> Any:
 
 @pytest.mark.usefixtures("unchecked")
 def test_the_rule_of_auto() -> None:
-    assert tiny().resolved_stem(on("cpu")) == "minimal"
-    assert tiny().resolved_stem(on("cpu", torch.float64)) == "minimal"
-    assert tiny().resolved_stem(on("cpu", torch.bfloat16)) == "direct"
-    assert tiny().resolved_stem(on("cuda")) == "direct"
-    assert tiny(padding="same").resolved_stem(on("cpu")) == "minimal"
-    assert tiny(primary_kernel=2, primary_stride=2).resolved_stem(on("cpu")) == "direct"
+    assert tiny().resolved_convolution(on("cpu")) == "winograd"
+    assert tiny().resolved_convolution(on("cpu", torch.float64)) == "winograd"
+    assert tiny().resolved_convolution(on("cpu", torch.bfloat16)) == "direct"
+    assert tiny().resolved_convolution(on("cuda")) == "direct"
+    assert tiny(padding="same").resolved_convolution(on("cpu")) == "winograd"
+    assert tiny(primary_kernel_size=2, primary_stride=2).resolved_convolution(on("cpu")) == "direct"
     few, many = torch.rand(8, 1, 28, 28), torch.rand(9, 1, 28, 28)
-    assert [tiny().resolved_stem(images) for images in (few, many)] == ["minimal", "minimal"]
+    assert [tiny().resolved_convolution(images) for images in (few, many)] == ["winograd", "winograd"]
     with torch.no_grad():
-        assert [tiny().resolved_stem(images) for images in (few, many)] == ["direct", "minimal"]
-        assert tiny(stem="minimal").resolved_stem(few) == "minimal"
+        assert [tiny().resolved_convolution(images) for images in (few, many)] == ["direct", "winograd"]
+        assert tiny(convolution="winograd").resolved_convolution(few) == "winograd"
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        assert tiny().resolved_stem(on("cpu")) == "direct"
+        assert tiny().resolved_convolution(on("cpu")) == "direct"
 
 
 @pytest.mark.usefixtures("unchecked")
 def test_minimal_where_it_cannot_run_names_the_condition() -> None:
-    network = tiny(stem="minimal")
+    network = tiny(convolution="winograd")
     with pytest.raises(InputError, match="images on cuda, and it must run on a CPU"):
-        network.resolved_stem(on("cuda"))
+        network.resolved_convolution(on("cuda"))
     with pytest.raises(InputError, match=r"images of torch.bfloat16, and it must run in float32 or float64"):
         network.bfloat16()(torch.rand(1, 1, 28, 28, dtype=torch.bfloat16))
-    network = tiny(stem="minimal")
+    network = tiny(convolution="winograd")
     with (
         torch.autocast("cpu", dtype=torch.bfloat16),
         pytest.raises(InputError, match="must run in precision 32"),
@@ -425,8 +425,8 @@ def test_minimal_where_it_cannot_run_names_the_condition() -> None:
         network(torch.rand(1, 1, 28, 28))
     with pytest.raises(InputError, match="images that need a gradient, and it gives them none"):
         network(torch.rand(1, 1, 28, 28, requires_grad=True))
-    with pytest.raises(InputError, match="stem must be one of auto, direct, minimal; got 'fast'"):
-        tiny(stem="fast")
+    with pytest.raises(InputError, match="convolution must be one of auto, direct, winograd; got 'fast'"):
+        tiny(convolution="fast")
 
 
 def test_a_network_of_bfloat16_weights_is_near_one_of_float32() -> None:

@@ -11,7 +11,15 @@ from capsnet import functional as F
 from capsnet import reference
 from capsnet.errors import InputError
 from capsnet.kernels import fused, sweeps_triton
-from capsnet.layers import KERNELS, SMALL_BATCH, ClassCapsules, Convolution, Decoder, PrimaryCapsules, resolve_kernel
+from capsnet.layers import (
+    ROUTING_KERNELS,
+    SMALL_BATCH,
+    ClassCapsules,
+    Convolution,
+    Decoder,
+    PrimaryCapsules,
+    resolve_routing_kernel,
+)
 from capsnet.routing import dynamic_routing
 
 CPU, CUDA, META = (torch.device(name) for name in ("cpu", "cuda", "meta"))
@@ -103,7 +111,7 @@ def test_primary_capsules_are_in_the_documented_order(scale: float, padding: str
     """Capsule (y * width + x) * types + type holds channels type * dim ... type * dim + dim - 1 at (y, x)."""
     types, dim = 5, 3
     layer = PrimaryCapsules(
-        2, types=types, dim=dim, kernel=3, stride=2, in_size=(7, 10), padding=padding, scale=scale
+        2, types=types, dim=dim, kernel_size=3, stride=2, in_size=(7, 10), padding=padding, scale=scale
     ).double()
     image = random(2, 7, 10).numpy()
     rows, columns = layer.conv.out_size
@@ -124,7 +132,7 @@ def test_primary_capsules_are_in_the_documented_order(scale: float, padding: str
 
 
 def test_primary_capsules_start_as_pytorch_starts_a_convolution() -> None:
-    layer = PrimaryCapsules(64, types=7, dim=11, kernel=5, in_size=(9, 9))
+    layer = PrimaryCapsules(64, types=7, dim=11, kernel_size=5, in_size=(9, 9))
     bound = 1 / math.sqrt(64 * 5 * 5)
     for parameter in layer.parameters():
         assert float(parameter.detach().abs().max()) <= bound * (1 + 1e-6)
@@ -137,7 +145,7 @@ def test_primary_capsules_too_small_names_them() -> None:
 
 
 def test_primary_capsules_are_float32_under_autocast() -> None:
-    layer = PrimaryCapsules(2, types=3, dim=5, kernel=3, in_size=(7, 7))
+    layer = PrimaryCapsules(2, types=3, dim=5, kernel_size=3, in_size=(7, 7))
     images = torch.rand(2, 2, 7, 7)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         inside = layer(images)
@@ -149,11 +157,11 @@ def test_primary_capsules_are_float32_under_autocast() -> None:
 # class capsules
 
 
-@pytest.mark.parametrize("kernel", KERNELS)
+@pytest.mark.parametrize("kernel", ROUTING_KERNELS)
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize("leaky", [False, True])
 def test_class_capsules_equal_the_reference(kernel: str, bias: bool, leaky: bool) -> None:
-    layer = ClassCapsules(7, 3, 5, 2, iterations=3, bias=bias, leaky=leaky, kernel=kernel).double()
+    layer = ClassCapsules(7, 3, 5, 2, iterations=3, bias=bias, leaky=leaky, routing_kernel=kernel).double()
     u = random(2, 7, 3)
     with torch.no_grad():
         layer.weight.mul_(10)
@@ -168,7 +176,9 @@ def test_class_capsules_equal_the_reference(kernel: str, bias: bool, leaky: bool
 @pytest.mark.parametrize("kernel", ["plain", "fused"])
 def test_class_capsules_pass_on_iterations_and_detach_routing(kernel: str) -> None:
     layers = {
-        options: ClassCapsules(7, 3, 5, 2, iterations=options[0], detach_routing=options[1], kernel=kernel).double()
+        options: ClassCapsules(
+            7, 3, 5, 2, iterations=options[0], detach_routing=options[1], routing_kernel=kernel
+        ).double()
         for options in ((1, False), (3, False), (3, True))
     }
     poses, gradients = {}, {}
@@ -185,7 +195,7 @@ def test_class_capsules_pass_on_iterations_and_detach_routing(kernel: str) -> No
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("kernel", ["plain", "fused"])
 def test_class_capsules_work_in_float32_from_half_precision(dtype: torch.dtype, kernel: str) -> None:
-    layer = ClassCapsules(7, 3, 5, 2, kernel=kernel)
+    layer = ClassCapsules(7, 3, 5, 2, routing_kernel=kernel)
     u = random(2, 7, 3).to(dtype)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         result = layer(u)
@@ -206,24 +216,30 @@ def test_class_capsules_start_as_documented() -> None:
 
 
 def test_class_capsules_print_their_sizes() -> None:
-    text = repr(ClassCapsules(7, 3, 5, 2, iterations=4, kernel="plain"))
-    assert text == "ClassCapsules(7 x 3-D -> 5 x 2-D, iterations=4, kernel=plain)"
+    text = repr(ClassCapsules(7, 3, 5, 2, iterations=4, routing_kernel="plain"))
+    assert text == "ClassCapsules(7 x 3-D -> 5 x 2-D, iterations=4, routing_kernel=plain)"
 
 
 def test_class_capsules_refuse_wrong_options_when_built() -> None:
     with pytest.raises(InputError, match=r"^routing iterations must be at least 1; got 0$"):
         ClassCapsules(7, 3, 5, iterations=0)
-    with pytest.raises(InputError, match=r"^kernel must be one of auto, plain, fused; got 'fast'$"):
-        ClassCapsules(7, 3, 5, kernel="fast")
+    with pytest.raises(InputError, match=r"^routing_kernel must be one of auto, plain, fused; got 'fast'$"):
+        ClassCapsules(7, 3, 5, routing_kernel="fast")
 
 
 def test_kernels_resolve_by_device() -> None:
-    assert [resolve_kernel("auto", device) for device in (CPU, CUDA)] == ["fused", "plain"]
-    assert [resolve_kernel(kernel, CPU, small=True) for kernel in KERNELS] == ["plain", "plain", "fused"]
-    assert [resolve_kernel("plain", device) for device in (CPU, CUDA)] == ["plain", "plain"]
-    assert [resolve_kernel("fused", device) for device in (CPU, META)] == ["fused", "fused"]
-    with pytest.raises(InputError, match=r"^kernel fused must run on a CPU or a CUDA GPU; got a tensor on mps$"):
-        resolve_kernel("fused", torch.device("mps"))
+    assert [resolve_routing_kernel("auto", device) for device in (CPU, CUDA)] == ["fused", "plain"]
+    assert [resolve_routing_kernel(kernel, CPU, small=True) for kernel in ROUTING_KERNELS] == [
+        "plain",
+        "plain",
+        "fused",
+    ]
+    assert [resolve_routing_kernel("plain", device) for device in (CPU, CUDA)] == ["plain", "plain"]
+    assert [resolve_routing_kernel("fused", device) for device in (CPU, META)] == ["fused", "fused"]
+    with pytest.raises(
+        InputError, match=r"^routing_kernel fused must run on a CPU or a CUDA GPU; got a tensor on mps$"
+    ):
+        resolve_routing_kernel("fused", torch.device("mps"))
 
 
 def test_small_votes_without_gradients_are_routed_plainly(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -240,10 +256,12 @@ def test_small_votes_without_gradients_are_routed_plainly(monkeypatch: pytest.Mo
 
 def test_the_fused_kernel_on_a_gpu_needs_triton(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sweeps_triton, "available", lambda: False)
-    with pytest.raises(InputError, match=r"^kernel fused must have Triton on a GPU; it is not installed \(pip install"):
-        resolve_kernel("fused", CUDA)
+    with pytest.raises(
+        InputError, match=r"^routing_kernel fused must have Triton on a GPU; it is not installed \(pip install"
+    ):
+        resolve_routing_kernel("fused", CUDA)
     monkeypatch.setattr(sweeps_triton, "available", lambda: True)
-    assert resolve_kernel("fused", CUDA) == "fused"
+    assert resolve_routing_kernel("fused", CUDA) == "fused"
 
 
 # convolution
@@ -298,7 +316,7 @@ def test_decoder_draws_in_float32_under_autocast() -> None:
 
 def test_layers_use_the_functions(monkeypatch: pytest.MonkeyPatch) -> None:
     """Each equation is in one place: without the function there is no layer."""
-    layer = PrimaryCapsules(2, types=3, dim=5, kernel=3, in_size=(7, 7))
+    layer = PrimaryCapsules(2, types=3, dim=5, kernel_size=3, in_size=(7, 7))
     monkeypatch.setattr(F, "squash", lambda s, epsilon: s * 0 + 7)
     assert (layer(torch.rand(2, 2, 7, 7)) == 7).all()
 
@@ -320,7 +338,7 @@ def test_the_decoder_draws_each_of_several_capsules_alone() -> None:
 
 def test_the_layers_pass_the_epsilon_on_to_squash() -> None:
     epsilon = 0.3
-    primary = PrimaryCapsules(2, types=3, dim=5, kernel=3, in_size=(7, 7), epsilon=epsilon).double()
+    primary = PrimaryCapsules(2, types=3, dim=5, kernel_size=3, in_size=(7, 7), epsilon=epsilon).double()
     images = random(2, 2, 7, 7)
     with torch.no_grad():
         grid = primary.conv(images).permute(0, 2, 3, 1) + primary.bias
@@ -339,11 +357,13 @@ def test_the_layers_pass_the_epsilon_on_to_squash() -> None:
 
 
 def test_an_epsilon_is_for_the_plain_kernel_only() -> None:
-    assert [ClassCapsules(7, 3, 5, kernel=kernel, epsilon=1e-9).kernel for kernel in ("auto", "plain")] == [
+    assert [
+        ClassCapsules(7, 3, 5, routing_kernel=kernel, epsilon=1e-9).routing_kernel for kernel in ("auto", "plain")
+    ] == [
         "plain",
         "plain",
     ]
-    assert ClassCapsules(7, 3, 5).kernel == "auto"
-    message = r"^kernel must be plain or auto with an epsilon in squash, here 1e-09; got fused$"
+    assert ClassCapsules(7, 3, 5).routing_kernel == "auto"
+    message = r"^routing_kernel must be plain or auto with an epsilon in squash, here 1e-09; got fused$"
     with pytest.raises(InputError, match=message):
-        ClassCapsules(7, 3, 5, kernel="fused", epsilon=1e-9)
+        ClassCapsules(7, 3, 5, routing_kernel="fused", epsilon=1e-9)

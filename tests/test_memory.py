@@ -97,12 +97,20 @@ only_linux = pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reas
 
 TRAININGS: list[tuple[tuple[int, ...], int, tuple[str, ...]]] = [
     ((28, 28), 300, ("--batch-size", "128", "--precision", "32", "--primary-scale", "1")),  # the paper's on MNIST
-    ((28, 28), 120, ("--batch-size", "48", "--kernel", "plain", "--stem", "direct", "--precision", "32")),
-    ((28, 28), 240, ("--batch-size", "64", "--no-reconstruction", "--kernel", "plain", "--stem", "minimal")),
+    (
+        (28, 28),
+        120,
+        ("--batch-size", "48", "--routing-kernel", "plain", "--convolution", "direct", "--precision", "32"),
+    ),
+    (
+        (28, 28),
+        240,
+        ("--batch-size", "64", "--no-reconstruction", "--routing-kernel", "plain", "--convolution", "winograd"),
+    ),
     ((28, 28), 120, ("--batch-size", "32", "--model", "baseline", "--precision", "32")),
     ((64, 64, 3), 60, ("--batch-size", "16", "--image-size", "64", "--precision", "32")),
     ((64, 64, 3), 200, (*SMALL, "--batch-size", "32", "--image-size", "64", "--precision", "32")),
-    ((28, 28), 240, ("--batch-size", "64", "--stem", "direct", "--precision", "bf16")),
+    ((28, 28), 240, ("--batch-size", "64", "--convolution", "direct", "--precision", "bf16")),
 ]
 
 
@@ -196,7 +204,7 @@ def test_the_batch_size_that_is_told_fits(photos: Path, monkeypatch: pytest.Monk
 
 
 def main_fit(config: Config) -> None:
-    from capsnet.train import fit
+    from capsnet.training.fit import fit
 
     fit(config)
 
@@ -259,7 +267,9 @@ def test_a_limited_process_ends_with_one_line_where_it_was_killed(photos: Path, 
 # what is counted
 
 
-@pytest.mark.parametrize("options", [{}, {"kernel": "plain"}, {"stem": "direct"}, {"reconstruction": False}], ids=str)
+@pytest.mark.parametrize(
+    "options", [{}, {"routing_kernel": "plain"}, {"convolution": "direct"}, {"reconstruction": False}], ids=str
+)
 @pytest.mark.parametrize("shape", [(1, 28, 28), (3, 64, 64)], ids=str)
 def test_what_is_not_worth_counting_is_more_than_the_count(shape: tuple[int, int, int], options: Any) -> None:
     for name in models.available():
@@ -280,7 +290,7 @@ def test_counting_leaves_kept_buffers_and_randomness_alone() -> None:
     state = torch.get_rng_state()
     with torch.device("meta"):
         network = models.create("capsnet")
-    memory.training(network, Config(primary_scale=1.0), CPU, EIGHT, precision="32", batch_size=4)
+    memory.training(network, Config.of(primary_scale=1.0), CPU, EIGHT, precision="32", batch_size=4)
     assert pool.acquire("stem v", (3,), kept).data_ptr() == kept.data_ptr()
     assert torch.equal(torch.get_rng_state(), state)
     pool.clear()
@@ -288,9 +298,9 @@ def test_counting_leaves_kept_buffers_and_randomness_alone() -> None:
 
 def test_bfloat16_takes_less_than_float32() -> None:
     with torch.device("meta"):
-        network = models.create("capsnet", stem="direct")
+        network = models.create("capsnet", convolution="direct")
     one, other = (
-        memory.training(network, Config(primary_scale=1.0), CPU, MANY, precision=precision, batch_size=128)
+        memory.training(network, Config.of(primary_scale=1.0), CPU, MANY, precision=precision, batch_size=128)
         for precision in ("bf16", "32")
     )
     assert one < 0.9 * other

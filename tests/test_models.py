@@ -1,5 +1,6 @@
 import math
 import re
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -13,16 +14,16 @@ from capsnet import functional as F
 from capsnet import reference
 from capsnet.checkpoints import pretrained
 from capsnet.errors import InputError
-from capsnet.models import Network, available, builder_options, create
+from capsnet.models import Network, available, create, options_of
 from capsnet.models.capsnet import CapsNet
 
 Array = NDArray[np.float64]
 SMALL: dict[str, Any] = {
     "conv_channels": 5,
-    "conv_kernel": 3,
+    "conv_kernel_size": 3,
     "capsule_types": 3,
     "primary_dim": 4,
-    "primary_kernel": 3,
+    "primary_kernel_size": 3,
     "class_dim": 6,
     "decoder_sizes": (8, 9),
 }
@@ -124,12 +125,12 @@ def forward_by_reference(
 
 @pytest.mark.parametrize("kernel", ["plain", "fused"])
 @pytest.mark.parametrize("recipe", ["paper", "authors", "leaky"])
-@pytest.mark.parametrize(("padding", "stem"), [("valid", "direct"), ("valid", "minimal"), ("same", "direct")])
+@pytest.mark.parametrize(("padding", "stem"), [("valid", "direct"), ("valid", "winograd"), ("same", "direct")])
 def test_a_small_capsnet_equals_the_reference(kernel: str, recipe: str, padding: str, stem: str) -> None:
     options: dict[str, Any] = {"paper": {}, "authors": {"routing_bias": True, "primary_scale": 0.0}}.get(
         recipe, {"leaky": True}
     )
-    network = small(kernel=kernel, padding=padding, stem=stem, **options).double()
+    network = small(routing_kernel=kernel, padding=padding, convolution=stem, **options).double()
     fill(network)
     images = images_for(network, dtype=torch.float64)
     labels = torch.tensor([6, 0, 3])
@@ -251,7 +252,7 @@ def test_a_model_refuses_images_of_another_shape(name: str, shape: tuple[int, ..
 
 @every_model
 def test_a_model_refuses_an_unknown_option_and_names_the_nearest(name: str) -> None:
-    option = next(iter(builder_options(name)))
+    option = fields(options_of(name))[0].name
     message = rf"^options of model {name} must be among .*{option}.*; got {option}x \(did you mean {option}\?\)$"
     with pytest.raises(InputError, match=message):
         create(name, **{option + "x": 1})  # type: ignore[arg-type]
@@ -271,7 +272,7 @@ def test_a_model_is_named_by_its_classes(name: str) -> None:
         "num_classes",
         "classes",
         "objects_per_image",
-        *builder_options(name),
+        *(each.name for each in fields(options_of(name))),
     }
 
 
@@ -289,13 +290,12 @@ def test_an_unknown_model_is_refused_and_the_nearest_named() -> None:
     with pytest.raises(InputError, match=message):
         create("capsnett")
     with pytest.raises(InputError, match=r"; got 'xyz'$"):
-        builder_options("xyz")
+        options_of("xyz")
 
 
-def test_builder_options_are_the_keyword_options_with_their_defaults() -> None:
-    assert builder_options("baseline") == {"width": 1.0, "dropout": 0.5, "standardize": False}
-    assert builder_options("capsnet")["routing_iterations"] == 3
-    assert {"image_shape", "num_classes"}.isdisjoint(builder_options("capsnet"))
+def test_options_of_a_model() -> None:
+    assert vars(options_of("baseline")()) == {"width": 1.0, "dropout": 0.5, "standardize": False}
+    assert options_of("capsnet")().routing_iterations == 3
 
 
 # capsnet's sizes and options
@@ -343,11 +343,11 @@ def test_an_image_too_small_is_told_which_layer_needs_what() -> None:
     ("options", "message"),
     [
         ({"capsule_types": 0}, "^capsule_types must be at least 1; got 0$"),
-        ({"conv_kernel": -1}, "^conv_kernel must be at least 1; got -1$"),
-        ({"decoder_sizes": (8, 0)}, "^decoder_sizes must be at least 1; got 0$"),
-        ({"routing_iterations": 0}, "^routing iterations must be at least 1; got 0$"),
-        ({"padding": "full"}, "^padding must be valid or same; got 'full'$"),
-        ({"kernel": "fast"}, "^kernel must be one of auto, plain, fused; got 'fast'$"),
+        ({"conv_kernel_size": -1}, "^conv_kernel_size must be at least 1; got -1$"),
+        ({"decoder_sizes": (8, 0)}, "^decoder_sizes must be widths of 1 to"),
+        ({"routing_iterations": 0}, "^routing_iterations must be at least 1; got 0$"),
+        ({"padding": "full"}, "^padding must be one of valid, same; got 'full'$"),
+        ({"routing_kernel": "fast"}, "^routing_kernel must be one of auto, plain, fused; got 'fast'$"),
     ],
 )
 def test_options_out_of_their_range_are_refused(options: dict[str, Any], message: str) -> None:
@@ -399,7 +399,7 @@ def test_authors_options_do_what_they_say() -> None:
         assert float(values.abs().max()) <= 2 * std * (1 + 1e-6)
         if values.numel() > 1000:  # a normal truncated at two deviations has 0.88 of its deviation
             assert float(values.std()) == pytest.approx(0.88 * std, rel=0.06), name
-    with pytest.raises(InputError, match=r"^init must be pytorch or authors; got 'keras'$"):
+    with pytest.raises(InputError, match=r"^init must be one of pytorch, authors; got 'keras'$"):
         small(init="keras")
 
 
@@ -413,9 +413,9 @@ def test_by_default_nothing_of_the_authors_is_there() -> None:
 
 
 def test_detach_routing_and_kernel_reach_the_class_capsules() -> None:
-    network = small(detach_routing=True, kernel="plain", leaky=True, routing_iterations=4)
+    network = small(detach_routing=True, routing_kernel="plain", leaky=True, routing_iterations=4)
     layer = network.class_capsules
-    assert (layer.detach_routing, layer.kernel, layer.leaky, layer.iterations) == (True, "plain", True, 4)
+    assert (layer.detach_routing, layer.routing_kernel, layer.leaky, layer.iterations) == (True, "plain", True, 4)
 
 
 @pytest.mark.usefixtures("unchecked")
@@ -558,10 +558,10 @@ def test_standardized_images_are_what_a_network_sees_that_standardizes(name: str
         torch.testing.assert_close(ours(images * 0.5 + 0.5).scores, found.scores, rtol=1e-3, atol=1e-5)
 
 
-@pytest.mark.parametrize("stem", ["direct", "minimal"])
+@pytest.mark.parametrize("stem", ["direct", "winograd"])
 def test_both_stems_standardize(stem: str) -> None:
-    ours = small(standardize=True, stem=stem).double()
-    plain = small(stem=stem).double()
+    ours = small(standardize=True, convolution=stem).double()
+    plain = small(convolution=stem).double()
     plain.load_state_dict(ours.state_dict())
     images = images_for(ours, dtype=torch.float64)
     with torch.no_grad():

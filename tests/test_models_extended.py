@@ -27,14 +27,14 @@ def network(seed: int = 0, *, stem: str = "auto", kernel: str = "auto") -> CapsN
         image_shape=SHAPE,
         num_classes=4,
         conv_channels=6,
-        conv_kernel=5,
+        conv_kernel_size=5,
         capsule_types=2,
         primary_dim=4,
-        primary_kernel=5,
+        primary_kernel_size=5,
         class_dim=5,
         decoder_sizes=(16,),
-        stem=stem,
-        kernel=kernel,
+        convolution=stem,
+        routing_kernel=kernel,
     )
     assert isinstance(made, CapsNet)
     with torch.no_grad():
@@ -175,12 +175,12 @@ def test_another_forward_is_called() -> None:
 
 
 def test_minimal_refuses_modules_that_are_not_bare() -> None:
-    net = network(stem="minimal")
+    net = network(stem="winograd")
     handle = net.primary.register_forward_hook(lambda *_: None)
-    with pytest.raises(InputError, match=r"stem minimal got a convolution with hooks, .*; use stem direct"):
+    with pytest.raises(InputError, match=r"convolution winograd got .* with hooks, .*; use convolution direct"):
         net(IMAGES)
     handle.remove()
-    assert net.resolved_stem(IMAGES) == "minimal"
+    assert net.resolved_convolution(IMAGES) == "winograd"
 
 
 def test_hooks_of_all_modules_count() -> None:
@@ -258,7 +258,7 @@ class _Scores(nn.Module):
 def test_the_fused_kernel_names_what_to_use_in_transforms() -> None:
     net = network(kernel="fused")
     with pytest.raises(
-        InputError, match=r"kernel fused must run outside torch.func and torch.jit.trace; use kernel plain"
+        InputError, match=r"routing_kernel fused must run outside torch.func and torch.jit.trace; use plain"
     ):
         torch.func.vmap(lambda images: net(images).scores)(torch.rand(3, 2, *SHAPE))
 

@@ -19,12 +19,12 @@ from capsnet.models import create
 from capsnet.models.capsnet import CapsNet
 from capsnet.objective import Objective
 
-WAYS = list(itertools.product(("direct", "minimal", "auto"), ("plain", "fused", "auto")))
+WAYS = list(itertools.product(("direct", "winograd", "auto"), ("plain", "fused", "auto")))
 TOLERANCE = {  # of the largest number in a tensor, for results and gradients: five times the most of 400 networks
     (torch.float64, "direct"): (5e-14, 5e-13),
-    (torch.float64, "minimal"): (5e-14, 2e-12),
+    (torch.float64, "winograd"): (5e-14, 2e-12),
     (torch.float32, "direct"): (1e-5, 2e-4),
-    (torch.float32, "minimal"): (3e-5, 1e-3),
+    (torch.float32, "winograd"): (3e-5, 1e-3),
 }
 
 
@@ -56,11 +56,11 @@ def case(seed: int) -> Case:
     epsilon = draw.choice((0.0, 0.0, 1e-7))
     options = {
         "conv_channels": draw.choice((1, 3, 7)),
-        "conv_kernel": k1,
+        "conv_kernel_size": k1,
         "conv_stride": s1,
         "capsule_types": types,
         "primary_dim": draw.randint(1, 5),
-        "primary_kernel": k2,
+        "primary_kernel_size": k2,
         "primary_stride": s2,
         "primary_scale": draw.choice((1.0, 0.0, 0.3)),
         "padding": padding,
@@ -109,9 +109,9 @@ def independent(
         flat = x.flatten(1)
         deviation = flat.std(1, correction=0).clamp(min=flat.shape[1] ** -0.5)
         x = ((flat - flat.mean(1, keepdim=True)) / deviation[:, None]).view_as(x)
-    x = padded(x, o["conv_kernel"], o["conv_stride"], o["padding"])
+    x = padded(x, o["conv_kernel_size"], o["conv_stride"], o["padding"])
     x = tf.conv2d(x, p["conv.weight"].permute(3, 2, 0, 1), p["conv.bias"], o["conv_stride"]).relu()
-    x = padded(x, o["primary_kernel"], o["primary_stride"], o["padding"])
+    x = padded(x, o["primary_kernel_size"], o["primary_stride"], o["padding"])
     x = tf.conv2d(x, p["primary.conv.weight"].permute(3, 2, 0, 1), None, o["primary_stride"])
     types = o["capsule_types"]
     scale = o["primary_scale"] or 1 / (types + o["leaky"])
@@ -203,9 +203,9 @@ def check(case: Case, *, ways: list[tuple[str, str]]) -> None:
     for (stem, kernel), dtype in itertools.product(ways, (torch.float64, torch.float32)):
         if case.options["squash_epsilon"] and kernel == "fused":
             continue  # refused, see test_layers.py
-        network = build(case, stem=stem, kernel=kernel).to(dtype)
+        network = build(case, convolution=stem, routing_kernel=kernel).to(dtype)
         objective = Objective(network, replace(Config(), **case.loss))
-        limit, of_gradients = TOLERANCE[dtype, network.resolved_stem(images.to(dtype))]
+        limit, of_gradients = TOLERANCE[dtype, network.resolved_convolution(images.to(dtype))]
         for form in (torch.Tensor.contiguous, strided):
             network.zero_grad()
             given = form(images.to(dtype)), labels, None if objects is None else form(objects.to(dtype))
@@ -248,7 +248,7 @@ def test_bf16_convolutions_of_a_random_network(seed: int, kernel: str) -> None:
     one = case(seed)
     if one.options["squash_epsilon"]:
         kernel = "plain"
-    (images, labels, objects), network = inputs(one), build(one, kernel=kernel)
+    (images, labels, objects), network = inputs(one), build(one, routing_kernel=kernel)
     parameters = {name: p.detach().requires_grad_() for name, p in network.named_parameters()}
     wanted = independent(one, parameters, images, labels, objects)
     network.float()

@@ -25,10 +25,10 @@ def network(*, reconstruction: bool = True, objects: int = 1) -> Network:
         image_shape=(2, 11, 8),
         num_classes=7,
         conv_channels=5,
-        conv_kernel=3,
+        conv_kernel_size=3,
         capsule_types=3,
         primary_dim=4,
-        primary_kernel=3,
+        primary_kernel_size=3,
         class_dim=6,
         decoder_sizes=(9,),
         reconstruction=reconstruction,
@@ -70,7 +70,7 @@ def check(losses: Losses, config: Config, inputs: Tensor) -> None:
     [
         Config(),
         preset("authors"),
-        Config(margin_scale=3.0, reconstruction_weight=0.07, m_pos=0.8, m_neg=0.2, down_weight=0.3),
+        Config.of(margin_scale=3.0, reconstruction_weight=0.07, m_pos=0.8, m_neg=0.2, down_weight=0.3),
     ],
     ids=["paper", "authors", "changed"],
 )
@@ -95,7 +95,7 @@ def test_without_a_decoder_the_total_is_the_margin_loss() -> None:
 )
 def test_the_label_is_seen_by_the_decoder_in_training_only(training: bool, mask: str, by_label: bool) -> None:
     net = network()
-    objective = Objective(net, Config(mask=mask)).train(training)  # type: ignore[arg-type]
+    objective = Objective(net, Config.of(mask=mask)).train(training)
     with torch.no_grad():
         found = objective(images(), LABELS).output.reconstruction
         label, longest = net(images(), LABELS).reconstruction, net(images()).reconstruction
@@ -180,7 +180,7 @@ def expected_of_pairs(losses: Losses, config: Config, *, by_label: bool) -> None
         assert losses.total[n].item() == pytest.approx(total, rel=1e-5)
 
 
-@pytest.mark.parametrize("config", [Config(), Config(margin_scale=3.0, reconstruction_weight=0.07, down_weight=0.3)])
+@pytest.mark.parametrize("config", [Config(), Config.of(margin_scale=3.0, reconstruction_weight=0.07, down_weight=0.3)])
 @pytest.mark.parametrize(
     ("training", "mask", "by_label"),
     [(True, "label", True), (True, "prediction", False), (False, "label", False)],

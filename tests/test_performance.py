@@ -78,7 +78,7 @@ def test_the_wrong_images_of_each_seed_are_those_of_the_records(arm: str) -> Non
     start = {
         "native": "| default (minimal, fused, C): ",
         "fast": "| the same before the C library: ",
-        "direct": "| `--stem direct --precision 32` | ",
+        "direct": "| `--convolution direct --precision 32` | ",
     }[arm]
     (row,) = [text for text in PAGE.splitlines() if text.startswith(start)]
     found = [int(cell) for cell in row.split(" | ")[1:4] if cell != "not run"]

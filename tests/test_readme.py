@@ -8,10 +8,10 @@ from typing import Any
 
 import pytest
 
-from capsnet import train
 from capsnet.checkpoints import pretrained
 from capsnet.cli import main
 from capsnet.config import Config, read, with_defaults
+from capsnet.training import fit as training
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -45,7 +45,7 @@ def test_the_first_example_prints_what_it_says(capsys: pytest.CaptureFixture[str
 
 
 def test_the_other_examples_run(workplace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from capsnet.data import strokes
+    from capsnet.data.sets import strokes
 
     few = strokes.strokes(train=64, validation=16, test=16)
     monkeypatch.setattr("capsnet.data.load", lambda name: few)
@@ -61,8 +61,8 @@ def test_the_other_examples_run(workplace: Path, monkeypatch: pytest.MonkeyPatch
 def test_commands_parse(
     command: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(train, "fit", stop)
-    monkeypatch.setattr(train, "resume", stop)
+    monkeypatch.setattr(training, "fit", stop)
+    monkeypatch.setattr(training, "resume", stop)
     monkeypatch.setattr(pretrained, "load", stop)
     monkeypatch.chdir(tmp_path)
     (tmp_path / "scans").mkdir()

@@ -9,7 +9,7 @@ import torch
 from capsnet.checkpoints.model_card import Card
 from capsnet.config import Config
 from capsnet.data import Dataset, Split
-from capsnet.data.strokes import strokes
+from capsnet.data.sets.strokes import strokes
 from capsnet.evaluation import Predictions, predict_split
 from capsnet.evaluation.ood import Threshold
 from capsnet.models import CapsuleNetwork, Network, create
@@ -39,7 +39,7 @@ def network(name: str = "capsnet", **options: object) -> Network:
 
 
 def page(one: Network, dataset: Dataset, **about: object) -> str:
-    config = Config(data="strokes", epochs=2, seed=7)
+    config = Config.of(data="strokes", epochs=2, seed=7)
     return report.render(one, dataset, config=config, card=CARD, title="a <run>", **about)  # type: ignore[arg-type]
 
 

@@ -14,10 +14,11 @@ from typing import Any
 
 import pytest
 
-from capsnet import devices, train
+from capsnet import devices
 from capsnet.checkpoints import run_directory
 from capsnet.cli import main
 from capsnet.console import Progress
+from capsnet.training import fit as training
 from tiny import files, options, photos, tiny
 
 pytestmark = pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full, a device that is always full")
@@ -224,8 +225,8 @@ def test_a_directory_that_another_process_takes_meanwhile_is_chosen_anew(
     workplace: Path, monkeypatch: pytest.MonkeyPatch, finished: bool
 ) -> None:
     config = tiny(photos(workplace / "data", count=6), epochs=1, report=False)
-    first = run_directory.Run(train._free_directory(config))
-    real = train.prepare_data
+    first = run_directory.Run(training._free_directory(config))
+    real = prepare.prepare_data
 
     def prepared(*arguments: Any, **more: Any) -> Any:
         if finished:
@@ -236,8 +237,8 @@ def test_a_directory_that_another_process_takes_meanwhile_is_chosen_anew(
         return real(*arguments, **more)
 
     with ExitStack() as held:
-        monkeypatch.setattr(train, "prepare_data", prepared)
-        result = train.fit(config)
+        monkeypatch.setattr(training, "prepare_data", prepared)
+        result = training.fit(config)
     assert result.directory == first.directory.with_name(f"{first.directory.name}-2")
     assert files(first.directory) == ({"config.yaml"} if finished else set())
 

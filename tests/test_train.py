@@ -12,17 +12,19 @@ import pytest
 import torch
 
 import capsnet
-from capsnet import devices, report, train
+from capsnet import devices, report
 from capsnet.checkpoints import pretrained, run_directory
-from capsnet.config import Config, preset
+from capsnet.config import Config, preset, roles
 from capsnet.data import Dataset, load
 from capsnet.data.augment import augment
 from capsnet.data.preprocessing import Preprocessing
 from capsnet.errors import Diverged, InputError, Interrupted
 from capsnet.evaluation import Evaluation, evaluate, predict_split
 from capsnet.kernels import native
-from capsnet.train import fit, resume
-from capsnet.training import batches
+from capsnet.options import RESUMABLE
+from capsnet.training import batches, loop, prepare, schedule
+from capsnet.training import fit as training
+from capsnet.training.fit import fit, resume
 from capsnet.training.state import TrainingState
 from tiny import REAL, SIZES, files, metrics, pairs, same_weights, tiny, weights
 
@@ -101,7 +103,7 @@ def test_without_an_own_place_a_run_gets_the_next_free_one(photos: Path) -> None
 
 
 def test_a_caller_in_a_thread_can_train(photos: Path) -> None:
-    results: list[train.Result] = []
+    results: list[training.Result] = []
     thread = threading.Thread(target=lambda: results.append(fit(tiny(photos, epochs=1))))
     thread.start()
     thread.join()
@@ -189,7 +191,8 @@ def test_a_signal_during_the_evaluations_stops_there(photos: Path, monkeypatch: 
             return predict_split(*arguments, **{**options, "each_batch": each_batch})
 
         with monkeypatch.context() as patch:
-            patch.setattr(train, "predict_split", told)
+            for place in (loop, training):
+                patch.setattr(place, "predict_split", told)
             with pytest.raises(Interrupted, match=where):
                 fit(tiny(photos, out=run))
         resume(run)
@@ -317,7 +320,7 @@ def test_resuming_a_finished_run_only_evaluates_again(photos: Path, monkeypatch:
 def test_resume_refuses_what_would_make_another_run(photos: Path) -> None:
     fit(tiny(photos, out="run", epochs=1))
     before = {name: Path("run", name).read_bytes() for name in WRITTEN}
-    wrong = r"lr of a resumed run must stay 0.001; got 0.1; and seed of .* stay 0; got 1 \(only epochs, devices,"
+    wrong = r"lr of a resumed run must stay 0.001; got 0.1; and seed of .* stay 0; got 1 \(only checkpoint_steps, "
     with pytest.raises(InputError, match=wrong):
         resume("run", lr=0.1, seed=1, epochs=4)
     with pytest.raises(InputError, match=r"bogus of a resumed run must stay None; got 3"):
@@ -325,7 +328,7 @@ def test_resume_refuses_what_would_make_another_run(photos: Path) -> None:
     with pytest.raises(InputError, match=r"run directory nowhere must hold a config.yaml"):
         resume("nowhere")
     assert before == {name: Path("run", name).read_bytes() for name in WRITTEN}
-    assert set(train.RESUMABLE) <= set(vars(Config()))
+    assert roles(RESUMABLE) <= set(Config().flat())
 
 
 def test_resume_refuses_a_checkpoint_of_another_run(photos: Path) -> None:
@@ -392,16 +395,14 @@ def test_validation_0_trains_on_everything(photos: Path) -> None:
 
 def test_the_other_options_train_too(photos: Path) -> None:
     config = tiny(photos, epochs=1, flip=True, rotation=10.0, scale=0.1, shear=0.1, mask="prediction", leaky=True)
-    fit(
-        replace(config, channels=1, image_size=16, preset="authors", routing_bias=True, reconstruction=False, out="run")
-    )
+    fit(config.changed(channels=1, image_size=16, preset="authors", routing_bias=True, reconstruction=False, out="run"))
     assert files("run") == WRITTEN - {"figures/reconstructions.png"}
-    fit(replace(config, precision="bf16", detach_routing=True))
+    fit(config.changed(precision="bf16", detach_routing=True))
 
 
 @pytest.mark.slow
 def test_the_baseline_with_dropout_resumes_too(photos: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    config = Config(data=str(photos), model="baseline", epochs=2, batch_size=16)
+    config = Config.of(data=str(photos), model="baseline", epochs=2, batch_size=16)
     fit(replace(config, out="whole"))
     assert files("whole") == WRITTEN - {"figures/reconstructions.png"}
     at_step(monkeypatch, 7, lambda: send(signal.SIGTERM))
@@ -412,12 +413,12 @@ def test_the_baseline_with_dropout_resumes_too(photos: Path, monkeypatch: pytest
 
 
 def test_learning_rate() -> None:
-    config = Config(lr=0.5, lr_decay=0.9, lr_floor=0.01)
-    assert train.learning_rate(config, 0, 100) == 0.5
-    assert train.learning_rate(config, 100, 100) == pytest.approx(0.45)
-    assert train.learning_rate(config, 150, 100) == pytest.approx(0.5 * 0.9**1.5)
-    assert train.learning_rate(config, 10**6, 100) == 0.01
-    assert train.learning_rate(replace(config, lr_decay_steps=50), 100, 999) == pytest.approx(0.5 * 0.81)
+    config = Config.of(lr=0.5, lr_decay=0.9, lr_floor=0.01)
+    assert schedule.learning_rate(config, 0, 100) == 0.5
+    assert schedule.learning_rate(config, 100, 100) == pytest.approx(0.45)
+    assert schedule.learning_rate(config, 150, 100) == pytest.approx(0.5 * 0.9**1.5)
+    assert schedule.learning_rate(config, 10**6, 100) == 0.01
+    assert schedule.learning_rate(replace(config, lr_decay_steps=50), 100, 999) == pytest.approx(0.5 * 0.81)
 
 
 def test_the_learning_rate_reaches_the_optimiser(photos: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -431,37 +432,37 @@ def test_the_learning_rate_reaches_the_optimiser(photos: Path, monkeypatch: pyte
     monkeypatch.setattr(torch.optim.Adam, "step", step)
     config = tiny(photos, lr_decay_steps=1, lr_decay=0.5, lr_floor=1e-5)
     fit(config)
-    assert seen == [train.learning_rate(config, k, 5) for k in range(10)]
+    assert seen == [schedule.learning_rate(config, k, 5) for k in range(10)]
     assert seen[:2] == [0.001, 0.0005]
 
 
 def test_devices_that_are_not_there_are_refused(photos: Path) -> None:
     most = max(2, os.cpu_count() or 1)
     with pytest.raises(InputError, match=rf"devices must be at most the {most} CPU cores of this machine; got 999"):
-        devices.resolve_device(Config(device="cpu", devices=999))
+        devices.resolve_device(Config.of(device="cpu", devices=999))
     if not torch.cuda.is_available():
         with pytest.raises(InputError, match=r"device cuda must have a CUDA GPU"):
             fit(tiny(photos, device="cuda"))
 
 
 def test_an_option_of_another_model_is_refused(photos: Path) -> None:
-    with pytest.raises(InputError, match=r"option conv_channels is of model capsnet and must not be"):
+    with pytest.raises(InputError, match=r"^conv_channels is an option of model capsnet, not of baseline"):
         fit(tiny(photos, model="baseline"))
     assert not Path("runs").exists()
 
 
 def test_validation_is_the_sets_own_or_a_tenth(photos: Path) -> None:
     config = tiny(photos)
-    assert len(train.prepare_data(config).train) == 68
-    split = train.prepare_data(replace(config, validation=20))
+    assert len(prepare.prepare_data(config).train) == 68
+    split = prepare.prepare_data(replace(config, validation=20))
     assert split.validation is not None
     assert (len(split.train), len(split.validation), len(split.test)) == (55, 20, 15)
 
 
 def test_presets_build_their_networks(photos: Path) -> None:
-    dataset = train.prepare_data(tiny(photos))
-    config = replace(preset("authors"), conv_kernel=5, primary_kernel=5)
-    network = train.build(config, dataset)
+    dataset = prepare.prepare_data(tiny(photos))
+    config = preset("authors").changed(conv_kernel_size=5, primary_kernel_size=5)
+    network = prepare.build(config, dataset)
     assert network.config["routing_bias"] is True
     assert network.classes == ("a", "b", "c")
 
@@ -520,7 +521,7 @@ def test_the_figure_and_the_report_are_made(photos: Path, monkeypatch: pytest.Mo
 def test_the_card_tells_the_run_and_the_threshold(photos: Path) -> None:
     result = fit(tiny(photos, out="run", validation=20))
     card = pretrained.load_card("run")
-    given = replace(tiny(photos), validation=20, primary_scale=1.0)
+    given = tiny(photos).changed(validation=20, primary_scale=1.0)
     assert card.trained() == replace(given, image_size="12x13", channels=3, framing="off")
     assert (card.data, card.epochs, card.train_images) == (str(photos), 2, 55)
     told = {name: result.test.to_dict()[name] for name in ("error_percent", "wrong", "total")}
@@ -528,7 +529,7 @@ def test_the_card_tells_the_run_and_the_threshold(photos: Path) -> None:
     assert card.preprocessing == Preprocessing(12, 13, 3)
     assert card.threshold is not None
     assert (card.threshold.images, card.threshold.split) == (20, "validation")
-    dataset = train.prepare_data(card.trained())
+    dataset = prepare.prepare_data(card.trained())
     assert dataset.validation is not None
     errors = predict_split(result.network, dataset.validation).reconstruction_errors
     assert errors is not None
@@ -549,7 +550,6 @@ def test_without_decoder_there_is_no_threshold(photos: Path) -> None:
 
 
 def test_public_names() -> None:
-    assert all(hasattr(train, name) for name in train.__all__)
     assert capsnet.fit is fit
     assert capsnet.resume is resume
 
@@ -561,9 +561,9 @@ def test_20_steps_on_real_digits_lower_the_loss(monkeypatch: pytest.MonkeyPatch)
         index = torch.arange(320)
         return replace(whole, train=whole.train.take(index), test=whole.test.take(index))
 
-    monkeypatch.setattr(train, "load", few)
+    monkeypatch.setattr(prepare, "load", few)
     sizes: dict[str, Any] = {"conv_channels": 32, "capsule_types": 4, "decoder_sizes": (32,)}
-    config = Config(data="mnist", data_dir=str(REAL), epochs=2, batch_size=32, validation=0, out="run", **sizes)
+    config = Config.of(data="mnist", data_dir=str(REAL), epochs=2, batch_size=32, validation=0, out="run", **sizes)
     fit(config)
     first, second = (float(row["train_loss"]) for row in metrics("run"))
     assert second < 0.9 * first
@@ -608,9 +608,9 @@ def test_what_differs_from_the_preset_is_in_the_result(photos: Path) -> None:
 
 
 def test_the_seed_leaves_the_data_alone(photos: Path) -> None:
-    one, other = (train.prepare_data(tiny(photos, seed=seed)) for seed in (0, 1))
+    one, other = (prepare.prepare_data(tiny(photos, seed=seed)) for seed in (0, 1))
     assert torch.equal(one.test.images, other.test.images)
-    changed = train.prepare_data(tiny(photos, data_seed=1))
+    changed = prepare.prepare_data(tiny(photos, data_seed=1))
     assert not torch.equal(one.test.images, changed.test.images)
 
 
@@ -633,7 +633,7 @@ def test_a_cuda_graph_needs_one_gpu_and_no_dropout(photos: Path) -> None:
     with pytest.raises(InputError, match=r"^cuda_graph must have one GPU and a network without dropout; got 1 x cpu$"):
         fit(tiny(photos, cuda_graph=True))
     with pytest.raises(InputError, match=r"got 1 x cpu and a network with dropout$"):
-        fit(Config(data=str(photos), model="baseline", cuda_graph=True, device="cpu"))
+        fit(Config.of(data=str(photos), model="baseline", cuda_graph=True, device="cpu"))
 
 
 @pytest.mark.gpu
@@ -641,7 +641,7 @@ def test_a_cuda_graph_needs_one_gpu_and_no_dropout(photos: Path) -> None:
 @pytest.mark.parametrize("kernel", ["plain", "fused"])
 def test_a_cuda_graph_trains_the_same_network(photos: Path, kernel: str) -> None:
     """6 epochs of 5 steps, of which the last is smaller: eager, recorded and replayed steps, and both resumed."""
-    settings = {"epochs": 6, "kernel": kernel, "out": "eager"}
+    settings = {"epochs": 6, "routing_kernel": kernel, "out": "eager"}
     one = fit(tiny(photos, **settings))
     two = fit(tiny(photos, **{**settings, "out": "graph", "cuda_graph": True}))
     fit(tiny(photos, **{**settings, "epochs": 3, "out": "resumed", "cuda_graph": True}))
@@ -669,13 +669,13 @@ def test_a_network_that_no_memory_holds_is_refused_before_anything_is_written(
         r"|sizes.* must be ones that PyTorch can count; .*"
     )
     with pytest.raises(InputError, match=rf"^({refusal})$"):
-        fit(tiny(photos, **sizes) if "model" not in sizes else Config(data=str(photos), **sizes))
+        fit(tiny(photos, **sizes) if "model" not in sizes else Config.of(data=str(photos), **sizes))
     assert files(workplace) == set()
 
 
 def test_images_that_no_memory_holds_are_refused(workplace: Path) -> None:
     with pytest.raises(InputError, match=r"^images must fit into 8 GiB .*; got 13,000 of 1 x 10000 x 10000$"):
-        fit(Config(data="strokes", image_size=10_000))
+        fit(Config.of(data="strokes", image_size=10_000))
     assert files(workplace) == set()
 
 
@@ -775,7 +775,8 @@ def test_a_run_stopped_while_its_test_is_read_does_not_train_on(photos: Path, mo
 
     with monkeypatch.context() as patch:
         script(patch, 8, 3, 9)
-        patch.setattr(train, "predict_split", at_the_test)
+        for place in (loop, training):
+            patch.setattr(place, "predict_split", at_the_test)
         with pytest.raises(Killed):
             fit(tiny(photos, out="run", epochs=6, validation=10, stop_at=30.0))
     at_step(monkeypatch, 1, lambda: pytest.fail("trained"))
@@ -802,7 +803,7 @@ def test_some_training_images_leave_the_others_where_they_are(photos: Path) -> N
     told = json.loads(Path("run/result.json").read_text(encoding="utf-8"))
     assert (told["train_images"], told["validation"]["total"], told["test"]["total"]) == (20, 7, 15)
     assert pretrained.load_card("run").train_images == 20
-    whole, few = (train.prepare_data(tiny(photos, train_images=count)) for count in (None, 20))
+    whole, few = (prepare.prepare_data(tiny(photos, train_images=count)) for count in (None, 20))
     assert whole.validation is not None
     assert few.validation is not None
     assert torch.equal(few.validation.images, whole.validation.images)
@@ -828,7 +829,7 @@ def test_a_crop_is_what_the_network_sees(photos: Path, monkeypatch: pytest.Monke
     assert set(seen) == {(3, 11, 11)}
     assert result.network.image_shape == (3, 11, 11)
     assert files("whole") == WRITTEN
-    dataset = train.prepare_data(config)
+    dataset = prepare.prepare_data(config)
     assert evaluate(pretrained.load("whole"), dataset.test, config=config).confusion == result.test.confusion
     threshold = pretrained.load_card("whole").threshold
     assert threshold is not None
@@ -929,7 +930,7 @@ def test_the_training_error_of_pairs_is_that_of_exact_sets(monkeypatch: pytest.M
 
 
 def test_a_baseline_of_pairs_trains_too() -> None:
-    config = Config(model="baseline-multimnist", width=0.03, dropout=0.0, batch_size=16, epochs=1, out="run")
+    config = Config.of(model="baseline-multimnist", width=0.03, dropout=0.0, batch_size=16, epochs=1, out="run")
     result = fit(config, pairs())
     assert files("run") == WRITTEN - {"figures/reconstructions.png"}
     assert result.test.objects_per_image == 2

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from capsnet.checkpoints import run_directory
 from capsnet.errors import InputError
-from capsnet.train import fit, resume
+from capsnet.training.fit import fit, resume
 from tiny import files, same_weights, tiny
 
 pytestmark = pytest.mark.usefixtures("workplace", "blank_figure")
@@ -126,7 +126,7 @@ CHANGES: dict[str, tuple[Change, str]] = {
     "sums of NaN": (put("sums", to=filled(math.nan)), "sums must be finite in float64"),
     "sums before a step": (put("sums", to=lambda sums: sums - 1e9), "sums must be at least 0, and 0 before the first"),
     "one moment ahead": (put("optimizer", "state", 2, "step", to=torch.tensor(7.0)), "must be the 5 steps done; got 7"),
-    "a configuration of nothing": (put("config", to={}), "config must be that of a run, with batch_size, data, "),
+    "a configuration of nothing": (put("config", to={}), "must be of the run that config.yaml beside it tells; its "),
     "sums of text": (put("sums", to="x"), "sums must be a tensor; got 'x'"),
     "no configuration": (put("config", to=None), "config must be a mapping of names to values; got None"),
     "a configuration of tensors": (

@@ -15,14 +15,15 @@ from typing import Any
 
 import pytest
 
-from capsnet.train import fit
+from capsnet.training.fit import fit
 from tiny import KEPT, files, metrics, options, photos, same_weights, tiny, weights
 
 pytestmark = [pytest.mark.usefixtures("workplace", "blank_figure"), pytest.mark.timeout(600)]
 
 COMMAND = """
 import os, resource, signal, sys, threading, time
-from capsnet import cli, report, train
+from capsnet import cli, report
+from capsnet.training import fit as training
 from capsnet.training import batches
 
 rank = os.environ.get("LOCAL_RANK", "0")
@@ -48,13 +49,13 @@ if "TEST_BYTES" in os.environ:  # a full disk: no file may grow beyond this
     signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     resource.setrlimit(resource.RLIMIT_FSIZE, (int(os.environ["TEST_BYTES"]),) * 2)
 if "TEST_LIFE" in os.environ:
-    create = train.Run.create
+    create = training.Run.create
 
     def create_and_die(*arguments, **named):
         create(*arguments, **named)
         threading.Timer(float(os.environ["TEST_LIFE"]), lambda: os.kill(os.getpid(), signal.SIGKILL)).start()
 
-    train.Run.create = create_and_die
+    training.Run.create = create_and_die
 sys.exit(cli.main())
 """
 

@@ -30,7 +30,7 @@ def singles() -> Dataset:
 def fed(dataset: Dataset, *, batch: Any = range(8), mine: Any = None, seed: int = 0, **options: Any) -> Batch:
     index = torch.tensor(list(batch))
     mine = torch.arange(len(index)) if mine is None else torch.tensor(list(mine))
-    return BatchLoader(dataset, Config(**options), CPU)(index, mine, generator=seeded(seed))
+    return BatchLoader(dataset, Config.of(**options), CPU)(index, mine, generator=seeded(seed))
 
 
 def test_images_of_one_object_are_augmented_and_nothing_else() -> None:

@@ -9,14 +9,14 @@ import pytest
 import torch
 from PIL import Image
 
-from capsnet import train
 from capsnet.cli import main
 from capsnet.config import Config, read
 from capsnet.data import Dataset, Split
 from capsnet.training import defaults
+from capsnet.training import fit as training
 from capsnet.training.defaults import resolved, told
 
-SMALL = Config(conv_channels=16, capsule_types=2, decoder_sizes=(32,))
+SMALL = Config.of(conv_channels=16, capsule_types=2, decoder_sizes=(32,))
 
 
 def dataset(classes: int, images: int = 10, *, size: int = 28, name: str = "my/folder") -> Dataset:
@@ -46,20 +46,23 @@ def patterns(root: Path, classes: int, images: int = 10, size: int = 28) -> Path
         (Config(), 100, 10, 28, 25, 67, 1.0),  # 8 steps an epoch
         (Config(), 3, 3_000, 28, 3, 0, 0.0),  # 71 steps an epoch
         (SMALL, 2, 10, 28, 200, 67, 1.0),  # 36 votes
-        (Config(batch_size=1), 2, 10, 28, 10, 67, 0.0),
-        (Config(epochs=3, primary_scale=1.0), 3, 10, 28, 3, 0, 1.0),  # what is given stays
-        (Config(lr_decay_steps=50), 3, 10, 28, 200, 50, 0.0),
-        (Config(model="baseline"), 3, 10, 28, 200, 67, 1.0),
+        (Config.of(batch_size=1), 2, 10, 28, 10, 67, 0.0),
+        (Config.of(epochs=3, primary_scale=1.0), 3, 10, 28, 3, 0, 1.0),  # what is given stays
+        (Config.of(lr_decay_steps=50), 3, 10, 28, 200, 50, 0.0),
+        (Config.of(model="baseline"), 3, 10, 28, 200, 67, 1.0),
     ],
 )
 def test_what_is_chosen(
     config: Config, classes: int, images: int, size: int, epochs: int, decay: int, scale: float
 ) -> None:
     chosen = resolved(config, dataset(classes, images, size=size))
-    assert (chosen.epochs, chosen.lr_decay_steps, chosen.primary_scale) == (epochs, decay, scale)
+    assert (chosen.epochs, chosen.lr_decay_steps) == (epochs, decay)
+    assert chosen.flat().get("primary_scale", 1.0) == scale
     assert resolved(chosen, dataset(2)) == chosen  # a resumed run stays as it began
-    given = config.epochs, config.lr_decay_steps, config.primary_scale
-    assert replace(chosen, epochs=given[0], lr_decay_steps=given[1], primary_scale=given[2]) == config
+    open_options = {
+        name: config.flat()[name] for name in ("epochs", "lr_decay_steps", "primary_scale") if name in config.flat()
+    }
+    assert chosen.changed(**open_options) == config
     line = told(config, chosen)
     assert (line is not None and "--epochs" in line) == (config.epochs is None and epochs != 3)
     assert (line is not None and "--primary-scale 0" in line) == (scale == 0)
@@ -67,7 +70,7 @@ def test_what_is_chosen(
 
 def test_published_sets_are_trained_as_ever() -> None:
     chosen = resolved(Config(), dataset(2, name="mnist"))
-    assert (chosen.epochs, chosen.lr_decay_steps, chosen.primary_scale) == (3, 0, 1.0)
+    assert (chosen.epochs, chosen.lr_decay_steps, chosen.options.primary_scale) == (3, 0, 1.0)
     assert told(Config(), chosen) is None
 
 
@@ -99,7 +102,7 @@ def test_many_votes_for_few_classes_do_not_saturate(
     monkeypatch.setattr(defaults, "FEWEST_STEPS", 40)
     data = patterns(workplace / "data", classes)
     leaves_chance(data, classes, "--conv-channels", "64", "--decoder-sizes", "32", capsys=capsys)
-    assert read(Path("run/config.yaml")).primary_scale == 0
+    assert read(Path("run/config.yaml")).options.primary_scale == 0
 
 
 @pytest.mark.slow
@@ -113,8 +116,8 @@ def test_the_papers_network_leaves_chance_with_10_images_a_class(
 def test_a_resumed_run_goes_on_as_it_began(workplace: Path) -> None:
     data = patterns(workplace / "data", 2, images=4)
     sizes = {"conv_channels": 4, "capsule_types": 2, "decoder_sizes": (4,), "report": False}
-    train.fit(Config(data=str(data), out="run", **sizes))  # type: ignore[arg-type]
+    training.fit(Config.of(data=str(data), out="run", **sizes))  # type: ignore[arg-type]
     began = read(Path("run/config.yaml"))
-    assert (began.epochs, began.lr_decay_steps, began.primary_scale) == (200, 67, 1.0)
-    train.resume("run", epochs=201)
+    assert (began.epochs, began.lr_decay_steps, began.options.primary_scale) == (200, 67, 1.0)
+    training.resume("run", epochs=201)
     assert read(Path("run/config.yaml")) == replace(began, epochs=201)

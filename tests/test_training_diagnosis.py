@@ -14,12 +14,12 @@ from capsnet.errors import Diverged
 from capsnet.models import Output, create
 from capsnet.models.capsnet import CapsNet
 from capsnet.objective import Losses
-from capsnet.train import fit
 from capsnet.training.diagnosis import Chance, first_not_finite
+from capsnet.training.fit import fit
 from tiny import SIZES, photos, tiny
 
 LABELS = torch.tensor([0] * 60 + [1] * 30 + [2] * 30)
-GOOD = Config(epochs=100, primary_scale=1.0)
+GOOD = Config.of(epochs=100, primary_scale=1.0)
 
 
 def row(error: float = 50.0, **changes: Any) -> dict[str, Any]:
@@ -69,7 +69,7 @@ def test_said_where_it_is_no_better_and_only_once(error: float, said: bool) -> N
 
 @pytest.mark.parametrize(("epochs", "epoch", "said"), [(100, 24, False), (100, 25, True), (3, 2, False), (3, 3, True)])
 def test_not_before_50_steps_unless_there_are_no_more(epochs: int, epoch: int, said: bool) -> None:
-    watch = chance(config=Config(epochs=epochs))
+    watch = chance(config=Config.of(epochs=epochs))
     assert (watch.line(row(epoch=epoch), losses(MIXED)) is not None) == said
 
 
@@ -82,7 +82,7 @@ def test_not_before_50_steps_unless_there_are_no_more(epochs: int, epoch: int, s
             torch.full((4, 3), 0.97),
             r"longer than m\+ = 0.9 for every image, .*--primary-scale 0, a smaller --lr",
         ),
-        (Config(epochs=1, primary_scale=0.0), {}, torch.full((4, 3), 0.97), r"gradient \(a smaller --lr"),
+        (Config.of(epochs=1, primary_scale=0.0), {}, torch.full((4, 3), 0.97), r"gradient \(a smaller --lr"),
         (
             GOOD,
             {},
@@ -136,15 +136,15 @@ def small() -> CapsNet:
         ("primary.conv", r"the output of primary.conv \(Convolution\)"),
     ],
 )
-@pytest.mark.parametrize("stem", ["direct", "minimal"])
+@pytest.mark.parametrize("stem", ["direct", "winograd"])
 def test_the_first_layer_whose_output_overflows_is_named(layer: str, first: str, stem: str) -> None:
     network, images = small(), torch.rand(4, 3, 12, 13)
-    network.stem = stem
+    network.convolution = stem
     assert "all weights and outputs are finite" in first_not_finite(network, images)
     with torch.no_grad():
         network.get_parameter(f"{layer}.weight").fill_(3e38)
     assert re.match(first, first_not_finite(network, images))
-    assert network.stem == stem
+    assert network.convolution == stem
     assert not any(module._forward_hooks for module in network.modules())
 
 

@@ -54,7 +54,7 @@ def test_it_answers_at_once_where_training_would_need_100_gigabytes(
     monkeypatch.setattr("capsnet.data.image_folder.decoded", None)  # no image is
     dry_run.dry_run(tiny(photos))
     start = time.monotonic()
-    told = dry_run.dry_run(Config(data=str(photos), image_size="1000x1500", batch_size=128))
+    told = dry_run.dry_run(Config.of(data=str(photos), image_size="1000x1500", batch_size=128))
     assert time.monotonic() - start < 5
     needed = re.search(r"memory: about ([\d,]+)\.\d GiB in each process; .* are ", told)
     assert needed

@@ -20,10 +20,10 @@ from capsnet.data.preprocessing import Preprocessing
 
 SIZES: dict[str, Any] = {
     "conv_channels": 8,
-    "conv_kernel": 5,
+    "conv_kernel_size": 5,
     "capsule_types": 2,
     "primary_dim": 4,
-    "primary_kernel": 5,
+    "primary_kernel_size": 5,
     "class_dim": 4,
     "decoder_sizes": (16,),
 }
@@ -78,7 +78,7 @@ def pairs(train: int = 60, test: int = 15, *, shift: int = 1) -> Dataset:
 def tiny(data: Path, **changes: Any) -> Config:
     """A run of 2 epochs of 5 steps on `photos`; the last batch is smaller."""
     fixed = {"data": str(data), "epochs": 2, "batch_size": 16, "precision": "32", **SIZES}
-    return Config(**{**fixed, **changes})
+    return Config.of(**{**fixed, **changes})
 
 
 def options(config: Config) -> list[str]:

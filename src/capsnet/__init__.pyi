@@ -36,9 +36,9 @@ from .prediction import Prediction as Prediction
 from .prediction import predict as predict
 from .routing import RoutingResult as RoutingResult
 from .routing import dynamic_routing as dynamic_routing
-from .train import Result as Result
-from .train import fit as fit
-from .train import resume as resume
+from .training.fit import Result as Result
+from .training.fit import fit as fit
+from .training.fit import resume as resume
 
 __version__: str
 __all__: list[str]

@@ -55,7 +55,7 @@ def resolve_precision(config: Config, device: torch.device, network: Network) ->
     """What `precision` means on `device`: `32` or `bf16`.
 
     `auto` is `bf16` where the hardware multiplies it natively, but `32` where the network's convolutions take the
-    minimal stem on a CPU, which is faster still, and on `mps`.
+    Winograd convolutions on a CPU, which is faster still, and on `mps`.
 
     Raises:
         InputError: `bf16` on `mps`.
@@ -68,7 +68,7 @@ def resolve_precision(config: Config, device: torch.device, network: Network) ->
         return config.precision
     if device.type == "cuda":
         return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "32"
-    if network.kernels(device, "32").get("stem") == "minimal":
+    if network.kernels(device, "32").get("convolution") == "winograd":
         return "32"
     native = torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported()
     return "bf16" if native else "32"

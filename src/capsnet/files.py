@@ -1,8 +1,10 @@
 """Files: the cache directory, bounded reading of files that may be anything, atomic writing."""
 
 import contextlib
+import gzip
 import json
 import os
+import zlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
@@ -20,6 +22,7 @@ __all__ = [
     "read_text",
     "read_up_to",
     "read_yaml",
+    "unpacked",
     "write_atomically",
 ]
 
@@ -27,6 +30,9 @@ LARGEST_TEXT = 64 * 2**20
 """Bytes of a text file; the results of a thousand classes, with their confusion matrices, take 25 MiB."""
 LARGEST_YAML = 64 * 2**10
 """Bytes of a configuration; all options together take 2 KiB, and PyYAML reads about 100 KiB a second."""
+LARGEST_UNPACKED = 2**31
+"""Bytes of the largest file of a data set, affNIST's, are about a third of this."""
+_GZIP_MAGIC = b"\x1f\x8b"
 _CHUNK = 2**20
 
 
@@ -74,6 +80,29 @@ def read_up_to(file: Readable, most: int, name: str) -> bytes:
             raise InputError(f"{name} must hold at most {most:,} bytes; got more")
         parts.append(part)
     return b"".join(parts)
+
+
+def unpacked(path: str | os.PathLike[str], *, most: int = LARGEST_UNPACKED) -> bytes:
+    """The content of a file, unpacked where its first two bytes, not its name, say that it is gzip.
+
+    Args:
+        path: of the file.
+        most: bytes that the content can rightly have; no more are unpacked.
+
+    Raises:
+        InputError: the file cannot be read, is a gzip file cut short or damaged, or holds more.
+    """
+    try:
+        with Path(path).open("rb") as file:
+            packed = file.peek(2).startswith(_GZIP_MAGIC)
+            return read_up_to(gzip.GzipFile(fileobj=file) if packed else file, most, f"file {path}")
+    except EOFError as error:
+        size = Path(path).stat().st_size
+        raise InputError(f"{path} must be a whole gzip file; got one cut short, at {size} bytes") from error
+    except (gzip.BadGzipFile, zlib.error) as error:
+        raise InputError(f"{path} must be a sound gzip file; got a damaged one ({error})") from error
+    except OSError as error:
+        raise InputError(f"{path} must be a readable file; got: {error.strerror}") from error
 
 
 def read_bytes(path: Path, *, most: int, what: str = "file") -> bytes:

@@ -16,21 +16,21 @@ from capsnet.kernels.winograd import saving
 from capsnet.routing import RoutingResult, check_iterations, dynamic_routing
 
 __all__ = [
-    "KERNELS",
-    "STEMS",
+    "CONVOLUTIONS",
+    "ROUTING_KERNELS",
     "ClassCapsules",
     "Convolution",
     "Decoder",
     "PrimaryCapsules",
-    "resolve_kernel",
-    "resolve_stem",
+    "resolve_convolution",
+    "resolve_routing_kernel",
     "sweeps_for",
 ]
 
-KERNELS = ("auto", "plain", "fused")
-STEMS = ("auto", "direct", "minimal")
+ROUTING_KERNELS = ("auto", "plain", "fused")
+CONVOLUTIONS = ("auto", "direct", "winograd")
 SMALL_VOTES = 4 << 20  # bytes: 5 images at the paper's size
-SMALL_BATCH = 8  # images: below, a direct convolution as one matrix product is faster than minimal filtering
+SMALL_BATCH = 8  # images: below, a direct convolution as one matrix product is faster than Winograd's minimal filtering
 
 
 def is_small(images: Tensor) -> bool:
@@ -41,27 +41,33 @@ def is_small(images: Tensor) -> bool:
     return small and not torch.is_grad_enabled() and not torch.is_autocast_enabled("cpu")
 
 
-def resolve_kernel(kernel: str, device: torch.device, *, ordinary: bool = True, small: bool = False) -> str:
-    """The routing kernel that `kernel` means on `device`: `plain` or `fused` (see `kernels.fused`).
+def resolve_routing_kernel(
+    routing_kernel: str, device: torch.device, *, ordinary: bool = True, small: bool = False
+) -> str:
+    """The routing kernel that `routing_kernel` means on `device`: `plain` or `fused` (see `kernels.fused`).
 
     `auto` is `fused` on a CPU and `plain` elsewhere. It is `plain` too where the votes are `small` (without gradients
     and at most 4 MiB, which a cache holds) and for tensors that are not `ordinary` (see `functional.is_ordinary`).
 
     Raises:
-        InputError: an unknown kernel, or `fused` on a device that it does not know, without Triton on a GPU, or inside
+        InputError: an unknown name, or `fused` on a device that it does not know, without Triton on a GPU, or inside
             a transform of torch.func or `torch.jit.trace`.
     """
-    if kernel not in KERNELS:
-        raise InputError(f"kernel must be one of {', '.join(KERNELS)}; got {kernel!r}")
-    if kernel == "auto":
+    if routing_kernel not in ROUTING_KERNELS:
+        raise InputError(f"routing_kernel must be one of {', '.join(ROUTING_KERNELS)}; got {routing_kernel!r}")
+    if routing_kernel == "auto":
         return "fused" if device.type == "cpu" and ordinary and not small else "plain"
-    if kernel == "fused" and device.type not in ("cpu", "cuda", "meta"):
-        raise InputError(f"kernel fused must run on a CPU or a CUDA GPU; got a tensor on {device}")
-    if kernel == "fused" and F.is_transformed():
-        raise InputError("kernel fused must run outside torch.func and torch.jit.trace; use kernel plain or auto there")
-    if kernel == "fused" and device.type == "cuda" and not sweeps_triton.available():
-        raise InputError("kernel fused must have Triton on a GPU; it is not installed (pip install 'capsnet[triton]')")
-    return kernel
+    if routing_kernel == "fused" and device.type not in ("cpu", "cuda", "meta"):
+        raise InputError(f"routing_kernel fused must run on a CPU or a CUDA GPU; got a tensor on {device}")
+    if routing_kernel == "fused" and F.is_transformed():
+        raise InputError(
+            "routing_kernel fused must run outside torch.func and torch.jit.trace; use plain or auto there"
+        )
+    if routing_kernel == "fused" and device.type == "cuda" and not sweeps_triton.available():
+        raise InputError(
+            "routing_kernel fused must have Triton on a GPU; it is not installed (pip install 'capsnet[triton]')"
+        )
+    return routing_kernel
 
 
 def sweeps_for(u: Tensor, weight: Tensor) -> type[fused.Sweeps]:
@@ -77,7 +83,7 @@ class Convolution(nn.Module):
     Args:
         in_channels: channels of the input.
         out_channels: channels of the output.
-        kernel: side of the kernel in pixels.
+        kernel_size: side of the kernel in pixels.
         stride: step in pixels.
         in_size: height and width of the input in pixels.
         padding: `valid` for none; `same` for an output of `ceil(in_size / stride)`, with zeros as evenly as can be, the
@@ -91,8 +97,9 @@ class Convolution(nn.Module):
         pads: zeros at the left, right, top and bottom.
 
     Parameters:
-        weight `[kernel, kernel, in_channels, out_channels]`: in this order `kernels.stem` and the optimiser use it
-        without a copy; bias `[out_channels]`, if asked for. Both start uniform in +-1 / sqrt(fan in), as PyTorch does.
+        weight `[kernel_size, kernel_size, in_channels, out_channels]`: in this order `kernels.stem` and the optimiser
+        use it without a copy; bias `[out_channels]`, if asked for. Both start uniform in +-1 / sqrt(fan in), as
+        PyTorch does.
 
     Raises:
         InputError: the input is smaller than the kernel, or an unknown padding.
@@ -102,7 +109,7 @@ class Convolution(nn.Module):
         self,
         in_channels: int,
         out_channels: int,
-        kernel: int,
+        kernel_size: int,
         stride: int,
         *,
         in_size: tuple[int, int],
@@ -113,23 +120,27 @@ class Convolution(nn.Module):
         super().__init__()
         if padding not in ("valid", "same"):
             raise InputError(f"padding must be valid or same; got {padding!r}")
-        if padding == "valid" and min(in_size) < kernel:
+        shape = f"{kernel_size}x{kernel_size}"
+        if padding == "valid" and min(in_size) < kernel_size:
             raise InputError(
-                f"{name}: its {kernel}x{kernel} kernel needs an input of at least {kernel}x{kernel}; "
+                f"{name}: its {shape} kernel needs an input of at least {shape}; "
                 f"got {in_size[0]}x{in_size[1]} (use larger images, a smaller kernel, or padding same)"
             )
         if padding == "valid":
-            height, width = ((size - kernel) // stride + 1 for size in in_size)
+            height, width = ((size - kernel_size) // stride + 1 for size in in_size)
             rows = columns = 0
         else:
             height, width = (math.ceil(size / stride) for size in in_size)
             rows, columns = (
-                max((out - 1) * stride + kernel - size, 0) for out, size in zip((height, width), in_size, strict=True)
+                max((out - 1) * stride + kernel_size - size, 0)
+                for out, size in zip((height, width), in_size, strict=True)
             )
-        self.kernel, self.stride, self.in_size, self.out_size = kernel, stride, in_size, (height, width)
+        self.kernel_size, self.stride, self.in_size, self.out_size = kernel_size, stride, in_size, (height, width)
         self.pads = (columns // 2, columns - columns // 2, rows // 2, rows - rows // 2)
-        bound = 1 / math.sqrt(in_channels * kernel * kernel)
-        self.weight = nn.Parameter(torch.empty(kernel, kernel, in_channels, out_channels).uniform_(-bound, bound))
+        bound = 1 / math.sqrt(in_channels * kernel_size * kernel_size)
+        self.weight = nn.Parameter(
+            torch.empty(kernel_size, kernel_size, in_channels, out_channels).uniform_(-bound, bound)
+        )
         self.bias = nn.Parameter(torch.empty(out_channels).uniform_(-bound, bound)) if bias else None
 
     def forward(self, x: Float[Tensor, "batch channels height width"]) -> Float[Tensor, "batch out rows columns"]:
@@ -146,7 +157,7 @@ class Convolution(nn.Module):
 
     def _as_product(self, padded: Tensor, weight: Tensor) -> Tensor:
         """One matrix product with the weight as it lies in memory, which `conv2d` would rearrange: half of its time."""
-        k, (height, width), s = self.kernel, self.out_size, self.stride
+        k, (height, width), s = self.kernel_size, self.out_size, self.stride
         n, channels = padded.shape[:2]
         image, row, column, _ = padded.permute(0, 2, 3, 1).stride()
         windows = padded.as_strided((n, height, width, k, k * channels), (image, s * row, s * column, row, 1))
@@ -163,12 +174,12 @@ class Convolution(nn.Module):
         before = self.pads[2] if axis == 0 else self.pads[0]
         start = torch.arange(self.out_size[axis])[:, None] * self.stride - before
         place = torch.arange(self.in_size[axis])
-        return ((start <= place) & (place < start + self.kernel)).float()
+        return ((start <= place) & (place < start + self.kernel_size)).float()
 
     def extra_repr(self) -> str:
         """Sizes, for `print(model)`."""
         _, _, ins, outs = self.weight.shape
-        return f"{ins} -> {outs}, kernel={self.kernel}, stride={self.stride}, pads={self.pads}"
+        return f"{ins} -> {outs}, kernel_size={self.kernel_size}, stride={self.stride}, pads={self.pads}"
 
 
 def is_bare(module: nn.Module, kind: type[nn.Module]) -> bool:
@@ -182,26 +193,26 @@ def is_bare(module: nn.Module, kind: type[nn.Module]) -> bool:
     return type(module) is kind and not hooked and "forward" not in vars(module)
 
 
-def resolve_stem(stem: str, first: Convolution, primary: "PrimaryCapsules", images: Tensor) -> str:
-    """How both convolutions of `images` are computed now, `direct` or `minimal` (see `kernels.stem`).
+def resolve_convolution(convolution: str, first: Convolution, primary: "PrimaryCapsules", images: Tensor) -> str:
+    """How both convolutions of `images` are computed now, `direct` or `winograd` (see `kernels.stem`).
 
-    `auto` is `minimal` on a CPU in float32 or float64, for ordinary images that need no gradient, where it saves half
-    of the products or more, and `direct` for up to 8 images without gradients. As `minimal` calls none of the modules,
+    `auto` is `winograd` on a CPU in float32 or float64, for ordinary images that need no gradient, where it saves half
+    of the products or more, and `direct` for up to 8 images without gradients. As `winograd` calls none of the modules,
     it is `direct` too where one of them is not bare, see `is_bare`.
 
     Args:
-        stem: `auto`, `direct` or `minimal`.
+        convolution: `auto`, `direct` or `winograd`.
         first: the first convolution.
         primary: the primary capsules, with the second.
         images: only their device, type and need of a gradient are looked at.
 
     Raises:
-        InputError: an unknown name, or `minimal` where it cannot run: the condition that fails is named.
+        InputError: an unknown name, or `winograd` where it cannot run: the condition that fails is named.
     """
-    if stem not in STEMS:
-        raise InputError(f"stem must be one of {', '.join(STEMS)}; got {stem!r}")
-    if stem == "direct":
-        return stem
+    if convolution not in CONVOLUTIONS:
+        raise InputError(f"convolution must be one of {', '.join(CONVOLUTIONS)}; got {convolution!r}")
+    if convolution == "direct":
+        return convolution
     if images.device.type not in ("cpu", "meta"):
         obstacle = f"images on {images.device}, and it must run on a CPU"
     elif images.dtype not in (torch.float32, torch.float64):
@@ -216,10 +227,10 @@ def resolve_stem(stem: str, first: Convolution, primary: "PrimaryCapsules", imag
         obstacle = "a convolution with hooks, a parametrization or another forward, and it calls no module"
     else:
         second = primary.conv
-        saved = saving(second.in_size, second.kernel, second.stride, second.pads)
-        return "direct" if stem == "auto" and (saved < 2 or is_small(images)) else "minimal"
-    if stem == "minimal":
-        raise InputError(f"stem minimal got {obstacle}; use stem direct")
+        saved = saving(second.in_size, second.kernel_size, second.stride, second.pads)
+        return "direct" if convolution == "auto" and (saved < 2 or is_small(images)) else "winograd"
+    if convolution == "winograd":
+        raise InputError(f"convolution winograd got {obstacle}; use convolution direct")
     return "direct"
 
 
@@ -233,7 +244,7 @@ class PrimaryCapsules(nn.Module):
         in_channels: channels of the input.
         types: kinds of capsules, each a `dim`-channel convolution (paper: 32).
         dim: length of a capsule's vector (paper: 8).
-        kernel: side of the convolution's kernel (paper: 9).
+        kernel_size: side of the convolution's kernel (paper: 9).
         stride: its step (paper: 2).
         in_size: height and width of the input.
         padding: `valid` (paper) or `same`.
@@ -242,7 +253,8 @@ class PrimaryCapsules(nn.Module):
         epsilon: of `functional.squash`.
 
     Parameters:
-        conv weight `[kernel, kernel, in_channels, types * dim]`; bias `[types * dim]`. Both start as in `Convolution`.
+        conv weight `[kernel_size, kernel_size, in_channels, types * dim]`; bias `[types * dim]`. Both start as in
+        `Convolution`.
 
     Raises:
         InputError: the input is smaller than the kernel.
@@ -254,7 +266,7 @@ class PrimaryCapsules(nn.Module):
         *,
         types: int = 32,
         dim: int = 8,
-        kernel: int = 9,
+        kernel_size: int = 9,
         stride: int = 2,
         in_size: tuple[int, int],
         padding: str = "valid",
@@ -266,14 +278,14 @@ class PrimaryCapsules(nn.Module):
         self.conv = Convolution(
             in_channels,
             types * dim,
-            kernel,
+            kernel_size,
             stride,
             in_size=in_size,
             padding=padding,
             name="primary capsules",
             bias=False,
         )
-        bound = 1 / math.sqrt(in_channels * kernel * kernel)
+        bound = 1 / math.sqrt(in_channels * kernel_size * kernel_size)
         self.bias = nn.Parameter(torch.empty(types * dim).uniform_(-bound, bound))
 
     @property
@@ -309,15 +321,15 @@ class ClassCapsules(nn.Module):
             code, where it starts at 0.1.
         leaky: a "none of the above" slot in the softmax, see `routing.dynamic_routing`.
         detach_routing: no gradient through the couplings, see there.
-        kernel: `plain` (votes of the whole batch in memory), `fused` (never more than a few of them) or `auto`.
-        epsilon: of `functional.squash`; above 0 the kernel is `plain`.
+        routing_kernel: `plain` (votes of the whole batch in memory), `fused` (never more than a few of them) or `auto`.
+        epsilon: of `functional.squash`; above 0 the routing kernel is `plain`.
 
     Parameters:
         weight `W [in_capsules, in_dim, out_capsules, out_dim]`, normal with standard deviation 0.1 (the paper
         gives none; the first author's code has 0.1, truncated); bias `[out_capsules, out_dim]`, 0.1, if asked for.
 
     Raises:
-        InputError: fewer than 1 iteration, an unknown kernel, or `fused` with an epsilon.
+        InputError: fewer than 1 iteration, an unknown routing kernel, or `fused` with an epsilon.
     """
 
     def __init__(
@@ -331,16 +343,18 @@ class ClassCapsules(nn.Module):
         bias: bool = False,
         leaky: bool = False,
         detach_routing: bool = False,
-        kernel: str = "auto",
+        routing_kernel: str = "auto",
         epsilon: float = 0.0,
     ) -> None:
         super().__init__()
         check_iterations(iterations)
-        resolve_kernel(kernel, torch.device("cpu"))
-        if epsilon and kernel == "fused":
-            raise InputError(f"kernel must be plain or auto with an epsilon in squash, here {epsilon:g}; got fused")
+        resolve_routing_kernel(routing_kernel, torch.device("cpu"))
+        if epsilon and routing_kernel == "fused":
+            raise InputError(
+                f"routing_kernel must be plain or auto with an epsilon in squash, here {epsilon:g}; got fused"
+            )
         self.iterations, self.leaky, self.detach_routing, self.epsilon = iterations, leaky, detach_routing, epsilon
-        self.kernel = "plain" if epsilon else kernel
+        self.routing_kernel = "plain" if epsilon else routing_kernel
         weight = torch.empty(in_capsules, in_dim, out_capsules, out_dim)
         if not weight.is_meta:  # where `normal_` changes nothing, and imports the compiler in two seconds
             weight.normal_(std=0.1)
@@ -355,7 +369,7 @@ class ClassCapsules(nn.Module):
             votes_bytes = u[..., 0].numel() * weight[0, 0].numel() * weight.element_size()
             ordinary = F.is_ordinary(u)  # in an export, comparing sizes would limit the batch
             small = ordinary and votes_bytes <= SMALL_VOTES and not torch.is_grad_enabled()
-            kernel = resolve_kernel(self.kernel, u.device, ordinary=ordinary, small=small)
+            kernel = resolve_routing_kernel(self.routing_kernel, u.device, ordinary=ordinary, small=small)
             if kernel == "fused":
                 route = partial(fused.votes_and_routing, sweeps_for(u, weight), u, weight)
             else:
@@ -370,7 +384,8 @@ class ClassCapsules(nn.Module):
     def extra_repr(self) -> str:
         """Sizes and routing options, for `print(model)`."""
         ins, in_dim, outs, out_dim = self.weight.shape
-        return f"{ins} x {in_dim}-D -> {outs} x {out_dim}-D, iterations={self.iterations}, kernel={self.kernel}"
+        sizes = f"{ins} x {in_dim}-D -> {outs} x {out_dim}-D"
+        return f"{sizes}, iterations={self.iterations}, routing_kernel={self.routing_kernel}"
 
 
 class Decoder(nn.Module):

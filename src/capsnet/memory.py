@@ -44,8 +44,9 @@ LIBRARIES = 120 * 2**20
 CHECKPOINT = 3 * 9 / 8
 """Size of a checkpoint in weights: these and two moments, in a buffer that grows by eighths."""
 CPU = torch.device("cpu")
-PLAIN = {"kernel": "plain", "stem": "direct"}
+PLAIN = {"routing_kernel": "plain", "convolution": "direct"}
 """How other programs compute an exported network."""
+PRODUCTS = (torch.einsum, torch.matmul, torch.Tensor.matmul, torch.bmm, torch.Tensor.bmm)
 EXPORTS = {"safetensors": (0.0, 2, 0), "pt2": (1.0, 1, 600 * 2**20), "onnx": (2.6, 7, 1100 * 2**20)}
 """Of each format: arrays of a pass in those of a plain one, copies of the weights, and bytes that making it takes."""
 ELSEWHERE = "it must run where there is more"
@@ -103,7 +104,7 @@ def inference(
         batch_size: images at a time.
         device: where it computes.
         precision: `32` or `bf16`.
-        options: `kernel` and `stem`, where they are not the network's.
+        options: `routing_kernel` and `convolution`, where they are not the network's.
 
     Raises:
         InputError: sizes that PyTorch cannot count.
@@ -245,10 +246,15 @@ class _Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
 
 class _Autocast(TorchFunctionMode):
-    """What `torch.autocast` to bfloat16, which knows no `meta`, does with convolutions and fully connected layers."""
+    """What `torch.autocast` to bfloat16, which knows no `meta`, does with convolutions and products of matrices.
+
+    Those of float32 alone are left as they are: what must be computed in it cannot be told from what need not.
+    """
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func in (torch.conv2d, nn.functional.linear):
+        kinds = {x.dtype for x in args if isinstance(x, Tensor)}
+        mixed = kinds == {torch.float32, torch.bfloat16} and func in PRODUCTS
+        if mixed or func in (torch.conv2d, nn.functional.linear):
             args = [x.bfloat16() if isinstance(x, Tensor) and x.dtype == torch.float32 else x for x in args]
         return func(*args, **(kwargs or {}))
 

@@ -4,17 +4,34 @@ Configurations, model cards, results, metrics, records and checkpoints are check
 """
 
 import dataclasses
+import difflib
 import math
 import reprlib
 import sys
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Mapping
 from types import NoneType, UnionType
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints, is_typeddict
 
 from capsnet.errors import InputError
 
-__all__ = ["brief", "checked", "joined", "shown"]
+__all__ = [
+    "AT_LEAST_0",
+    "AT_LEAST_1",
+    "FINITE",
+    "FRACTION",
+    "LARGEST",
+    "POSITIVE",
+    "Range",
+    "Rule",
+    "brief",
+    "checked",
+    "did_you_mean",
+    "joined",
+    "out_of_range",
+    "shown",
+]
 
+LARGEST = 2**31 - 1
 _LONGEST = 80
 _MOST_FAULTS = 5
 _WORDS = {bool: "true or false", int: "a whole number", float: "a number", str: "text", NoneType: "nothing"}
@@ -34,6 +51,88 @@ class _Short(reprlib.Repr):
 
     def repr_Tensor(self, x: Any, level: int) -> str:  # noqa: N802 -- reprlib looks for the name of the class
         return f"{x.dtype} {list(x.shape)}"
+
+
+class Rule:
+    """What a value must be beyond its type, in the annotation of an option.
+
+    Args:
+        holds: whether a value keeps it.
+        words: the rule, for errors: "X must be WORDS".
+    """
+
+    def __init__(self, holds: Callable[[Any], bool], words: str) -> None:
+        self.holds, self.words = holds, words
+
+    def fault(self, value: Any) -> str | None:
+        """What `value` must be and is not; None if it is."""
+        return None if self.holds(value) else self.words
+
+
+class Range(Rule):
+    """A number from `low` to `high`, both included but for `above` and `below`; of a tuple, each number.
+
+    Args:
+        low: smallest.
+        high: largest.
+        above: whether `low` itself is outside.
+        below: whether `high` itself is outside.
+        words: the rule; default: at least, above, or at most.
+    """
+
+    def __init__(
+        self, low: float, high: float = LARGEST, *, above: bool = False, below: bool = False, words: str = ""
+    ) -> None:
+        self.low, self.high, self.above, self.below, self.words = low, high, above, below, words
+
+    def fault(self, value: Any) -> str | None:
+        """What `value`, which may be NaN, must be and is not; None if it is in the range."""
+        for number in value if isinstance(value, tuple) else (value,):
+            if number > self.high or (self.below and number == self.high):
+                return self.words or f"at most {self.high:,}"
+            if not (number > self.low or (number == self.low and not self.above)):
+                return self.words or f"{'above' if self.above else 'at least'} {self.low:,}"
+        return None
+
+
+AT_LEAST_0 = Range(0)
+AT_LEAST_1 = Range(1)
+FINITE = Range(0, sys.float_info.max, words="at least 0 and finite")
+POSITIVE = Range(0, sys.float_info.max, above=True, words="above 0")
+FRACTION = Range(0, 1, below=True, words="in [0, 1)")
+
+
+def out_of_range(values: Mapping[str, Any], *kinds: type) -> list[str]:
+    """What is wrong with the values of options, each of which is of the right type.
+
+    Args:
+        values: options by name.
+        kinds: the dataclasses that they are fields of, whose annotations hold the rules.
+    """
+    faults, hints, plain = list[str](), dict[str, Any](), dict[str, Any]()
+    for kind in kinds:
+        hints |= get_type_hints(kind, include_extras=True)
+        plain |= get_type_hints(kind)
+    for name, value in values.items():
+        if value is None or name not in hints:
+            continue
+        if isinstance(value, str):
+            try:
+                checked(value, plain[name], name=name)
+            except InputError as error:
+                faults.append(str(error))
+                continue
+            if "\0" in value:
+                faults.append(f"{name} must be text without a NUL character; got {shown(value)}")
+        rules = (rule for rule in getattr(hints[name], "__metadata__", ()) if isinstance(rule, Rule))
+        faults += [f"{name} must be {words}; got {shown(value)}" for rule in rules if (words := rule.fault(value))]
+    return faults
+
+
+def did_you_mean(name: str, names: Iterable[str]) -> str:
+    """` (did you mean ...?)` with the nearest of `names`; nothing where none is near."""
+    near = difflib.get_close_matches(name, list(names), n=1)
+    return f" (did you mean {near[0]}?)" if near else ""
 
 
 def shown(value: object) -> str:

@@ -7,13 +7,14 @@ from pathlib import Path
 from typing import Any, TypedDict, cast
 
 from capsnet import config as config_file
-from capsnet.config import Config, preset_differences, size_of
+from capsnet.config import Config, preset_differences, roles
 from capsnet.data import available, describe
 from capsnet.data.photo import Frame
 from capsnet.data.preprocessing import Preprocessing
 from capsnet.errors import InputError
 from capsnet.evaluation.ood import Threshold
 from capsnet.files import read_json
+from capsnet.options import LOCAL, size_of
 from capsnet.schema import checked
 
 __all__ = ["Card", "Tested", "command_of"]
@@ -119,7 +120,7 @@ class Card:
 def command_of(config: Config) -> str:
     """The shortest `capsnet train` command with this configuration, without places and what is only told or written."""
     changes = {} if config.preset == "paper" else {"preset": config.preset}
-    changes |= {name: value for name, value in preset_differences(config).items() if name not in _PLACES}
+    changes |= {name: value for name, value in preset_differences(config).items() if name not in roles(LOCAL)}
     words = ["capsnet", "train"]
     for name, value in changes.items():
         option = f"--{name.replace('_', '-')}"
@@ -128,16 +129,3 @@ def command_of(config: Config) -> str:
         else:
             words += [option, *(map(str, value) if isinstance(value, tuple | list) else [str(value)])]
     return shlex.join(words)
-
-
-_PLACES = (
-    "data_dir",
-    "out",
-    "overwrite",
-    "log_every",
-    "checkpoint_steps",
-    "tensorboard",
-    "report",
-    "device",
-    "threads",
-)

@@ -3,7 +3,6 @@
 Nothing is unpickled and no code is run: weights are safetensors.
 """
 
-import difflib
 import json
 from collections.abc import Mapping
 from collections.abc import Set as AbstractSet
@@ -13,14 +12,14 @@ from typing import Any, Literal, get_type_hints
 import torch
 from torch import Tensor
 
-from capsnet import config as config_file
 from capsnet import memory, models
 from capsnet.checkpoints import model_card
 from capsnet.checkpoints.model_card import Card
+from capsnet.config import renamed
 from capsnet.errors import InputError
 from capsnet.files import read_bytes, read_json, write_atomically
 from capsnet.models import Network
-from capsnet.schema import brief, checked, joined, shown
+from capsnet.schema import brief, checked, did_you_mean, shown
 
 __all__ = [
     "fitted",
@@ -110,10 +109,9 @@ def load(path: str | Path) -> Network:
     from safetensors.torch import load as tensors_in
 
     folder = folder_of(path)
-    near = [] if folder.exists() else difflib.get_close_matches(str(path), shipped(), n=1)
     for name in ("config.json", "model.safetensors"):
         if not (folder / name).is_file():
-            hint = f" (did you mean {near[0]}?)" if near else ""
+            hint = "" if folder.exists() else did_you_mean(str(path), shipped())
             begun = (folder / "config.yaml").exists() or (folder / "last.ckpt").exists()
             hint = " (the run is not finished; see --resume)" if begun else hint
             raise InputError(f"model folder {folder} must hold {name}; there is none{hint}")
@@ -134,18 +132,16 @@ def _described(path: Path) -> Network:
         InputError: it is not one that capsnet writes, or there can be no such network.
     """
     source = f"file {path}"
-    options = checked(read_json(path), dict[str, Any], source=source)
+    options = renamed(checked(read_json(path), dict[str, Any], source=source))
     if "objects" in options:  # as it was called in earlier files
         options["objects_per_image"] = options.pop("objects")
     name = checked(options.get("name"), Literal[tuple(models.available())], name="name", source=source)
-    kinds = get_type_hints(models.create) | get_type_hints(models.builder(name))
+    kinds = get_type_hints(models.create) | get_type_hints(models.options_of(name))
     for key, value in options.items():
         if key not in kinds:
             raise InputError(f"{source} must hold options of model {name}; got {shown(key)}")
         options[key] = checked(value, kinds[key], name=key, source=source)
     try:
-        if faults := config_file.out_of_range(options):
-            raise InputError(joined(faults))
         network = outline(**options)
         size = 4 * network.parameter_count()
         task = f"model {name}, of {network.parameter_count():,} parameters,"

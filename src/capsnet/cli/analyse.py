@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, Protocol, runtime_che
 from capsnet.cli.parsing import BatchSize, Group, Images, Model, Models, Range, Seed
 from capsnet.cli.printing import say, show, show_json, show_table
 from capsnet.cli.trained_model import TrainedModel, WritesFile
-from capsnet.config import Device
 from capsnet.errors import InputError
+from capsnet.options import Device
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -131,7 +131,7 @@ def _out_of_distribution(name: str, reading: "Preprocessing", data_dir: str | No
     """A set of images, `uint8`, as the network sees them."""
     import torch
 
-    from capsnet.data import available, is_folder, load, load_split
+    from capsnet.data import available, is_folder, load_split
     from capsnet.data.image_folder import image_files
 
     channels, height, width = reading.image_shape
@@ -148,10 +148,7 @@ def _out_of_distribution(name: str, reading: "Preprocessing", data_dir: str | No
         for note in notes:
             say(f"capsnet analyse ood: {folder}: {note}")
         return torch.stack([reading(file).image for file in files])
-    size = f"{height}x{width}"
-    if name == "strokes":
-        return load(name, image_size=size, channels=channels).test.images
-    return load_split(name, "test", data_dir=data_dir, image_size=size, channels=channels).images
+    return load_split(name, "test", data_dir=data_dir, image_size=f"{height}x{width}", channels=channels).images
 
 
 def _share(errors: "Tensor", limit: float) -> float:

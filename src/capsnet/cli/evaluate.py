@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 from capsnet.cli.parsing import BatchSize, Models, Range
 from capsnet.cli.printing import say, show, show_json, show_table
 from capsnet.cli.trained_model import TrainedModel
-from capsnet.config import Device
 from capsnet.errors import InputError
+from capsnet.options import Device
 
 __all__ = ["Evaluate"]
 

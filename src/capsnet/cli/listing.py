@@ -71,8 +71,7 @@ def _models() -> list[dict[str, Any]]:
     for name in models.available():
         with torch.device("meta"):
             count = models.create(name).parameter_count()
-        summary = (models.builder(name).__doc__ or "").splitlines()[0]
-        rows.append({"name": name, "what": summary, "parameters on MNIST": f"{count:,}"})
+        rows.append({"name": name, "what": models.summary(name), "parameters on MNIST": f"{count:,}"})
     return rows
 
 

@@ -2,19 +2,33 @@
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, is_dataclass, make_dataclass
 from inspect import cleandoc, getdoc
 from io import StringIO
-from typing import Annotated, Any, Protocol, Union, get_type_hints, runtime_checkable
+from typing import Annotated, Any, Protocol, TypeVar, Union, get_type_hints, runtime_checkable
 
 import tyro
-from tyro.conf import Positional, arg, subcommand
+from tyro.conf import OmitArgPrefixes, Positional, arg, subcommand
 
 from capsnet.cli.printing import say, show
-from capsnet.config import LARGEST_SEED
+from capsnet.config import Config, from_dict
 from capsnet.errors import InputError
+from capsnet.options import GROUPS, LARGEST_SEED
+from capsnet.schema import Range
 
-__all__ = ["BatchSize", "Command", "Group", "Images", "Model", "Models", "Range", "Seed", "parse"]
+__all__ = [
+    "BatchSize",
+    "Command",
+    "Group",
+    "Images",
+    "Model",
+    "Models",
+    "Range",
+    "Seed",
+    "config_of",
+    "parse",
+    "with_options",
+]
 
 
 @runtime_checkable
@@ -40,23 +54,7 @@ class Group:
         return [arguments[0], *(verb.named(arguments[1:]) if isinstance(verb, Group) else [])]
 
 
-@dataclass(frozen=True)
-class Range:
-    """Range of a number on the command line: `low` to `high`, or above `low` if `above`."""
-
-    low: int | float
-    high: int | float
-    above: bool = False
-
-    def rule(self, number: int | float) -> str | None:
-        """What `number`, which may be NaN, must be and is not; None if it is in the range."""
-        if number > self.high:
-            return f"at most {self.high:,}"
-        if self.above:
-            return None if number > self.low else f"above {self.low:,}"
-        return None if number >= self.low else f"at least {self.low:,}"
-
-
+C = TypeVar("C")
 BatchSize = Annotated[int, Range(1, 10**6)]
 Images = Annotated[int, Range(1, 10**9)]
 Seed = Annotated[int, Range(0, LARGEST_SEED)]
@@ -81,16 +79,50 @@ def parse(group: Group, arguments: Sequence[str], *, prog: str) -> Command:
     prog = f"{prog} {arguments[0]}"
     if isinstance(kind, Group):
         return parse(kind, arguments[1:], prog=prog)
-    default = getattr(kind, "starting_from", lambda arguments: tyro.MISSING_NONPROP)(arguments[1:])
+    description, default = getdoc(kind), tyro.MISSING_NONPROP
+    if hasattr(kind, "starting_from"):  # whose options depend on some of its arguments
+        default = kind.starting_from(arguments[1:])
+        kind = type(default)
     with _printed():
-        command: Command = tyro.cli(kind, args=arguments[1:], prog=prog, default=default, description=getdoc(kind))
+        command: Command = tyro.cli(kind, args=arguments[1:], prog=prog, default=default, description=description)
     for name, hint in get_type_hints(kind, include_extras=True).items():
         value = getattr(command, name)
         for within in filter(lambda one: isinstance(one, Range), getattr(hint, "__metadata__", ())):
             for number in value if isinstance(value, tuple) else () if value is None else (value,):
-                if rule := within.rule(number):
-                    raise InputError(f"--{name.replace('_', '-')} must be {rule}; got {number}")
+                if words := within.fault(number):
+                    raise InputError(f"--{name.replace('_', '-')} must be {words}; got {number}")
     return command
+
+
+def with_options(kind: type[C], base: Config, **values: Any) -> C:
+    """A command with the options of a run beside its own: a group for each of `GROUPS`, and one for the model.
+
+    Args:
+        kind: the dataclass of the command, whose fields have defaults.
+        base: the defaults of the options.
+        values: of fields of the command.
+    """
+    groups = {"images": GROUPS["data"], "network": type(base.options)}  # as headings of the help
+    groups |= {name: group for name, group in GROUPS.items() if name != "data"}
+    named = [(name, OmitArgPrefixes[group]) for name, group in groups.items()]  # type: ignore[misc, valid-type]
+    whole = make_dataclass(kind.__name__, named, bases=(kind,), frozen=True, kw_only=True)
+    flat = base.flat()
+    defaults = {name: group(**{each.name: flat[each.name] for each in fields(group)}) for name, group in groups.items()}
+    command: C = whole(**values, **defaults)
+    return command
+
+
+def config_of(command: Any) -> Config:
+    """The configuration of a command made by `with_options`.
+
+    Raises:
+        InputError: options out of their range.
+    """
+    options = {"preset": command.preset, "model": command.model}
+    for each in fields(command):
+        if is_dataclass(group := getattr(command, each.name)):
+            options |= vars(group)
+    return from_dict(options)
 
 
 @contextmanager

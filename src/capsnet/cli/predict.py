@@ -12,9 +12,9 @@ from tyro.conf import Positional, arg
 from capsnet.cli.parsing import BatchSize, Model
 from capsnet.cli.printing import say, show, show_json
 from capsnet.cli.trained_model import TrainedModel
-from capsnet.config import Device
 from capsnet.errors import InputError
 from capsnet.names import visible
+from capsnet.options import Device
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -8,7 +8,7 @@ from tyro.conf import Positional, arg
 
 from capsnet.cli.parsing import Range
 from capsnet.cli.printing import say, show
-from capsnet.config import Device
+from capsnet.options import Device
 
 __all__ = ["Reproduce"]
 

@@ -5,11 +5,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from tyro.conf import OmitArgPrefixes
-
 from capsnet import config
+from capsnet.cli.parsing import config_of, with_options
 from capsnet.cli.printing import show, show_json
-from capsnet.config import Config, Options
+from capsnet.config import Config
 from capsnet.errors import InputError
 
 __all__ = ["Train"]
@@ -24,7 +23,10 @@ class Train:
       capsnet train --data path/to/images --image-size 32 --shift 3 --flip
     """
 
-    options: OmitArgPrefixes[Options]
+    preset: str = "paper"
+    """Recipe that the other options start from: paper (its text) or authors (its first author's published code)."""
+    model: str = "capsnet"
+    """Name of the network (see `capsnet list models`), which decides the options of the model below."""
     config: str | None = None
     """Start from this config.yaml; other options on the command line override it."""
     resume: str | None = None
@@ -36,16 +38,16 @@ class Train:
 
     @classmethod
     def starting_from(cls, arguments: Sequence[str]) -> "Train":
-        """The defaults of the other options: those of --resume, --config or --preset.
+        """The command with the options of a run, and their defaults.
 
         Raises:
-            InputError: more than one of them is given, or the file cannot be read.
+            InputError: more than one of --preset, --config and --resume is given, or the file cannot be read.
         """
         parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
-        for name in ("preset", "config", "resume"):
+        for name in ("preset", "config", "resume", "model"):
             parser.add_argument(f"--{name}", nargs="?")
         start, _ = parser.parse_known_args(list(arguments))
-        given = [f"--{name}" for name, value in vars(start).items() if value is not None]
+        given = [f"--{name}" for name in ("preset", "config", "resume") if getattr(start, name) is not None]
         if len(given) > 1:
             raise InputError(f"only one of --preset, --config and --resume can be given; got {' and '.join(given)}")
         if start.resume is not None:
@@ -53,26 +55,29 @@ class Train:
         elif start.config is not None:
             base = config.read(start.config)
         else:
-            base = config.preset(start.preset or "paper")
-        return cls(Options(**vars(base)))
+            base = config.preset(start.preset or "paper", model=start.model or "capsnet")
+        if start.model is not None and start.model != base.model:
+            base = base.changed(model=start.model)
+        return with_options(cls, base, preset=base.preset, model=base.model)
 
     def run(self, line: str) -> int:
         """Train, print the test error."""
-        options = Config(**vars(self.options))
+        options = config_of(self)
         if self.dry_run:
             from capsnet.training.dry_run import dry_run
 
             show(*dry_run(options).split("\n"))
             return 0
 
-        from capsnet import devices, train
+        from capsnet import devices
+        from capsnet.training import fit as training
 
         if self.resume:
-            saved = _of_run(self.resume)
-            changed = {name: value for name, value in vars(options).items() if value != getattr(saved, name)}
-            result = train.resume(self.resume, **changed)
+            before = _of_run(self.resume).flat()
+            changed = {name: value for name, value in options.flat().items() if value != before.get(name)}
+            result = training.resume(self.resume, **changed)
         else:
-            result = train.fit(options)
+            result = training.fit(options)
         if not devices.first_process():
             return 0
         paths = {"directory": result.directory, "figure": result.figure, "report": result.report}

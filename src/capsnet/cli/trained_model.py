@@ -88,8 +88,8 @@ class TrainedModel:
         Raises:
             InputError: the data cannot be had, or other classes.
         """
-        from capsnet import train
         from capsnet.data import describe, is_folder
+        from capsnet.training import prepare
 
         trained, recorded = self.trained(data), self.recorded()
         options = replace(
@@ -104,7 +104,7 @@ class TrainedModel:
             return self._of_others(options, recorded)
         own = data is None or is_folder(data)
         try:
-            dataset = train.prepare_data(
+            dataset = prepare.prepare_data(
                 options, recorded=recorded if own else None, shares=not self._is_old(recorded), tell=say
             )
         except InputError as error:
@@ -113,7 +113,7 @@ class TrainedModel:
             if data or not any_will_do or (self.network.image_shape, self.network.classes) != known:
                 raise
             say(f"capsnet: {trained.data} cannot be read, so strokes are shown ({error})")
-            dataset = train.prepare_data(replace(options, data="strokes", validation=None))
+            dataset = prepare.prepare_data(replace(options, data="strokes", validation=None))
             own = False
         if own:
             self._tell_differences(dataset, recorded)

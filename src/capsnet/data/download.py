@@ -21,11 +21,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TypeVar
 
-from capsnet.data.idx import LARGEST, unpacked
 from capsnet.errors import InputError
-from capsnet.files import cache_dir
+from capsnet.files import LARGEST_UNPACKED, cache_dir, unpacked
 
-__all__ = ["Source", "cache_dir", "contents", "from_mirrors", "locate", "places", "roots", "sha256_of"]
+__all__ = ["Source", "cache_dir", "contents", "from_mirrors", "here", "locate", "places", "roots", "sha256_of"]
 
 T = TypeVar("T")
 
@@ -52,7 +51,7 @@ class Source:
     files: Mapping[str, str | None]
     mirrors: tuple[str, ...]
     packed: Mapping[str, str] = field(default_factory=dict)
-    most: int = LARGEST
+    most: int = LARGEST_UNPACKED
 
 
 def roots(source: Source, data_dir: str | os.PathLike[str] | None) -> list[list[Path]]:
@@ -83,6 +82,21 @@ def locate(folders: Iterable[Path], names: Iterable[str]) -> list[Path]:
     """Every existing file of one of the `names` in one of the `folders`, in the order of the folders."""
     wanted = list(names)
     return [folder / name for folder in folders for name in wanted if (folder / name).is_file()]
+
+
+def here(
+    source: Source, data_dir: str | os.PathLike[str] | None, *, files: Iterable[str] | None = None, packing: str = ".gz"
+) -> dict[str, list[Path]]:
+    """The files of a set as they are published, packed or not, each with the first copy on this machine, unverified.
+
+    Raises:
+        InputError: see `roots`.
+    """
+    folders = places(source, data_dir)
+    return {
+        f"{file}{packing}": locate(folders, (f"{file}.gz", file))[:1]
+        for file in (source.files if files is None else files)
+    }
 
 
 def contents(
@@ -124,6 +138,7 @@ def contents(
         if file not in found and data_dir is not None and foreign is not None:
             raise foreign
     missing = [file for file in files if file not in found]
+    absent = [name for name, paths in here(source, data_dir).items() if not paths]  # also of the other split
     for file in missing:
 
         def keep(path: Path, file: str = file) -> tuple[Path, bytes]:
@@ -132,7 +147,8 @@ def contents(
             path.replace(kept)
             return kept, content
 
-        found[file] = from_mirrors(source, f"{file}.gz", keep, wanted=[f"{m}.gz" for m in missing], data_dir=data_dir)
+        wanted = [*dict.fromkeys((*(f"{file}.gz" for file in missing), *absent))]
+        found[file] = from_mirrors(source, f"{file}.gz", keep, wanted=wanted, data_dir=data_dir)
     return found
 
 

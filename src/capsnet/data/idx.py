@@ -5,48 +5,65 @@ of each dimension as a big-endian 32-bit number; then the values, row by row. So
 LeCun, Cortes and Burges, "The MNIST database of handwritten digits", http://yann.lecun.com/exdb/mnist/.
 """
 
-import gzip
 import math
 import os
 import struct
-import zlib
-from pathlib import Path
+from collections.abc import Mapping
 
 import numpy as np
 import torch
 from jaxtyping import Int64, UInt8
 from torch import Tensor
 
+from capsnet.data import download
+from capsnet.data.dataset import Split
+from capsnet.data.download import Source
 from capsnet.errors import InputError
-from capsnet.files import read_up_to
 
-__all__ = ["parse_images", "parse_labels", "read_images", "read_labels", "unpacked"]
+__all__ = ["FILES", "MNIST_BYTES", "parse_images", "parse_labels", "read"]
 
-_GZIP_MAGIC = b"\x1f\x8b"
 _UNSIGNED_BYTE = 0x08
-LARGEST = 2**31
-"""Bytes of the largest file of a data set, affNIST's, are about a third of this."""
+MNIST_BYTES = 16 + 60_000 * 28 * 28
+"""Of the training images of MNIST and its kind, with their header."""
+FILES = {
+    "train": ("train-images-idx3-ubyte", "train-labels-idx1-ubyte"),
+    "test": ("t10k-images-idx3-ubyte", "t10k-labels-idx1-ubyte"),
+}
+"""Of MNIST and its kind: images and labels of each split."""
 
 
-def read_images(path: str | os.PathLike[str]) -> UInt8[Tensor, "images 1 height width"]:
-    """The images of an IDX file, raw or packed by gzip, intensities 0..255.
+def read(
+    source: Source,
+    split: str,
+    data_dir: str | os.PathLike[str] | None,
+    *,
+    known: Mapping[str, str],
+    shape: tuple[int, ...] | None = None,
+    of_each: int | None = None,
+) -> Split:
+    """One split of MNIST or its kind, downloaded where need be.
+
+    Args:
+        source: with the names of `FILES`, and the mirrors.
+        split: `"train"` or `"test"`.
+        data_dir: as in `data.load`.
+        known: see `download.contents`: sets of this kind share the names of their files.
+        shape: that of all images; checked where it is given, as a checksum may not be known.
+        of_each: number of labels of each class; checked likewise.
 
     Raises:
-        InputError: the file is unreadable, damaged, or no IDX file of unsigned bytes with 3 dimensions.
-
-    Example:
-        >>> read_images("mnist/t10k-images-idx3-ubyte.gz").shape  # [10000, 1, 28, 28]
+        InputError: a file is not here and not to be had, has a wrong checksum or other counts, or is not what its
+            parser wants.
     """
-    return parse_images(unpacked(path), path)
-
-
-def read_labels(path: str | os.PathLike[str]) -> Int64[Tensor, " labels"]:
-    """The labels of an IDX file, raw or packed by gzip, each 0..255.
-
-    Raises:
-        InputError: the file is unreadable, damaged, or no IDX file of unsigned bytes with 1 dimension.
-    """
-    return parse_labels(unpacked(path), path)
+    found = download.contents(source, FILES[split], data_dir, known=known)
+    (images_path, images), (labels_path, labels) = (found[file] for file in FILES[split])
+    whole = Split(parse_images(images, images_path), parse_labels(labels, labels_path))
+    if shape is not None and whole.images.shape != shape:
+        raise InputError(f"{images_path} must hold images of {shape}; got {tuple(whole.images.shape)}")
+    counts = whole.labels.bincount().tolist()
+    if of_each is not None and {*counts} != {of_each}:
+        raise InputError(f"{labels_path} must hold {of_each} labels of each class; got {counts}")
+    return whole
 
 
 def parse_images(content: bytes, path: str | os.PathLike[str]) -> UInt8[Tensor, "images 1 height width"]:
@@ -67,29 +84,6 @@ def parse_labels(content: bytes, path: str | os.PathLike[str]) -> Int64[Tensor, 
     """
     values, _ = _parse(content, path, kind="labels", dimensions=1)
     return torch.from_numpy(values).long()
-
-
-def unpacked(path: str | os.PathLike[str], *, most: int = LARGEST) -> bytes:
-    """The content of a file, unpacked where its first two bytes, not its name, say that it is gzip.
-
-    Args:
-        path: of the file.
-        most: bytes that the content can rightly have; no more are unpacked.
-
-    Raises:
-        InputError: the file cannot be read, is a gzip file cut short or damaged, or holds more.
-    """
-    try:
-        with Path(path).open("rb") as file:
-            packed = file.peek(2).startswith(_GZIP_MAGIC)
-            return read_up_to(gzip.GzipFile(fileobj=file) if packed else file, most, f"file {path}")
-    except EOFError as error:
-        size = Path(path).stat().st_size
-        raise InputError(f"{path} must be a whole gzip file; got one cut short, at {size} bytes") from error
-    except (gzip.BadGzipFile, zlib.error) as error:
-        raise InputError(f"{path} must be a sound gzip file; got a damaged one ({error})") from error
-    except OSError as error:
-        raise InputError(f"{path} must be a readable file; got: {error.strerror}") from error
 
 
 def _parse(

@@ -5,13 +5,10 @@ import os
 import torch
 from torch import Tensor
 
-from capsnet.config import size_of
-from capsnet.data import PLACED, available, describe, image_cache, load, placed_shift, sides
+from capsnet.data import describe, fitting_shape, image_cache, load
 from capsnet.data.dataset import Dataset, Split, check_memory
 from capsnet.data.image_folder import ImageFolder
-from capsnet.data.multimnist import SHIFT
 from capsnet.data.preprocessing import Preprocessing
-from capsnet.data.strokes import VALIDATION, strokes
 
 __all__ = ["is_outline", "nbytes", "of_folder", "of_registered"]
 
@@ -31,26 +28,17 @@ def of_registered(
     Raises:
         InputError: as `data.load`.
     """
-    about = describe(name, data_dir=data_dir) if name in available() else None
-    odd = about and about.image_shape[0] == 2 and channels is not None
-    if about is None or about.missing or odd or (image_size is not None and size_of(image_size) is None):
+    about = describe(name, data_dir=data_dir)
+    if about.missing:
         return load(name, data_dir=data_dir, image_size=image_size, channels=channels, seed=seed)
-    height, width = sides(name, image_size, channels)
-    shape = (channels or about.image_shape[0], height, width)
-    held_out = None
-    if name == "strokes":
-        strokes(train=1, validation=0, test=1, image_size=min(height, 28), seed=seed)  # refuses what they cannot be
-        held_out = _split(VALIDATION, shape, len(about.classes))
-    if name == "multimnist":
-        first = _labels(about.test, len(about.classes))
-        both = torch.stack([first, (first + 1) % len(about.classes)], dim=1)
-        test = Split(_images(about.test, shape), both, single_images=_images(about.test, (2, *shape)))
-        return Dataset(name, about.classes, _split(about.train, shape, 10), test, shift=SHIFT, objects_per_image=2)
-    train, test = (_split(count, shape, len(about.classes)) for count in (about.train, about.test))
-    check_memory(sum(len(split) for split in (train, test, held_out) if split), shape)
-    if name in PLACED:
-        return Dataset(name, about.classes, train, test, shift=placed_shift(height, width), placed=True)
-    return Dataset(name, about.classes, train, test, held_out)
+    shape = fitting_shape(about, image_size, channels, seed)
+    check_memory(sum(about.counts.values()), shape)
+    splits = {split: _split(count, shape, len(about.classes)) for split, count in about.counts.items()}
+    if (objects := about.objects_per_image) > 1:
+        labels, images = splits["test"].labels, splits["test"].images
+        shown = torch.stack([(labels + k) % len(about.classes) for k in range(objects)], dim=1)
+        splits["test"] = Split(images, shown, single_images=_images(about.test, (objects, *shape)))
+    return about.dataset(splits)
 
 
 def of_folder(folder: ImageFolder, preprocessing: Preprocessing) -> Dataset:

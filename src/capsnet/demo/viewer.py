@@ -51,7 +51,8 @@ class Viewer:
             )
         self.name, self.reading, self.threshold = name, reading, threshold
         self.classes, self.image_shape = network.classes, network.image_shape
-        self.dim = network.config["class_dim"]
+        with torch.inference_mode():
+            self.dim = int(self.network.trace_routing(torch.zeros(1, *network.image_shape)).pose.shape[-1])
 
     def describe(self) -> dict[str, Any]:
         """All that the page must know before the first image; names as they can be shown."""

@@ -3,7 +3,6 @@
 A new experiment is a new file: its name is the experiment's, and its fields are those of `Experiment`.
 """
 
-import difflib
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import cache
@@ -13,7 +12,7 @@ from typing import Any
 from capsnet.config import Config, from_dict
 from capsnet.errors import InputError
 from capsnet.files import read_yaml
-from capsnet.schema import checked
+from capsnet.schema import checked, did_you_mean
 
 __all__ = ["BUDGETS", "Experiment", "Row", "available", "experiment", "read"]
 
@@ -160,7 +159,5 @@ def experiment(name: str) -> Experiment:
 def _index(name: str, names: Sequence[str], rule: str) -> int:
     """Where `name` stands among `names`; an InputError that begins with `rule` if it is not there."""
     if name not in names:
-        near = difflib.get_close_matches(name, names, n=1)
-        hint = f" (did you mean {near[0]}?)" if near else ""
-        raise InputError(f"{rule} {', '.join(names)}; got {name!r}{hint}")
+        raise InputError(f"{rule} {', '.join(names)}; got {name!r}{did_you_mean(name, names)}")
     return names.index(name)

@@ -2,22 +2,17 @@
 
 import hashlib
 import json
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from capsnet.config import Config, with_defaults
+from capsnet.config import Config, roles, with_defaults
 from capsnet.errors import InputError
 from capsnet.files import parse_json, read_text, write_atomically
+from capsnet.options import LOCAL
 from capsnet.schema import checked
 
 __all__ = ["Record", "add", "effective", "fingerprint", "path_of", "read", "write"]
-
-WITHOUT_EFFECT = (
-    "data_dir", "out", "overwrite", "log_every", "checkpoint_steps", "tensorboard", "report", "device", "devices",
-    "threads", "cuda_graph", "kernel", "seed",
-)  # fmt: skip
-"""Options that a measured number does not depend on (but for rounding), and the seed, which is kept apart."""
 
 
 @dataclass(frozen=True)
@@ -80,11 +75,12 @@ def effective(config: Config) -> dict[str, Any]:
 
     Without the defaults, so that a new option changes no old fingerprint.
     """
-    config, default = with_defaults(config), with_defaults(Config())
+    default = with_defaults(Config.of(model=config.model)).flat() | {"model": "capsnet"}
+    without_effect = {*roles(LOCAL), "routing_kernel", "seed"}
     chosen = {
-        option.name: getattr(config, option.name)
-        for option in fields(Config)
-        if option.name not in WITHOUT_EFFECT and getattr(config, option.name) != getattr(default, option.name)
+        name: value
+        for name, value in with_defaults(config).flat().items()
+        if name not in without_effect and value != default[name]
     }
     return {name: list(value) if isinstance(value, tuple) else value for name, value in chosen.items()}
 

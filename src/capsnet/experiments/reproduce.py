@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from capsnet import devices, train
+from capsnet import devices
 from capsnet.checkpoints import pretrained, run_directory
 from capsnet.config import Config
 from capsnet.data import Split, describe
@@ -18,6 +18,8 @@ from capsnet.experiments import records
 from capsnet.experiments.plan import Experiment, Row
 from capsnet.experiments.records import Record, fingerprint
 from capsnet.models import Network
+from capsnet.training import fit as training
+from capsnet.training import prepare
 
 __all__ = ["ENSEMBLE", "RECORDS", "RUNS", "place_of", "reproduce", "split_of"]
 
@@ -115,7 +117,7 @@ def _trained(config: Config, runs_folder: Path) -> Path:
     directory = place_of(config, runs_folder)
     run = run_directory.Run(directory)
     if not run.exists():
-        train.fit(replace(config, out=str(directory)))
+        training.fit(replace(config, out=str(directory)))
         return directory
     there = run.config()
     if (fingerprint(there), there.seed) != (fingerprint(config), config.seed):
@@ -123,7 +125,7 @@ def _trained(config: Config, runs_folder: Path) -> Path:
             f"run directory {directory} must hold the run that its name tells; its config.yaml is of another"
         )
     if not (run.result_path.exists() and (directory / "model.safetensors").exists()):
-        train.resume(directory, threads=config.threads, data_dir=config.data_dir)
+        training.resume(directory, threads=config.threads, data_dir=config.data_dir)
     return directory
 
 
@@ -204,7 +206,7 @@ def split_of(config: Config, data: str, data_dir: str | None = None) -> Split:
         InputError: they are not here.
     """
     options = replace(config, data=data, data_dir=data_dir or config.data_dir, validation=0, train_images=None)
-    return train.prepare_data(options).test
+    return prepare.prepare_data(options).test
 
 
 def _judged(network: Network, split: Split) -> tuple[list[int], dict[str, float]]:

@@ -35,7 +35,7 @@ def first_derivatives(
         def guarded(ctx: Any, *incoming: Tensor | None) -> Gradients:
             if once and getattr(ctx, "is_used", False):
                 raise RuntimeError(
-                    f"{name} can run backward once, as it overwrites what its forward saved; use {remedy} for "
+                    f"backward of {name} can run once, as it overwrites what the forward saved; use {remedy} for "
                     "retain_graph=True or second derivatives"
                 )
             ctx.is_used = True

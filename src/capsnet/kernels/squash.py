@@ -47,7 +47,7 @@ class _BiasedSquash(torch.autograd.Function):
         return capsules
 
     @staticmethod
-    @first_derivatives("the squash of the primary capsules", "stem direct", once=False)
+    @first_derivatives("the squash of the primary capsules", "convolution direct", once=False)
     def backward(ctx: Any, d_capsules: Tensor) -> tuple[Tensor | None, ...]:
         grid, bias = ctx.saved_tensors
         d_grid, d_bias = torch.empty_like(grid), bias.new_empty(PARTS, len(bias))

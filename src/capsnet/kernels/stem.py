@@ -61,9 +61,9 @@ def minimal_stem(
         InputError: images smaller than the kernels, that need a gradient, or of a tensor subclass (as in an export).
     """
     if images.requires_grad:
-        raise InputError("images of the minimal stem must not need a gradient; use stem direct")
+        raise InputError("images of Winograd convolutions must not need a gradient; use convolution direct")
     if type(images) is not Tensor:
-        raise InputError(f"images of the minimal stem must be a plain tensor; got {type(images).__name__}")
+        raise InputError(f"images of Winograd convolutions must be a plain tensor; got {type(images).__name__}")
     keep = torch.is_grad_enabled() and any(x.requires_grad for x in (weight1, bias1, weight2))
     apply: Callable[..., Tensor] = _Stem.apply
     return apply(images, weight1, bias1, weight2, stride1, stride2, pads1, pads2, keep)
@@ -236,7 +236,7 @@ class _Stem(torch.autograd.Function):
         return grid
 
     @staticmethod
-    @first_derivatives("the minimal stem", "stem direct", once=True)
+    @first_derivatives("the Winograd convolutions", "convolution direct", once=True)
     def backward(ctx: Any, d_grid: Tensor) -> tuple[Tensor | None, ...]:
         plan: Plan = ctx.plan
         images, weight1, weight2, positive, u, v = ctx.saved_tensors

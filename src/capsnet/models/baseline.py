@@ -1,19 +1,30 @@
 """The convolutional baseline of Sabour, Frosst, Hinton 2017, Section 5."""
 
-from typing import TYPE_CHECKING
+from dataclasses import dataclass
+from typing import Annotated
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from capsnet import functional as F
-from capsnet.errors import InputError
 from capsnet.models.network import Network, Output
+from capsnet.options import LossOptions
+from capsnet.schema import FRACTION, POSITIVE
 
-if TYPE_CHECKING:
-    from capsnet.config import Config
+__all__ = ["ConvNet", "Options", "build", "widths"]
 
-__all__ = ["ConvNet", "baseline", "widths"]
+
+@dataclass(frozen=True)
+class Options:
+    """Options of a baseline network."""
+
+    width: Annotated[float, POSITIVE] = 1.0
+    """Factor on the number of channels and units of all layers."""
+    dropout: Annotated[float, FRACTION] = 0.5
+    """Dropout rate before the last layer."""
+    standardize: bool = False
+    """Give each input image mean 0 and standard deviation 1, as the first author's code does for CIFAR-10."""
 
 
 class ConvNet(Network):
@@ -43,7 +54,7 @@ class ConvNet(Network):
         return output.scores.softmax(-1) if self.objects_per_image == 1 else output.scores.sigmoid()
 
     def classification_loss(
-        self, output: Output, labels: Int[Tensor, "batch *objects"], config: "Config"
+        self, output: Output, labels: Int[Tensor, "batch *objects"], loss: LossOptions
     ) -> Float[Tensor, "batch"]:
         """Cross-entropy; where images show several objects that of a sigmoid for each class (Section 6)."""
         if labels.ndim == 1:
@@ -61,15 +72,8 @@ class ConvNet(Network):
         return features.float()
 
 
-def baseline(
-    image_shape: tuple[int, int, int] = (1, 28, 28),
-    num_classes: int = 10,
-    *,
-    width: float = 1.0,
-    dropout: float = 0.5,
-    standardize: bool = False,
-) -> ConvNet:
-    """The paper's convolutional baseline (Section 5): three 5x5 convolutions and two fully connected layers.
+def build(image_shape: tuple[int, int, int], num_classes: int, options: Options) -> ConvNet:
+    """The baseline with new weights: three 5x5 convolutions and two fully connected layers.
 
     256, 256 and 128 channels with stride 1, then 328 and 192 units, then dropout and one logit a class. The paper says
     neither padding nor dropout rate; its 35.4 M parameters on MNIST are those of padding `same` (35,445,522), and 0.5
@@ -78,28 +82,21 @@ def baseline(
     Args:
         image_shape: channels, height and width.
         num_classes: number of logits.
-        width: factor on all these channels and units.
-        dropout: rate before the last layer.
-        standardize: give each image mean 0 and standard deviation 1 first.
-
-    Raises:
-        InputError: a dropout rate outside [0, 1), or a width not above 0.
+        options: width, dropout, standardisation.
     """
-    one, two, three, four, five = widths((256, 256, 128, 328, 192), width, dropout)
+    one, two, three, four, five = widths((256, 256, 128, 328, 192), options.width)
     channels, rows, columns = image_shape
     layers: list[nn.Module] = []
     for fan_in, fan_out in ((channels, one), (one, two), (two, three)):
         layers += [nn.Conv2d(fan_in, fan_out, 5, padding="same"), nn.ReLU()]
     layers += [nn.Flatten(), nn.Linear(three * rows * columns, four), nn.ReLU(), nn.Linear(four, five), nn.ReLU()]
     return ConvNet(
-        nn.Sequential(*layers, nn.Dropout(dropout), nn.Linear(five, num_classes)), image_shape, standardize=standardize
+        nn.Sequential(*layers, nn.Dropout(options.dropout), nn.Linear(five, num_classes)),
+        image_shape,
+        standardize=options.standardize,
     )
 
 
-def widths(full: tuple[int, ...], width: float, dropout: float) -> list[int]:
-    """Widths of a baseline's layers."""
-    if not 0 <= dropout < 1:
-        raise InputError(f"dropout must be in [0, 1); got {dropout}")
-    if not 0 < width < float("inf"):
-        raise InputError(f"width must be above 0; got {width}")
+def widths(full: tuple[int, ...], width: float) -> list[int]:
+    """Channels and units of a baseline's layers."""
     return [max(1, round(width * size)) for size in full]

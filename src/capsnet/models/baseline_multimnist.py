@@ -3,20 +3,13 @@
 from torch import nn
 
 from capsnet.errors import InputError
-from capsnet.models.baseline import ConvNet, widths
+from capsnet.models.baseline import ConvNet, Options, widths
 
-__all__ = ["baseline_multimnist"]
+__all__ = ["Options", "build"]
 
 
-def baseline_multimnist(
-    image_shape: tuple[int, int, int] = (1, 36, 36),
-    num_classes: int = 10,
-    *,
-    width: float = 1.0,
-    dropout: float = 0.5,
-    standardize: bool = False,
-) -> ConvNet:
-    """The paper's convolutional baseline for overlapping digits (Section 6.2): two convolutions, each with pooling.
+def build(image_shape: tuple[int, int, int], num_classes: int, options: Options) -> ConvNet:
+    """The baseline with new weights: two convolutions, each with pooling.
 
     512 channels of 9x9 and 256 of 5x5, each followed by 2x2 pooling, then 1,024 units, dropout, and one logit a class.
     Its 24.56 M parameters on MultiMNIST are those of padding `same` (24,563,978). Of affNIST the paper says "a
@@ -26,14 +19,12 @@ def baseline_multimnist(
     Args:
         image_shape: channels, height and width, at least 4 x 4.
         num_classes: number of logits.
-        width: factor on all these channels and units.
-        dropout: rate before the last layer.
-        standardize: give each image mean 0 and standard deviation 1 first.
+        options: width, dropout, standardisation.
 
     Raises:
-        InputError: a dropout rate outside [0, 1), a width not above 0, or an image too small to pool twice.
+        InputError: an image too small to pool twice.
     """
-    one, two, three = widths((512, 256, 1024), width, dropout)
+    one, two, three = widths((512, 256, 1024), options.width)
     channels, rows, columns = image_shape
     if min(rows, columns) < 4:
         raise InputError(f"images of baseline-multimnist must be at least 4 x 4 pixels; got {rows} x {columns}")
@@ -47,7 +38,7 @@ def baseline_multimnist(
         nn.Flatten(),
         nn.Linear(two * (rows // 4) * (columns // 4), three),
         nn.ReLU(),
-        nn.Dropout(dropout),
+        nn.Dropout(options.dropout),
         nn.Linear(three, num_classes),
     )
-    return ConvNet(layers, image_shape, standardize=standardize)
+    return ConvNet(layers, image_shape, standardize=options.standardize)

@@ -2,23 +2,82 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
+from dataclasses import dataclass
+from typing import Annotated, Literal
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from capsnet import functional as F
-from capsnet.errors import InputError
 from capsnet.kernels.stem import minimal_stem
-from capsnet.layers import ClassCapsules, Convolution, Decoder, PrimaryCapsules, resolve_kernel, resolve_stem
+from capsnet.layers import (
+    ClassCapsules,
+    Convolution,
+    Decoder,
+    PrimaryCapsules,
+    resolve_convolution,
+    resolve_routing_kernel,
+)
 from capsnet.models.network import CapsuleNetwork, Output, RoutingTrace
-from capsnet.routing import dynamic_routing
+from capsnet.options import LossOptions
+from capsnet.routing import MOST_ITERATIONS, dynamic_routing
+from capsnet.schema import AT_LEAST_1, FINITE, LARGEST, Range
 
-if TYPE_CHECKING:
-    from capsnet.config import Config
+__all__ = ["CapsNet", "Options", "build"]
 
-__all__ = ["CapsNet", "capsnet"]
+
+@dataclass(frozen=True)
+class Options:
+    """Options of CapsNet."""
+
+    routing_iterations: Annotated[int, Range(1, MOST_ITERATIONS)] = 3
+    """Number of routing iterations r; 1 means uniform couplings."""
+    routing_bias: bool = False
+    """Add a learned bias to the weighted sum of votes."""
+    leaky: bool = False
+    """Add a "none of the above" slot to the softmax of every primary capsule."""
+    detach_routing: bool = False
+    """Stop the gradient at the couplings."""
+    routing_kernel: Literal["auto", "plain", "fused"] = "auto"
+    """How votes and routing are computed; the results are the same. auto: fused on a CPU, plain on a GPU."""
+    convolution: Literal["auto", "direct", "winograd"] = "auto"
+    """How the two convolutions are computed. winograd saves most multiplications, at about 1e-4 relative rounding in
+    float32; auto: winograd on a CPU in precision 32 where it saves half or more, direct elsewhere."""
+    conv_channels: Annotated[int, AT_LEAST_1] = 256
+    """Number of channels of the first convolution."""
+    conv_kernel_size: Annotated[int, AT_LEAST_1] = 9
+    """Kernel size of the first convolution, in pixels."""
+    conv_stride: Annotated[int, AT_LEAST_1] = 1
+    """Stride of the first convolution, in pixels."""
+    capsule_types: Annotated[int, AT_LEAST_1] = 32
+    """Number of primary capsule types."""
+    primary_dim: Annotated[int, AT_LEAST_1] = 8
+    """Dimension of a primary capsule."""
+    primary_kernel_size: Annotated[int, AT_LEAST_1] = 9
+    """Kernel size of the primary capsules, in pixels."""
+    primary_stride: Annotated[int, AT_LEAST_1] = 2
+    """Stride of the primary capsules, in pixels."""
+    primary_scale: Annotated[float | None, FINITE] = None
+    """Factor on the primary capsules' convolution before its bias; 0 means uniform couplings: 1 / capsule_types, or
+    1 / (capsule_types + 1) with the leaky slot. Default: 1 (the paper), but 0 for images of one's own where a class
+    capsule gets more votes than the paper's."""
+    padding: Literal["valid", "same"] = "valid"
+    """Padding of both convolutions."""
+    class_dim: Annotated[int, AT_LEAST_1] = 16
+    """Dimension of a class capsule."""
+    squash_epsilon: Annotated[float, FINITE] = 0.0
+    """Added to the squared length where squash divides by the length, as many implementations do; 0 divides by none.
+    Above 0 routing is computed plainly."""
+    reconstruction: bool = True
+    """Train a decoder and add its loss."""
+    decoder_sizes: Annotated[tuple[int, ...], Range(1, words=f"widths of 1 to {LARGEST:,}")] = (512, 1024)
+    """Widths of the decoder's hidden layers."""
+    init: Literal["pytorch", "authors"] = "pytorch"
+    """Initial weights. authors: truncated normal 0.1 (0.05 in the first convolution), biases 0.1."""
+    standardize: bool = False
+    """Give each input image mean 0 and standard deviation 1, as the first author's code does for
+    CIFAR-10."""
 
 
 class CapsNet(CapsuleNetwork):
@@ -34,17 +93,17 @@ class CapsNet(CapsuleNetwork):
         decoder: Decoder | None,
         image_shape: tuple[int, int, int],
         *,
-        stem: str,
+        convolution: str,
         standardize: bool,
     ) -> None:
         super().__init__()
-        self.image_shape, self.stem, self.standardize = image_shape, stem, standardize
+        self.image_shape, self.convolution, self.standardize = image_shape, convolution, standardize
         self.conv, self.primary, self.class_capsules, self.decoder = conv, primary, class_capsules, decoder
         self.leaky, self.routing_iterations = class_capsules.leaky, class_capsules.iterations
 
-    def resolved_stem(self, images: Tensor) -> str:
-        """How the two convolutions of `images` are computed now, see `layers.resolve_stem`."""
-        return resolve_stem(self.stem, self.conv, self.primary, images)
+    def resolved_convolution(self, images: Tensor) -> str:
+        """How the two convolutions of `images` are computed now, see `layers.resolve_convolution`."""
+        return resolve_convolution(self.convolution, self.conv, self.primary, images)
 
     def forward(
         self, images: Float[Tensor, "batch channels height width"], labels: Int[Tensor, "batch *objects"] | None = None
@@ -75,7 +134,7 @@ class CapsNet(CapsuleNetwork):
         """Poses of the primary capsules: both convolutions and the squash."""
         first, second = self.conv, self.primary.conv
         images = F.per_image_standardize(images) if self.standardize else images
-        if self.resolved_stem(images) == "direct":
+        if self.resolved_convolution(images) == "direct":
             u: Tensor = self.primary(torch.relu(first(images)))
             return u
         assert first.bias is not None
@@ -92,31 +151,29 @@ class CapsNet(CapsuleNetwork):
         return self.primary.capsules_of(grid, fused=True)
 
     def classification_loss(
-        self, output: Output, labels: Int[Tensor, "batch *objects"], config: "Config"
+        self, output: Output, labels: Int[Tensor, "batch *objects"], loss: LossOptions
     ) -> Float[Tensor, "batch"]:
-        """The margin loss (eq. 4), scaled by `config.margin_scale`."""
+        """The margin loss (eq. 4), scaled by `loss.margin_scale`."""
         present = self.multi_hot(labels).to(output.scores.dtype)
-        loss = F.margin_loss(
-            output.scores, present, m_pos=config.m_pos, m_neg=config.m_neg, down_weight=config.down_weight
-        )
-        return config.margin_scale * loss
+        margin = F.margin_loss(output.scores, present, m_pos=loss.m_pos, m_neg=loss.m_neg, down_weight=loss.down_weight)
+        return loss.margin_scale * margin
 
     def kernels(self, device: torch.device, precision: str) -> dict[str, str]:
         """The routing kernel, and how the convolutions are computed."""
         return {
-            "kernel": resolve_kernel(self.class_capsules.kernel, device),
-            "stem": self.resolved_stem(torch.empty(0, device=device)) if precision == "32" else "direct",
+            "routing_kernel": resolve_routing_kernel(self.class_capsules.routing_kernel, device),
+            "convolution": self.resolved_convolution(torch.empty(0, device=device)) if precision == "32" else "direct",
         }
 
     @contextmanager
     def plain(self) -> Iterator[None]:
         """Inside, the convolutions are direct and the routing kernel is plain."""
-        stem, kernel = self.stem, self.class_capsules.kernel
-        self.stem, self.class_capsules.kernel = "direct", "plain"
+        convolution, kernel = self.convolution, self.class_capsules.routing_kernel
+        self.convolution, self.class_capsules.routing_kernel = "direct", "plain"
         try:
             yield
         finally:
-            self.stem, self.class_capsules.kernel = stem, kernel
+            self.convolution, self.class_capsules.routing_kernel = convolution, kernel
 
     @property
     def in_capsules(self) -> int:
@@ -148,121 +205,65 @@ class CapsNet(CapsuleNetwork):
         return rows / rows.sum(1, keepdim=True), columns / columns.sum(1, keepdim=True)
 
 
-def capsnet(
-    image_shape: tuple[int, int, int] = (1, 28, 28),
-    num_classes: int = 10,
-    *,
-    conv_channels: int = 256,
-    conv_kernel: int = 9,
-    conv_stride: int = 1,
-    capsule_types: int = 32,
-    primary_dim: int = 8,
-    primary_kernel: int = 9,
-    primary_stride: int = 2,
-    primary_scale: float = 1.0,
-    padding: str = "valid",
-    class_dim: int = 16,
-    squash_epsilon: float = 0.0,
-    routing_iterations: int = 3,
-    routing_bias: bool = False,
-    leaky: bool = False,
-    detach_routing: bool = False,
-    kernel: str = "auto",
-    stem: str = "auto",
-    reconstruction: bool = True,
-    decoder_sizes: tuple[int, ...] = (512, 1024),
-    standardize: bool = False,
-    init: str = "pytorch",
-) -> CapsNet:
-    """CapsNet of Sabour, Frosst, Hinton 2017 (Section 4; https://arxiv.org/abs/1710.09829).
-
-    6,804,224 parameters for MNIST, 8,215,568 with the decoder. Options are those of the layers, and:
+def build(image_shape: tuple[int, int, int], num_classes: int, options: Options) -> CapsNet:
+    """CapsNet with new weights: 6,804,224 parameters for MNIST, 8,215,568 with the decoder.
 
     Args:
         image_shape: channels, height and width.
         num_classes: number of class capsules.
-        conv_channels: of the first convolution.
-        conv_kernel: side of its kernel.
-        conv_stride: its step.
-        capsule_types: kinds of primary capsules.
-        primary_dim: length of a primary capsule's vector.
-        primary_kernel: side of the primary capsules' kernel.
-        primary_stride: their step.
-        primary_scale: factor on their convolution; 0 means uniform couplings over the types, 1 / `capsule_types`
-            (1 / (`capsule_types` + 1) with the leaky slot).
-        padding: of both convolutions, `valid` or `same`.
-        class_dim: length of a class capsule's vector.
-        squash_epsilon: see `functional.squash`.
-        routing_iterations: r.
-        routing_bias: biases inside routing.
-        leaky: a "none of the above" slot.
-        detach_routing: no gradient through the couplings.
-        kernel: how votes and routing are computed.
-        stem: how the two convolutions are computed.
-        reconstruction: with the decoder.
-        decoder_sizes: widths of its hidden layers.
-        standardize: give each image mean 0 and standard deviation 1 first.
-        init: `pytorch` starts the weights as the layers say; `authors` as the first author's code does: all weights
-            truncated normal with standard deviation 0.1 (0.05 in the first convolution), all biases 0.1.
+        options: sizes and ways.
 
     Raises:
-        InputError: an image too small for the kernels, a size below 1, or an option out of its range.
+        InputError: an image too small for the kernels, or options that exclude each other.
     """
-    sizes = {
-        "channels": image_shape[0],
-        "num_classes": num_classes,
-        "conv_channels": conv_channels,
-        "conv_kernel": conv_kernel,
-        "conv_stride": conv_stride,
-        "capsule_types": capsule_types,
-        "primary_dim": primary_dim,
-        "primary_kernel": primary_kernel,
-        "primary_stride": primary_stride,
-        "class_dim": class_dim,
-        "decoder_sizes": min(decoder_sizes, default=1),
-    }
-    for name, size in sizes.items():
-        if size < 1:
-            raise InputError(f"{name} must be at least 1; got {size}")
+    scale = options.primary_scale
     conv = Convolution(
         image_shape[0],
-        conv_channels,
-        conv_kernel,
-        conv_stride,
+        options.conv_channels,
+        options.conv_kernel_size,
+        options.conv_stride,
         in_size=image_shape[1:],
-        padding=padding,
+        padding=options.padding,
         name="first convolution",
     )
     primary = PrimaryCapsules(
-        conv_channels,
-        types=capsule_types,
-        dim=primary_dim,
-        kernel=primary_kernel,
-        stride=primary_stride,
+        options.conv_channels,
+        types=options.capsule_types,
+        dim=options.primary_dim,
+        kernel_size=options.primary_kernel_size,
+        stride=options.primary_stride,
         in_size=conv.out_size,
-        padding=padding,
-        scale=primary_scale or 1 / (capsule_types + leaky),
-        epsilon=squash_epsilon,
+        padding=options.padding,
+        scale=1.0 if scale is None else scale or 1 / (options.capsule_types + options.leaky),
+        epsilon=options.squash_epsilon,
     )
     class_capsules = ClassCapsules(
         primary.capsules,
-        primary_dim,
+        options.primary_dim,
         num_classes,
-        class_dim,
-        iterations=routing_iterations,
-        bias=routing_bias,
-        leaky=leaky,
-        detach_routing=detach_routing,
-        kernel=kernel,
-        epsilon=squash_epsilon,
+        options.class_dim,
+        iterations=options.routing_iterations,
+        bias=options.routing_bias,
+        leaky=options.leaky,
+        detach_routing=options.detach_routing,
+        routing_kernel=options.routing_kernel,
+        epsilon=options.squash_epsilon,
     )
-    decoder = Decoder(num_classes, class_dim, image_shape, decoder_sizes) if reconstruction else None
-    network = CapsNet(conv, primary, class_capsules, decoder, image_shape, stem=stem, standardize=standardize)
-    resolve_stem(stem, conv, primary, torch.empty(0, device="cpu"))
-    if init == "authors":
+    decoder = None
+    if options.reconstruction:
+        decoder = Decoder(num_classes, options.class_dim, image_shape, options.decoder_sizes)
+    network = CapsNet(
+        conv,
+        primary,
+        class_capsules,
+        decoder,
+        image_shape,
+        convolution=options.convolution,
+        standardize=options.standardize,
+    )
+    resolve_convolution(options.convolution, conv, primary, torch.empty(0, device="cpu"))
+    if options.init == "authors":
         _start_as_authors(network)
-    elif init != "pytorch":
-        raise InputError(f"init must be pytorch or authors; got {init!r}")
     return network
 
 

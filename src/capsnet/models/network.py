@@ -13,9 +13,9 @@ from torch import Tensor, nn
 
 from capsnet import functional as F
 from capsnet.errors import InputError
+from capsnet.options import LossOptions
 
 if TYPE_CHECKING:
-    from capsnet.config import Config
     from capsnet.layers import Decoder
 
 __all__ = ["CapsuleNetwork", "Network", "Output", "RoutingTrace", "evaluation_mode", "inference_batch"]
@@ -91,9 +91,9 @@ class Network(nn.Module, ABC):
 
     @abstractmethod
     def classification_loss(
-        self, output: Output, labels: Int[Tensor, "batch *objects"], config: "Config"
+        self, output: Output, labels: Int[Tensor, "batch *objects"], loss: LossOptions
     ) -> Float[Tensor, "batch"]:
-        """The loss of the scores of each image, in float32 or better, with the loss options of `config`."""
+        """The loss of the scores of each image, in float32 or better, with the options of the loss."""
 
     @abstractmethod
     def features(

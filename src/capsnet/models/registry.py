@@ -1,17 +1,20 @@
-"""The networks by name: each file of this package but this one and `network` is one, and holds its builder."""
+"""The networks by name: each file of this package but this one and `network` is one, named as the network is.
 
-import difflib
+Such a file holds `Options`, a frozen dataclass whose fields say their default, range and help, and
+`build(image_shape, num_classes, options)`.
+"""
+
 import fnmatch
-import inspect
 import pkgutil
-from collections.abc import Callable
+from dataclasses import fields
 from importlib import import_module
 from typing import Any
 
 from capsnet.errors import InputError
 from capsnet.models.network import Network
+from capsnet.schema import did_you_mean, joined, out_of_range
 
-__all__ = ["available", "builder", "builder_options", "create"]
+__all__ = ["available", "create", "options_of", "summary"]
 
 
 def available(pattern: str = "*") -> list[str]:
@@ -21,29 +24,30 @@ def available(pattern: str = "*") -> list[str]:
     return sorted(fnmatch.filter((name for name in names if name not in ("network", "registry")), pattern))
 
 
-def builder(name: str) -> Callable[..., Network]:
-    """The function that builds the network `name`: that of the same name in its file.
-
-    Raises:
-        InputError: an unknown name.
-    """
+def _file(name: str) -> Any:
+    """The module of the network `name`."""
     if name not in available():
-        near = difflib.get_close_matches(name, available(), n=1)
-        hint = f" (did you mean {near[0]}?)" if near else ""
-        raise InputError(f"model must be one of {', '.join(available())}; got {name!r}{hint}")
-    word = name.replace("-", "_")
-    found: Callable[..., Network] = getattr(import_module(f"capsnet.models.{word}"), word)
-    return found
+        names = available()
+        raise InputError(f"model must be one of {', '.join(names)}; got {name!r}{did_you_mean(str(name), names)}")
+    return import_module(f"capsnet.models.{name.replace('-', '_')}")
 
 
-def builder_options(name: str) -> dict[str, Any]:
-    """Options of the network `name` with their defaults, without image shape and classes.
+def options_of(name: str) -> Any:
+    """The class of the options of the network `name`.
 
     Raises:
         InputError: an unknown name.
     """
-    parameters = inspect.signature(builder(name)).parameters.values()
-    return {p.name: p.default for p in parameters if p.kind is p.KEYWORD_ONLY}
+    return _file(name).Options
+
+
+def summary(name: str) -> str:
+    """The network `name` in one line.
+
+    Raises:
+        InputError: an unknown name.
+    """
+    return str(_file(name).__doc__).splitlines()[0]
 
 
 def create(
@@ -63,7 +67,7 @@ def create(
         num_classes: number of classes.
         classes: their names; "0", "1", ... if not given.
         objects_per_image: number of objects, of different classes, that an image shows.
-        options: of the builder, see `capsnet` and `baseline`.
+        options: of the network, see the `Options` in its file.
 
     Returns:
         A network in training mode, on the current default device.
@@ -75,12 +79,17 @@ def create(
         >>> create("capsnet", image_shape=(3, 32, 32))(torch.rand(2, 3, 32, 32)).scores.shape
         torch.Size([2, 10])
     """
-    known = builder_options(name)
+    kind = options_of(name)
+    known = [each.name for each in fields(kind)]
     unknown = [option for option in options if option not in known]
     if unknown:
-        near = difflib.get_close_matches(unknown[0], known, n=1)
-        hint = f" (did you mean {near[0]}?)" if near else ""
-        raise InputError(f"options of model {name} must be among {', '.join(known)}; got {', '.join(unknown)}{hint}")
+        raise InputError(
+            f"options of model {name} must be among {', '.join(known)}; got {', '.join(unknown)}"
+            f"{did_you_mean(unknown[0], known)}"
+        )
+    chosen = kind(**options)
+    if faults := out_of_range(vars(chosen), kind):
+        raise InputError(joined(faults))
     if num_classes < 1 or (classes is not None and len(classes) != num_classes):
         raise InputError(f"num_classes must be at least 1 and the number of names in classes; got {num_classes}")
     if not 1 <= objects_per_image <= num_classes:
@@ -88,7 +97,7 @@ def create(
     if len(image_shape) != 3 or min(image_shape) < 1:
         raise InputError(f"image_shape must be channels, height and width, each at least 1; got {image_shape}")
     shape = (image_shape[0], image_shape[1], image_shape[2])
-    network = builder(name)(shape, num_classes, **options)
+    network: Network = _file(name).build(shape, num_classes, chosen)
     network.classes = classes if classes is not None else tuple(str(k) for k in range(num_classes))
     network.objects_per_image = objects_per_image
     network.config = {
@@ -97,7 +106,6 @@ def create(
         "num_classes": num_classes,
         "classes": network.classes,
         "objects_per_image": objects_per_image,
-        **known,
-        **options,
+        **vars(chosen),
     }
     return network

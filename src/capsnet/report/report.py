@@ -3,7 +3,7 @@
 import base64
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -124,7 +124,7 @@ def render(
         sections=list(_sections(network, dataset, found, rows)),
         most=MOST,
         command=command_of(config),
-        options=[(name, _shown(value)) for name, value in asdict(config).items()],
+        options=[(name, _shown(value)) for name, value in config.flat().items()],
     )
 
 

@@ -7,10 +7,8 @@ the capsule types, as in the first author's code, keep the primary capsules shor
 """
 
 import math
-from dataclasses import replace
 from typing import Any
 
-from capsnet import models
 from capsnet.checkpoints import pretrained
 from capsnet.config import OPEN, Config, with_defaults
 from capsnet.data import Dataset, available
@@ -44,9 +42,9 @@ def resolved(config: Config, dataset: Dataset) -> Config:
         chosen["epochs"] = epochs
         if epochs > OPEN["epochs"] and not config.lr_decay_steps:
             chosen["lr_decay_steps"] = math.ceil(epochs * steps / OPEN["epochs"])
-    if config.primary_scale is None:
+    if getattr(config.options, "primary_scale", 1) is None:
         chosen["primary_scale"] = 0.0 if _votes(config, dataset) > MOST_VOTES else OPEN["primary_scale"]
-    return replace(config, **chosen)
+    return config.changed(**chosen)
 
 
 def told(config: Config, chosen: Config) -> str | None:
@@ -59,14 +57,14 @@ def told(config: Config, chosen: Config) -> str | None:
     parts = []
     if config.epochs is None and chosen.epochs != OPEN["epochs"]:
         parts.append(f"--epochs {chosen.epochs}, at least {FEWEST_STEPS} steps for few images")
-    if config.primary_scale is None and chosen.primary_scale != OPEN["primary_scale"]:
+    given, resolved_ = (getattr(one.options, "primary_scale", 1) for one in (config, chosen))
+    if given is None and resolved_ != OPEN["primary_scale"]:
         parts.append("--primary-scale 0, for many capsules and few classes")
     return f"chosen for these images: {'; '.join(parts)}" if parts else None
 
 
 def _votes(config: Config, dataset: Dataset) -> float:
     """Votes that each class capsule gets; 0 where there are no capsules."""
-    options = {name: getattr(with_defaults(config), name) for name in models.builder_options(config.model)}
     shape, classes = dataset.image_shape, len(dataset.classes)
-    network = pretrained.outline(config.model, image_shape=shape, num_classes=classes, **options)
+    network = pretrained.outline(config.model, image_shape=shape, num_classes=classes, **vars(config.options))
     return network.in_capsules / classes if isinstance(network, CapsuleNetwork) else 0.0

@@ -68,7 +68,7 @@ class Chance:
         if losses is not None and losses.output.pose is not None:
             scores = losses.output.scores.detach().float().cpu()
             if float(scores.min()) > config.m_pos:
-                scale = "" if config.primary_scale == 0 else "--primary-scale 0, "
+                scale = "" if getattr(config.options, "primary_scale", 1) == 0 else "--primary-scale 0, "
                 causes.append(
                     f"every class capsule is longer than m+ = {config.m_pos:g} for every image, where squash has "
                     f"hardly a gradient ({scale}a smaller --lr)"

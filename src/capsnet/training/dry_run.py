@@ -1,18 +1,17 @@
 """What `train --dry-run` prints: configuration, layers with their shapes and parameters, steps, device and memory."""
 
 import math
-from dataclasses import asdict
 
 import torch
 from torch import Tensor, nn
 
-from capsnet import devices, free_memory, memory, train
+from capsnet import devices, free_memory, memory
 from capsnet.config import Config
 from capsnet.data import Dataset, outline
 from capsnet.kernels import native
 from capsnet.layers import ClassCapsules
 from capsnet.models import Network, create
-from capsnet.training import defaults
+from capsnet.training import defaults, prepare
 
 __all__ = ["dry_run", "layer_table"]
 
@@ -23,20 +22,20 @@ def dry_run(config: Config) -> str:
     Nothing is computed, and no image read where sizes and numbers are known without.
 
     Raises:
-        InputError: as `train.fit` would before it trains.
+        InputError: as `fit.fit` would before it trains.
     """
     device = devices.resolve_device(config)
-    dataset = train.prepare_data(config, read=False)
-    config = defaults.resolved(train.as_read(config, dataset), dataset)
+    dataset = prepare.prepare_data(config, read=False)
+    config = defaults.resolved(prepare.as_read(config, dataset), dataset)
     assert config.epochs is not None
-    network = train.layout(config, dataset)
+    network = prepare.layout(config, dataset)
     precision = devices.resolve_precision(config, device, network)
     steps = math.ceil(len(dataset.train) / config.batch_size)
     kernels = network.kernels(device, precision)
     validation = 0 if dataset.validation is None else len(dataset.validation)
     return "\n".join(
         [
-            *(f"{name}: {value}" for name, value in asdict(config).items()),
+            *(f"{name}: {value}" for name, value in config.flat().items()),
             "",
             layer_table(network),
             "",
@@ -64,12 +63,12 @@ def layer_table(network: Network) -> str:
 
         layer.register_forward_hook(hook)
 
-    copy = _on_meta(network, kernel="plain", stem="direct")  # in which every layer's own forward is called
+    copy = _on_meta(network)
     for name, layer in copy.named_modules():
         whole = isinstance(layer, ClassCapsules) or name == "primary" or not list(layer.children())
         if name and whole and not name.startswith("primary."):
             note(name, layer)
-    with torch.no_grad():
+    with copy.plain(), torch.no_grad():
         copy(torch.empty(2, *network.image_shape, device="meta"))
     rows.append(("all", type(network).__name__, "", f"{network.parameter_count():,}"))
     headings = ("layer", "kind", "output", "parameters")

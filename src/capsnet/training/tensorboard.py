@@ -14,10 +14,10 @@ from capsnet.errors import InputError
 from capsnet.models import Network, evaluation_mode
 from capsnet.names import check_utf8
 
-__all__ = ["board", "check_board"]
+__all__ = ["check_tensorboard", "tensorboard"]
 
 
-def check_board(directory: Path) -> None:
+def check_tensorboard(directory: Path) -> None:
     """Raise InputError unless TensorBoard is installed and can write to `directory`."""
     if importlib.util.find_spec("tensorboard") is None:
         raise InputError(
@@ -27,7 +27,7 @@ def check_board(directory: Path) -> None:
 
 
 @contextmanager
-def board(directory: Path, *, first_epoch: int) -> Iterator[Callable[[dict[str, Any], Network, Dataset], None]]:
+def tensorboard(directory: Path, *, first_epoch: int) -> Iterator[Callable[[dict[str, Any], Network, Dataset], None]]:
     """What writes TensorBoard curves and reconstructions; those of a killed run from `first_epoch` on are forgotten."""
     from torch.utils.tensorboard import SummaryWriter
 

@@ -22,11 +22,14 @@ import torch
 from jaxtyping import Int64, UInt8
 from torch import Tensor
 
+from capsnet.data import download
 from capsnet.data.dataset import Split
+from capsnet.data.download import Source
+from capsnet.data.registry import DataDir, Entry
 from capsnet.errors import InputError
 from capsnet.files import Readable, read_bytes
 
-__all__ = ["ARCHIVES", "FOLDER", "SHA256", "find_archive", "find_folder", "parse", "read", "unpack"]
+__all__ = ["ARCHIVES", "ENTRY", "FOLDER", "SHA256", "SOURCE", "find_archive", "find_folder", "parse", "read", "unpack"]
 
 FOLDER = "cifar-10-batches-bin"
 ARCHIVES = ("cifar-10-binary.tar.gz", "cifar-10-binary.tar.xz")
@@ -40,6 +43,7 @@ SHA256 = {
     "data_batch_5.bin": "755304fc0b379caeae8c14f0dac912fbc7d6cd469eb67a1029a08a39453a9add",
     "test_batch.bin": "8e2eb146ae340b09e24670f29cabc6326dba54da8789dab6768acf480273f65b",
 }
+SOURCE = Source(name="cifar10", files=SHA256, mirrors=("https://www.cs.toronto.edu/~kriz/",))
 _OTHER_MEMBERS = ("batches.meta.txt", "readme.html")
 _PYTHON_VERSION = ("cifar-10-batches-py", "cifar-10-python.tar.gz", "data_batch_1")
 _CLASSES = 10
@@ -76,16 +80,14 @@ def find_archive(places: Sequence[Path]) -> Path | None:
     return None
 
 
-def read(folder: Path, split: str) -> Split:
-    """One split of CIFAR-10 from an unpacked `cifar-10-batches-bin` folder.
-
-    Args:
-        folder: with the batch files.
-        split: `"train"`, 50,000 images of 3 x 32 x 32, or `"test"`, 10,000.
+def read(split: str, *, data_dir: DataDir = None, **_: object) -> Split:
+    """The split `train` or `test`, unpacked or downloaded where need be.
 
     Raises:
-        InputError: a file is missing, of a wrong size or checksum, or has a label above 9.
+        InputError: the files are not here and not to be had, or one is missing, of a wrong size or checksum, or has a
+            label above 9.
     """
+    folder = _unpacked_folder(data_dir)
     names = [name for name in SHA256 if (name == "test_batch.bin") == (split == "test")]
     batches = []
     for name in names:
@@ -141,6 +143,26 @@ def unpack(archive: Path, into: Path) -> Path:
         return into / FOLDER
     except OSError as error:
         raise InputError(f"{archive} must be readable, and {into} writable to unpack it to; got: {error}") from error
+
+
+def _unpacked_folder(data_dir: DataDir) -> Path:
+    """Where CIFAR-10 is unpacked, after unpacking or downloading it if need be."""
+    into, python_version = download.cache_dir() / SOURCE.name, list[InputError]()
+    for folders in download.roots(SOURCE, data_dir):
+        folder = find_folder(folders)
+        if folder is not None:
+            return folder
+        try:
+            archive = find_archive(folders)
+        except InputError as error:
+            python_version.append(error)
+        else:
+            if archive is not None:
+                return unpack(archive, into)
+    if python_version:
+        raise python_version[0]
+    name = ARCHIVES[0]
+    return download.from_mirrors(SOURCE, name, lambda path: unpack(path, into), wanted=[name], data_dir=data_dir)
 
 
 class _AtMost:
@@ -209,3 +231,22 @@ def _check(content: bytes, name: str, path: str | os.PathLike[str]) -> None:
     actual = hashlib.sha256(content).hexdigest()
     if actual != SHA256[name]:
         raise InputError(f"{path} must have the SHA-256 {SHA256[name]}; got {actual}")
+
+
+def _files(data_dir: DataDir) -> dict[str, Sequence[Path]]:
+    places = download.places(SOURCE, data_dir)
+    folder = find_folder(places)
+    return {ARCHIVES[0]: [folder] if folder else download.locate(places, ARCHIVES)[:1]}
+
+
+ENTRY = Entry(
+    name="cifar10",
+    image_shape=(3, 32, 32),
+    classes=("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"),
+    train=50_000,
+    test=10_000,
+    licence="not stated by its authors",
+    source="cite Krizhevsky, Learning Multiple Layers of Features from Tiny Images, 2009",
+    read=read,
+    files=_files,
+)

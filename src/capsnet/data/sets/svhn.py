@@ -7,6 +7,7 @@ used.
 """
 
 import os
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -18,35 +19,36 @@ from capsnet.data import download
 from capsnet.data.dataset import Split
 from capsnet.data.download import Source
 from capsnet.data.matlab import variables
+from capsnet.data.registry import DataDir, Entry
 from capsnet.errors import InputError
 
-__all__ = ["FILES", "SHA256", "parse", "read"]
+__all__ = ["ENTRY", "FILES", "SOURCE", "parse", "read"]
 
 FILES = {"train": "train_32x32.mat", "test": "test_32x32.mat"}
-SHA256: dict[str, str | None] = {
-    # As torchvision records them (pytorch/vision, torchvision/prototype/datasets/_builtin/svhn.py); never checked by us
-    # against the files. None switches the check off.
-    "train_32x32.mat": "435e94d69a87fde4fd4d7f3dd208dfc32cb6ae8af2240d066de1df7508d083b8",
-    "test_32x32.mat": "cdce80dfb2a2c4c6160906d0bd7c68ec5a99d7ca4831afa54f09182025b6a75b",
-}
+SOURCE = Source(
+    name="svhn",
+    files={
+        # As torchvision records them (pytorch/vision, torchvision/prototype/datasets/_builtin/svhn.py); never checked
+        # by us against the files. None switches the check off.
+        "train_32x32.mat": "435e94d69a87fde4fd4d7f3dd208dfc32cb6ae8af2240d066de1df7508d083b8",
+        "test_32x32.mat": "cdce80dfb2a2c4c6160906d0bd7c68ec5a99d7ca4831afa54f09182025b6a75b",
+    },
+    mirrors=("http://ufldl.stanford.edu/housenumbers/",),
+    most=2**28,
+)
 _CLASSES = 10
 
 
-def read(source: Source, split: str, data_dir: str | os.PathLike[str] | None) -> Split:
-    """One split of SVHN, downloaded where need be.
-
-    Args:
-        source: with `files=SHA256`, and the mirrors.
-        split: `"train"`, 73,257 images of 3 x 32 x 32, or `"test"`, 26,032.
-        data_dir: as in `data.load`.
+def read(split: str, *, data_dir: DataDir = None, **_: object) -> Split:
+    """The split `train` or `test`, downloaded where need be.
 
     Raises:
         InputError: the file is not here and not to be had, has a wrong checksum, or is not what `parse` wants.
     """
     name = FILES[split]
-    if not download.locate(download.places(source, data_dir), (name, f"{name}.gz")):
-        download.from_mirrors(source, name, lambda path: _keep(source, path), wanted=[name], data_dir=data_dir)
-    path, content = download.contents(source, [name], data_dir)[name]
+    if not download.locate(download.places(SOURCE, data_dir), (name, f"{name}.gz")):
+        download.from_mirrors(SOURCE, name, _keep, wanted=[name], data_dir=data_dir)
+    path, content = download.contents(SOURCE, [name], data_dir)[name]
     return Split(*parse(content, path))
 
 
@@ -73,9 +75,23 @@ def parse(
     return torch.from_numpy(images), torch.from_numpy(digits.astype(np.int64) % _CLASSES)
 
 
-def _keep(source: Source, path: Path) -> None:
+def _keep(path: Path) -> None:
     """Move a download into the cache if its checksum is right."""
-    expected, actual = SHA256[path.name], download.sha256_of(path)
+    expected, actual = SOURCE.files[path.name], download.sha256_of(path)
     if expected is not None and actual != expected:
         raise InputError(f"{path.name} must have the SHA-256 {expected}; got {actual}")
-    path.replace(download.cache_dir() / source.name / path.name)
+    path.replace(download.cache_dir() / SOURCE.name / path.name)
+
+
+ENTRY = Entry(
+    name="svhn",
+    image_shape=(3, 32, 32),
+    classes=tuple("0123456789"),
+    train=73_257,
+    test=26_032,
+    licence="for non-commercial use only",
+    source="http://ufldl.stanford.edu/housenumbers/, cropped digits; cite Netzer et al., Reading Digits in Natural "
+    "Images with Unsupervised Feature Learning, NIPS workshop 2011",
+    read=read,
+    files=partial(download.here, SOURCE, packing=""),  # as published
+)

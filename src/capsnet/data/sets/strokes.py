@@ -17,10 +17,11 @@ from jaxtyping import Float, Int64, UInt8
 from torch import Tensor
 
 from capsnet.data.dataset import Dataset, Split, check_memory
+from capsnet.data.registry import Entry
 from capsnet.errors import InputError
 from capsnet.schema import shown
 
-__all__ = ["FACTORS", "SKELETONS", "render", "strokes"]
+__all__ = ["ENTRY", "FACTORS", "SKELETONS", "read", "render", "strokes"]
 
 # Each line a skeleton of the digit before the colon. "/" parts strokes; points are x,y in hundredths of the
 # digit's height. Equal points are one control point, so strokes that share one stay joined there, in a
@@ -118,19 +119,19 @@ def strokes(
         strokes(train=100).train.factors["slant_degrees"]  # float32 [100]
     """
     _check_size(image_size)
+    _check_seed(seed)
     for name, value, least in (("train", train, 1), ("validation", validation, 0), ("test", test, 1)):
         if value < least:
             raise InputError(f"{name} of strokes must be at least {least} images; got {value}")
     check_memory(train + validation + test, (1, image_size, image_size))
-    if not 0 <= seed <= _LARGEST_SEED:
-        raise InputError(f"seed of strokes must be 0 to {_LARGEST_SEED}; got {shown(seed)}")
-    return Dataset(
-        "strokes",
-        tuple(str(digit) for digit in range(len(SKELETONS))),
-        train=_split(train, image_size, 3 * seed),
-        test=_split(test, image_size, 3 * seed + 1),
-        validation=_split(validation, image_size, 3 * seed + 2) if validation else None,
-    )
+    counts = {"train": train, "test": test, "validation": validation}
+    splits = {split: _split(count, image_size, _stream(seed, split)) for split, count in counts.items() if count}
+    return ENTRY.dataset(splits)
+
+
+def read(split: str, *, side: int, seed: int, **_: object) -> Split:
+    """The same split as that of `strokes(image_size=side, seed=seed)`."""
+    return _split(ENTRY.counts[split], side, _stream(seed, split))
 
 
 def render(
@@ -203,6 +204,23 @@ def render(
         drawn = _draw(curves.starts[which] @ placed, curves.ends[which] @ placed, width[rows], image_size)
         images[rows, 0] = (255 * ink[rows][:, None, None] * drawn).round().to(torch.uint8)
     return images
+
+
+def _stream(seed: int, split: str) -> int:
+    """The seed of a split's own stream."""
+    return 3 * seed + ("train", "test", "validation").index(split)
+
+
+def _check(channels: int, height: int, width: int, seed: int) -> None:
+    if height != width:
+        raise InputError(f"image_size of strokes must be one side, as they are square; got {height} x {width}")
+    _check_size(height)
+    _check_seed(seed)
+
+
+def _check_seed(seed: int) -> None:
+    if not 0 <= seed <= _LARGEST_SEED:
+        raise InputError(f"seed of strokes must be 0 to {_LARGEST_SEED}; got {shown(seed)}")
 
 
 def _check_size(image_size: int) -> None:
@@ -320,3 +338,18 @@ def _share(lengths: Tensor, total: int) -> list[int]:
         longest = int((lengths / torch.tensor(shares)).argmax())
         shares[longest] += 1
     return shares
+
+
+ENTRY = Entry(
+    name="strokes",
+    image_shape=(1, 28, 28),
+    classes=tuple(str(digit) for digit in range(len(SKELETONS))),
+    train=10_000,
+    test=2_000,
+    licence="that of capsnet",
+    source="drawn by capsnet itself, with the true pose of every digit; needs no download",
+    framing="digits",
+    read=read,
+    check=_check,
+    validation=VALIDATION,
+)

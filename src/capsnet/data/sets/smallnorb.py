@@ -11,6 +11,7 @@ with Invariance to Pose and Lighting", CVPR 2004.
 import math
 import os
 import struct
+from functools import partial
 
 import numpy as np
 import torch
@@ -20,9 +21,10 @@ from torch import Tensor
 from capsnet.data import download
 from capsnet.data.dataset import Split
 from capsnet.data.download import Source
+from capsnet.data.registry import DataDir, Entry
 from capsnet.errors import InputError
 
-__all__ = ["CLASSES", "FILES", "PACKED_SHA256", "PAIRS", "parse_factors", "parse_images", "parse_labels", "read"]
+__all__ = ["CLASSES", "ENTRY", "FILES", "PAIRS", "SOURCE", "parse_factors", "parse_images", "parse_labels", "read"]
 
 CLASSES = ("four-legged animal", "human figure", "airplane", "truck", "car")
 PAIRS = 24_300  # in each split: 5 classes, 5 instances, 9 elevations, 18 azimuths, 6 lightings
@@ -30,34 +32,35 @@ FILES = {
     split: tuple(f"smallnorb-5x{instances}x9x18x6x2x96x96-{name}-{kind}.mat" for kind in ("dat", "cat", "info"))
     for split, name, instances in (("train", "training", "46789"), ("test", "testing", "01235"))
 }
-# Of the published .gz, as TensorFlow Datasets records them (tensorflow/datasets,
-# tensorflow_datasets/datasets/smallnorb/checksums.tsv); never checked by us against the files.
-PACKED_SHA256 = dict(
-    zip(
-        (file for files in FILES.values() for file in files),
-        (
-            "5ffd6272a07d32695ee1082a26a41a93a37aab8c28da047f8c34ed348d214873",
-            "2784e542c1922060691090952b6cd6278879a216c90f81476f0f00256d42cdaa",
-            "de7eb932ebe7a4ee16217fead60660d0eb3d23632c2f4d1c51f88c501c17bf32",
-            "cf7104eed3e51174d2f65b66d1e5878b9da233b886f161b0d88f4510ba2c7474",
-            "ecaf6d5bb8c3bc5eab9cf0258f6d2198dd474e016e374836fc097f2e5ff509ff",
-            "16adf314226327ee006d1a44db8cfef52773c06c829951d5653a9f6f310248a2",
-        ),
-        strict=True,
-    )
+SOURCE = Source(
+    name="smallnorb",
+    files={file: None for files in FILES.values() for file in files},  # unpacked, a file is checked by its counts only
+    # Of the published .gz, as TensorFlow Datasets records them (tensorflow/datasets,
+    # tensorflow_datasets/datasets/smallnorb/checksums.tsv); never checked by us against the files.
+    packed=dict(
+        zip(
+            (file for files in FILES.values() for file in files),
+            (
+                "5ffd6272a07d32695ee1082a26a41a93a37aab8c28da047f8c34ed348d214873",
+                "2784e542c1922060691090952b6cd6278879a216c90f81476f0f00256d42cdaa",
+                "de7eb932ebe7a4ee16217fead60660d0eb3d23632c2f4d1c51f88c501c17bf32",
+                "cf7104eed3e51174d2f65b66d1e5878b9da233b886f161b0d88f4510ba2c7474",
+                "ecaf6d5bb8c3bc5eab9cf0258f6d2198dd474e016e374836fc097f2e5ff509ff",
+                "16adf314226327ee006d1a44db8cfef52773c06c829951d5653a9f6f310248a2",
+            ),
+            strict=True,
+        )
+    ),
+    mirrors=("https://cs.nyu.edu/~ylclab/data/norb-v1.0-small/",),
+    most=24 + PAIRS * 2 * 96 * 96,
 )
 _IMAGE_SHAPE = (2, 96, 96)
 _TYPES = {0x1E3D4C55: np.dtype(np.uint8), 0x1E3D4C54: np.dtype("<i4")}
 _LEAST_SIZES = 3
 
 
-def read(source: Source, split: str, data_dir: str | os.PathLike[str] | None) -> Split:
-    """One split of smallNORB, downloaded where need be.
-
-    Args:
-        source: with a name for each of `FILES`, and the mirrors.
-        split: `"train"` or `"test"`, 24,300 pairs of 96 x 96 each, of different toys.
-        data_dir: as in `data.load`.
+def read(split: str, *, data_dir: DataDir = None, **_: object) -> Split:
+    """The split `train` or `test`, 24,300 pairs of images each, of different toys, downloaded where need be.
 
     Returns:
         Images `uint8 [N, 2, 96, 96]`, left camera first; `factors` as of `parse_factors`.
@@ -66,7 +69,7 @@ def read(source: Source, split: str, data_dir: str | os.PathLike[str] | None) ->
         InputError: a file is not here and not to be had, has a wrong checksum, is not what its parser wants, or has
             other counts than the official one.
     """
-    found = download.contents(source, FILES[split], data_dir)
+    found = download.contents(SOURCE, FILES[split], data_dir)
     (dat, dat_content), (cat, cat_content), (info, info_content) = (found[file] for file in FILES[split])
     images = parse_images(dat_content, dat)
     if images.shape != (PAIRS, *_IMAGE_SHAPE):
@@ -143,3 +146,17 @@ def _parse(content: bytes, path: str | os.PathLike[str], *, dtype: np.dtype, dim
     if len(content) != wanted:
         raise InputError(f"{path} must have {wanted} bytes for {list(sizes)} values; got {len(content)}")
     return np.frombuffer(content, dtype, offset=start).reshape(sizes).copy()
+
+
+ENTRY = Entry(
+    name="smallnorb",
+    image_shape=(2, 96, 96),
+    classes=CLASSES,
+    train=PAIRS,
+    test=PAIRS,
+    licence="for research purposes, not to be sold",
+    source="https://cs.nyu.edu/~ylclab/data/norb-v1.0-small/; cite LeCun, Huang, Bottou, Learning Methods for "
+    "Generic Object Recognition with Invariance to Pose and Lighting, CVPR 2004",
+    read=read,
+    files=partial(download.here, SOURCE),
+)

@@ -1,0 +1,192 @@
+"""The options that every run has, in groups: each option with its default, range, role and one sentence of help.
+
+Those of a model live with it, see `models`. Imports no torch.
+"""
+
+from dataclasses import dataclass
+from typing import Annotated, Any, Literal
+
+from capsnet.schema import AT_LEAST_0, AT_LEAST_1, FINITE, FRACTION, POSITIVE, Range, Rule
+
+__all__ = [
+    "GROUPS",
+    "LARGEST_SEED",
+    "LOCAL",
+    "RESUMABLE",
+    "DataOptions",
+    "Device",
+    "LossOptions",
+    "MachineOptions",
+    "OptimisationOptions",
+    "OutputOptions",
+    "Role",
+    "size_of",
+]
+
+LARGEST_SEED = 2**62 - 1
+"""PyTorch takes seeds of 64 bits, and strokes are drawn from three times a seed and the next two numbers."""
+LARGEST_SIDE = 10_000
+"""Pixels, of images as a network sees them."""
+Device = Literal["auto", "cpu", "cuda", "mps"]
+"""Choices of --device."""
+
+
+@dataclass(frozen=True)
+class Role:
+    """What an option is for, beside its value."""
+
+    name: str
+
+
+LOCAL = Role("local")
+"""Of the machine or the display: no measured number depends on it, but for rounding."""
+RESUMABLE = Role("resumable")
+"""May change when a run is resumed, `data` where its images are the same; any other option makes it another run."""
+
+
+def size_of(image_size: int | str | None) -> tuple[int, int] | None:
+    """Height and width that `--image-size` means; None for None, and where it means none."""
+    if isinstance(image_size, int):
+        return (image_size, image_size) if 1 <= image_size <= LARGEST_SIDE else None
+    sides = str(image_size).lower().split("x")
+    if image_size is None or not all(side.isascii() and side.isdecimal() and len(side) < 6 for side in sides):
+        return None
+    height, width = int(sides[0]), int(sides[-1])
+    return (height, width) if len(sides) < 3 and 1 <= min(height, width) <= max(height, width) <= LARGEST_SIDE else None
+
+
+SEED = Range(0, LARGEST_SEED)
+IMAGE_SIZE = Rule(lambda x: size_of(x) is not None, f"pixels, 1 to {LARGEST_SIDE:,}, or HEIGHTxWIDTH, as 48x64")
+
+
+@dataclass(frozen=True)
+class DataOptions:
+    """Images, their preprocessing, splits and augmentation."""
+
+    data: Annotated[str, RESUMABLE] = "strokes"
+    """Data set (see `capsnet list data`), or a folder of your own images with a sub-folder for each class."""
+    data_dir: Annotated[str | None, LOCAL, RESUMABLE] = None
+    """The only directory to look for the files of `data` in; without it CAPSNET_DATA, the cache, then the mirrors."""
+    image_size: Annotated[int | str | None, IMAGE_SIZE] = None
+    """Resize images to this many pixels square, or to HEIGHTxWIDTH, without regard to their proportions. Default: as
+    they are; of a folder 32, unless all are of one size of at most 40 pixels a side."""
+    channels: Annotated[int | None, Rule(lambda x: x in (1, 3), "1 or 3")] = None
+    """Turn images to 1 (grey) or 3 (colour) channels."""
+    bit_depth: Annotated[int | None, Range(8, 32, words="8 to 32")] = None
+    """Bit depth of a folder's integer images above 8 bits. Default: that of their tags, else the fewest bits that hold
+    all values."""
+    framing: Literal["off", "digits"] | None = None
+    """digits: cut out the ink of an image file, scale and centre it as in MNIST, unless it has the network's size. Used
+    for a folder's images, and for every file that the network is then shown. Default: that of the data set."""
+    skip_unreadable: bool = False
+    """Skip files of a folder that are no images, and report them."""
+    validation: Annotated[int | None, AT_LEAST_0] = None
+    """Training images held out for validation; 0 trains on all. Default: the data set's own validation split, else a
+    tenth of the training images, at most 5,000."""
+    train_images: Annotated[int | None, AT_LEAST_1] = None
+    """Train on this many of the training images only, chosen by `data_seed`; for learning curves and quick looks."""
+    data_seed: Annotated[int, SEED] = 0
+    """Seed of what is drawn or split: strokes, validation images, the test images of a folder without test/."""
+    crop: Annotated[int | None, AT_LEAST_1] = None
+    """Cut a random square of this many pixels out of each training image, and the central one elsewhere."""
+    shift: Annotated[int | None, AT_LEAST_0] = None
+    """Move training images by up to this many pixels in each direction. Default: that of the data set, which is 2
+    (Section 5 of the paper), 4 in `multimnist` and 6 where digits are placed on 40 x 40 pixels."""
+    flip: bool = False
+    """Mirror half of the training images left to right."""
+    rotation: Annotated[float, Range(0, 180, words="0 to 180 degrees")] = 0.0
+    """Turn training images by up to this many degrees."""
+    scale: Annotated[float, FRACTION] = 0.0
+    """Enlarge or shrink training images by up to this share: 0.1 is 0.9 to 1.1."""
+    shear: Annotated[float, FINITE] = 0.0
+    """Shear training images by up to this much."""
+    brightness: Annotated[float, Range(0, 1, words="in [0, 1]")] = 0.0
+    """Add up to this much to all intensities of a training image, or take it away; they are in [0, 1]."""
+    contrast: Annotated[float, Range(0, 1, words="in [0, 1]")] = 0.0
+    """Change the contrast of training images by up to this share: 0.8 is 0.2 to 1.8."""
+
+
+@dataclass(frozen=True)
+class LossOptions:
+    """The loss that is minimised."""
+
+    reconstruction_weight: Annotated[float, FINITE] = 0.0005
+    """Weight of the SUM of squared pixel errors of an image (Section 4.1); 0.0005 is 0.392 on their mean on MNIST."""
+    mask: Literal["label", "prediction"] = "label"
+    """Class capsule that the decoder sees in training; in evaluation it is always the predicted one."""
+    margin_scale: Annotated[float, POSITIVE] = 1.0
+    """Factor on the margin loss of eq. 4, which is summed over the classes."""
+    m_pos: Annotated[float, Range(0, 1, above=True, words="in (0, 1]")] = 0.9
+    """m+ of eq. 4."""
+    m_neg: Annotated[float, FRACTION] = 0.1
+    """m- of eq. 4."""
+    down_weight: Annotated[float, FINITE] = 0.5
+    """lambda of eq. 4."""
+
+
+@dataclass(frozen=True)
+class OptimisationOptions:
+    """How long and how fast."""
+
+    epochs: Annotated[int | None, AT_LEAST_0, RESUMABLE] = None
+    """Passes over the training images. Default: 3, but for few images of one's own as many as make 200 steps, over
+    which the learning rate then decays as over 3 epochs."""
+    stop_at: Annotated[float | None, Range(0, 100, words="0 to 100 percent")] = None
+    """Stop early, once the error on the validation images is at most this many percent."""
+    batch_size: Annotated[int, AT_LEAST_1] = 128
+    """Images of one step over all devices together (first author's code: 128)."""
+    lr: Annotated[float, POSITIVE] = 0.001
+    """Learning rate of Adam at the start (TensorFlow's default, Section 4)."""
+    lr_decay: Annotated[float, Range(0, 1, above=True, words="in (0, 1]")] = 0.9
+    """Factor on the learning rate every `lr_decay_steps` steps, smoothly (Section 4: "exponentially decaying", no
+    number; 0.9 an epoch is the habit of re-implementations)."""
+    lr_decay_steps: Annotated[int, AT_LEAST_0] = 0
+    """Steps for one factor; 0 means one epoch."""
+    lr_floor: Annotated[float, FINITE] = 1e-6
+    """The learning rate never falls below this (first author's code)."""
+    seed: Annotated[int, SEED] = 0
+    """Seed of weights, order and augmentation."""
+
+
+@dataclass(frozen=True)
+class MachineOptions:
+    """Where and in which precision."""
+
+    device: Annotated[Device, LOCAL] = "auto"
+    """auto: a CUDA GPU if there is one. mps (Apple's) is accepted where PyTorch has it, and untested."""
+    devices: Annotated[int, AT_LEAST_1, LOCAL, RESUMABLE] = 1
+    """Number of processes, one per device; `batch_size` is the total over all."""
+    precision: Literal["auto", "32", "bf16"] = "auto"
+    """Precision of convolutions and decoder (routing and losses are float32). auto: bf16 if the hardware has it."""
+    cuda_graph: Annotated[bool, LOCAL, RESUMABLE] = False
+    """Launch each training step as one CUDA graph (one GPU, no dropout): about 3 times as fast on an H100."""
+    threads: Annotated[int | None, Range(1, 1024), LOCAL, RESUMABLE] = None
+    """CPU threads of each process; default: PyTorch's, or an equal share of the cores for several processes."""
+
+
+@dataclass(frozen=True)
+class OutputOptions:
+    """What is written and shown."""
+
+    out: Annotated[str | None, LOCAL] = None
+    """Run directory; default: runs/DATA-MODEL-seedN."""
+    overwrite: Annotated[bool, LOCAL] = False
+    """Replace an existing run in `out`."""
+    log_every: Annotated[int, AT_LEAST_1, LOCAL, RESUMABLE] = 20
+    """Steps between updates of the progress line."""
+    checkpoint_steps: Annotated[int, AT_LEAST_0, LOCAL, RESUMABLE] = 0
+    """Steps between additional checkpoints; 0: only at the end of each epoch."""
+    tensorboard: Annotated[bool, LOCAL, RESUMABLE] = False
+    """Write TensorBoard curves and reconstructions too."""
+    report: Annotated[bool, LOCAL, RESUMABLE] = True
+    """Write report.html at the end: figures, numbers, and how to repeat the run."""
+
+
+GROUPS: dict[str, Any] = {
+    "data": DataOptions,
+    "loss": LossOptions,
+    "optimisation": OptimisationOptions,
+    "machine": MachineOptions,
+    "output": OutputOptions,
+}
+"""The groups that every run has, in the order of `config.yaml`; that of the model stands between data and loss."""

@@ -1,0 +1,347 @@
+"""A run from its configuration to its report: prepare, launch, train, measure, save, report."""
+
+import math
+import os
+from collections.abc import Iterator
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from lightning_fabric import Fabric
+
+from capsnet import environment, memory, report
+from capsnet.checkpoints import pretrained
+from capsnet.checkpoints.model_card import Card, Tested
+from capsnet.checkpoints.run_directory import Checkpoint, Run
+from capsnet.config import Config, from_dict, preset_differences, roles
+from capsnet.console import Progress
+from capsnet.data import Dataset
+from capsnet.data.manifest import Manifest
+from capsnet.devices import first_process, make_fabric, resolve_device, resolve_precision, shutdown, signals
+from capsnet.errors import Diverged, InputError, Interrupted
+from capsnet.evaluation import Evaluation, predict_split
+from capsnet.evaluation.ood import threshold_for
+from capsnet.kernels.buffers import pool
+from capsnet.models import Network
+from capsnet.options import LOCAL, RESUMABLE
+from capsnet.schema import checked, shown
+from capsnet.training import defaults
+from capsnet.training.cuda_graph import check_graph
+from capsnet.training.loop import evaluate_split, train_epochs
+from capsnet.training.prepare import as_read, build, how_read, layout, prepare_data, reading_of, same_images
+from capsnet.training.schedule import generator
+from capsnet.training.state import fitting_checkpoint
+from capsnet.training.tensorboard import check_tensorboard
+
+__all__ = ["Result", "describe", "fit", "resume"]
+
+THRESHOLD_IMAGES = 5000  # training images that the threshold is set on where none are held out
+
+
+@dataclass(frozen=True)
+class Result:
+    """What a finished run measured.
+
+    Attributes:
+        directory: the run directory.
+        test: on the test split, read once, after the last epoch.
+        tested: what that split is: "validation" of a folder with train/ and val/ but no test/.
+        validation: on the validation split after the last epoch, or None.
+        epochs: passes over the training images.
+        seconds: of training, over all sessions of the run, validation included.
+        figure: inputs beside their reconstructions, or None without a decoder.
+        report: the page with everything, or None where it was not asked for.
+        network: the trained network, on the CPU and in evaluation mode.
+    """
+
+    directory: Path
+    test: Evaluation
+    tested: Literal["test", "validation"]
+    validation: Evaluation | None
+    epochs: int
+    seconds: float
+    figure: Path | None
+    report: Path | None
+    network: Network
+
+
+def fit(config: Config | None = None, dataset: Dataset | None = None, **options: Any) -> Result:
+    """Train as `config` says, in a new run directory, and evaluate on the test split once, at the end.
+
+    Args:
+        config: every choice of the run; default: the preset `paper`.
+        dataset: images of one's own in memory, in place of those that `config.data` names.
+        options: other values of options, see `Config.of`: `fit(data="strokes", epochs=1, conv_channels=32)`.
+
+    Raises:
+        InputError: the configuration, data or directory do not fit; nothing was written.
+        Interrupted: Ctrl-C or SIGTERM; a checkpoint was written.
+        Diverged: the loss is not finite; the last good checkpoint is kept.
+    """
+    config = config.changed(**options) if config and options else config or Config.of(**options)
+    return _launch(config, dataset, resumed=None)
+
+
+def resume(directory: str | Path, dataset: Dataset | None = None, **changes: Any) -> Result:
+    """Go on with the run in `directory` from its last checkpoint.
+
+    Args:
+        directory: of the run.
+        dataset: the one that `fit` was given, if it was.
+        changes: options to change, of those that leave it the same run: more `epochs`, `devices`, `log_every`,
+            `checkpoint_steps`, `tensorboard`, `threads`, `data_dir`, and `data` where the same images have moved.
+
+    Raises:
+        InputError: no run or checkpoint there, another process trains in it, or another option is to change; otherwise
+            as `fit`.
+    """
+    run = Run(directory)
+    saved, resumable = run.config(), roles(RESUMABLE)
+    before = saved.flat()
+    faults = [
+        f"{name} of a resumed run must stay {before.get(name)!r}; got {value!r}"
+        for name, value in changes.items()
+        if name not in resumable and value != before.get(name)
+    ]
+    if faults:
+        raise InputError(f"{'; and '.join(faults)} (only {', '.join(sorted(resumable))} may change)")
+    if changes.get("data", saved.data) != saved.data and run.manifest() is None:
+        raise InputError(f"data of a resumed run must stay {saved.data}, for it has no manifest; got {changes['data']}")
+    config = saved.changed(**{name: value for name, value in changes.items() if name in resumable})
+    return _launch(config, dataset, resumed=run)
+
+
+def _launch(config: Config, dataset: Dataset | None, resumed: Run | None) -> Result:
+    """Check everything that can be checked, start the processes, train, and leave no process group behind."""
+    if dataset is not None:
+        config = replace(config, data=dataset.name)
+    run = resumed or Run(config.out or _free_directory(config))
+    device = resolve_device(config)
+    if config.tensorboard:
+        check_tensorboard(run.directory)
+    recorded = run.manifest() if resumed else None
+    first = int(os.environ.get("RANK", "0")) == 0 and first_process()
+    dataset = prepare_data(
+        config,
+        dataset,
+        recorded=recorded,
+        shares=not (resumed and run.exists() and not recorded),
+        tell=Progress(epochs=0, steps=0, quiet=not first).note,
+        check=(lambda known: _check_memory(config, known, device)) if first else None,
+    )
+    if recorded is not None:
+        same_images(dataset, recorded, config)
+    if config.stop_at is not None and dataset.validation is None:
+        raise InputError(f"stop_at must be given with validation images to judge by; got {config.stop_at} without any")
+    given, config = config, defaults.resolved(as_read(config, dataset), dataset)
+    with torch.random.fork_rng(devices=[]):
+        network = build(config, dataset)
+    precision = resolve_precision(config, device, network)
+    if config.cuda_graph:
+        check_graph(config, device, network)
+    fabric = make_fabric(config, device, precision)
+    with ExitStack() as held:
+        if first:
+            run = _claimed(config, run, held, given=bool(resumed or config.out or config.overwrite))
+        checkpoint = _checkpoint(run, config, network, dataset) if resumed else None
+        if first:
+            if resumed:
+                run.reopen(config)
+            else:
+                run.create(config, Manifest.of(dataset), overwrite=config.overwrite)
+
+        fabric.launch()
+        if config.threads:
+            torch.set_num_threads(config.threads)
+        try:
+            run = Run(fabric.broadcast(str(run.directory)))
+            with signals() as received, torch.random.fork_rng(devices=[]):
+                note = "; ".join(filter(None, (*dataset.notes, how_read(given, dataset), defaults.told(given, config))))
+                return _train(fabric, config, dataset, network, run, received, checkpoint, precision, note)
+        except (Interrupted, Diverged, InputError):
+            if fabric.is_global_zero:
+                raise
+            raise SystemExit(0) from None  # all processes stop for the same reason, and the first one tells it
+        finally:
+            shutdown(fabric)
+
+
+def _check_memory(config: Config, dataset: Dataset, device: torch.device) -> None:
+    """Raise InputError where a training is not going to fit into memory."""
+    config = defaults.resolved(as_read(config, dataset), dataset)
+    network = layout(config, dataset)
+    memory.check_training(
+        network,
+        config,
+        device,
+        dataset,
+        precision=resolve_precision(config, device, network),
+        processes=int(os.environ.get("LOCAL_WORLD_SIZE", config.devices)),
+    )
+
+
+def _claimed(config: Config, run: Run, held: ExitStack, *, given: bool) -> Run:
+    """The run with its directory kept to this process while `held` is open.
+
+    Args:
+        config: of the run.
+        run: its directory; where it was not `given` and another process took it meanwhile, the next free one.
+        held: what keeps it.
+        given: whether the directory is what the user named.
+
+    Raises:
+        InputError: a given directory is in use.
+    """
+    while True:
+        with ExitStack() as claim:
+            try:
+                claim.enter_context(run.locked())
+            except InputError:
+                if given:
+                    raise
+            else:
+                if given or not run.exists():
+                    held.push(claim.pop_all())
+                    return run
+        run = Run(_free_directory(config))
+
+
+def _checkpoint(run: Run, config: Config, network: Network, dataset: Dataset) -> Checkpoint | None:
+    """The checkpoint to go on from; None where a run was stopped before its first one.
+
+    Raises:
+        InputError: it is damaged, or of another run, or of other data.
+    """
+    if not run.checkpoint_path.exists() and not run.result_path.exists():
+        return None
+    weights = sum(tensor.nbytes for tensor in network.state_dict().values())
+    checkpoint, path = run.load_checkpoint(most=4 * weights + 2**26), run.checkpoint_path  # with two moments and rows
+    theirs = from_dict(checkpoint["config"], source=f"checkpoint {path}").flat()
+    for name, ours in config.flat().items():
+        if ours != theirs[name] and name not in {*roles(RESUMABLE), "out", "overwrite"}:
+            raise InputError(
+                f"checkpoint {path} must be of the run that config.yaml beside it tells; "
+                f"its {name} is {shown(theirs[name])}, not {shown(ours)}"
+            )
+    if checkpoint["train_images"] != len(dataset.train):
+        raise InputError(
+            f"data {config.data} must be the {shown(checkpoint['train_images'])} training images that the run began "
+            f"with; got {len(dataset.train)}"
+        )
+    steps = math.ceil(len(dataset.train) / config.batch_size)
+    validated = dataset.validation is not None
+    checkpoint = fitting_checkpoint(checkpoint, network, steps=steps, validated=validated, source=f"checkpoint {path}")
+    begun = checkpoint["state"]["epoch"] + (checkpoint["state"]["step"] > 0)
+    if config.epochs is not None and config.epochs < begun:
+        raise InputError(f"epochs must be at least the {begun} that the run has begun; got {config.epochs}")
+    return checkpoint
+
+
+def _train(
+    fabric: Fabric,
+    config: Config,
+    dataset: Dataset,
+    network: Network,
+    run: Run,
+    received: list[int],
+    checkpoint: Checkpoint | None,
+    precision: str,
+    note: str,
+) -> Result:
+    """Train, measure, save, report."""
+    about = environment.describe(fabric.device)  # of the code that runs, not of what is on disk at the end
+    state, validation = train_epochs(
+        fabric, config, dataset, network, run, received=received, checkpoint=checkpoint, note=note
+    )
+    test = evaluate_split(state, dataset, "test")
+    if dataset.validation is not None and validation is None:  # resumed after the last epoch
+        validation = evaluate_split(state, dataset, "validation")
+    network = network.to("cpu", memory_format=torch.contiguous_format).eval()  # type: ignore[call-overload]
+    figure = run.figures / "reconstructions.png" if network.decoder is not None else None
+    page = run.directory / "report.html" if config.report else None
+    result = {
+        "test": test.to_dict(),
+        "validation": validation.to_dict() if validation else None,
+        "selection": _selection(config, dataset.tested),
+        "tested": dataset.tested,
+        "data": dataset.name,
+        "train_images": len(dataset.train),
+        "model": config.model,
+        "preset": config.preset,
+        "differs_from_preset": {key: x for key, x in preset_differences(config).items() if key not in roles(LOCAL)},
+        "parameters": network.parameter_count(),
+        "seed": config.seed,
+        "epochs": state.at.epoch,
+        "seconds": round(state.at.seconds, 1),
+        "processes": fabric.world_size,
+        "precision": precision,
+        **about,
+    }
+
+    def finish() -> None:
+        pretrained.save_pretrained(network, run.directory)
+        card = describe(network, dataset, config, test.to_dict(), epochs=state.at.epoch)
+        pretrained.save_card(card, run.directory)
+        run.write_result(result)
+        if figure:
+            report.draw_reconstructions(network, dataset.test, figure)
+        if page:
+            report.write(page, network, dataset, config=config, card=card, rows=state.rows, result=result)
+
+    state.by_first(finish)
+    pool.clear()
+    return Result(
+        run.directory, test, dataset.tested, validation, state.at.epoch, state.at.seconds, figure, page, network
+    )
+
+
+def describe(network: Network, dataset: Dataset, config: Config, test: dict[str, Any], *, epochs: int) -> Card:
+    """The card of trained weights, with the threshold above which an image is no object of the known classes.
+
+    Args:
+        network: trained, on the CPU.
+        dataset: with the validation split of the run. Where none was held out, the threshold is set on training images,
+            which the card says.
+        config: of the run; places are left out.
+        test: results on the test split, see `Evaluation.to_dict`.
+        epochs: passes over the training images.
+    """
+    threshold = None
+    if network.decoder is not None and network.objects_per_image == 1:
+        split, name = dataset.validation, "validation"
+        if split is None:
+            train = dataset.shown("train")
+            assert train is not None
+            order = torch.randperm(len(train), generator=generator(config.data_seed))
+            split, name = train.take(order[:THRESHOLD_IMAGES]), "train"
+        errors = predict_split(network, split).reconstruction_errors
+        assert errors is not None
+        threshold = threshold_for(errors, split=name)
+    return Card(
+        config=replace(config, data_dir=None, out=None, overwrite=False).flat(),
+        epochs=epochs,
+        train_images=len(dataset.train),
+        test=checked({name: test[name] for name in Tested.__annotations__}, Tested),
+        preprocessing=reading_of(network, dataset, config),
+        threshold=threshold,
+    )
+
+
+def _selection(config: Config, tested: str) -> str:
+    """How the epoch was chosen whose weights were tested."""
+    images = "no choice was made on the test images" if tested == "test" else "there are no test images"
+    if config.stop_at is None:
+        return f"none: weights after the last epoch, and {images}"
+    return (
+        f"weights after the first epoch with a validation error of at most {config.stop_at:g} %, or after "
+        f"{config.epochs} epochs; {images}"
+    )
+
+
+def _free_directory(config: Config) -> Path:
+    name = config.data if not Path(config.data).is_dir() else Path(config.data).resolve().name
+    stem = Path("runs") / f"{name}-{config.model}-seed{config.seed}"
+    candidates: Iterator[Path] = (stem.with_name(f"{stem.name}-{k}") for k in range(2, 10_000))
+    return stem if not stem.exists() or config.overwrite else next(p for p in candidates if not p.exists())

@@ -1,0 +1,206 @@
+"""The data set and the untrained network of a run."""
+
+from collections.abc import Callable
+from dataclasses import replace
+
+import torch
+
+from capsnet import models
+from capsnet.checkpoints import pretrained
+from capsnet.config import Config, with_defaults
+from capsnet.data import Dataset, available, is_folder, load, outline
+from capsnet.data import describe as describe_data
+from capsnet.data.image_folder import ImageFolder, Unreadable, scan
+from capsnet.data.manifest import Manifest
+from capsnet.data.photo import frame_of
+from capsnet.data.preprocessing import MNIST_FRAME, Preprocessing
+from capsnet.errors import InputError
+from capsnet.models import Network
+from capsnet.options import size_of
+
+__all__ = ["as_read", "build", "how_read", "layout", "prepare_data", "reading_of", "same_images"]
+
+
+def prepare_data(
+    config: Config,
+    dataset: Dataset | None = None,
+    *,
+    recorded: Manifest | None = None,
+    shares: bool = True,
+    tell: Callable[[str], object] | None = None,
+    check: Callable[[Dataset], object] | None = None,
+    read: bool = True,
+) -> Dataset:
+    """The data set of `config`, or `dataset` if given, with its validation split.
+
+    Args:
+        config: of a run.
+        dataset: images of one's own in memory.
+        recorded: which files of a folder were in which split; those that are not recorded are left out.
+        shares: False chooses validation and training images as runs without a manifest did, see `Dataset`.
+        tell: is given the place of decoded images that do not fit into memory.
+        check: is given the data set without its images (see `data.outline`) before they are read; it may raise.
+        read: False returns the data set without its images, where they need not be read to know it.
+
+    Raises:
+        InputError: see `data.load`, `image_folder.scan` and `Dataset.with_validation`.
+    """
+    divided = dataset is None and is_folder(config.data) and shares
+    if dataset is not None:
+        outlined = dataset
+    elif is_folder(config.data):
+        folder, reading = _scanned(config, recorded)
+        outlined = outline.of_folder(_divided(folder, config, recorded, divide=shares), reading)
+    else:
+        about = {name: getattr(config, name) for name in ("data_dir", "image_size", "channels")}
+        outlined = (outline.of_registered if config.data in available() else load)(
+            config.data, **about, seed=config.data_seed
+        )
+    known = _with_splits(config, outlined, shares=shares, divided=divided)
+    if check is not None:
+        check(known)
+    if not read or not outline.is_outline(outlined):
+        return known
+    if is_folder(config.data):
+        dataset = _read_folder(config, folder, reading, recorded, divide=shares, tell=tell)
+    else:
+        dataset = load(config.data, **about, seed=config.data_seed)
+    return _with_splits(config, dataset, shares=shares, divided=divided)
+
+
+def _with_splits(config: Config, dataset: Dataset, *, shares: bool, divided: bool) -> Dataset:
+    """The same cropped and, unless it is divided already, with the validation and training images of `config`."""
+    if config.crop is not None:
+        dataset = dataset.cropped(config.crop)
+    if divided:
+        return dataset
+    if config.validation is not None or dataset.validation is None:
+        count = min(5000, len(dataset.train) // 10) if config.validation is None else config.validation
+        dataset = dataset.with_validation(count, seed=config.data_seed, shares=shares)
+    if config.train_images is not None:
+        dataset = dataset.with_train(config.train_images, seed=config.data_seed, shares=shares)
+    return dataset
+
+
+def _scanned(config: Config, recorded: Manifest | None) -> tuple[ImageFolder, Preprocessing]:
+    """The images of a folder, not yet divided, and how they are to be read; a recorded one may have got other files."""
+    skip = config.skip_unreadable or recorded is not None
+    folder = scan(config.data, skip_unreadable=skip, classes=recorded.classes if recorded else None)
+    reading = folder.preprocessing(size=size_of(config.image_size), channels=config.channels, bits=config.bit_depth)
+    return folder, reading.with_framing(config.framing)
+
+
+def _read_folder(
+    config: Config,
+    folder: ImageFolder,
+    reading: Preprocessing,
+    recorded: Manifest | None,
+    *,
+    divide: bool,
+    tell: Callable[[str], object] | None,
+) -> Dataset:
+    """The images of a folder in the splits that are recorded, or in those of `config`."""
+    try:
+        return _divided(folder, config, recorded, divide=divide).read(reading, channels=config.channels, tell=tell)
+    except Unreadable as error:
+        if not config.skip_unreadable and recorded is None:
+            raise
+        folder = folder.without(error.faults)
+    return _divided(folder, config, recorded, divide=divide).read(reading, channels=config.channels, tell=tell)
+
+
+def _divided(folder: ImageFolder, config: Config, recorded: Manifest | None, *, divide: bool) -> ImageFolder:
+    if recorded is not None:
+        return folder.recorded(recorded.splits)
+    folder = folder.divided(seed=config.data_seed)
+    if not divide:
+        return folder
+    count = config.validation
+    if count is None and not folder.of("validation"):
+        count = min(5000, len(folder.of("train")) // 10)
+    if count is not None:
+        folder = folder.with_validation(count, seed=config.data_seed)
+    return folder if config.train_images is None else folder.with_train(config.train_images, seed=config.data_seed)
+
+
+def as_read(config: Config, dataset: Dataset) -> Config:
+    """`config` with what was chosen of how a folder is read, so that it is read so again.
+
+    Args:
+        config: of a run.
+        dataset: read as it says.
+    """
+    reading = dataset.preprocessing
+    if reading is None:
+        return config
+    size = reading.height if reading.height == reading.width else f"{reading.height}x{reading.width}"
+    return replace(config, image_size=size, channels=reading.channels, bit_depth=reading.bits, framing=reading.framing)
+
+
+def how_read(given: Config, dataset: Dataset) -> str | None:
+    """One line on how a folder's images are read where that was not chosen."""
+    reading = dataset.preprocessing
+    if reading is None or not dataset.files:
+        return None
+    if reading.framing == "digits":
+        return "digits cut out, scaled in proportion and centred (--framing off resizes whole images)"
+    if given.image_size is not None:
+        return None
+    sizes = {(file.header.height, file.header.width) for file in dataset.files}
+    if sizes == {(reading.height, reading.width)}:
+        return f"images kept at {reading.height} x {reading.width} pixels (--image-size changes it)"
+    return (
+        f"images resized to {reading.height} x {reading.width} pixels, whatever their proportions "
+        "(--image-size changes it)"
+    )
+
+
+def same_images(dataset: Dataset, recorded: Manifest, config: Config) -> None:
+    """Raise InputError unless the images of a run that goes on are those that it began with."""
+    there = Manifest.of(dataset)
+    used = Manifest(tuple(line for line in recorded.lines if line.split != "unused"))
+    differences = used.differences(Manifest(tuple(line for line in there.lines if line.split != "unused")))
+    if differences:
+        raise InputError(
+            f"data {config.data} must be the images that the run began with; since then: {'; '.join(differences)}"
+        )
+
+
+def reading_of(network: Network, dataset: Dataset, config: Config) -> Preprocessing:
+    """How image files become what the network sees."""
+    if dataset.preprocessing is not None:
+        return replace(dataset.preprocessing, crop=dataset.crop)
+    known = describe_data(dataset.name) if dataset.name in available() else None
+    digits = (config.framing or (known.framing if known else "off")) == "digits"
+    frame = (frame_of(dataset.train.images) or MNIST_FRAME) if digits else None
+    height, width = dataset.train.images.shape[2:]
+    return Preprocessing(
+        height, width, network.image_shape[0], dataset.crop, framing="digits" if digits else "off", frame=frame
+    )
+
+
+def layout(config: Config, dataset: Dataset) -> Network:
+    """The network of `config` for the images and classes of `dataset`, without memory for its weights.
+
+    Raises:
+        InputError: see `pretrained.outline`.
+    """
+    about = {
+        "image_shape": dataset.image_shape,
+        "num_classes": len(dataset.classes),
+        "classes": dataset.classes,
+        "objects_per_image": dataset.objects_per_image,
+        **vars(with_defaults(config).options),
+    }
+    return pretrained.outline(config.model, **about)
+
+
+def build(config: Config, dataset: Dataset) -> Network:
+    """The untrained network of `config` for the images and classes of `dataset`; weights follow the seed.
+
+    Raises:
+        InputError: see `layout`.
+    """
+    about = layout(config, dataset).config
+    torch.manual_seed(config.seed)
+    return models.create(**about)
