@@ -18,7 +18,7 @@ from capsnet import devices, environment
 from capsnet.config import Config, from_dict
 from capsnet.errors import InputError
 from capsnet.files import parse_yaml, write_atomically
-from capsnet.schema import did_you_mean
+from capsnet.options.schema import did_you_mean
 from capsnet.training import prepare
 
 __all__ = ["check_free", "check_measured", "parse_compare", "run", "write"]

@@ -15,7 +15,7 @@ import pytest
 import capsnet.cli
 from capsnet.cli import main
 from capsnet.cli.printing import say, show, show_table
-from capsnet.names import visible
+from capsnet.files import visible
 from tiny import options, photos, tiny
 
 Capture = pytest.CaptureFixture[str]

@@ -12,7 +12,7 @@ from capsnet import report
 from capsnet.cli import CAPSNET, main
 from capsnet.cli.parsing import Group
 from capsnet.data.sets.strokes import strokes
-from capsnet.schema import Range
+from capsnet.options.schema import Range
 from capsnet.training.fit import fit
 from tiny import tiny
 

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from capsnet.demo.app import application
-from capsnet.names import visible
+from capsnet.files import visible
 from test_demo import image_file, random_image, viewer
 
 SHAPE = (1, 12, 13)

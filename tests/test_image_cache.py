@@ -17,7 +17,6 @@ import numpy as np
 import pytest
 import torch
 
-from capsnet import console
 from capsnet.cli import main
 from capsnet.data import image_cache
 from capsnet.data.image_cache import decoded, entries
@@ -284,7 +283,7 @@ def test_progress_is_shown_of_what_takes_long(
     monkeypatch.setattr(sys, "stderr", stderr := screen())
     decoded(5, SHAPE, image, key="a1")
     assert stderr.getvalue() == ""
-    monkeypatch.setattr(console, "PATIENCE", 0.0)
+    monkeypatch.setattr(image_cache, "PATIENCE", 0.0)
 
     def slowly(index: int) -> np.ndarray:
         time.sleep(0.3)

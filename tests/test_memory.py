@@ -14,13 +14,13 @@ import pytest
 import torch
 from PIL import Image
 
-from capsnet import free_memory, memory, models
+from capsnet import devices, memory, models
 from capsnet.checkpoints import pretrained
 from capsnet.cli import main
 from capsnet.config import Config
 from capsnet.data import Dataset, Split
+from capsnet.devices import Free
 from capsnet.errors import InputError
-from capsnet.free_memory import Free
 from tiny import files, tiny
 
 CPU = torch.device("cpu")
@@ -43,12 +43,12 @@ def peak():
 
 import capsnet
 idle = peak()
-from capsnet import free_memory, memory
+from capsnet import devices, memory
 estimates = []
 check = memory.check
 
 def recorded(needed, device, **about):
-    estimates.append(needed + free_memory.resident())
+    estimates.append(needed + devices.resident())
     check(needed, device, **about)
 
 memory.check, memory._most = recorded, lambda *arguments: float("inf")  # counts, however small
@@ -164,7 +164,7 @@ def test_other_commands_take_what_is_estimated(arguments: tuple[str, ...]) -> No
 
 def limited(monkeypatch: pytest.MonkeyPatch, size: float) -> None:
     """Let so many bytes be free on the CPU."""
-    for module in (free_memory, memory):
+    for module in (devices, memory):
         monkeypatch.setattr(module, "free", lambda device: Free(size, "free in a test"))
 
 
@@ -320,7 +320,7 @@ def test_larger_images_go_through_in_smaller_batches() -> None:
 
 def system(root: Path, monkeypatch: pytest.MonkeyPatch, **content: str) -> None:
     """Files of `proc` and `sys` below `root`; `__` is a slash."""
-    monkeypatch.setattr(free_memory, "ROOT", root)
+    monkeypatch.setattr(devices, "ROOT", root)
     for name, text in {
         "proc__meminfo": "MemTotal: 99 kB\nMemAvailable: 4096 kB\nSwapFree: 1024 kB\n",
         **content,
@@ -332,7 +332,7 @@ def system(root: Path, monkeypatch: pytest.MonkeyPatch, **content: str) -> None:
 
 def test_memory_and_swap_of_the_machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     system(tmp_path, monkeypatch)
-    assert free_memory.free(CPU) == (5 * 2**20, "free on this machine")
+    assert devices.free(CPU) == (5 * 2**20, "free on this machine")
 
 
 @pytest.mark.parametrize("group", ["", "/outer", "/outer/inner", "/not/seen/here"])
@@ -341,7 +341,7 @@ def test_the_limit_of_a_container_of_version_2(tmp_path: Path, monkeypatch: pyte
     place = "" if "not" in group else group.replace("/", "__")
     limits = {f"sys__fs__cgroup{place}__memory_DOT_{name}": text for name, text in files_.items()}
     system(tmp_path, monkeypatch, proc__self__cgroup=f"0::{group or '/'}\n", **limits)
-    assert free_memory.free(CPU) == (900_000, "free in this container (its memory limit)")
+    assert devices.free(CPU) == (900_000, "free in this container (its memory limit)")
 
 
 def test_an_outer_group_may_be_the_tighter_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -352,7 +352,7 @@ def test_an_outer_group_may_be_the_tighter_one(tmp_path: Path, monkeypatch: pyte
         "sys__fs__cgroup__outer__inner__memory_DOT_current": "5",
     }
     system(tmp_path, monkeypatch, proc__self__cgroup="0::/outer/inner\n", **limits)
-    assert free_memory.free(CPU).size == 100_000
+    assert devices.free(CPU).size == 100_000
 
 
 def test_the_limit_of_a_container_of_version_1(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -364,13 +364,13 @@ def test_the_limit_of_a_container_of_version_1(tmp_path: Path, monkeypatch: pyte
         "sys__fs__cgroup__memory__memory_DOT_usage_in_bytes": "1",
     }
     system(tmp_path, monkeypatch, proc__self__cgroup="9:name=systemd:/\n4:cpu,memory:/job\n0::/\n", **limits)
-    assert free_memory.free(CPU).size == 600_000
+    assert devices.free(CPU).size == 600_000
 
 
 def test_a_used_up_limit_is_nothing_and_not_less(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     limits = {"sys__fs__cgroup__memory_DOT_max": "10", "sys__fs__cgroup__memory_DOT_current": "20"}
     system(tmp_path, monkeypatch, proc__self__cgroup="0::/\n", **limits)
-    assert free_memory.free(CPU).size == 0
+    assert devices.free(CPU).size == 0
 
 
 @pytest.mark.parametrize(("name", "held", "option"), [("RLIMIT_AS", "VmSize", "-v"), ("RLIMIT_DATA", "VmData", "-d")])
@@ -381,15 +381,15 @@ def test_the_limits_of_the_process(
     asked = getattr(resource, name)
     none = resource.RLIM_INFINITY
     monkeypatch.setattr(resource, "getrlimit", lambda kind: (300 * 1024, none) if kind == asked else (none, none))
-    assert free_memory.free(CPU) == (200 * 1024, f"left of the process's limit (ulimit {option})")
+    assert devices.free(CPU) == (200 * 1024, f"left of the process's limit (ulimit {option})")
 
 
 def test_without_proc_the_machine_s_size_is_all_that_is_known(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(free_memory, "ROOT", tmp_path)
-    assert free_memory.free(CPU).where == "in this machine"
-    assert free_memory.resident() == 0
+    monkeypatch.setattr(devices, "ROOT", tmp_path)
+    assert devices.free(CPU).where == "in this machine"
+    assert devices.resident() == 0
     monkeypatch.delattr(os, "sysconf")
-    assert free_memory.free(CPU).size == float("inf")
+    assert devices.free(CPU).size == float("inf")
 
 
 @pytest.mark.parametrize(("size", "shown"), [(0, "0 MiB"), (850 * 2**20, "850 MiB"), (1.5 * 2**40, "1,536.0 GiB")])

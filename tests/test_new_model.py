@@ -27,7 +27,7 @@ from torch import nn
 from capsnet import functional as F
 from capsnet.layers import Decoder
 from capsnet.models.network import CapsuleNetwork, Output, RoutingTrace
-from capsnet.schema import AT_LEAST_1
+from capsnet.options.schema import AT_LEAST_1
 
 
 @dataclass(frozen=True)

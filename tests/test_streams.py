@@ -17,8 +17,9 @@ import pytest
 from capsnet import devices
 from capsnet.checkpoints import run_directory
 from capsnet.cli import main
-from capsnet.console import Progress
 from capsnet.training import fit as training
+from capsnet.training import prepare
+from capsnet.training.console import Progress
 from tiny import files, options, photos, tiny
 
 pytestmark = pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full, a device that is always full")

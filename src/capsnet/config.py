@@ -13,7 +13,7 @@ from typing import Any, Literal, get_type_hints
 from capsnet.errors import InputError
 from capsnet.files import is_directory, read_yaml
 from capsnet.options import GROUPS, DataOptions, LossOptions, MachineOptions, OptimisationOptions, OutputOptions, Role
-from capsnet.schema import brief, checked, did_you_mean, joined, out_of_range, shown
+from capsnet.options.schema import brief, checked, did_you_mean, joined, out_of_range, shown
 
 __all__ = [
     "OPEN",

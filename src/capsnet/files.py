@@ -1,9 +1,11 @@
-"""Files: the cache directory, bounded reading of files that may be anything, atomic writing."""
+"""Files: the cache directory, names as they can be shown, bounded reading of what may be anything, atomic writing."""
 
 import contextlib
 import gzip
 import json
 import os
+import sys
+import unicodedata
 import zlib
 from collections.abc import Callable
 from pathlib import Path
@@ -13,7 +15,9 @@ from capsnet.errors import InputError
 
 __all__ = [
     "Readable",
+    "Unbroken",
     "cache_dir",
+    "check_utf8",
     "is_directory",
     "parse_json",
     "parse_yaml",
@@ -23,6 +27,7 @@ __all__ = [
     "read_up_to",
     "read_yaml",
     "unpacked",
+    "visible",
     "write_atomically",
 ]
 
@@ -34,6 +39,8 @@ LARGEST_UNPACKED = 2**31
 """Bytes of the largest file of a data set, affNIST's, are about a third of this."""
 _GZIP_MAGIC = b"\x1f\x8b"
 _CHUNK = 2**20
+_HIDDEN = ("Cc", "Cf", "Cs", "Zl", "Zp")  # control, format (bidirectional too), surrogate, line and paragraph separator
+_JOINERS = "\u200c\u200d"  # format characters that scripts and emoji need, without effect on what stands around them
 
 
 @runtime_checkable
@@ -42,6 +49,27 @@ class Readable(Protocol):
 
     def read(self, size: int, /) -> bytes:
         """The next bytes, at most `size`; none at the end."""
+
+
+class Unbroken:
+    """stderr as a file; that it is full, or its terminal closed, is no reason to stop."""
+
+    def __init__(self) -> None:
+        self._stream = sys.stderr
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+    def write(self, text: str) -> int:
+        """As that of a file; what cannot be written is lost."""
+        with contextlib.suppress(OSError):
+            return self._stream.write(text)
+        return len(text)
+
+    def flush(self) -> None:
+        """As that of a file."""
+        with contextlib.suppress(OSError):
+            self._stream.flush()
 
 
 def cache_dir() -> Path:
@@ -60,6 +88,31 @@ def is_directory(name: str | os.PathLike[str]) -> bool:
         return Path(name).expanduser().is_dir()
     except (OSError, RuntimeError, ValueError):
         return False
+
+
+def visible(text: str) -> str:
+    r"""One line of valid Unicode: `text` with its control, format and surrogate characters written as escapes (`\x1b`).
+
+    Surrogates stand for the bytes of a file name that is not UTF-8, see `os.fsdecode`. What is visible stays as it is,
+    a backslash too.
+    """
+    if text.isascii() and text.isprintable():
+        return text
+    return "".join(map(_shown, text))
+
+
+def check_utf8(out: Path, reader: str) -> None:
+    """Raise InputError unless `reader`, which takes names in UTF-8 only, can open `out`."""
+    try:
+        str(out).encode()
+    except UnicodeEncodeError:
+        raise InputError(f"out must be a name in UTF-8 for {reader}; got {out}") from None
+
+
+def _shown(character: str) -> str:
+    if unicodedata.category(character) not in _HIDDEN or character in _JOINERS:
+        return character
+    return character.encode("unicode_escape").decode("ascii")
 
 
 def read_up_to(file: Readable, most: int, name: str) -> bytes:

@@ -21,8 +21,8 @@ from torch.utils._pytree import tree_leaves
 
 from capsnet.config import Config
 from capsnet.data import Dataset, outline
+from capsnet.devices import free
 from capsnet.errors import InputError
-from capsnet.free_memory import free
 from capsnet.kernels.buffers import pool
 from capsnet.kernels.stem import constant_weights
 from capsnet.models import Network, create, evaluation_mode, inference_batch

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from capsnet import functional as F
 from capsnet.errors import InputError
-from capsnet.schema import shown
+from capsnet.options.schema import shown
 
 __all__ = ["MOST_ITERATIONS", "RoutingResult", "check_iterations", "couplings_of", "dynamic_routing"]
 

@@ -15,7 +15,7 @@ from capsnet.errors import InputError
 from capsnet.evaluation.ood import Threshold
 from capsnet.files import read_json
 from capsnet.options import LOCAL, size_of
-from capsnet.schema import checked
+from capsnet.options.schema import checked
 
 __all__ = ["Card", "Tested", "command_of"]
 

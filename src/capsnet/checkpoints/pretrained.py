@@ -19,7 +19,7 @@ from capsnet.config import renamed
 from capsnet.errors import InputError
 from capsnet.files import read_bytes, read_json, write_atomically
 from capsnet.models import Network
-from capsnet.schema import brief, checked, did_you_mean, shown
+from capsnet.options.schema import brief, checked, did_you_mean, shown
 
 __all__ = [
     "fitted",

@@ -27,7 +27,7 @@ from capsnet.data import manifest
 from capsnet.data.manifest import Manifest
 from capsnet.errors import InputError
 from capsnet.files import read_json, read_text, write_atomically
-from capsnet.schema import checked, shown
+from capsnet.options.schema import checked, shown
 
 if sys.platform != "win32":
     import fcntl

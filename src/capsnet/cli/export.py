@@ -8,7 +8,7 @@ from capsnet.cli.parsing import BatchSize, Images, Model
 from capsnet.cli.printing import say, show, show_json
 from capsnet.cli.trained_model import TrainedModel
 from capsnet.errors import InputError
-from capsnet.names import check_utf8
+from capsnet.files import check_utf8
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -14,7 +14,7 @@ from capsnet.cli.printing import say, show
 from capsnet.config import Config, from_dict
 from capsnet.errors import InputError
 from capsnet.options import GROUPS, LARGEST_SEED
-from capsnet.schema import Range
+from capsnet.options.schema import Range
 
 __all__ = [
     "BatchSize",

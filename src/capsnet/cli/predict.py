@@ -13,7 +13,7 @@ from capsnet.cli.parsing import BatchSize, Model
 from capsnet.cli.printing import say, show, show_json
 from capsnet.cli.trained_model import TrainedModel
 from capsnet.errors import InputError
-from capsnet.names import visible
+from capsnet.files import visible
 from capsnet.options import Device
 
 if TYPE_CHECKING:

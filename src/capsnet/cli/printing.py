@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from capsnet.errors import InputError
-from capsnet.names import visible
+from capsnet.files import visible
 
 __all__ = ["begin", "end", "say", "show", "show_json", "show_table"]
 

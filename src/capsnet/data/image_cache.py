@@ -21,21 +21,25 @@ from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from jaxtyping import UInt8
 from torch import Tensor
 
-from capsnet.console import Counter
 from capsnet.errors import InputError
-from capsnet.files import cache_dir
+from capsnet.files import Unbroken, cache_dir
 
 if sys.platform != "win32":
     import fcntl
 
 __all__ = ["Entry", "clear", "cores", "decoded", "entries", "limit"]
 
+PATIENCE = 2.0
+"""Seconds before anything is said of decoding."""
+LOG_INTERVAL = 30.0
+"""Seconds between what is said of it where there is no terminal."""
 IN_MEMORY = 256 * 2**20
 """Bytes of images that are held in memory; more are mapped."""
 LIMIT_GIB = 20.0
@@ -242,11 +246,16 @@ def _fill(count: int, shape: tuple[int, int, int], decode: Decode, put: Callable
             stopped.set()
             raise
 
-    with Counter("decoding images", count) as counter, ThreadPoolExecutor(cores()) as pool:
+    from tqdm import tqdm
+
+    shown: dict[str, Any] = {"desc": "decoding images", "unit": " images", "delay": PATIENCE, "leave": False}
+    shown |= {} if sys.stderr.isatty() else {"mininterval": LOG_INTERVAL, "maxinterval": LOG_INTERVAL}
+    shown |= {"disable": os.environ.get("LOCAL_RANK", "0") != "0"}
+    with tqdm(total=count, file=Unbroken(), **shown) as bar, ThreadPoolExecutor(cores()) as pool:
         tasks = [pool.submit(work) for _ in range(min(count, cores()))]
         try:
             while wait(tasks, _POLL, FIRST_EXCEPTION).not_done and not stopped.is_set():
-                counter.update(done)
+                bar.update(done - bar.n)
         finally:  # also after Ctrl-C, which comes here
             stopped.set()
     for task in tasks:

@@ -25,7 +25,7 @@ from capsnet.data.image_cache import cores, decoded
 from capsnet.data.image_file import SUFFIXES, Header, read_header, version
 from capsnet.data.preprocessing import Preprocessing
 from capsnet.errors import InputError
-from capsnet.names import visible
+from capsnet.files import visible
 
 __all__ = ["ImageFolder", "Unreadable", "image_files", "one_form", "portable", "scan"]
 

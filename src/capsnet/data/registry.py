@@ -16,7 +16,7 @@ from typing import Any, Protocol, cast
 from capsnet.data.dataset import Dataset, Split
 from capsnet.data.preprocessing import Framing
 from capsnet.errors import InputError
-from capsnet.schema import did_you_mean
+from capsnet.options.schema import did_you_mean
 
 __all__ = ["DataDir", "Entry", "available", "checksums", "entry"]
 

@@ -17,7 +17,7 @@ from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from capsnet.demo.messages import Refusal
-from capsnet.names import visible
+from capsnet.files import visible
 
 __all__ = ["HEADERS", "Guard", "Places", "is_ours", "read_body", "refusal"]
 

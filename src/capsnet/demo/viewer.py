@@ -18,8 +18,8 @@ from capsnet.data.image_file import formats
 from capsnet.data.preprocessing import Invert, Preprocessing
 from capsnet.errors import InputError
 from capsnet.evaluation.ood import Threshold
+from capsnet.files import visible
 from capsnet.models import Network, evaluation_mode
-from capsnet.names import visible
 
 __all__ = ["MAX_PIXELS", "Viewer"]
 

@@ -12,7 +12,7 @@ from typing import Any
 from capsnet.config import Config, from_dict
 from capsnet.errors import InputError
 from capsnet.files import read_yaml
-from capsnet.schema import checked, did_you_mean
+from capsnet.options.schema import checked, did_you_mean
 
 __all__ = ["BUDGETS", "Experiment", "Row", "available", "experiment", "read"]
 

@@ -10,7 +10,7 @@ from capsnet.config import Config, roles, with_defaults
 from capsnet.errors import InputError
 from capsnet.files import parse_json, read_text, write_atomically
 from capsnet.options import LOCAL
-from capsnet.schema import checked
+from capsnet.options.schema import checked
 
 __all__ = ["Record", "add", "effective", "fingerprint", "path_of", "read", "write"]
 

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from capsnet import functional as F
 from capsnet.models.network import Network, Output
 from capsnet.options import LossOptions
-from capsnet.schema import FRACTION, POSITIVE
+from capsnet.options.schema import FRACTION, POSITIVE
 
 __all__ = ["ConvNet", "Options", "build", "widths"]
 

@@ -21,8 +21,8 @@ from capsnet.layers import (
 )
 from capsnet.models.network import CapsuleNetwork, Output, RoutingTrace
 from capsnet.options import LossOptions
+from capsnet.options.schema import AT_LEAST_1, FINITE, LARGEST, Range
 from capsnet.routing import MOST_ITERATIONS, dynamic_routing
-from capsnet.schema import AT_LEAST_1, FINITE, LARGEST, Range
 
 __all__ = ["CapsNet", "Options", "build"]
 

@@ -12,7 +12,7 @@ from typing import Any
 
 from capsnet.errors import InputError
 from capsnet.models.network import Network
-from capsnet.schema import did_you_mean, joined, out_of_range
+from capsnet.options.schema import did_you_mean, joined, out_of_range
 
 __all__ = ["available", "create", "options_of", "summary"]
 

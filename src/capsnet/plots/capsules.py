@@ -12,7 +12,7 @@ from torch import Tensor
 from capsnet.analysis.pose_probe import PoseExplained
 from capsnet.analysis.reconstruction import Perturbation, Reconstruction, Separation
 from capsnet.analysis.routing_trace import Evidence
-from capsnet.names import visible
+from capsnet.files import visible
 from capsnet.plots.style import ORDER, new, picture, pixels, short, show_sheet, styled
 
 if TYPE_CHECKING:

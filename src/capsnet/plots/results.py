@@ -10,7 +10,7 @@ from torch import Tensor
 from capsnet.data.dataset import Split, to_float
 from capsnet.evaluation import Calibration, Predictions
 from capsnet.evaluation.statistics import wilson_interval
-from capsnet.names import visible
+from capsnet.files import visible
 from capsnet.plots.style import ORDER, new, pixels, short, styled
 
 if TYPE_CHECKING:

@@ -13,8 +13,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from capsnet.errors import InputError
-from capsnet.files import write_atomically
-from capsnet.names import visible
+from capsnet.files import visible, write_atomically
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -20,9 +20,8 @@ from capsnet.data import Dataset, Split
 from capsnet.data.dataset import to_float
 from capsnet.errors import InputError
 from capsnet.evaluation import Predictions, calibration, predict_split, wilson_interval
-from capsnet.files import write_atomically
+from capsnet.files import visible, write_atomically
 from capsnet.models import CapsuleNetwork, Network, evaluation_mode
-from capsnet.names import visible
 from capsnet.plots.classes import MOST
 
 if TYPE_CHECKING:

@@ -5,7 +5,7 @@ import math
 import torch
 from torch import Tensor, nn
 
-from capsnet import devices, free_memory, memory
+from capsnet import devices, memory
 from capsnet.config import Config
 from capsnet.data import Dataset, outline
 from capsnet.kernels import native
@@ -86,8 +86,8 @@ def _memory(network: Network, config: Config, device: torch.device, dataset: Dat
     if device.type == "cuda":
         needed += dataset.train.images.nbytes
     else:
-        needed += outline.nbytes(dataset) + free_memory.resident()
-    there = free_memory.free(device)
+        needed += outline.nbytes(dataset) + devices.resident()
+    there = devices.free(device)
     text = f"about {memory.amount(needed)} in each process"
     return text if there.size == math.inf else f"{text}; {memory.amount(there.size)} are {there.where}"
 

@@ -16,7 +16,6 @@ from capsnet.checkpoints import pretrained
 from capsnet.checkpoints.model_card import Card, Tested
 from capsnet.checkpoints.run_directory import Checkpoint, Run
 from capsnet.config import Config, from_dict, preset_differences, roles
-from capsnet.console import Progress
 from capsnet.data import Dataset
 from capsnet.data.manifest import Manifest
 from capsnet.devices import first_process, make_fabric, resolve_device, resolve_precision, shutdown, signals
@@ -26,8 +25,9 @@ from capsnet.evaluation.ood import threshold_for
 from capsnet.kernels.buffers import pool
 from capsnet.models import Network
 from capsnet.options import LOCAL, RESUMABLE
-from capsnet.schema import checked, shown
+from capsnet.options.schema import checked, shown
 from capsnet.training import defaults
+from capsnet.training.console import Progress
 from capsnet.training.cuda_graph import check_graph
 from capsnet.training.loop import evaluate_split, train_epochs
 from capsnet.training.prepare import as_read, build, how_read, layout, prepare_data, reading_of, same_images

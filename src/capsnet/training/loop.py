@@ -15,12 +15,12 @@ from lightning_fabric import Fabric
 
 from capsnet.checkpoints.run_directory import Checkpoint, Run
 from capsnet.config import Config
-from capsnet.console import Progress
 from capsnet.data import Dataset
 from capsnet.evaluation import Evaluation, predict_split
 from capsnet.models import Network
 from capsnet.objective import Batch, Losses, Objective
 from capsnet.training.batches import BatchLoader
+from capsnet.training.console import Progress
 from capsnet.training.cuda_graph import GraphedStep
 from capsnet.training.diagnosis import Chance
 from capsnet.training.schedule import generator, learning_rate, seed_of

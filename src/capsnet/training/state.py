@@ -18,7 +18,7 @@ from capsnet.errors import Diverged, InputError, Interrupted
 from capsnet.kernels import native
 from capsnet.models import Network
 from capsnet.objective import Batch, Losses
-from capsnet.schema import brief, checked, shown
+from capsnet.options.schema import brief, checked, shown
 from capsnet.training.diagnosis import first_not_finite
 
 __all__ = ["Position", "TrainingState", "fitting_checkpoint"]

@@ -11,8 +11,8 @@ import torch
 from capsnet.data import Dataset
 from capsnet.data.dataset import to_float
 from capsnet.errors import InputError
+from capsnet.files import check_utf8
 from capsnet.models import Network, evaluation_mode
-from capsnet.names import check_utf8
 
 __all__ = ["check_tensorboard", "tensorboard"]
 

@@ -19,7 +19,7 @@ from torch import Tensor
 from capsnet.data.dataset import Dataset, Split, check_memory
 from capsnet.data.registry import Entry
 from capsnet.errors import InputError
-from capsnet.schema import shown
+from capsnet.options.schema import shown
 
 __all__ = ["ENTRY", "FACTORS", "SKELETONS", "read", "render", "strokes"]
 

@@ -5,9 +5,9 @@ from typing import Any, Literal, NotRequired, TypedDict
 import pytest
 import torch
 
-from capsnet import schema
 from capsnet.errors import InputError
-from capsnet.schema import brief, checked, joined, shown
+from capsnet.options import schema
+from capsnet.options.schema import brief, checked, joined, shown
 
 
 @dataclass(frozen=True)

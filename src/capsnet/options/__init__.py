@@ -6,7 +6,7 @@ Those of a model live with it, see `models`. Imports no torch.
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
-from capsnet.schema import AT_LEAST_0, AT_LEAST_1, FINITE, FRACTION, POSITIVE, Range, Rule
+from capsnet.options.schema import AT_LEAST_0, AT_LEAST_1, FINITE, FRACTION, POSITIVE, Range, Rule
 
 __all__ = [
     "GROUPS",

@@ -1,39 +1,14 @@
-"""What long tasks say while they run, on stderr: a live bar on a terminal, plain lines elsewhere."""
+"""What a training says while it runs, on stderr: a live bar on a terminal, plain lines elsewhere."""
 
-import os
 import sys
 import time
-from contextlib import suppress
-from types import TracebackType
 from typing import Any
 
-from capsnet.names import visible
+from capsnet.files import Unbroken, visible
 
-__all__ = ["Counter", "Progress"]
+__all__ = ["Progress"]
 
 PLAIN_INTERVAL = 30.0  # seconds between lines where there is no terminal
-PATIENCE = 2.0  # seconds before anything is said of a task other than training
-
-
-class Unbroken:
-    """stderr as a file; that it is full, or its terminal closed, is no reason for a training to stop."""
-
-    def __init__(self) -> None:
-        self._stream = sys.stderr
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._stream, name)
-
-    def write(self, text: str) -> int:
-        """As that of a file; what cannot be written is lost."""
-        with suppress(OSError):
-            return self._stream.write(text)
-        return len(text)
-
-    def flush(self) -> None:
-        """As that of a file."""
-        with suppress(OSError):
-            self._stream.flush()
 
 
 def _say(line: str) -> None:
@@ -121,60 +96,3 @@ class Progress:
         else:
             _say(line)
         self.last = time.monotonic()
-
-
-class Counter:
-    """Progress of a task of many equal parts; silent for `PATIENCE`, and in all processes but the first.
-
-    Args:
-        what: the task, such as `decoding images`.
-        total: number of parts.
-    """
-
-    def __init__(self, what: str, total: int) -> None:
-        self.what, self.total = visible(what), total
-        self.quiet = os.environ.get("LOCAL_RANK", "0") != "0"
-        self.live = sys.stderr.isatty()
-        self.bar: Any = None
-        self.start = time.monotonic()
-        self.next = self.start + PATIENCE
-
-    def __enter__(self) -> "Counter":
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        if self.bar is not None:
-            self.bar.stop()
-
-    def update(self, done: int) -> None:
-        """Report that `done` parts are finished; cheap enough for every part."""
-        now = time.monotonic()
-        if self.quiet or (now < self.next and self.bar is None):
-            return
-        if self.live:
-            if self.bar is None:
-                self._begin()
-            self.bar.update(self.task, completed=done)
-            return
-        self.next = now + PLAIN_INTERVAL
-        rate = done / (now - self.start)
-        left = f", {(self.total - done) / rate:,.0f} s left" if done else ""
-        _say(f"{self.what}: {done:,} of {self.total:,}, {rate:,.0f} per second{left}")
-
-    def _begin(self) -> None:
-        from rich import progress
-        from rich.console import Console
-
-        self.bar = progress.Progress(
-            progress.TextColumn("{task.description}"),
-            progress.BarColumn(),
-            progress.MofNCompleteColumn(),
-            progress.TextColumn("ETA"),
-            progress.TimeRemainingColumn(),
-            console=Console(file=Unbroken()),  # type: ignore[arg-type]
-            transient=True,
-        )
-        self.bar.start()
-        self.task = self.bar.add_task(self.what, total=self.total)

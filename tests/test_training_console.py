@@ -2,8 +2,8 @@ import io
 
 import pytest
 
-from capsnet import console
-from capsnet.console import Progress
+from capsnet.training import console
+from capsnet.training.console import Progress
 
 ROW = {"epoch": 1, "train_loss": 0.5, "train_error_percent": 12.0, "images_per_second": 1234.5, "seconds": 6.7}
 
