@@ -3,6 +3,7 @@ import os
 import pickle
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,15 +12,17 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import capsnet
-from capsnet import environment
+from capsnet import cli, environment
 from capsnet.checkpoints import pretrained, run_directory
 from capsnet.cli.plot import PLOT
 from capsnet.data.manifest import Manifest
 from capsnet.errors import InputError
+from capsnet.evaluation import predict_split
 from capsnet.experiments import records
 from capsnet.files import write_atomically
 from capsnet.models import Network, create
 from capsnet.training import fit as training
+from capsnet.training import prepare
 from tiny import REAL, SIZES, files, tiny
 
 pytestmark = pytest.mark.usefixtures("workplace", "blank_figure")
@@ -239,6 +242,39 @@ def test_damaged_and_foreign_checkpoints_are_told(photos: Path) -> None:
 
 
 # what is measured
+
+
+def test_what_a_run_predicted_is_read_for_the_same_images_only(photos: Path) -> None:
+    result = training.fit(tiny(photos, out="run", epochs=1))
+    run, split = run_directory.Run("run"), prepare.prepare_data(tiny(photos)).test
+    found = run.predictions(split)
+    assert found is not None
+    assert int(found.wrong.sum()) == result.test.wrong
+    again = predict_split(pretrained.load("run"), split)
+    assert all(torch.allclose(ours, theirs) for ours, theirs in zip(found, again, strict=True))  # type: ignore[arg-type]
+    assert run.predictions(replace(split, images=255 - split.images)) is None
+    assert run.predictions(split.take(torch.arange(3))) is None
+    whole = run.predictions_path.read_bytes()
+    for content in (b"", whole[:-100], whole.replace(b"scores.npy", b"scared.npy")):
+        run.predictions_path.write_bytes(content)
+        with pytest.raises(InputError, match=r"^file run/predictions.npz must be one that capsnet wrote; it is da"):
+            run.predictions(split)
+    run.predictions_path.unlink()
+    assert run.predictions(split) is None
+
+
+def test_figures_and_report_show_the_error_of_the_result(photos: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Also where another device or precision would predict otherwise."""
+    training.fit(tiny(photos, out="run", epochs=1))
+    run, split = run_directory.Run("run"), prepare.prepare_data(tiny(photos)).test
+    found = run.predictions(split)
+    assert found is not None
+    run.write_predictions(found._replace(predictions=(split.labels + 1) % 3), split)
+    capsys.readouterr()
+    assert cli.main(["plot", "confusion", "run", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["wrong"] == len(split)
+    assert cli.main(["report", "run"]) == 0
+    assert f"{len(split)} of {len(split)}" in Path("run/report.html").read_text(encoding="utf-8")
 
 
 def test_every_figure_that_plot_draws_is_made_from_the_weights() -> None:

@@ -263,7 +263,7 @@ def test_bad_input_is_told_before_the_work(run: Path, capsys: Capture, monkeypat
         ("plot pose run --against nowhere", "model folder nowhere must hold config.json; there is none"),
         ("plot pose run --against", "--against must be at least one network; got none"),
         ("analyse pose run --against", "--against must be at least one network; got none"),
-        ("analyse ood run --against nope", "--against must be noise, a folder, or among strokes, mnist"),
+        ("analyse ood run --against nope", "--against must be noise, a folder, or among affnist, "),
         ("analyse ood run --against", "--against must be at least one data set"),
         ("predict run", "FILES must be image files, folders or -; got none"),
         ("predict run nofile.png", "got nofile.png, which does not exist"),

@@ -40,7 +40,8 @@ def network(name: str = "capsnet", **options: object) -> Network:
 
 def page(one: Network, dataset: Dataset, **about: object) -> str:
     config = Config.of(data="strokes", epochs=2, seed=7)
-    return report.render(one, dataset, config=config, card=CARD, title="a <run>", **about)  # type: ignore[arg-type]
+    found = predict_split(one, dataset.test)
+    return report.render(one, dataset, found, config=config, card=CARD, title="a <run>", **about)  # type: ignore[arg-type]
 
 
 def test_the_report_holds_everything_and_loads_nothing(dataset: Dataset) -> None:
@@ -125,7 +126,8 @@ def test_routing_is_followed_for_fewer_images_where_there_are_many_classes() -> 
 
 def test_write(dataset: Dataset, tmp_path: Path) -> None:
     path = tmp_path / "the-run" / "report.html"
-    report.write(path, network("baseline"), dataset, config=Config(), card=Card())
+    one = network("baseline")
+    report.write(path, one, dataset, predict_split(one, dataset.test), config=Config(), card=Card())
     assert "<title>the-run</title>" in path.read_text(encoding="utf-8")
     assert "Not measured: class 0 must have at least 194 training" in path.read_text(encoding="utf-8")
 

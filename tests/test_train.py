@@ -35,6 +35,7 @@ WRITTEN = {
     "manifest.csv",
     "metrics.csv",
     "result.json",
+    "predictions.npz",
     "last.ckpt",
     "model.safetensors",
     "config.json",
@@ -509,8 +510,9 @@ def test_the_figure_and_the_report_are_made(photos: Path, monkeypatch: pytest.Mo
     assert result.figure == Path("run/figures/reconstructions.png")
     assert result.report == Path("run/report.html")
     assert drawn[0][0] is result.network
-    ((path, network, dataset), about) = told[0]
+    ((path, network, dataset, found), about) = told[0]
     assert (path, network, len(dataset.classes)) == (result.report, result.network, 3)
+    assert int(found.wrong.sum()) == result.test.wrong
     assert [row["epoch"] for row in about["rows"]] == [1, 2]
     assert about["result"]["test"]["wrong"] == result.test.wrong
     assert about["card"].test["wrong"] == result.test.wrong

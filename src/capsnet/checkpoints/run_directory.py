@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, NotRequired, TypedDict, cast
 from zipfile import ZipFile
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -23,9 +24,10 @@ from capsnet import config as config_file
 from capsnet.checkpoints.model_card import Tested
 from capsnet.checkpoints.pretrained import PRETRAINED
 from capsnet.config import Config
-from capsnet.data import manifest
+from capsnet.data import Split, manifest
 from capsnet.data.manifest import Manifest
 from capsnet.errors import InputError
+from capsnet.evaluation import Predictions
 from capsnet.files import read_json, read_text, write_atomically
 from capsnet.options.schema import checked, shown
 
@@ -48,7 +50,7 @@ DRAWN = (
     "reconstructions",
     "reliability",
 )
-RESULTS = ("result.json", *PRETRAINED, "report.html", *(f"figures/{name}.*" for name in DRAWN))
+RESULTS = ("result.json", "predictions.npz", *PRETRAINED, "report.html", *(f"figures/{name}.*" for name in DRAWN))
 """What is made from the weights of the last epoch."""
 WRITTEN = ("last.ckpt", "metrics.csv", manifest.FILE, "tensorboard/events.out.tfevents.*", *RESULTS)
 """What a run writes beside its config.yaml; `--overwrite` removes these and nothing else."""
@@ -114,6 +116,7 @@ class Run:
         self.metrics_path = self.directory / "metrics.csv"
         self.manifest_path = self.directory / manifest.FILE
         self.result_path = self.directory / "result.json"
+        self.predictions_path = self.directory / "predictions.npz"
         self.figures = self.directory / "figures"
 
     def exists(self) -> bool:
@@ -316,6 +319,38 @@ class Run:
         """Write `result.json`."""
         text = json.dumps(result, indent=2) + "\n"
         write_atomically(self.result_path, lambda path: path.write_text(text, encoding="utf-8"))
+
+    def write_predictions(self, found: Predictions, split: Split) -> None:
+        """Write `predictions.npz`: the fields of `Predictions`, and which `images` they are of."""
+        arrays = {name: tensor.numpy() for name, tensor in found._asdict().items() if tensor is not None}
+        content = io.BytesIO()
+        np.savez(content, images=np.array(manifest.hash_of(split)), **arrays)
+        write_atomically(self.predictions_path, lambda path: path.write_bytes(content.getbuffer()))
+
+    def predictions(self, split: Split) -> Predictions | None:
+        """What the run itself predicted for the images of `split`; None where it kept nothing, or of other images.
+
+        Raises:
+            InputError: the file is not one that capsnet wrote.
+        """
+        path = self.predictions_path
+        if not path.is_file():
+            return None
+        try:
+            with ZipFile(path) as archive:
+                if any(part.compress_type for part in archive.infolist()) or archive.testzip():
+                    raise ValueError("damaged")
+            with np.load(path, allow_pickle=False) as arrays:
+                if str(arrays["images"]) != manifest.hash_of(split):
+                    return None
+                tensors = {name: torch.from_numpy(arrays[name]) for name in arrays.files if name != "images"}
+            drawn = tensors.pop("reconstruction_errors", None)
+            found = Predictions(**tensors, reconstruction_errors=drawn)
+        except Exception:  # a damaged file raises anything from BadZipFile to TypeError
+            raise InputError(f"file {path} must be one that capsnet wrote; it is damaged") from None
+        if any(len(tensor) != len(split) for tensor in tensors.values()):
+            raise InputError(f"file {path} must hold a row for each of {len(split):,} images; it does not")
+        return found
 
 
 def _number(cell: Any) -> Any:

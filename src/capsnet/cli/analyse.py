@@ -78,7 +78,6 @@ class _Ood(_Record, _OodOptions):
 
         from capsnet import environment
         from capsnet.analysis.reconstruction import decoder_of
-        from capsnet.evaluation import predict_split
         from capsnet.evaluation.ood import auroc, reconstruction_errors
 
         trained = TrainedModel(self.model)
@@ -90,7 +89,7 @@ class _Ood(_Record, _OodOptions):
         dataset = trained.dataset(self.data, self.data_dir)
         reading = trained.card.reading(network.image_shape)
         sets = {name: _out_of_distribution(name, reading, self.data_dir) for name in self.against}
-        known, threshold = predict_split(network, dataset.test).reconstruction_errors, trained.card.threshold
+        known, threshold = trained.predictions(dataset.test).reconstruction_errors, trained.card.threshold
         assert known is not None
         rows: list[dict[str, Any]] = []
         for name, images in sets.items():

@@ -94,7 +94,7 @@ class _Reconstructions(_FigureOptions):
         network, _ = decoder_of(trained.network)
         dataset = trained.dataset(self.data, self.data_dir, any_will_do=True)
         split = trained.split(dataset, self.split)
-        found = predict_split(network, split)
+        found = trained.predictions(split)
         wrong = found.wrong.nonzero().flatten()
         index = torch.cat([(~found.wrong).nonzero().flatten()[: self.right], wrong[: self.wrong]])
         if not len(index):
@@ -160,7 +160,6 @@ class _Perturbations(_FigureOptions):
         from capsnet import plots
         from capsnet.analysis.reconstruction import decoder_of, perturb
         from capsnet.data.dataset import to_float
-        from capsnet.evaluation import predict_split
         from capsnet.files import write_atomically
 
         trained = TrainedModel(self.model)
@@ -182,7 +181,7 @@ class _Perturbations(_FigureOptions):
         else:
             dataset = trained.dataset(self.data, self.data_dir, any_will_do=True)
             split = trained.split(dataset, self.split)
-            found = predict_split(network, split)
+            found = trained.predictions(split)
             rows = []
             for name in wanted or network.classes[:1]:
                 of_class = (found.labels == network.classes.index(name)).nonzero().flatten()
@@ -307,7 +306,7 @@ class _Results(_FigureOptions):
 
     def work(self, line: str) -> int:
         from capsnet.checkpoints import run_directory
-        from capsnet.evaluation import calibration, predict_split
+        from capsnet.evaluation import calibration
         from capsnet.report import result_figures
 
         if self.out is not None and len(self.names) > 1:
@@ -315,7 +314,7 @@ class _Results(_FigureOptions):
         trained = TrainedModel(self.model)
         dataset = trained.dataset(self.data, self.data_dir)
         split = trained.split(dataset, self.split)
-        found = predict_split(trained.network, split)
+        found = trained.predictions(split)
         makers = result_figures(found, split, trained.network.classes, run_directory.Run(trained.folder).metrics())
         if self.names == ("curves",) and "curves" not in makers:
             raise InputError(f"curves must be of a run directory with metrics.csv; {self.model} has none")

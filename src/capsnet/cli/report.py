@@ -46,6 +46,7 @@ class Report:
         content = render(
             trained.network,
             dataset,
+            trained.predictions(dataset.test),
             config=trained.trained(self.data),
             card=trained.card,
             title=trained.folder.resolve().name,

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from capsnet.data import Dataset, Split
     from capsnet.data.image_folder import ImageFolder
     from capsnet.data.manifest import Manifest
+    from capsnet.evaluation import Predictions
     from capsnet.models import Network
 
 __all__ = ["TrainedModel", "WritesFile", "some"]
@@ -229,6 +230,14 @@ class TrainedModel:
         if split is None:
             raise InputError(f"data set {dataset.name} must have a validation split; the run trained on all images")
         return split
+
+    def predictions(self, split: "Split") -> "Predictions":
+        """Predictions for a split: those of the run itself, as in its `result.json`, where it kept them."""
+        from capsnet.checkpoints import run_directory
+        from capsnet.evaluation import predict_split
+
+        found = run_directory.Run(self.folder).predictions(split)
+        return predict_split(self.network, split, config=self._config) if found is None else found
 
     def images(self, files: tuple[str, ...], *, invert: Literal["auto", "yes", "no"] = "auto") -> "Tensor":
         """One's own image files as the network takes them, `float32 [n, channels, height, width]`.

@@ -17,7 +17,7 @@ from capsnet.data.dataset import Dataset, ImageFile, Split
 from capsnet.data.image_folder import portable
 from capsnet.errors import InputError
 
-__all__ = ["FILE", "Line", "Manifest"]
+__all__ = ["FILE", "Line", "Manifest", "hash_of"]
 
 FILE = "manifest.csv"
 _SPLITS = ("train", "validation", "test")
@@ -55,7 +55,7 @@ class Manifest(NamedTuple):
         if dataset.files:
             return cls.of_files(dataset.files, dataset.classes)
         splits = {name: getattr(dataset, name) for name in _SPLITS}
-        return cls(tuple(Line(name, "", "", _hash(split)) for name, split in splits.items() if split is not None))
+        return cls(tuple(Line(name, "", "", hash_of(split)) for name, split in splits.items() if split is not None))
 
     @classmethod
     def of_files(cls, files: Iterable[ImageFile], classes: tuple[str, ...]) -> "Manifest":
@@ -111,7 +111,8 @@ class Manifest(NamedTuple):
         return cls(tuple(Line(*row) for row in rows[1:]))
 
 
-def _hash(split: Split) -> str:
+def hash_of(split: Split) -> str:
+    """BLAKE2b of images and labels, 32 hexadecimal digits."""
     digest = hashlib.blake2b(digest_size=16)
     for tensor in (split.images, split.labels, split.single_images):
         if tensor is not None:

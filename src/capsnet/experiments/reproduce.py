@@ -12,7 +12,7 @@ from capsnet.checkpoints import pretrained, run_directory
 from capsnet.config import Config
 from capsnet.data import Split, describe
 from capsnet.errors import Diverged, InputError, Interrupted
-from capsnet.evaluation import Evaluation, predict_split
+from capsnet.evaluation import Evaluation, Predictions, predict_split
 from capsnet.evaluation.ensemble import Ensemble, ensemble_scores
 from capsnet.experiments import records
 from capsnet.experiments.plan import Experiment, Row
@@ -133,14 +133,19 @@ def _measured(
     experiment: Experiment, row: Row, budget: str, config: Config, directory: Path, also: Sequence[str]
 ) -> Record:
     """The record of a finished training, measured on all test images of its own data set, the metric's and `also`."""
-    network, result = pretrained.load(directory), run_directory.Run(directory).result()
+    run = run_directory.Run(directory)
+    network, result = pretrained.load(directory), run.result()
     device = devices.resolve_device(config)
     precision = devices.resolve_precision(config, device, network)
     network.to(device)
     results, wrong_images = dict[str, dict[str, float]](), dict[str, list[int]]()
     for name in dict.fromkeys((config.data, experiment.metric, *also)):
-        with torch.autocast(device.type, dtype=torch.bfloat16, enabled=precision == "bf16"):
-            wrong_images[name], results[name] = _judged(network, split_of(config, name))
+        split = split_of(config, name)
+        found = run.predictions(split)
+        if found is None:
+            with torch.autocast(device.type, dtype=torch.bfloat16, enabled=precision == "bf16"):
+                found = predict_split(network, split)
+        wrong_images[name], results[name] = _judged(found, network)
     return Record(
         experiment=experiment.name,
         row=row.key,
@@ -209,9 +214,8 @@ def split_of(config: Config, data: str, data_dir: str | None = None) -> Split:
     return prepare.prepare_data(options).test
 
 
-def _judged(network: Network, split: Split) -> tuple[list[int], dict[str, float]]:
+def _judged(found: Predictions, network: Network) -> tuple[list[int], dict[str, float]]:
     """Which images are wrong, and the counts; of several objects also how many were missed."""
-    found = predict_split(network, split)
     result = Evaluation.of(found, network.classes)
     names = (
         "error_percent",

@@ -77,6 +77,7 @@ def result_figures(
 def render(
     network: Network,
     dataset: Dataset,
+    found: Predictions,
     *,
     config: Config,
     card: Card,
@@ -89,6 +90,7 @@ def render(
     Args:
         network: trained, on the CPU.
         dataset: what it was trained on; its test split is what all is measured on.
+        found: the predictions for the test split.
         config: of the run.
         card: of the weights.
         title: of the page: the run's name.
@@ -101,7 +103,6 @@ def render(
     import jinja2
 
     split = dataset.test
-    found = predict_split(network, split, config=config)
     wrong, total = int(found.wrong.sum()), len(split)
     template = files("capsnet.report").joinpath("report.html.j2").read_text(encoding="utf-8")
     page = jinja2.Environment(
@@ -163,14 +164,14 @@ def _errors(figures: "Mapping[str, Callable[[], Figure]]", found: Predictions, c
     )
 
 
-def write(path: Path, network: Network, dataset: Dataset, *, config: Config, card: Card, **about: Any) -> None:
+def write(path: Path, network: Network, dataset: Dataset, found: Predictions, **about: Any) -> None:
     """Write the report of a run, whose name is that of the page's folder; arguments as for `render`.
 
     Raises:
         InputError: the file cannot be written.
     """
     title = path.parent.resolve().name
-    content = render(network, dataset, config=config, card=card, title=title, **about)
+    content = render(network, dataset, found, title=title, **about)
     write_atomically(path, lambda place: place.write_text(content, encoding="utf-8"))
 
 

@@ -29,7 +29,7 @@ from capsnet.options.schema import checked, shown
 from capsnet.training import defaults
 from capsnet.training.console import Progress
 from capsnet.training.cuda_graph import check_graph
-from capsnet.training.loop import evaluate_split, train_epochs
+from capsnet.training.loop import predict_checked, train_epochs
 from capsnet.training.prepare import as_read, build, how_read, layout, prepare_data, reading_of, same_images
 from capsnet.training.schedule import generator
 from capsnet.training.state import fitting_checkpoint
@@ -255,9 +255,10 @@ def _train(
     state, validation = train_epochs(
         fabric, config, dataset, network, run, received=received, checkpoint=checkpoint, note=note
     )
-    test = evaluate_split(state, dataset, "test")
+    found = predict_checked(state, dataset, "test")
+    test = Evaluation.of(found, dataset.classes)
     if dataset.validation is not None and validation is None:  # resumed after the last epoch
-        validation = evaluate_split(state, dataset, "validation")
+        validation = Evaluation.of(predict_checked(state, dataset, "validation"), dataset.classes)
     network = network.to("cpu", memory_format=torch.contiguous_format).eval()  # type: ignore[call-overload]
     figure = run.figures / "reconstructions.png" if network.decoder is not None else None
     page = run.directory / "report.html" if config.report else None
@@ -284,11 +285,12 @@ def _train(
         pretrained.save_pretrained(network, run.directory)
         card = describe(network, dataset, config, test.to_dict(), epochs=state.at.epoch)
         pretrained.save_card(card, run.directory)
+        run.write_predictions(found, dataset.test)
         run.write_result(result)
         if figure:
             report.draw_reconstructions(network, dataset.test, figure)
         if page:
-            report.write(page, network, dataset, config=config, card=card, rows=state.rows, result=result)
+            report.write(page, network, dataset, found, config=config, card=card, rows=state.rows, result=result)
 
     state.by_first(finish)
     pool.clear()

@@ -16,7 +16,7 @@ from lightning_fabric import Fabric
 from capsnet.checkpoints.run_directory import Checkpoint, Run
 from capsnet.config import Config
 from capsnet.data import Dataset
-from capsnet.evaluation import Evaluation, predict_split
+from capsnet.evaluation import Evaluation, Predictions, predict_split
 from capsnet.models import Network
 from capsnet.objective import Batch, Losses, Objective
 from capsnet.training.batches import BatchLoader
@@ -27,7 +27,7 @@ from capsnet.training.schedule import generator, learning_rate, seed_of
 from capsnet.training.state import TrainingState
 from capsnet.training.tensorboard import tensorboard
 
-__all__ = ["evaluate_split", "train_epochs"]
+__all__ = ["predict_checked", "train_epochs"]
 
 VALIDATION_COLUMNS = ("loss", "classification_loss", "reconstruction_loss", "error_percent")
 
@@ -133,7 +133,7 @@ def train_epochs(
 
             held_out: dict[str, float] = {}
             if dataset.validation is not None:
-                validation = evaluate_split(state, dataset, "validation")
+                validation = Evaluation.of(predict_checked(state, dataset, "validation"), dataset.classes)
                 held_out = {f"validation_{name}": getattr(validation, name) for name in VALIDATION_COLUMNS}
             rate = learning_rate(config, (at.epoch + 1) * steps - 1, steps)
             row = state.row(rate, time.perf_counter() - clock, held_out)
@@ -146,8 +146,8 @@ def train_epochs(
     return state, validation
 
 
-def evaluate_split(state: TrainingState, dataset: Dataset, name: str) -> Evaluation:
-    """Results on the split `name`, every example counted once over all processes; stops where the training would."""
+def predict_checked(state: TrainingState, dataset: Dataset, name: str) -> Predictions:
+    """Predictions for the split `name`, divided over all processes; stops where the training would."""
     fabric = state.fabric
     with fabric.autocast():
         found = predict_split(
@@ -159,8 +159,7 @@ def evaluate_split(state: TrainingState, dataset: Dataset, name: str) -> Evaluat
             reduced=state.reduced,
             each_batch=state.check,
         )
-    result = Evaluation.of(found, dataset.classes)
-    if not math.isfinite(result.loss):
+    if not math.isfinite(found.losses[:, 0].double().mean()):
         epoch = state.at.epoch + (state.at.step > 0)
         raise state.diverged(f"{name} loss became NaN or infinite after epoch {epoch}")
-    return result
+    return found
