@@ -12,7 +12,8 @@ from capsnet import devices
 from capsnet import functional as F
 from capsnet.config import Config
 from capsnet.errors import InputError
-from capsnet.layers import ClassCapsules, resolve_routing_kernel
+from capsnet.kernels.select import resolve_routing_kernel
+from capsnet.layers import ClassCapsules
 from capsnet.models import Network
 from capsnet.training import prepare
 

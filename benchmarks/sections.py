@@ -15,7 +15,7 @@ from benchmarks.training_workload import TrainingWorkload
 from capsnet import devices
 from capsnet.config import Config
 from capsnet.errors import InputError
-from capsnet.layers import resolve_routing_kernel
+from capsnet.kernels.select import resolve_routing_kernel
 from capsnet.models import options_of
 
 __all__ = ["FULL", "QUICK", "SECTIONS", "Benchmark", "Plan", "measured"]

@@ -42,7 +42,7 @@ def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def workplace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """An empty current directory, and nothing of this machine's data, cache or processes."""
-    for name in ("CAPSNET_DATA", "LOCAL_RANK", "RANK", "WORLD_SIZE", "TORCHELASTIC_RUN_ID"):
+    for name in ("CAPSNET_DATA", "LOCAL_RANK", "RANK", "WORLD_SIZE", "TORCHELASTIC_RUN_ID", "SLURM_NTASKS"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("CAPSNET_CACHE", str(tmp_path / "cache"))
     monkeypatch.setenv("CAPSNET_OFFLINE", "1")

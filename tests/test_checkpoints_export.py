@@ -48,7 +48,7 @@ def images(count: int, shape: tuple[int, int, int] = SMALL) -> Tensor:
 
 KINDS: dict[str, Network] = {
     "capsnet": network("capsnet"),
-    "capsnet, minimal stem": network("capsnet", convolution="winograd"),
+    "capsnet, winograd": network("capsnet", convolution="winograd"),
     "capsnet, fused kernel": network("capsnet", routing_kernel="fused"),
     "capsnet, all options": network("capsnet", routing_bias=True, leaky=True, padding="same", reconstruction=False),
     "baseline": network("baseline"),

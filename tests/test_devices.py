@@ -1,4 +1,6 @@
-"""Apple's GPU: accepted where PyTorch has it, never chosen, in float32. Nothing here ran on one."""
+"""Apple's GPU: accepted where PyTorch has it, never chosen, in float32 (nothing here ran on one); and processes."""
+
+from pathlib import Path
 
 import pytest
 import torch
@@ -7,7 +9,7 @@ from capsnet import devices
 from capsnet.cli import main
 from capsnet.config import Config
 from capsnet.errors import InputError
-from capsnet.layers import resolve_convolution, resolve_routing_kernel
+from capsnet.kernels.select import resolve_convolution, resolve_routing_kernel
 from capsnet.models import create
 from capsnet.models.capsnet import CapsNet
 from tiny import SIZES
@@ -61,4 +63,40 @@ def test_mps_is_float32_plain_and_direct() -> None:
     class Images:
         device, dtype, requires_grad = MPS, torch.float32, False
 
-    assert resolve_convolution("auto", network.conv, network.primary, Images()) == "direct"  # type: ignore[arg-type]
+    assert resolve_convolution("auto", Images(), saved=2.0, bare=True) == "direct"  # type: ignore[arg-type]
+
+
+TORCHRUN = {"TORCHELASTIC_RUN_ID": "x", "RANK": "5", "LOCAL_RANK": "1", "WORLD_SIZE": "8", "LOCAL_WORLD_SIZE": "4"}
+SLURM = {"SLURM_NTASKS": "6", "SLURM_PROCID": "4", "SLURM_LOCALID": "1", "SLURM_NODEID": "1", "SLURM_JOB_NAME": "train"}
+
+
+@pytest.mark.parametrize(
+    ("variables", "expected"),
+    [
+        ({}, devices.Launch("", 0, 1, 1)),
+        ({"LOCAL_RANK": "1"}, devices.Launch("", 1, 1, 1)),  # of those that Fabric starts
+        (TORCHRUN, devices.Launch("torchrun", 5, 8, 4)),
+        ({**SLURM, "SLURM_NTASKS_PER_NODE": "3"}, devices.Launch("srun", 4, 6, 3)),
+        ({**SLURM, "SLURM_NTASKS": "1", "SLURM_PROCID": "0"}, devices.Launch("srun", 0, 1, 1)),
+        ({**SLURM, "SLURM_JOB_NAME": "interactive"}, devices.Launch("", 0, 1, 1)),  # a shell inside an allocation
+    ],
+)
+def test_processes_are_those_that_were_started(
+    workplace: Path, monkeypatch: pytest.MonkeyPatch, variables: dict[str, str], expected: devices.Launch
+) -> None:
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    assert devices.launch() == expected
+    assert devices.first_process() == (expected.rank == 0)
+    if expected.by:
+        fabric = devices.make_fabric(Config(), torch.device("cpu"), "32")
+        assert fabric.world_size == expected.world_size
+        with pytest.raises(InputError, match=rf"under {expected.by}, which started {expected.here} here; got 2$"):
+            devices.launch(2)
+
+
+def test_srun_must_say_how_many_processes_a_machine_has(workplace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in SLURM.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(InputError, match=r"^srun must be given --ntasks-per-node, .* has; got --ntasks 6$"):
+        devices.launch()

@@ -16,7 +16,7 @@ from torch.nn import functional as F
 from capsnet.errors import InputError
 from capsnet.kernels import stem
 from capsnet.kernels.buffers import pool
-from capsnet.kernels.stem import constant_weights, minimal_stem
+from capsnet.kernels.stem import constant_weights, winograd_stem
 from capsnet.kernels.winograd import Pads, saving, transforms
 from capsnet.models import create
 from capsnet.models.capsnet import CapsNet
@@ -55,8 +55,8 @@ def arguments(shape: tuple[int, ...], dtype: torch.dtype) -> tuple[list[Tensor],
     return [images, *(weight.requires_grad_() for weight in weights)], stride1, stride2
 
 
-def minimal(images: Tensor, weights: list[Tensor], stride1: int, stride2: int) -> Tensor:
-    return minimal_stem(images, *weights, stride1=stride1, stride2=stride2)
+def winograd(images: Tensor, weights: list[Tensor], stride1: int, stride2: int) -> Tensor:
+    return winograd_stem(images, *weights, stride1=stride1, stride2=stride2)
 
 
 def results(function: Any, shape: tuple[int, ...], dtype: torch.dtype) -> list[Tensor]:
@@ -73,7 +73,7 @@ def results(function: Any, shape: tuple[int, ...], dtype: torch.dtype) -> list[T
 def test_output_and_every_gradient_equal_direct_convolution(
     shape: tuple[int, ...], dtype: torch.dtype, tolerance: float
 ) -> None:
-    for ours, theirs in zip(results(minimal, shape, dtype), results(direct, shape, dtype), strict=True):
+    for ours, theirs in zip(results(winograd, shape, dtype), results(direct, shape, dtype), strict=True):
         assert ours.shape == theirs.shape
         assert ours.dtype == dtype
         error = torch.linalg.vector_norm(ours.double() - theirs) / torch.linalg.vector_norm(theirs)
@@ -121,7 +121,7 @@ def test_padding_equals_zeros_around_a_direct_convolution(name: str, pads: tuple
         return F.conv2d(F.pad(hidden, pads2), weights[2], stride=stride2).permute(0, 2, 3, 1)
 
     def ours(images: Tensor, weights: list[Tensor], stride1: int, stride2: int) -> Tensor:
-        return minimal_stem(images, *weights, stride1=stride1, stride2=stride2, pads1=pads1, pads2=pads2)
+        return winograd_stem(images, *weights, stride1=stride1, stride2=stride2, pads1=pads1, pads2=pads2)
 
     for dtype, near in ((torch.float64, 1e-10), (torch.float32, 2e-4)):
         for found, expected in zip(*(results(f, SHAPES[name], dtype) for f in (ours, padded)), strict=True):
@@ -240,7 +240,7 @@ def test_computed_weights_are_not_kept(transformed: list[int]) -> None:
     with torch.inference_mode(), constant_weights():
         for k in range(6):
             computed = (1 + k % 3) * weights[2]
-            found = minimal_stem(images, weights[0], weights[1], computed, stride1=s1, stride2=s2)
+            found = winograd_stem(images, weights[0], weights[1], computed, stride1=s1, stride2=s2)
             wanted = direct(images, [*weights[:2], computed], s1, s2)
             torch.testing.assert_close(found.double(), wanted, rtol=1e-2, atol=1e-2)
         kept = stem._transforms.get()
@@ -274,7 +274,7 @@ def test_one_weight_for_images_of_two_sizes_inside_a_pass() -> None:
         for _ in range(2):
             for x in (images, images[:, :, :-3, :-5]):
                 given = [weights[0], weights[1], parameter.permute(3, 2, 0, 1)]
-                found = minimal_stem(x, *given, stride1=s1, stride2=s2)
+                found = winograd_stem(x, *given, stride1=s1, stride2=s2)
                 torch.testing.assert_close(found, direct(x, weights, s1, s2), rtol=1e-10, atol=1e-10)
 
 
@@ -283,7 +283,7 @@ def test_where_the_first_convolution_is_exactly_zero_there_is_no_gradient() -> N
     with torch.no_grad():
         weights[0].zero_()
         weights[1].zero_()
-    grid = minimal_stem(images, *weights, stride1=s1, stride2=s2)
+    grid = winograd_stem(images, *weights, stride1=s1, stride2=s2)
     for gradient in torch.autograd.grad(grid.sum(), weights):
         assert not gradient.any()
 
@@ -295,12 +295,12 @@ def test_strided_images_weights_and_gradients_are_read_right(dtype: torch.dtype)
     def strided(x: Tensor) -> Tensor:
         return torch.stack([x.detach(), torch.full_like(x, torch.nan)], -1)[..., 0]
 
-    grid = minimal_stem(images, *weights, stride1=s1, stride2=s2)
+    grid = winograd_stem(images, *weights, stride1=s1, stride2=s2)
     slopes = torch.arange(grid.numel(), dtype=dtype).view(grid.shape).cos()
     wanted = [grid, *torch.autograd.grad(grid, weights, slopes)]
     leaves = [strided(weight).requires_grad_() for weight in weights]
     assert not any(leaf.is_contiguous() for leaf in leaves)
-    grid = minimal_stem(strided(images), *leaves, stride1=s1, stride2=s2)
+    grid = winograd_stem(strided(images), *leaves, stride1=s1, stride2=s2)
     found = [grid, *torch.autograd.grad(grid, leaves, strided(slopes))]
     for one, other in zip(found, wanted, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-6, atol=1e-6)
@@ -309,8 +309,8 @@ def test_strided_images_weights_and_gradients_are_read_right(dtype: torch.dtype)
 def test_two_forwards_before_their_backwards_do_not_share_buffers() -> None:
     shape = SHAPES["paper, fewer channels"]
     (images, *weights), s1, s2 = arguments(shape, torch.float64)
-    first = minimal_stem(images, *weights, stride1=s1, stride2=s2)
-    second = minimal_stem(1 - images, *weights, stride1=s1, stride2=s2)
+    first = winograd_stem(images, *weights, stride1=s1, stride2=s2)
+    second = winograd_stem(1 - images, *weights, stride1=s1, stride2=s2)
     together = torch.autograd.grad(first.square().sum() + second.square().sum(), weights)
     apart = [torch.autograd.grad(direct(x, weights, s1, s2).square().sum(), weights) for x in (images, 1 - images)]
     for ours, one, other in zip(together, *apart, strict=True):
@@ -321,7 +321,7 @@ def test_buffers_are_reused_from_step_to_step_and_replaced_when_the_shape_change
     pool.clear()
     addresses, sizes = [], []
     for name in ("paper, fewer channels", "paper, fewer channels", "stride 3"):
-        results(minimal, SHAPES[name], torch.float32)
+        results(winograd, SHAPES[name], torch.float32)
         addresses.append(pool._free["stem v"].data_ptr())
         sizes.append(pool._free["stem v"].numel())
     assert addresses[0] == addresses[1]
@@ -331,10 +331,10 @@ def test_buffers_are_reused_from_step_to_step_and_replaced_when_the_shape_change
 
 def test_garbage_in_the_buffers_does_not_reach_the_results() -> None:
     shape = SHAPES["several tiles, colour, not square"]
-    clean = results(minimal, shape, torch.float32)
+    clean = results(winograd, shape, torch.float32)
     for array in pool._free.values():
         array.fill_(float("nan") if array.is_floating_point() else 255)
-    for ours, again in zip(clean, results(minimal, shape, torch.float32), strict=True):
+    for ours, again in zip(clean, results(winograd, shape, torch.float32), strict=True):
         assert torch.equal(ours, again)
 
 
@@ -348,7 +348,7 @@ def test_buffers_of_inference_mode_are_not_trained_with() -> None:
 
 def test_a_second_backward_is_refused() -> None:
     (images, *weights), s1, s2 = arguments(SHAPES["stride 1"], torch.float32)
-    loss = minimal_stem(images, *weights, stride1=s1, stride2=s2).square().sum()
+    loss = winograd_stem(images, *weights, stride1=s1, stride2=s2).square().sum()
     torch.autograd.grad(loss, weights, retain_graph=True)
     with pytest.raises(RuntimeError, match=r"can run once, .*; use convolution direct for retain"):
         torch.autograd.grad(loss, weights)
@@ -357,7 +357,7 @@ def test_a_second_backward_is_refused() -> None:
 def test_images_that_need_a_gradient_are_refused() -> None:
     (images, *weights), s1, s2 = arguments(SHAPES["stride 1"], torch.float32)
     with pytest.raises(InputError, match="images of Winograd convolutions must not need a gradient"):
-        minimal_stem(images.requires_grad_(), *weights, stride1=s1, stride2=s2)
+        winograd_stem(images.requires_grad_(), *weights, stride1=s1, stride2=s2)
 
 
 def tiny(**options: Any) -> CapsNet:

@@ -11,15 +11,8 @@ from capsnet import functional as F
 from capsnet import reference
 from capsnet.errors import InputError
 from capsnet.kernels import fused, sweeps_triton
-from capsnet.layers import (
-    ROUTING_KERNELS,
-    SMALL_BATCH,
-    ClassCapsules,
-    Convolution,
-    Decoder,
-    PrimaryCapsules,
-    resolve_routing_kernel,
-)
+from capsnet.kernels.select import ROUTING_KERNELS, SMALL_BATCH, resolve_routing_kernel
+from capsnet.layers import ClassCapsules, Convolution, Decoder, PrimaryCapsules
 from capsnet.routing import dynamic_routing
 
 CPU, CUDA, META = (torch.device(name) for name in ("cpu", "cuda", "meta"))

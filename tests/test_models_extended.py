@@ -12,7 +12,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from capsnet.data import Split
 from capsnet.errors import InputError
 from capsnet.evaluation import evaluate
-from capsnet.layers import Convolution, is_bare
+from capsnet.kernels.select import is_bare
+from capsnet.layers import Convolution
 from capsnet.models import Network, create, evaluation_mode
 from capsnet.models.capsnet import CapsNet
 from tiny import in_threads

@@ -624,7 +624,7 @@ def raising(error: type[BaseException]) -> Any:
 
 
 def test_devices_beside_torchrun_are_refused(photos: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    for name, value in {"TORCHELASTIC_RUN_ID": "x", "WORLD_SIZE": "3", "LOCAL_WORLD_SIZE": "3"}.items():
+    for name, value in {"TORCHELASTIC_RUN_ID": "x", "RANK": "0", "WORLD_SIZE": "3", "LOCAL_WORLD_SIZE": "3"}.items():
         monkeypatch.setenv(name, value)
     with pytest.raises(InputError, match="devices must be left out under torchrun, which started 3 here; got 2"):
         fit(tiny(photos, out="run", devices=2))

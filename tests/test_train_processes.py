@@ -8,7 +8,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -60,12 +60,14 @@ sys.exit(cli.main())
 """
 
 
-def start(*words: str, launcher: Sequence[str] = (), **environment: Any) -> subprocess.Popen[str]:
+def start(
+    *words: str, launcher: Sequence[str] = (), variables: Mapping[str, str] = {}, **environment: Any
+) -> subprocess.Popen[str]:
     Path("command.py").write_text(COMMAND, encoding="utf-8")
     told = {f"TEST_{name.upper()}": str(value) for name, value in environment.items()}
     return subprocess.Popen(
         [sys.executable, *launcher, "command.py", *words],
-        env={**os.environ, "OMP_NUM_THREADS": "1", **told},
+        env={**os.environ, "OMP_NUM_THREADS": "1", **variables, **told},
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
@@ -172,6 +174,26 @@ def test_torchrun(photos: Path) -> None:
     code, out, err = run("train", *options(config), "--out", "two", launcher=launcher)
     assert code == 0, err
     assert out.count("test error") == 1
+    assert difference("two", "one") < 2e-6
+    told = json.loads(Path("two/result.json").read_text(encoding="utf-8"))
+    assert (told["processes"], told["test"]["total"]) == (2, 15)
+
+
+@pytest.mark.slow
+def test_slurm(photos: Path) -> None:
+    """Two tasks of one machine, as srun starts them: by its variables alone."""
+    config = tiny(photos)
+    fit(replace(config, out="one"))
+    job = {"JOB_NAME": "train", "JOB_ID": "14632", "NODELIST": "localhost", "NNODES": "1", "NODEID": "0"}
+    job |= {"NTASKS": "2", "NTASKS_PER_NODE": "2"}
+    words = ("train", *options(config), "--out", "two")
+    tasks = [
+        start(*words, variables={f"SLURM_{k}": x for k, x in {**job, "PROCID": rank, "LOCALID": rank}.items()})
+        for rank in ("0", "1")
+    ]
+    (out, err), (other_out, other_err) = (task.communicate(timeout=180) for task in tasks)
+    assert [task.returncode for task in tasks] == [0, 0], err + other_err
+    assert (out.count("test error"), other_out) == (1, "")
     assert difference("two", "one") < 2e-6
     told = json.loads(Path("two/result.json").read_text(encoding="utf-8"))
     assert (told["processes"], told["test"]["total"]) == (2, 15)

@@ -12,6 +12,9 @@ from typing import Any, NamedTuple
 
 import torch
 from lightning_fabric import Fabric
+from lightning_fabric.plugins.environments.cluster_environment import ClusterEnvironment
+from lightning_fabric.plugins.environments.slurm import SLURMEnvironment
+from lightning_fabric.plugins.environments.torchelastic import TorchElasticEnvironment
 
 from capsnet.config import Config
 from capsnet.errors import InputError
@@ -22,8 +25,10 @@ if sys.platform != "win32":
 
 __all__ = [
     "Free",
+    "Launch",
     "first_process",
     "free",
+    "launch",
     "make_fabric",
     "resident",
     "resolve_device",
@@ -63,9 +68,54 @@ def resolve_device(config: Config) -> torch.device:
     return device
 
 
+class Launch(NamedTuple):
+    """How the processes of a run are started.
+
+    Attributes:
+        by: the program that started them, `torchrun` or `srun`; empty where Fabric is to.
+        rank: of this process among all.
+        world_size: number of processes.
+        here: of them on this machine.
+    """
+
+    by: str
+    rank: int
+    world_size: int
+    here: int
+
+
+def launch(devices: int = 1) -> Launch:
+    """The processes of a run, as Fabric's own cluster environments see them.
+
+    Args:
+        devices: processes to start on this machine where no other program has started them.
+
+    Raises:
+        InputError: another number than was started; or SLURM, which starts several, does not say how many on each
+            machine.
+    """
+    if TorchElasticEnvironment.detect():
+        by, here = "torchrun", int(os.environ["LOCAL_WORLD_SIZE"])
+        started: ClusterEnvironment = TorchElasticEnvironment()
+    elif SLURMEnvironment.detect():
+        by, here = "srun", int(os.environ.get("SLURM_NTASKS_PER_NODE", "1"))
+        try:
+            started = SLURMEnvironment(auto_requeue=False)
+        except RuntimeError:
+            raise InputError(
+                "srun must be given --ntasks-per-node, which says how many processes each machine has; got --ntasks "
+                f"{os.environ['SLURM_NTASKS']}"
+            ) from None
+    else:
+        return Launch("", int(os.environ.get("LOCAL_RANK", "0")), devices, devices)
+    if devices not in (1, here):
+        raise InputError(f"devices must be left out under {by}, which started {here} here; got {devices}")
+    return Launch(by, started.global_rank(), started.world_size(), here)
+
+
 def first_process() -> bool:
-    """Whether this process is the one that writes and speaks: the only one, or the first of its machine."""
-    return int(os.environ.get("LOCAL_RANK", "0")) == 0
+    """Whether this process is the one that writes and speaks: the first of all."""
+    return launch().rank == 0
 
 
 def resolve_precision(config: Config, device: torch.device, network: Network) -> str:
@@ -92,17 +142,13 @@ def resolve_precision(config: Config, device: torch.device, network: Network) ->
 
 
 def make_fabric(config: Config, device: torch.device, precision: str) -> Fabric:
-    """The engine for `config.devices` processes, or for those that torchrun has started; not yet launched."""
-    by_torchrun = "TORCHELASTIC_RUN_ID" in os.environ
-    world = int(os.environ["WORLD_SIZE"]) if by_torchrun else config.devices
-    devices = int(os.environ["LOCAL_WORLD_SIZE"]) if by_torchrun else config.devices
-    if config.devices not in (1, devices):
-        raise InputError(f"devices must be left out under torchrun, which started {devices} here; got {config.devices}")
+    """The engine for the processes of `launch(config.devices)`; not yet launched."""
+    processes = launch(config.devices)
     return Fabric(
         accelerator=device.type,
-        devices=devices,
-        num_nodes=max(1, world // devices),
-        strategy="ddp" if world > 1 else "auto",
+        devices=processes.here,
+        num_nodes=max(1, processes.world_size // processes.here),
+        strategy="ddp" if processes.world_size > 1 else "auto",
         precision="bf16-mixed" if precision == "bf16" else "32-true",
     )
 

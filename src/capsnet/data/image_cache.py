@@ -250,7 +250,7 @@ def _fill(count: int, shape: tuple[int, int, int], decode: Decode, put: Callable
 
     shown: dict[str, Any] = {"desc": "decoding images", "unit": " images", "delay": PATIENCE, "leave": False}
     shown |= {} if sys.stderr.isatty() else {"mininterval": LOG_INTERVAL, "maxinterval": LOG_INTERVAL}
-    shown |= {"disable": os.environ.get("LOCAL_RANK", "0") != "0"}
+    shown |= {"disable": os.environ.get("LOCAL_RANK", os.environ.get("SLURM_LOCALID", "0")) != "0"}
     with tqdm(total=count, file=Unbroken(), **shown) as bar, ThreadPoolExecutor(cores()) as pool:
         tasks = [pool.submit(work) for _ in range(min(count, cores()))]
         try:

@@ -1,1 +1,1 @@
-"""Faster ways to the same results: convolutions (stem.py), votes and routing (fused.py), and their C library."""
+"""Faster ways to the same results: convolutions (stem.py), routing (fused.py), and which of them when (select.py)."""

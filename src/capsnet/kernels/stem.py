@@ -33,12 +33,12 @@ from capsnet.kernels.tiles_native import NativeTiles
 from capsnet.kernels.tiles_torch import TorchTiles
 from capsnet.kernels.winograd import Pads, Plan, Tiles, plan_for
 
-__all__ = ["constant_weights", "minimal_stem"]
+__all__ = ["constant_weights", "winograd_stem"]
 
 CHUNK_BYTES = 4 << 20  # of the first convolution's output at a time: it stays in the cache
 
 
-def minimal_stem(
+def winograd_stem(
     images: Float[Tensor, "batch in_channels in_height in_width"],
     weight1: Float[Tensor, "channels in_channels k1 k1"],
     bias1: Float[Tensor, "channels"],
@@ -71,7 +71,7 @@ def minimal_stem(
 
 @contextmanager
 def constant_weights() -> Iterator[None]:
-    """Inside, `minimal_stem` without gradients transforms each weight once, for this thread's calls.
+    """Inside, `winograd_stem` without gradients transforms each weight once, for this thread's calls.
 
     A pass inside another one shares what that has transformed. A weight that is changed meanwhile is transformed
     again, unless it is changed through `.data`, which PyTorch does not count as a change.

@@ -10,15 +10,10 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from capsnet import functional as F
-from capsnet.kernels.stem import minimal_stem
-from capsnet.layers import (
-    ClassCapsules,
-    Convolution,
-    Decoder,
-    PrimaryCapsules,
-    resolve_convolution,
-    resolve_routing_kernel,
-)
+from capsnet.kernels.select import is_bare, resolve_convolution, resolve_routing_kernel
+from capsnet.kernels.stem import winograd_stem
+from capsnet.kernels.winograd import saving
+from capsnet.layers import ClassCapsules, Convolution, Decoder, PrimaryCapsules
 from capsnet.models.network import CapsuleNetwork, Output, RoutingTrace
 from capsnet.options import LossOptions
 from capsnet.options.schema import AT_LEAST_1, FINITE, LARGEST, Range
@@ -102,8 +97,12 @@ class CapsNet(CapsuleNetwork):
         self.leaky, self.routing_iterations = class_capsules.leaky, class_capsules.iterations
 
     def resolved_convolution(self, images: Tensor) -> str:
-        """How the two convolutions of `images` are computed now, see `layers.resolve_convolution`."""
-        return resolve_convolution(self.convolution, self.conv, self.primary, images)
+        """How the two convolutions of `images` are computed now, see `kernels.select`."""
+        second = self.primary.conv
+        saved = saving(second.in_size, second.kernel_size, second.stride, second.pads)
+        kinds = ((self.conv, Convolution), (self.primary, PrimaryCapsules), (second, Convolution))
+        bare = all(is_bare(module, kind) for module, kind in kinds)
+        return resolve_convolution(self.convolution, images, saved=saved, bare=bare)
 
     def forward(
         self, images: Float[Tensor, "batch channels height width"], labels: Int[Tensor, "batch *objects"] | None = None
@@ -138,7 +137,7 @@ class CapsNet(CapsuleNetwork):
             u: Tensor = self.primary(torch.relu(first(images)))
             return u
         assert first.bias is not None
-        grid = minimal_stem(
+        grid = winograd_stem(
             images,
             first.filters(),
             first.bias,
@@ -261,7 +260,7 @@ def build(image_shape: tuple[int, int, int], num_classes: int, options: Options)
         convolution=options.convolution,
         standardize=options.standardize,
     )
-    resolve_convolution(options.convolution, conv, primary, torch.empty(0, device="cpu"))
+    network.resolved_convolution(torch.empty(0, device="cpu"))
     if options.init == "authors":
         _start_as_authors(network)
     return network

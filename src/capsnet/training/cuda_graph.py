@@ -1,12 +1,12 @@
 """A training step as a CUDA graph: recorded once, then launched as a whole, with no Python between its kernels."""
 
-import os
 from collections.abc import Callable
 
 import torch
 from torch import nn
 
 from capsnet.config import Config
+from capsnet.devices import launch
 from capsnet.errors import InputError
 from capsnet.models import Network
 from capsnet.objective import Batch, Losses
@@ -68,6 +68,7 @@ class GraphedStep:
 def check_graph(config: Config, device: torch.device, network: Network) -> None:
     """Raise InputError unless training steps of `network` on `device` can be recorded: one GPU, and no dropout."""
     dropout = any(isinstance(module, nn.Dropout) for module in network.modules())
-    if device.type != "cuda" or config.devices > 1 or "TORCHELASTIC_RUN_ID" in os.environ or dropout:
-        what = f"{config.devices} x {device.type}" + (" and a network with dropout" if dropout else "")
+    processes = launch(config.devices).world_size
+    if device.type != "cuda" or processes > 1 or dropout:
+        what = f"{processes} x {device.type}" + (" and a network with dropout" if dropout else "")
         raise InputError(f"cuda_graph must have one GPU and a network without dropout; got {what}")

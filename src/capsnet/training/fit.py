@@ -1,7 +1,6 @@
 """A run from its configuration to its report: prepare, launch, train, measure, save, report."""
 
 import math
-import os
 from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
@@ -18,7 +17,7 @@ from capsnet.checkpoints.run_directory import Checkpoint, Run
 from capsnet.config import Config, from_dict, preset_differences, roles
 from capsnet.data import Dataset
 from capsnet.data.manifest import Manifest
-from capsnet.devices import first_process, make_fabric, resolve_device, resolve_precision, shutdown, signals
+from capsnet.devices import first_process, launch, make_fabric, resolve_device, resolve_precision, shutdown, signals
 from capsnet.errors import Diverged, InputError, Interrupted
 from capsnet.evaluation import Evaluation, predict_split
 from capsnet.evaluation.ood import threshold_for
@@ -122,7 +121,7 @@ def _launch(config: Config, dataset: Dataset | None, resumed: Run | None) -> Res
     if config.tensorboard:
         check_tensorboard(run.directory)
     recorded = run.manifest() if resumed else None
-    first = int(os.environ.get("RANK", "0")) == 0 and first_process()
+    first = first_process()
     dataset = prepare_data(
         config,
         dataset,
@@ -178,7 +177,7 @@ def _check_memory(config: Config, dataset: Dataset, device: torch.device) -> Non
         device,
         dataset,
         precision=resolve_precision(config, device, network),
-        processes=int(os.environ.get("LOCAL_WORLD_SIZE", config.devices)),
+        processes=launch(config.devices).here,
     )
 
 
