@@ -128,7 +128,7 @@ def pose_explained(network: Network, train: Split, test: Split, *, batch_size: i
         together = r2_linear(x_train[ours], targets, x_test[theirs], judged)
         single = torch.stack(
             [r2_linear(x_train[ours, d : d + 1], targets, x_test[theirs, d : d + 1], judged) for d in range(dim)], -1
-        )
+        )  # [factors, dim]
         for f, name in enumerate(names):
             r2[name].append(float(together[f]))
             alone[name].append(tuple(single[f].tolist()))
@@ -167,21 +167,21 @@ def r2_linear(
     """
     mean, centre = x_train.double().mean(0), y_train.double().mean(0)
     a, b, y = x_train.double() - mean, x_test.double() - mean, y_train.double() - centre
-    u, s, vt = torch.linalg.svd(a, full_matrices=False)
+    u, s, vt = torch.linalg.svd(a, full_matrices=False)  # [n, k], [k], [k, dim]; k = min(n, dim)
     left_out, predictions = [], []
     for penalty in penalties:
         energy = s.square() + penalty * s.square().mean()
         kept = torch.where(s > s[0] * 1e-12, s.square() / energy, 0)  # of each singular direction
-        fitted = u @ (kept[:, None] * (u.T @ y))
-        leverage = (u.square() * kept).sum(1) + 1 / len(a)
+        fitted = u @ (kept[:, None] * (u.T @ y))  # [n, targets]
+        leverage = (u.square() * kept).sum(1) + 1 / len(a)  # [n]
         left_out.append(((y - fitted) / (1 - leverage)[:, None]).square().sum(0))
-        predictions.append(b @ vt.T @ (torch.where(kept > 0, kept / s, 0)[:, None] * (u.T @ y)))
-    best = torch.stack(left_out).argmin(0)
-    prediction = torch.stack(predictions)[best, :, torch.arange(y.shape[1])].T
+        predictions.append(b @ vt.T @ (torch.where(kept > 0, kept / s, 0)[:, None] * (u.T @ y)))  # [m, targets]
+    best = torch.stack(left_out).argmin(0)  # [targets]
+    prediction = torch.stack(predictions)[best, :, torch.arange(y.shape[1])].T  # [m, targets]
     judged = y_test.double() - centre
     r2: Tensor = 1 - (judged - prediction).square().sum(0) / judged.square().sum(0)
     return r2
 
 
 def _columns(factors: Mapping[str, Tensor], names: tuple[str, ...], rows: Int[Tensor, "m"] | Tensor) -> Tensor:
-    return torch.stack([factors[name][rows] for name in names], dim=-1)
+    return torch.stack([factors[name][rows] for name in names], dim=-1)  # [images, factors]

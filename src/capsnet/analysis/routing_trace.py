@@ -75,7 +75,7 @@ def evidence(network: Network, images: Float[Tensor, "batch channels height widt
     parts: list[Evidence] = []
     for c, pose in zip(couplings, poses, strict=True):
         direction = torch.nn.functional.normalize(pose, dim=-1)
-        support = c * torch.einsum("bijd,bjd->bij", u_hat, direction)
+        support = c * torch.einsum("bijd,bjd->bij", u_hat, direction)  # [batch, in, classes]
         at_most = (c * vote_lengths).sum(1)
         parts.append(
             Evidence(
@@ -103,7 +103,7 @@ def fold(
         One map on the image for each of the last axis of `values`, summing to the sum over the capsules.
     """
     rows, columns = (shares.to(values) for shares in network.receptive_fields())
-    places = values.reshape(len(values), len(rows), len(columns), -1, values.shape[-1])
+    places = values.reshape(len(values), len(rows), len(columns), -1, values.shape[-1])  # [..., capsules, classes]
     grid = places.sum(3)  # [batch, rows, columns, classes]
     return torch.einsum("brcj,rh,cw->bjhw", grid, rows, columns)
 

@@ -74,7 +74,7 @@ def frame_of(images: UInt8[Tensor, "n channels height width"]) -> Frame | None:
 
     The ground is plain if at least 80 % of the pixels along the borders are within 0.1 of black, or of white.
     """
-    levels = images[..., _ring(*images.shape[2:])].flatten().float() / 255
+    levels = images[..., _ring(*images.shape[2:])].flatten().float() / 255  # [n * channels * border]
     if not len(levels):
         return None
     for extreme in (0.0, 1.0):
@@ -87,7 +87,7 @@ def frame_of(images: UInt8[Tensor, "n channels height width"]) -> Frame | None:
     height, width = images.shape[2:]
     level = round(255 * ground)
     ink = torch.stack([(image.int() - level).abs().amax(0) > 51 for image in images])  # a fifth of the range
-    rows, columns = ink.any(2), ink.any(1)
+    rows, columns = ink.any(2), ink.any(1)  # [n, height], [n, width]
     longer = torch.maximum(_extent(rows) / height, _extent(columns) / width)[rows.any(1)]
     return Frame(ground, float(longer.median())) if len(longer) else None
 
@@ -124,7 +124,7 @@ def frame_digit(
 def channels_first(array: np.ndarray, channels: int) -> UInt8[Tensor, "channels height width"]:
     """Pixels `[H, W]` or `[H, W, 3]` as a tensor of so many channels; grey is repeated."""
     image = torch.from_numpy(array)
-    image = image[None] if image.ndim == 2 else image.permute(2, 0, 1)
+    image = image[None] if image.ndim == 2 else image.permute(2, 0, 1)  # [1 or 3, height, width]
     return image.expand(channels, -1, -1).contiguous()
 
 
@@ -194,17 +194,17 @@ def _ink(image: Float[Tensor, "channels height width"], *, on_paper: bool) -> Fl
         least = difference.flatten(1).quantile(0.3, dim=1)  # above 0 almost everywhere: noise
         return difference - least[:, None, None]
 
-    strength = below(ground, coarse).amax(0)
+    strength = below(ground, coarse).amax(0)  # [rows, columns]
     noise = 1.4826 * float((strength - strength.median()).abs().median())
     level = _level(strength, max(_FAINTEST, 5 * noise))
     if level is None:
         return torch.zeros_like(image)
     kept = _without_specks(strength > max(0.3 * level, 4 * noise), strength)
     near = F.max_pool2d(kept.float()[None], 3, 1, 1)  # the edges of a stroke are paler
-    near = F.interpolate(near[None], image.shape[1:], mode="nearest")[0]
+    near = F.interpolate(near[None], image.shape[1:], mode="nearest")[0]  # [1, height, width]
     smooth = F.avg_pool2d(ground, 3, 1, 1, count_include_pad=False)
     smooth = F.interpolate(smooth[None], image.shape[1:], mode="bilinear", align_corners=False)[0]
-    difference = below(smooth, image)
+    difference = below(smooth, image)  # [channels, height, width]
     full = _level(difference.amax(0)[near[0] > 0], _FAINTEST)
     if full is None:
         return torch.zeros_like(image)
@@ -240,7 +240,7 @@ def _filled(image: Float[Tensor, "channels rows columns"]) -> Float[Tensor, "cha
 
     rows, columns = image.shape[1:]
     number = np.arange(rows * columns).reshape(rows, columns)
-    around = np.concatenate([number[0], number[1:, -1], number[-1, :-1][::-1], number[1:-1, 0][::-1]])
+    around = np.concatenate([number[0], number[1:, -1], number[-1, :-1][::-1], number[1:-1, 0][::-1]])  # [border]
     reach = min(_reach(image, _CROSSING), len(around) // 4)
     levels = image.flatten(1).numpy()[:, around]  # [channels, border]
     filled = np.full((len(image), rows * columns), np.inf, np.float32)

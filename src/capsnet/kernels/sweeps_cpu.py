@@ -55,22 +55,22 @@ class Sweeps:
 
     def weighted_sum(self, gains: Tensor) -> tuple[Tensor, Tensor]:
         """See `fused.Sweeps`."""
-        g = gains.permute(1, 2, 0).contiguous()
+        g = gains.permute(1, 2, 0).contiguous()  # [out, dim, n]
         s = torch.zeros_like(g)
         for chunk in self._chunks():
             c = self._couplings(chunk, g)
-            self.couplings[:, chunk.inputs] = c.view(self.outs, -1, self.n)
-            torch.mul(chunk.u, c[:, None], out=chunk.x)
+            self.couplings[:, chunk.inputs] = c.view(self.outs, -1, self.n)  # [out, in, n]
+            torch.mul(chunk.u, c[:, None], out=chunk.x)  # [out, in_dim, in * n]
             s.baddbmm_(chunk.weight.transpose(1, 2), chunk.as_matrices(chunk.x))
-        return s.permute(2, 0, 1).contiguous(), self.couplings.permute(2, 1, 0)
+        return s.permute(2, 0, 1).contiguous(), self.couplings.permute(2, 1, 0)  # [n, out, dim], [n, in, out]
 
     def weighted_sum_backward(self, gains: Tensor, d_s: Tensor, d_c: Tensor | None, *, detached: bool) -> Tensor | None:
         """See `fused.Sweeps`."""
-        g, d_s = (x.permute(1, 2, 0).contiguous() for x in (gains, d_s))
+        g, d_s = (x.permute(1, 2, 0).contiguous() for x in (gains, d_s))  # [out, dim, n]
         d_g = torch.zeros_like(g)
         if self.d_u is None or self.d_weight is None:
             self.d_u = self._array("d_u", *self.u.shape).zero_()
-            self.d_weight = self.weight.new_zeros(self.weight.shape)
+            self.d_weight = self.weight.new_zeros(self.weight.shape)  # [in, in_dim, out, dim]
         for chunk in self._chunks():
             u, weight, x, y = chunk.u, chunk.weight, chunk.x, chunk.y
             c = self._couplings(chunk, g)
@@ -79,15 +79,15 @@ class Sweeps:
             y *= c[:, None]
             if d_b is not None:
                 y.addcmul_(x, d_b[:, None])
-            self.d_u[:, chunk.inputs] += y.sum(0).view(self.in_dim, -1, self.n)
+            self.d_u[:, chunk.inputs] += y.sum(0).view(self.in_dim, -1, self.n)  # [in_dim, in, n]
             torch.mul(u, c[:, None], out=y)
-            d_w = torch.bmm(chunk.as_matrices(y), d_s.transpose(1, 2))
+            d_w = torch.bmm(chunk.as_matrices(y), d_s.transpose(1, 2))  # [out, in_dim * in, dim]
             if d_b is not None:
                 torch.mul(u, d_b[:, None], out=x)
                 d_w.baddbmm_(chunk.as_matrices(x), g.transpose(1, 2))
                 d_g.baddbmm_(weight.transpose(1, 2), chunk.as_matrices(x))
             self.d_weight[chunk.inputs] += d_w.view(self.outs, self.in_dim, -1, self.dim).permute(2, 1, 0, 3)
-        return None if detached else d_g.permute(2, 0, 1).contiguous()
+        return None if detached else d_g.permute(2, 0, 1).contiguous()  # [n, out, dim]
 
     def gradients(self, first: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """See `fused.Sweeps`."""
@@ -167,7 +167,7 @@ class _Chunk:
 
 def _agreement(u: Tensor, product: Tensor, *, out: Tensor) -> None:
     """`sum_k u[k] product[:, k]`."""
-    (first, first_u), *rest = zip(product.unbind(1), u.unbind(0), strict=True)
+    (first, first_u), *rest = zip(product.unbind(1), u.unbind(0), strict=True)  # [out, in * n], [in * n]
     torch.mul(first, first_u, out=out)
     for row, row_u in rest:
         out.addcmul_(row, row_u)

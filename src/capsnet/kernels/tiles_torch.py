@@ -42,8 +42,8 @@ class TorchTiles:
             (plan.k1, column),
         ]
         windows = padded.as_strided([size for size, _ in axes], [stride for _, stride in axes])
-        by_place = out.view(*(size for size, _ in axes[:7]), out.shape[1])
-        by_place[..., :-1].view(windows.shape).copy_(windows)
+        by_place = out.view(*(size for size, _ in axes[:7]), out.shape[1])  # [y, x, batch, tiles, tiles, s2, s2, ...]
+        by_place[..., :-1].view(windows.shape).copy_(windows)  # [..., channels, k1, k1]
         by_place[..., -1] = 1
         for point, tile, phase in plan.y.outside:
             by_place[point, :, :, tile, :, phase].zero_()
@@ -54,21 +54,21 @@ class TorchTiles:
     def forward(plan: Plan, x: Tensor, v: Tensor, positive: Tensor | None) -> None:
         """See `winograd.Tiles`."""
         if positive is not None:
-            torch.gt(x.view(positive.shape), 0, out=positive)
-        points = x.relu_().view(plan.y.points, plan.x.points, -1)
+            torch.gt(x.view(positive.shape), 0, out=positive)  # [points * rows, width]
+        points = x.relu_().view(plan.y.points, plan.x.points, -1)  # [y, x, rows * width]
         _transform(plan.b, points, _by_axis(plan, v))
 
     @staticmethod
     def backward(plan: Plan, d_v: Tensor, positive: Tensor, d_x: Tensor) -> None:
         """See `winograd.Tiles`."""
-        points = d_x.view(plan.y.points, plan.x.points, -1)
+        points = d_x.view(plan.y.points, plan.x.points, -1)  # [y, x, rows * width]
         _transform(plan.b_t, _by_axis(plan, d_v).flatten(2), points)
-        d_x.view(positive.shape).mul_(positive)
+        d_x.view(positive.shape).mul_(positive)  # [points * rows, width]
 
     @staticmethod
     def weight(plan: Plan, kernel: Tensor, u: Tensor) -> None:
         """See `winograd.Tiles`."""
-        to = _by_axis(plan, u)
+        to = _by_axis(plan, u)  # [y, x, phases, phases, channels * out]
         taps = kernel.new_empty(plan.y.taps, plan.x.taps, kernel.shape[2])
         for y, x, phase in _phases(plan, kernel):
             rows, columns = phase.shape[:2]
@@ -80,7 +80,7 @@ class TorchTiles:
     @staticmethod
     def weight_backward(plan: Plan, d_u: Tensor, d_kernel: Tensor) -> None:
         """See `winograd.Tiles`."""
-        given = _by_axis(plan, d_u)
+        given = _by_axis(plan, d_u)  # [y, x, phases, phases, channels * out]
         taps = d_u.new_empty(plan.y.taps, plan.x.taps, d_kernel.shape[2])
         for y, x, phase in _phases(plan, d_kernel):
             _transform(plan.g_t, given[:, :, y, x], taps)
@@ -90,7 +90,7 @@ class TorchTiles:
     def output(plan: Plan, m: Tensor, grid: Tensor) -> None:
         """See `winograd.Tiles`."""
         batch, _, _, out = grid.shape
-        tiles = m.new_empty(plan.y.tile, plan.x.tile, m.shape[1] * out)
+        tiles = m.new_empty(plan.y.tile, plan.x.tile, m.shape[1] * out)  # [tile, tile, rows * out]
         _transform(plan.a, m.view(plan.y.points, plan.x.points, -1), tiles)
         apart = tiles.view(plan.y.tile, plan.x.tile, batch, plan.y.tiles, plan.x.tiles, out).permute(2, 3, 0, 4, 1, 5)
         whole = apart.reshape(batch, plan.y.tiles * plan.y.tile, plan.x.tiles * plan.x.tile, out)
@@ -103,7 +103,7 @@ class TorchTiles:
         rest = [axis.tile * axis.tiles - axis.outputs for axis in (plan.y, plan.x)]
         whole = nn.functional.pad(d_grid, (0, 0, 0, rest[1], 0, rest[0]))
         apart = whole.view(batch, plan.y.tiles, plan.y.tile, plan.x.tiles, plan.x.tile, out).permute(2, 4, 0, 1, 3, 5)
-        tiles = apart.reshape(plan.y.tile, plan.x.tile, d_m.shape[1] * out)
+        tiles = apart.reshape(plan.y.tile, plan.x.tile, d_m.shape[1] * out)  # [tile, tile, rows * out]
         _transform(plan.a_t, tiles, d_m.view(plan.y.points, plan.x.points, -1))
 
 
@@ -122,6 +122,6 @@ def _by_axis(plan: Plan, x: Tensor) -> Tensor:
 def _transform(matrices: Matrices, given: Tensor, to: Tensor) -> None:
     """`to[y', x'] = sum_y,x left[y', y] right[x', x] given[y, x]`, for `[y, x, all]`; `to` may have more axes."""
     left, right = matrices
-    half = torch.bmm(right.expand(len(given), *right.shape), given)
+    half = torch.bmm(right.expand(len(given), *right.shape), given)  # [y, x', all]
     for x in range(len(right)):
-        torch.mm(left, half[:, x], out=to[:, x].view(len(left), half.shape[2]))
+        torch.mm(left, half[:, x], out=to[:, x].view(len(left), half.shape[2]))  # [y', all]

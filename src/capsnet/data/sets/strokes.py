@@ -190,16 +190,16 @@ def render(
         ink = _FAINTEST + (1 - _FAINTEST) * torch.rand(n, generator=generator)
         phase, waves = torch.rand(2, n, 1, generator=generator)
         along = torch.linspace(0, 1, _SEGMENTS)
-        width = 1 + _PRESSURE * torch.sin(2 * math.pi * (phase + (0.5 + waves) * along))
+        width = 1 + _PRESSURE * torch.sin(2 * math.pi * (phase + (0.5 + waves) * along))  # [n, segments]
     width = width * factors["stroke_width_pixels"][:, None]
     pose = _pose(factors, image_size)
-    shift = torch.stack([factors["x_pixels"], factors["y_pixels"]], dim=-1)
+    shift = torch.stack([factors["x_pixels"], factors["y_pixels"]], dim=-1)  # [n, 2]
     images = torch.empty(n, 1, image_size, image_size, dtype=torch.uint8)
     chunk = max(1, _CHUNK // (_SEGMENTS * image_size**2))
     for begin in range(0, n, chunk):
         rows = slice(begin, begin + chunk)
         which = index[rows]
-        points_drawn = curves.points[which] + curves.bend[which] @ jitter[rows]
+        points_drawn = curves.points[which] + curves.bend[which] @ jitter[rows]  # [chunk, points, 2]
         placed = points_drawn @ pose[rows].mT + shift[rows][:, None]
         drawn = _draw(curves.starts[which] @ placed, curves.ends[which] @ placed, width[rows], image_size)
         images[rows, 0] = (255 * ink[rows][:, None, None] * drawn).round().to(torch.uint8)
@@ -264,21 +264,21 @@ def _draw(
     n, segments, _ = starts.shape
     half = width / 2
     length = torch.linalg.vector_norm(ends - starts, dim=-1, keepdim=True)
-    x, y = ((ends - starts) / length.clamp(min=1e-6)).unbind(-1)
+    x, y = ((ends - starts) / length.clamp(min=1e-6)).unbind(-1)  # [n, segments]
     direction = torch.stack([x, y], dim=-1)
     normal = torch.stack([-y, x], dim=-1)
     middle = (starts + ends) / 2
     place = torch.arange(image_size) - (image_size - 1) / 2
-    pixels = torch.stack([place.repeat(image_size), place.repeat_interleave(image_size)])
+    pixels = torch.stack([place.repeat(image_size), place.repeat_interleave(image_size)])  # [2, size * size]
 
     def project(axis: Tensor) -> Tensor:
-        offset = -(axis * middle).sum(-1, keepdim=True) / half[..., None]
-        flat = (axis / half[..., None]).reshape(-1, 2)
+        offset = -(axis * middle).sum(-1, keepdim=True) / half[..., None]  # [n, segments, 1]
+        flat = (axis / half[..., None]).reshape(-1, 2)  # [n * segments, 2]
         return torch.addmm(offset.reshape(-1, 1), flat, pixels).view(n, segments, image_size**2)
 
     beyond = project(direction).abs_().sub_(length / width[..., None]).clamp_(min=0)
     squared = project(normal).square_().addcmul_(beyond, beyond)
-    distance = squared.amin(dim=1).sqrt_()
+    distance = squared.amin(dim=1).sqrt_()  # [n, size * size]
     # The edge fades over one pixel: the ink across a line then sums to its width, wherever the pixels lie.
     inside = (1 - distance) * half.mean(dim=1, keepdim=True)
     return (inside + 0.5).clamp_(0, 1).view(n, image_size, image_size)
@@ -294,7 +294,7 @@ def _curves() -> _Curves:
     for k, (control, paths) in enumerate(parsed):
         n = len(control)
         points[k, :n] = control - (control.amax(0) + control.amin(0)) / 2
-        affine = torch.cat([points[k, :n], torch.ones(n, 1)], dim=1).double()
+        affine = torch.cat([points[k, :n], torch.ones(n, 1)], dim=1).double()  # [n, 3]
         bend[k, :n, :n] = (torch.eye(n).double() - affine @ torch.linalg.pinv(affine)).float()
         knots[:, k, :, :n] = _segments(control, paths)
     variants = torch.tensor([len(texts) for texts in SKELETONS])
@@ -325,9 +325,9 @@ def _segments(control: Tensor, paths: list[list[int]]) -> Tensor:
         t = torch.linspace(0, 1, count + 1)[:, None]
         weights = torch.cat(
             [-t + 2 * t**2 - t**3, 2 - 5 * t**2 + 3 * t**3, t + 4 * t**2 - 3 * t**3, t**3 - t**2], dim=1
-        )
-        knots = (weights / 2) @ torch.eye(len(control))[list(span)]
-        pieces.append(torch.stack([knots[:-1], knots[1:]]))
+        )  # [count + 1, 4]
+        knots = (weights / 2) @ torch.eye(len(control))[list(span)]  # [count + 1, P]
+        pieces.append(torch.stack([knots[:-1], knots[1:]]))  # [2, count, P]
     return torch.cat(pieces, dim=1)
 
 
