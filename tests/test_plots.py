@@ -118,7 +118,7 @@ def test_factors_names_networks_and_factors() -> None:
         r2 = ((0.9, 0.8), (-0.1, 0.2))
         return PoseExplained(("slant_degrees", "x_pixels"), ("0", "1"), r2, (((0.3,) * dim,) * 2,) * 2, dim, 100, 20)
 
-    figure = plots.factors({"capsnet": explained(16), "baseline": explained(192)})
+    figure = plots.pose_explained({"capsnet": explained(16), "baseline": explained(192)})
     opened(figure)
     told = texts(figure)
     assert "capsnet: 16 dimensions" in told

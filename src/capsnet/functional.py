@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from capsnet.errors import InputError
 
 __all__ = [
+    "at_least_float32",
     "full_precision",
     "is_ordinary",
     "is_transformed",
@@ -38,6 +39,11 @@ def full_precision(device: torch.device) -> AbstractContextManager[object]:
     if torch.amp.is_autocast_available(device.type):
         return torch.autocast(device.type, enabled=False)
     return nullcontext()
+
+
+def at_least_float32(x: Tensor) -> Tensor:
+    """`x` in float32 where it is of half precision, else as it is."""
+    return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
 
 
 def is_ordinary(tensor: Tensor) -> bool:
@@ -70,7 +76,7 @@ def squash(s: Float[Tensor, "*batch dim"], *, epsilon: float = 0.0) -> Float[Ten
         >>> squash(torch.tensor([3.0, 4.0]))  # length 5 becomes 25 / 26
         tensor([0.5769, 0.7692])
     """
-    x = s.float() if s.dtype in (torch.float16, torch.bfloat16) else s
+    x = at_least_float32(s)
     n: Tensor = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
     one: float | Tensor = 1.0
     if _may_overflow(n):

@@ -192,7 +192,7 @@ class PrimaryCapsules(nn.Module):
         """The same from the convolution's output, channels last; `fused` in one pass, with first derivatives only."""
         if fused and not self.epsilon and native.usable(grid, self.bias):
             return biased_squash(grid, self.bias, self.dim, scale=self.scale).view(len(grid), self.capsules, self.dim)
-        s = grid.float() if grid.dtype in (torch.float16, torch.bfloat16) else grid
+        s = F.at_least_float32(grid)
         s = s * self.scale + self.bias if self.scale != 1 else s + self.bias
         return F.squash(s.reshape(grid.shape[0], self.capsules, self.dim), epsilon=self.epsilon)
 
@@ -253,7 +253,7 @@ class ClassCapsules(nn.Module):
     def forward(self, u: Float[Tensor, "*batch in in_dim"]) -> RoutingResult:
         """Route the poses `u`; computed in float32 or better whatever the precision around it."""
         with F.full_precision(u.device):
-            u = u.float() if u.dtype in (torch.float16, torch.bfloat16) else u
+            u = F.at_least_float32(u)
             weight = self.weight.to(u.dtype)
             votes_bytes = u[..., 0].numel() * weight[0, 0].numel() * weight.element_size()
             ordinary = F.is_ordinary(u)  # in an export, comparing sizes would limit the batch
@@ -312,4 +312,4 @@ class Decoder(nn.Module):
             pose = pose[:, None].expand(-1, index.shape[1], -1, -1)
         masked = F.mask(pose, index).flatten(-2).to(next(self.layers.parameters()).dtype)
         image: Tensor = self.layers(masked)
-        return (image.float() if image.dtype != torch.float64 else image).reshape(*index.shape, *self.image_shape)
+        return F.at_least_float32(image).reshape(*index.shape, *self.image_shape)

@@ -74,7 +74,7 @@ def dynamic_routing(
     if votes.ndim < 3:
         raise InputError(f"votes must be [..., in, out, dim] with at least 3 axes; got shape {tuple(votes.shape)}")
     with F.full_precision(votes.device):
-        u_hat = votes.float() if votes.dtype in (torch.float16, torch.bfloat16) else votes
+        u_hat = F.at_least_float32(votes)
         beta = 0 if bias is None else bias
         b = u_hat.new_zeros(u_hat.shape[:-1])
         with torch.set_grad_enabled(torch.is_grad_enabled() and not detach_routing):

@@ -296,7 +296,7 @@ class _Pose(_FigureOptions):
         from capsnet import plots
 
         trained, numbers, found = probe_poses(self, self.against, line)
-        numbers["figure"] = str(self.save(trained, "pose", plots.factors(found), line))
+        numbers["figure"] = str(self.save(trained, "pose", plots.pose_explained(found), line))
         return self.finish(numbers, *pose_table(found))
 
 

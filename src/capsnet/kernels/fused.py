@@ -95,10 +95,8 @@ def votes_and_routing(
     check_iterations(iterations)
     flat = u.reshape(-1, *u.shape[-2:])
     with F.full_precision(u.device):
-        if flat.dtype in (torch.float16, torch.bfloat16):
-            flat = flat.float()
         apply: Callable[..., tuple[Tensor, Tensor]] = _Routing.apply
-        pose, couplings = apply(sweeps, flat, weight, bias, iterations, leaky, detach_routing)
+        pose, couplings = apply(sweeps, F.at_least_float32(flat), weight, bias, iterations, leaky, detach_routing)
         pose, couplings = (x.reshape(*u.shape[:-2], *x.shape[1:]) for x in (pose, couplings))
         return RoutingResult(pose, F.lengths(pose), couplings)
 

@@ -47,7 +47,7 @@ class ConvNet(Network):
         """
         self.check_images(images)
         logits: Tensor = self.layers(F.per_image_standardize(images) if self.standardize else images)
-        return Output(logits.float() if logits.dtype != torch.float64 else logits)
+        return Output(F.at_least_float32(logits))
 
     def presence(self, output: Output) -> Float[Tensor, "batch classes"]:
         """Softmax of the logits, or where images show several objects their sigmoid."""

@@ -3,7 +3,7 @@
 Each function returns a figure; `save` writes it, with the command that made it in the file's metadata.
 """
 
-from capsnet.plots.capsules import couplings, factors, perturbations, reconstructions, separations, sweep
+from capsnet.plots.capsules import couplings, perturbations, pose_explained, reconstructions, separations, sweep
 from capsnet.plots.classes import class_errors, class_rows, confused, confusion
 from capsnet.plots.results import curves, errors_by_factor, gallery, lengths, reliability
 from capsnet.plots.style import FORMATS, picture, rendered, save
@@ -17,11 +17,11 @@ __all__ = [
     "couplings",
     "curves",
     "errors_by_factor",
-    "factors",
     "gallery",
     "lengths",
     "perturbations",
     "picture",
+    "pose_explained",
     "reconstructions",
     "reliability",
     "rendered",

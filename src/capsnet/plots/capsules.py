@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-__all__ = ["couplings", "factors", "perturbations", "reconstructions", "separations", "sweep"]
+__all__ = ["couplings", "perturbations", "pose_explained", "reconstructions", "separations", "sweep"]
 
 FIRST, SECOND = (1.0, 0.62, 0.10), (0.12, 0.47, 1.0)
 """Colours of two objects drawn over each other, of different lightness; both together are nearly white."""
@@ -239,7 +239,7 @@ def _agreement(axes: "Axes", found: Evidence, winners: Tensor) -> None:
 
 
 @styled
-def factors(found: dict[str, PoseExplained]) -> "Figure":
+def pose_explained(found: dict[str, PoseExplained]) -> "Figure":
     """Held-out R2 of each pose factor for each network, and for each dimension of those with few.
 
     Args:

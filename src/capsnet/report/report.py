@@ -297,7 +297,7 @@ def _pose(network: Network, dataset: Dataset) -> Section:
         "Pose",
         f"How much of the true pose the last layer explains: linear regression for each class on "
         f"{explained.train_images:,} training images, judged on {explained.test_images:,} test images.",
-        [[_picture(plots.factors({network.config["name"]: explained}), "R2 of each pose factor", "svg")]],
+        [[_picture(plots.pose_explained({network.config["name"]: explained}), "R2 of each pose factor", "svg")]],
     )
 
 
