@@ -63,7 +63,7 @@ def test_mps_is_float32_plain_and_direct() -> None:
     class Images:
         device, dtype, requires_grad = MPS, torch.float32, False
 
-    assert resolve_convolution("auto", Images(), saved=2.0, bare=True) == "direct"  # type: ignore[arg-type]
+    assert resolve_convolution("auto", Images(), saved=lambda: 2.0, bare=True) == "direct"  # type: ignore[arg-type]
 
 
 TORCHRUN = {"TORCHELASTIC_RUN_ID": "x", "RANK": "5", "LOCAL_RANK": "1", "WORLD_SIZE": "8", "LOCAL_WORLD_SIZE": "4"}

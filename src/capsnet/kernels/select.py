@@ -1,5 +1,7 @@
 """Which of several ways a layer computes by, and why: the routing, the convolutions, and the sweeps over votes."""
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
 
@@ -80,7 +82,7 @@ def is_bare(module: nn.Module, kind: type[nn.Module]) -> bool:
     return type(module) is kind and not hooked and "forward" not in vars(module)
 
 
-def resolve_convolution(convolution: str, images: Tensor, *, saved: float, bare: bool) -> str:
+def resolve_convolution(convolution: str, images: Tensor, *, saved: Callable[[], float], bare: bool) -> str:
     """How both convolutions of `images` are computed now, `direct` or `winograd` (see `kernels.stem`).
 
     `auto` is `winograd` on a CPU in float32 or float64, for ordinary images that need no gradient, where it saves half
@@ -90,7 +92,7 @@ def resolve_convolution(convolution: str, images: Tensor, *, saved: float, bare:
     Args:
         convolution: `auto`, `direct` or `winograd`.
         images: only their device, type and need of a gradient are looked at.
-        saved: how many times fewer products `winograd` needs, see `winograd.saving`.
+        saved: says how many times fewer products `winograd` needs, see `winograd.saving`; not asked in vain.
         bare: whether all modules are, see `is_bare`.
 
     Raises:
@@ -113,7 +115,7 @@ def resolve_convolution(convolution: str, images: Tensor, *, saved: float, bare:
     elif not bare:
         obstacle = "a convolution with hooks, a parametrization or another forward, and it calls no module"
     else:
-        return "direct" if convolution == "auto" and (saved < 2 or is_small(images)) else "winograd"
+        return "direct" if convolution == "auto" and (saved() < 2 or is_small(images)) else "winograd"
     if convolution == "winograd":
         raise InputError(f"convolution winograd got {obstacle}; use convolution direct")
     return "direct"

@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Annotated, Literal
 
 import torch
@@ -99,7 +100,7 @@ class CapsNet(CapsuleNetwork):
     def resolved_convolution(self, images: Tensor) -> str:
         """How the two convolutions of `images` are computed now, see `kernels.select`."""
         second = self.primary.conv
-        saved = saving(second.in_size, second.kernel_size, second.stride, second.pads)
+        saved = partial(saving, second.in_size, second.kernel_size, second.stride, second.pads)
         kinds = ((self.conv, Convolution), (self.primary, PrimaryCapsules), (second, Convolution))
         bare = all(is_bare(module, kind) for module, kind in kinds)
         return resolve_convolution(self.convolution, images, saved=saved, bare=bare)
