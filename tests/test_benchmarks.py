@@ -534,7 +534,10 @@ def test_wrong_results_end_the_command_with_one_line(
         ),
         ("step --repeats 0", "repeats must be at least 1; got 0"),
         ("step --device cuda", "device cuda must have a CUDA GPU"),
-        ("step --model capsnt", "baseline, baseline-multimnist, capsnet; got 'capsnt' (did you mean capsnet?)"),
+        (
+            "step --model capsnt",
+            "capsnet, efficient-capsnet; got 'capsnt' (did you mean capsnet?)",
+        ),
         ("step --out .", "out must be a file; got the directory"),
         ("step --out old.json", "out must be a new file; "),
         ("step --convolution winograd --precision bf16", "convolution winograd got images of torch.bfloat16"),

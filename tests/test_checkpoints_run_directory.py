@@ -102,7 +102,10 @@ def test_weights_that_do_not_fit_name_the_first_wrong_one(network: Network) -> N
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"name": "resnet"}, "name must be one of baseline, baseline-multimnist, capsnet; got 'resnet'"),
+        (
+            {"name": "resnet"},
+            "name must be one of baseline, baseline-multimnist, capsnet, efficient-capsnet; got 'resnet'",
+        ),
         ({"bogus": 1}, "must hold options of model capsnet; got 'bogus'$"),
         ({"init": "x" * 3000}, "init must be one of pytorch, authors; got 'xxx"),
         ({"conv_channels": 0}, "conv_channels must be at least 1; got 0"),

@@ -82,7 +82,10 @@ def test_help(capsys: pytest.CaptureFixture[str]) -> None:
         ("--data misnt", "got misnt (did you mean mnist?)"),
         ("--data FILE", "data must be one of affnist"),
         ("--data EMPTY", "must hold a folder for each of at least 2 classes"),
-        ("--model capsnt", "baseline, baseline-multimnist, capsnet; got 'capsnt' (did you mean capsnet?)"),
+        (
+            "--model capsnt",
+            "capsnet, efficient-capsnet; got 'capsnt' (did you mean capsnet?)",
+        ),
         ("--preset paper2", "preset must be one of paper, authors; got 'paper2' (did you mean paper?)"),
         ("--channels 2", "channels must be 1 or 3; got 2"),
         ("--validation 1000", "validation must be 0 to 72, which leaves an image of each of 3 classes to train on"),
@@ -283,7 +286,7 @@ def test_list(capsys: pytest.CaptureFixture[str], what: str) -> None:
     rows: list[dict[str, Any]] = json.loads(run(capsys, "list", what, "--json")[1])
     names = [row["name"] for row in rows]
     expected = {
-        "models": ["baseline", "baseline-multimnist", "capsnet"],
+        "models": ["baseline", "baseline-multimnist", "capsnet", "efficient-capsnet"],
         "data": [
             *("affnist", "affnist-generated", "cifar10", "expanded-mnist", "fashion-mnist", "kmnist", "mnist"),
             *("multimnist", "smallnorb", "strokes", "svhn"),

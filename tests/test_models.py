@@ -180,6 +180,13 @@ def test_the_baseline_is_three_convolutions_and_three_linear_layers() -> None:
 
 # every registered model
 
+
+def sizes_of(name: str) -> dict[str, Any]:
+    """Options that make a network small."""
+    few = {"conv_channels": (8, 8, 8, 16), "conv_kernel_sizes": (3, 2, 1, 2), "class_dim": 4}
+    return {"capsnet": SMALL, "efficient-capsnet": few}.get(name, {"width": 0.02})
+
+
 every_model = pytest.mark.parametrize("name", available())
 
 
@@ -519,7 +526,7 @@ def test_there_are_not_more_objects_than_classes(objects: int) -> None:
 
 @every_model
 def test_objects_and_every_option_come_back_from_disk(name: str, tmp_path: Path) -> None:
-    sizes: dict[str, Any] = {"squash_epsilon": 1e-7, **SMALL} if name == "capsnet" else {"width": 0.02}
+    sizes = {"squash_epsilon": 1e-7, **SMALL} if name == "capsnet" else sizes_of(name)
     network = create(name, image_shape=SHAPE, num_classes=5, objects_per_image=2, standardize=True, **sizes).eval()
     pretrained.save_pretrained(network, tmp_path / "net")
     again = pretrained.load(tmp_path / "net")
@@ -545,7 +552,7 @@ def test_labels_must_tell_as_many_objects_as_the_network_looks_for() -> None:
 
 @every_model
 def test_standardized_images_are_what_a_network_sees_that_standardizes(name: str) -> None:
-    sizes: dict[str, Any] = SMALL if name == "capsnet" else {"width": 0.02}
+    sizes = sizes_of(name)
     plain, ours = (
         create(name, image_shape=SHAPE, num_classes=5, standardize=on, **sizes).eval() for on in (False, True)
     )

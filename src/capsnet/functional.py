@@ -15,6 +15,7 @@ from capsnet.errors import InputError
 
 __all__ = [
     "at_least_float32",
+    "exponential_squash",
     "full_precision",
     "is_ordinary",
     "is_transformed",
@@ -88,6 +89,28 @@ def squash(s: Float[Tensor, "*batch dim"], *, epsilon: float = 0.0) -> Float[Ten
     if epsilon:
         factor = factor * n * (n * n + epsilon).rsqrt()
     return (x * factor).to(s.dtype)
+
+
+def exponential_squash(s: Float[Tensor, "*batch dim"]) -> Float[Tensor, "*batch dim"]:
+    """Shrink vectors to a length below 1 and keep their direction: `v = (1 - exp(-|s|)) s / |s|`.
+
+    Of Mazzia, Salvetti, Chiaberge 2021 (arXiv 2101.12491, eq. 2). Its slope at zero is 1, where that of `squash` is 0.
+    Computed in float32 or better and cast back.
+
+    Args:
+        s: total inputs of capsules.
+
+    Returns:
+        Vectors of length in [0, 1); in float32 lengths above about 17 become 1. A zero stays zero, with a gradient.
+
+    Example:
+        >>> exponential_squash(torch.tensor([3.0, 4.0]))  # length 5 becomes 1 - exp(-5)
+        tensor([0.5960, 0.7946])
+    """
+    x = at_least_float32(s)
+    n = torch.linalg.vector_norm(x, dim=-1, keepdim=True).clamp(min=torch.finfo(x.dtype).tiny)
+    squashed: Tensor = x * (-torch.expm1(-n) / n)
+    return squashed.to(s.dtype)
 
 
 def _may_overflow(lengths: Tensor) -> bool:

@@ -1,13 +1,22 @@
 """The paper's equations in NumPy, float64 and plain loops: slow, obvious, the judge of every other version.
 
-Written from Sabour, Frosst, Hinton 2017 (https://arxiv.org/abs/1710.09829) with no eye on the torch code, which it does
-not import. One example at a time: there is no batch axis anywhere.
+Written from Sabour, Frosst, Hinton 2017 (https://arxiv.org/abs/1710.09829), where a function names no other paper, with
+no eye on the torch code, which it does not import. One example at a time: there is no batch axis anywhere.
 """
 
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = ["conv2d", "dynamic_routing", "margin_loss", "reconstruction_loss", "squash", "votes"]
+__all__ = [
+    "attention_routing",
+    "conv2d",
+    "dynamic_routing",
+    "exponential_squash",
+    "margin_loss",
+    "reconstruction_loss",
+    "squash",
+    "votes",
+]
 
 Array = NDArray[np.float64]
 
@@ -64,6 +73,39 @@ def dynamic_routing(
             for i in range(ins):
                 for j in range(outs):
                     b[i, j] += float(np.dot(u_hat[i, j], v[j]))
+    return v, c
+
+
+def exponential_squash(s: Array) -> Array:
+    """Eq. 2 of Mazzia et al. 2021 for one vector `s [dim]`: `(1 - 1 / e^|s|) s / |s|`; zero stays zero."""
+    length = np.sqrt(sum(x * x for x in s))
+    return np.zeros_like(s) if length == 0 else np.asarray((1 - np.exp(-length)) * s / length)
+
+
+def attention_routing(u_hat: Array, prior: Array) -> tuple[Array, Array]:
+    """Self-attention routing of Mazzia et al. 2021 for the votes `u_hat [in, out, dim]` of one example.
+
+    Args:
+        u_hat: votes.
+        prior: `[in, out]`, added to the couplings.
+
+    Returns:
+        `v [out, dim]` and the couplings `c [in, out]`.
+    """
+    ins, outs, dim = u_hat.shape
+    logits = np.zeros((ins, outs))
+    for j in range(outs):
+        for i in range(ins):
+            for k in range(ins):  # the authors' matrix of products, and the sum of its row
+                logits[i, j] += float(np.dot(u_hat[i, j], u_hat[k, j])) / np.sqrt(dim)
+    c = np.zeros((ins, outs))
+    for i in range(ins):
+        exponentials = [np.exp(logits[i, j]) for j in range(outs)]
+        for j in range(outs):
+            c[i, j] = exponentials[j] / sum(exponentials) + prior[i, j]
+    v = np.zeros((outs, dim))
+    for j in range(outs):
+        v[j] = exponential_squash(np.asarray(sum(c[i, j] * u_hat[i, j] for i in range(ins))))
     return v, c
 
 

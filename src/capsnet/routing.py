@@ -4,6 +4,7 @@ Letters follow the paper: `u_hat` votes, `b` logits, `c` couplings, `s` weighted
 versions here are judged by `reference.py` and are themselves the judge of the fused ones in `kernels/`.
 """
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -14,7 +15,14 @@ from capsnet import functional as F
 from capsnet.errors import InputError
 from capsnet.options.schema import shown
 
-__all__ = ["MOST_ITERATIONS", "RoutingResult", "check_iterations", "couplings_of", "dynamic_routing"]
+__all__ = [
+    "MOST_ITERATIONS",
+    "RoutingResult",
+    "attention_routing",
+    "check_iterations",
+    "couplings_of",
+    "dynamic_routing",
+]
 
 MOST_ITERATIONS = 100
 """The paper tries up to 10, by which the couplings have settled; each costs the same time and memory again."""
@@ -26,8 +34,8 @@ class RoutingResult(NamedTuple):
     Attributes:
         pose: `v`, the output capsules' vectors, `[*batch, out, dim]`.
         activation: presence of each output capsule, `[*batch, out]`, in [0, 1].
-        couplings: `c` of the last iteration, `[*batch, in, out]`; each input capsule's row sums to 1 over the output
-            capsules (to less than 1 with a leaky slot).
+        couplings: `c` of the last iteration, `[*batch, in, out]`; what each input capsule's row sums to over the
+            output capsules is said by the function: 1 in `dynamic_routing` (less with a leaky slot).
     """
 
     pose: Tensor
@@ -71,8 +79,7 @@ def dynamic_routing(
         torch.Size([2, 10, 16])
     """
     check_iterations(iterations)
-    if votes.ndim < 3:
-        raise InputError(f"votes must be [..., in, out, dim] with at least 3 axes; got shape {tuple(votes.shape)}")
+    _check_votes(votes)
     with F.full_precision(votes.device):
         u_hat = F.at_least_float32(votes)
         beta = 0 if bias is None else bias
@@ -83,6 +90,40 @@ def dynamic_routing(
                 b = b + torch.einsum("...ijd,...jd->...ij", u_hat, v)
         c = couplings_of(b, leaky=leaky)
         v = F.squash(_weighted_sum(c, u_hat) + beta, epsilon=epsilon)
+        return RoutingResult(v, F.lengths(v), c)
+
+
+def attention_routing(
+    votes: Float[Tensor, "*batch in out dim"], *, prior: Float[Tensor, "in out"] | None = None
+) -> RoutingResult:
+    """Self-attention routing (Mazzia, Salvetti, Chiaberge 2021, arXiv 2101.12491, Section 3.3): no iteration.
+
+    A vote's logit is how well it agrees with the sum of all votes for the same output capsule, divided by the square
+    root of their dimension: `c = softmax_j(u_hat_ij . sum_k u_hat_kj / sqrt(dim)) + prior_ij`, and
+    `v_j = exponential_squash(sum_i c_ij u_hat_ij)`. The authors form all products of two votes and sum a row of them,
+    which is the same. Computed in float32 whatever the precision around it.
+
+    Args:
+        votes: `u_hat_{j|i} = W_ij u_i`.
+        prior: a learned bias of the couplings, added after the softmax as in the authors' code.
+
+    Returns:
+        Pose (lengths in [0, 1)), activation (those lengths) and couplings, whose rows sum to 1 plus those of the
+            prior, and can be negative with it.
+
+    Raises:
+        InputError: votes with fewer than 3 axes.
+
+    Example:
+        >>> attention_routing(torch.randn(2, 16, 10, 16)).pose.shape
+        torch.Size([2, 10, 16])
+    """
+    _check_votes(votes)
+    with F.full_precision(votes.device):
+        u_hat = F.at_least_float32(votes)
+        logits = torch.einsum("...ijd,...jd->...ij", u_hat, u_hat.sum(-3)) / math.sqrt(u_hat.shape[-1])
+        c = logits.softmax(-1) if prior is None else logits.softmax(-1) + prior
+        v = F.exponential_squash(_weighted_sum(c, u_hat))
         return RoutingResult(v, F.lengths(v), c)
 
 
@@ -108,6 +149,11 @@ def check_iterations(iterations: int) -> None:
     if not 1 <= iterations <= MOST_ITERATIONS:
         rule = "least 1" if iterations < 1 else f"most {MOST_ITERATIONS}"
         raise InputError(f"routing iterations must be at {rule}; got {shown(iterations)}")
+
+
+def _check_votes(votes: Tensor) -> None:
+    if votes.ndim < 3:
+        raise InputError(f"votes must be [..., in, out, dim] with at least 3 axes; got shape {tuple(votes.shape)}")
 
 
 def _weighted_sum(c: Tensor, u_hat: Tensor) -> Tensor:

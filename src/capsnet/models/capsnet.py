@@ -16,7 +16,6 @@ from capsnet.kernels.stem import winograd_stem
 from capsnet.kernels.winograd import saving
 from capsnet.layers import ClassCapsules, Convolution, Decoder, PrimaryCapsules
 from capsnet.models.network import CapsuleNetwork, Output, RoutingTrace
-from capsnet.options import LossOptions
 from capsnet.options.schema import AT_LEAST_1, FINITE, LARGEST, Range
 from capsnet.routing import MOST_ITERATIONS, dynamic_routing
 
@@ -119,14 +118,7 @@ class CapsNet(CapsuleNetwork):
             InputError: images of another shape than the network was built for.
         """
         self.check_images(images)
-        routed = self.class_capsules(self.primary_poses(images))
-        if self.decoder is None:
-            return Output(routed.activation, None, routed.pose, routed.couplings)
-        index = labels
-        if index is None:
-            longest = routed.activation.argmax(-1)
-            index = longest if self.objects_per_image == 1 else routed.activation.topk(self.objects_per_image).indices
-        return Output(routed.activation, self.decoder(routed.pose, index), routed.pose, routed.couplings)
+        return self.recognised(self.class_capsules(self.primary_poses(images)), labels)
 
     def primary_poses(
         self, images: Float[Tensor, "batch channels height width"]
@@ -149,14 +141,6 @@ class CapsNet(CapsuleNetwork):
             pads2=second.pads,
         )
         return self.primary.capsules_of(grid, fused=True)
-
-    def classification_loss(
-        self, output: Output, labels: Int[Tensor, "batch *objects"], loss: LossOptions
-    ) -> Float[Tensor, "batch"]:
-        """The margin loss (eq. 4), scaled by `loss.margin_scale`."""
-        present = self.multi_hot(labels).to(output.scores.dtype)
-        margin = F.margin_loss(output.scores, present, m_pos=loss.m_pos, m_neg=loss.m_neg, down_weight=loss.down_weight)
-        return loss.margin_scale * margin
 
     def kernels(self, device: torch.device, precision: str) -> dict[str, str]:
         """The routing kernel, and how the convolutions are computed."""

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from capsnet import functional as F
 from capsnet.errors import InputError
 from capsnet.options import LossOptions
+from capsnet.routing import RoutingResult
 
 if TYPE_CHECKING:
     from capsnet.layers import Decoder
@@ -164,9 +165,33 @@ class CapsuleNetwork(Network):
         sum to 1 over the pixels.
         """
 
+    def recognised(self, routed: RoutingResult, labels: Int[Tensor, "batch *objects"] | None) -> Output:
+        """The output of routed class capsules, drawn by the decoder if there is one.
+
+        Args:
+            routed: pose, activation and couplings of the class capsules.
+            labels: the capsules to reconstruct from, as in training, `[batch]` or several for each image,
+                `[batch, k]`; None takes the most active, as many as an image shows objects.
+        """
+        activation, reconstruction = routed.activation, None
+        if self.decoder is not None:
+            if labels is None:
+                single = self.objects_per_image == 1
+                labels = activation.argmax(-1) if single else activation.topk(self.objects_per_image).indices
+            reconstruction = self.decoder(routed.pose, labels)
+        return Output(activation, reconstruction, routed.pose, routed.couplings)
+
     def presence(self, output: Output) -> Float[Tensor, "batch classes"]:
         """The activations of the class capsules."""
         return output.scores
+
+    def classification_loss(
+        self, output: Output, labels: Int[Tensor, "batch *objects"], loss: LossOptions
+    ) -> Float[Tensor, "batch"]:
+        """The margin loss (eq. 4 of Sabour et al. 2017), scaled by `loss.margin_scale`."""
+        present = self.multi_hot(labels).to(output.scores.dtype)
+        margin = F.margin_loss(output.scores, present, m_pos=loss.m_pos, m_neg=loss.m_neg, down_weight=loss.down_weight)
+        return loss.margin_scale * margin
 
     def features(
         self, images: Float[Tensor, "batch channels height width"], labels: Int[Tensor, "batch"]

@@ -1,0 +1,291 @@
+"""Efficient-CapsNet of Mazzia, Salvetti, Chiaberge (2021, arXiv 2101.12491): small layers, self-attention routing.
+
+Sizes, initialisation and the place of the prior are those of the authors' code
+(https://github.com/EscVM/Efficient-CapsNet).
+"""
+
+import math
+from dataclasses import dataclass
+from typing import Annotated, Literal
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from capsnet import functional as F
+from capsnet.errors import InputError
+from capsnet.layers import Convolution, Decoder
+from capsnet.models.network import CapsuleNetwork, Output, RoutingTrace
+from capsnet.options.schema import AT_LEAST_1, FRACTION, LARGEST, Range
+from capsnet.routing import RoutingResult, attention_routing
+
+__all__ = ["ClassCapsules", "EfficientCapsNet", "Options", "PrimaryCapsules", "build"]
+
+SIDE = 28
+"""Pixels of the shorter side for which the first convolution has one step a pixel."""
+
+
+@dataclass(frozen=True)
+class Options:
+    """Options of Efficient-CapsNet."""
+
+    conv_channels: Annotated[tuple[int, ...], Range(1, words=f"numbers of 1 to {LARGEST:,}")] = (32, 64, 64, 128)
+    """Number of channels of each convolution."""
+    conv_kernel_sizes: Annotated[tuple[int, ...], Range(1, words=f"numbers of 1 to {LARGEST:,}")] = (5, 3, 3, 3)
+    """Kernel size of each convolution, in pixels."""
+    conv_strides: Annotated[tuple[int, ...] | None, Range(1, words=f"numbers of 1 to {LARGEST:,}")] = None
+    """Stride of each convolution, in pixels. Default: 2 in the last; and in the first 1, but 2, 3, ... for images of
+    two, three, ... times 28 pixels."""
+    padding: Literal["valid", "same"] = "valid"
+    """Padding of all convolutions but the last, the depthwise one of the primary capsules."""
+    normalization: Literal["batch", "instance"] = "batch"
+    """Normalisation after each convolution. The paper has instance for smallNORB."""
+    negative_slope: Annotated[float, FRACTION] = 0.0
+    """Slope of the activation below 0. The paper has a leaky one for smallNORB."""
+    primary_dim: Annotated[int, AT_LEAST_1] = 8
+    """Dimension of a primary capsule."""
+    primary_kernel_size: Annotated[int | None, AT_LEAST_1] = None
+    """Kernel size of the primary capsules, in places of the last convolution. Default: all of them."""
+    primary_stride: Annotated[int, AT_LEAST_1] = 1
+    """Stride of the primary capsules, where their kernel is smaller."""
+    class_dim: Annotated[int, AT_LEAST_1] = 16
+    """Dimension of a class capsule."""
+    reconstruction: bool = True
+    """Train a decoder and add its loss."""
+    decoder_sizes: Annotated[tuple[int, ...], Range(1, words=f"widths of 1 to {LARGEST:,}")] = (512, 1024)
+    """Widths of the decoder's hidden layers."""
+    standardize: bool = False
+    """Give each input image mean 0 and standard deviation 1."""
+
+
+class PrimaryCapsules(nn.Module):
+    """A depthwise convolution whose channels are grouped into vectors and squashed.
+
+    Where the kernel is as large as the input, each channel becomes one number: a learned template, not a pooling.
+    Capsule `i = (y * columns + x) * types + type` has the channels `type * dim ... type * dim + dim - 1` of a place.
+
+    Args:
+        channels: of the input, `types * dim`.
+        dim: length of a capsule's vector.
+        kernel_size: height and width of the kernel.
+        stride: its step.
+        in_size: height and width of the input.
+
+    Parameters:
+        weight `[channels, 1, height, width]`, uniform as Keras starts a depthwise kernel; bias `[channels]`, 0.
+
+    Raises:
+        InputError: channels that `dim` does not divide, or a kernel larger than the input.
+    """
+
+    def __init__(
+        self, channels: int, *, dim: int, kernel_size: tuple[int, int], stride: int, in_size: tuple[int, int]
+    ) -> None:
+        super().__init__()
+        if channels % dim:
+            raise InputError(f"primary_dim must divide the {channels} channels of the last convolution; got {dim}")
+        rows, columns = ((size - kernel) // stride + 1 for size, kernel in zip(in_size, kernel_size, strict=True))
+        if min(rows, columns) < 1:
+            raise InputError(
+                f"primary_kernel_size must be at most the {in_size[0]}x{in_size[1]} places of the last convolution; "
+                f"got {kernel_size[0]}"
+            )
+        self.dim, self.stride, self.in_size, self.out_size = dim, stride, in_size, (rows, columns)
+        bound = math.sqrt(6 / (math.prod(kernel_size) * (channels + 1)))
+        self.weight = nn.Parameter(torch.empty(channels, 1, *kernel_size).uniform_(-bound, bound))
+        self.bias = nn.Parameter(torch.zeros(channels))
+
+    @property
+    def capsules(self) -> int:
+        """Number of capsules."""
+        return len(self.bias) // self.dim * math.prod(self.out_size)
+
+    def forward(self, x: Float[Tensor, "batch channels rows columns"]) -> Float[Tensor, "batch in dim"]:
+        """Poses of the primary capsules, each of length in [0, 1), in float32."""
+        with F.full_precision(x.device):
+            x = F.at_least_float32(x)
+            if self.out_size == (1, 1):  # a sum of products; PyTorch's depthwise convolution is slow on a CPU
+                grid = (x * self.weight[:, 0]).sum((-2, -1)) + self.bias
+                return F.exponential_squash(grid.view(len(x), -1, self.dim))
+            grid = nn.functional.conv2d(x, self.weight, self.bias, self.stride, groups=x.shape[1])
+            return F.exponential_squash(grid.permute(0, 2, 3, 1).reshape(len(x), -1, self.dim))
+
+    def windows(self, axis: int) -> Float[Tensor, "out in"]:
+        """1 where a place of the input is in the window of a place of the output; rows (0) or columns (1)."""
+        start = torch.arange(self.out_size[axis])[:, None] * self.stride
+        place = torch.arange(self.in_size[axis])
+        return ((start <= place) & (place < start + self.weight.shape[2 + axis])).float()
+
+
+class ClassCapsules(nn.Module):
+    """One capsule a class, routed by self-attention from the capsules below.
+
+    Args:
+        in_capsules: number of capsules below.
+        in_dim: length of their vectors.
+        out_capsules: number of classes.
+        out_dim: length of the class capsules' vectors.
+
+    Parameters:
+        weight `W [in_capsules, in_dim, out_capsules, out_dim]`, truncated normal as Keras's `he_normal`; prior
+        `[in_capsules, out_capsules]`, 0.
+    """
+
+    def __init__(self, in_capsules: int, in_dim: int, out_capsules: int, out_dim: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(in_capsules, in_dim, out_capsules, out_dim))
+        _he_normal(self.weight, fan_in=in_capsules * in_dim * out_capsules)  # Keras takes all axes but the last
+        self.prior = nn.Parameter(torch.zeros(in_capsules, out_capsules))
+
+    def forward(self, u: Float[Tensor, "batch in in_dim"]) -> RoutingResult:
+        """Route the poses `u`; in float32 or better whatever the precision around it."""
+        with F.full_precision(u.device):
+            return attention_routing(F.votes(F.at_least_float32(u), self.weight.to(u.dtype)), prior=self.prior)
+
+
+class EfficientCapsNet(CapsuleNetwork):
+    """Convolutions, each with activation and normalisation; primary and class capsules; a decoder if there is one."""
+
+    narrower = "fewer --conv-channels, or larger --conv-strides"
+
+    def __init__(
+        self,
+        convolutions: nn.ModuleList,
+        norms: nn.ModuleList,
+        primary: PrimaryCapsules,
+        class_capsules: ClassCapsules,
+        decoder: Decoder | None,
+        image_shape: tuple[int, int, int],
+        *,
+        negative_slope: float,
+        standardize: bool,
+    ) -> None:
+        super().__init__()
+        self.image_shape, self.negative_slope, self.standardize = image_shape, negative_slope, standardize
+        self.convolutions, self.norms = convolutions, norms
+        self.primary, self.class_capsules, self.decoder = primary, class_capsules, decoder
+
+    def forward(
+        self, images: Float[Tensor, "batch channels height width"], labels: Int[Tensor, "batch *objects"] | None = None
+    ) -> Output:
+        """Recognise `images` and draw them again.
+
+        Args:
+            images: intensities in [0, 1].
+            labels: see `CapsuleNetwork.recognised`.
+
+        Raises:
+            InputError: images of another shape than the network was built for.
+        """
+        self.check_images(images)
+        return self.recognised(self.class_capsules(self.primary_poses(images)), labels)
+
+    def primary_poses(
+        self, images: Float[Tensor, "batch channels height width"]
+    ) -> Float[Tensor, "batch capsules dim"]:
+        """Poses of the primary capsules."""
+        x = F.per_image_standardize(images) if self.standardize else images
+        for convolution, norm in zip(self.convolutions, self.norms, strict=True):
+            x = norm(nn.functional.leaky_relu(convolution(x), self.negative_slope))
+        u: Tensor = self.primary(x)
+        return u
+
+    @property
+    def in_capsules(self) -> int:
+        """Number of primary capsules."""
+        return self.primary.capsules
+
+    def trace_routing(self, images: Float[Tensor, "batch channels height width"]) -> RoutingTrace:
+        """Votes of the primary capsules, and their one routing."""
+        self.check_images(images)
+        u = self.primary_poses(images).float()
+        u_hat = F.votes(u, self.class_capsules.weight)
+        routed = attention_routing(u_hat, prior=self.class_capsules.prior)
+        return RoutingTrace(F.lengths(u), u_hat, routed.couplings[None], routed.pose[None])
+
+    def receptive_fields(self) -> tuple[Float[Tensor, "rows height"], Float[Tensor, "columns width"]]:
+        """The share of a pixel is the number of paths from it through all convolutions to the capsule."""
+        fields = []
+        for axis in (0, 1):
+            paths = self.primary.windows(axis)
+            for convolution in reversed(self.convolutions):
+                assert isinstance(convolution, Convolution)
+                paths = paths @ convolution.windows(axis)
+            fields.append(paths / paths.sum(1, keepdim=True))
+        return fields[0], fields[1]
+
+
+def build(image_shape: tuple[int, int, int], num_classes: int, options: Options) -> EfficientCapsNet:
+    """Efficient-CapsNet with new weights: 161,824 parameters for MNIST, 1,573,168 with the decoder.
+
+    Args:
+        image_shape: channels, height and width.
+        num_classes: number of class capsules.
+        options: sizes.
+
+    Raises:
+        InputError: an image too small for the kernels, or options that exclude each other.
+    """
+    count, strides = len(options.conv_channels), options.conv_strides
+    if strides is None:
+        first = max(1, min(image_shape[1:]) // SIDE)
+        strides = (first, *(1 for _ in range(count - 2)), 2)[-count:] if count > 1 else (2 * first,)
+    for name, values in (("conv_kernel_sizes", options.conv_kernel_sizes), ("conv_strides", strides)):
+        if len(values) != count:
+            raise InputError(f"{name} must be one for each of the {count} conv_channels; got {len(values)}")
+    convolutions, norms = nn.ModuleList(), nn.ModuleList()
+    channels, size = image_shape[0], image_shape[1:]
+    for k, (width, kernel, stride) in enumerate(
+        zip(options.conv_channels, options.conv_kernel_sizes, strides, strict=True), 1
+    ):
+        layer = Convolution(
+            channels, width, kernel, stride, in_size=size, padding=options.padding, name=f"convolution {k} of {count}"
+        )
+        _he_normal(layer.weight, fan_in=kernel * kernel * channels)
+        assert layer.bias is not None
+        nn.init.zeros_(layer.bias)
+        convolutions.append(layer)
+        batch = options.normalization == "batch"
+        norms.append(
+            nn.BatchNorm2d(width, eps=1e-3, momentum=0.01) if batch else nn.InstanceNorm2d(width, eps=1e-3, affine=True)
+        )
+        channels, size = width, layer.out_size
+    side = options.primary_kernel_size
+    primary = PrimaryCapsules(
+        channels,
+        dim=options.primary_dim,
+        kernel_size=size if side is None else (side, side),
+        stride=options.primary_stride,
+        in_size=size,
+    )
+    class_capsules = ClassCapsules(primary.capsules, options.primary_dim, num_classes, options.class_dim)
+    decoder = None
+    if options.reconstruction:
+        decoder = Decoder(num_classes, options.class_dim, image_shape, options.decoder_sizes)
+        *hidden, last = [layer for layer in decoder.layers if isinstance(layer, nn.Linear)]
+        for linear in hidden:
+            _he_normal(linear.weight, fan_in=linear.in_features)
+        _truncated_normal(last.weight, std=math.sqrt(2 / (last.in_features + last.out_features)))  # Glorot
+        for linear in (*hidden, last):
+            nn.init.zeros_(linear.bias)
+    return EfficientCapsNet(
+        convolutions,
+        norms,
+        primary,
+        class_capsules,
+        decoder,
+        image_shape,
+        negative_slope=options.negative_slope,
+        standardize=options.standardize,
+    )
+
+
+def _he_normal(tensor: Tensor, *, fan_in: int) -> None:
+    _truncated_normal(tensor, std=math.sqrt(2 / fan_in))
+
+
+def _truncated_normal(tensor: Tensor, *, std: float) -> None:
+    """Normal, cut off at two of its standard deviations; the result has the standard deviation `std`, as in Keras."""
+    if not tensor.is_meta:  # where it changes nothing
+        wide = std / 0.8796256610342398
+        nn.init.trunc_normal_(tensor, std=wide, a=-2 * wide, b=2 * wide)
