@@ -1,6 +1,6 @@
 import math
 from dataclasses import fields, replace
-from typing import Any
+from typing import Any, get_args, get_type_hints
 
 import pytest
 import torch
@@ -8,13 +8,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from capsnet.data.augment import Augmentation, AugmentationParameters, augment, centre_crop, move
+from capsnet.data.augment import WORDS, Augmentation, AugmentationParameters, augment, centre_crop, move
 from capsnet.errors import InputError
+from capsnet.options import DataOptions
 
 EVERYTHING = Augmentation(
     shift=2, flip=True, rotation=30.0, scale=0.2, shear=0.3, crop=6, brightness=0.25, contrast=0.8
 )
-DRAWN = [field.name for field in fields(AugmentationParameters) if field.name != "crop"]
+DRAWN = [field.name for field in fields(AugmentationParameters) if field.name != "crop" and "erase" not in field.name]
 
 
 def seeded(seed: int = 0) -> torch.Generator:
@@ -203,6 +204,38 @@ def test_drawing_is_seeded_and_covers_its_range_evenly() -> None:
         assert high - 0.01 * (high - low) < values.max() <= high
 
 
+def test_a_square_is_erased_anywhere_inside_and_nothing_else_changes() -> None:
+    images = torch.rand(3000, 2, 5, 7, generator=seeded()) + 0.01
+    p = Augmentation(shift=0, erase=3).draw(3000, generator=seeded(1))
+    erased = augment(images, p) != images
+    assert torch.equal(erased[:, 0], erased[:, 1])
+    assert (erased[:, 0].sum((1, 2)) == 9).all()
+    rows, columns = erased[:, 0].any(2), erased[:, 0].any(1)
+    assert ((rows.sum(1) == 3) & (columns.sum(1) == 3)).all()
+    corners = rows.int().argmax(1) * 5 + columns.int().argmax(1)
+    assert (corners.bincount(minlength=15) - 200).abs().max() < 70  # 3 x 5 places, standard deviation 14
+    assert not augment(images, Augmentation(shift=0, erase=9).draw(3000, generator=seeded(1))).any()
+    part = p[2:7:2]
+    assert (part.erase, part.erase_x.tolist()) == (3, p.erase_x[2:7:2].tolist())
+    before, after = (Augmentation(erase=size).draw(9, generator=seeded(3)) for size in (0, 3))
+    assert all(torch.equal(getattr(before, name), getattr(after, name)) for name in DRAWN)
+
+
+def test_one_word_for_an_augmentation() -> None:
+    def made(**options: Any) -> Augmentation:
+        return Augmentation.of(DataOptions(**options), shift=4, crop=None)
+
+    assert set(WORDS) == set(get_args(get_type_hints(DataOptions)["augment"]))
+    assert made() == Augmentation(shift=4)
+    assert made(augment="none") == Augmentation(shift=0)
+    assert made(augment="affine") == Augmentation(shift=4, rotation=15.0, scale=0.1, shear=0.1)
+    assert made(augment="affine", shift=0, rotation=5.0, erase=2) == Augmentation(
+        shift=0, rotation=5.0, scale=0.1, shear=0.1, erase=2
+    )
+    assert made(augment="photo").flip
+    assert made(augment="none", flip=True) == Augmentation(shift=0, flip=True)
+
+
 def test_one_change_switched_off_leaves_the_others() -> None:
     p = EVERYTHING.draw(9, generator=seeded(3))
     q = replace(EVERYTHING, shift=0, flip=False, crop=None, brightness=0.0).draw(9, generator=seeded(3))
@@ -225,6 +258,7 @@ def test_slicing_keeps_every_field() -> None:
 @pytest.mark.parametrize(
     ("limits", "message"),
     [
+        ({"erase": -1}, "erase of the augmentation must be 0 pixels or more; got -1"),
         ({"shift": -1}, "shift of the augmentation must be 0 pixels or more; got -1"),
         ({"rotation": 181.0}, "rotation of the augmentation must be 0 to 180 degrees; got 181.0"),
         ({"rotation": float("nan")}, "rotation .* got nan"),

@@ -5,6 +5,7 @@ import os
 import signal
 import threading
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -420,6 +421,71 @@ def test_learning_rate() -> None:
     assert schedule.learning_rate(config, 150, 100) == pytest.approx(0.5 * 0.9**1.5)
     assert schedule.learning_rate(config, 10**6, 100) == 0.01
     assert schedule.learning_rate(replace(config, lr_decay_steps=50), 100, 999) == pytest.approx(0.5 * 0.81)
+
+
+@pytest.mark.parametrize(("kind", "middle"), [("linear", 0.5), ("cosine", 0.5), ("exponential", 0.9**5.0)])
+def test_a_learning_rate_that_rises_and_falls_over_the_run(kind: str, middle: float) -> None:
+    config = Config.of(lr=0.5, lr_floor=0.0, epochs=10, schedule=kind, warmup=0.1)
+    rates = [schedule.learning_rate(config, step, 100) for step in range(1000)]
+    assert rates[0] == pytest.approx(0.5 / 100)
+    assert rates[49] == pytest.approx(0.25)
+    assert rates[100] == pytest.approx(0.5 if kind != "exponential" else 0.45)
+    assert rates[550] == pytest.approx(0.5 * middle * (0.9**0.5 if kind == "exponential" else 1), rel=1e-9)
+    assert all(later < earlier for earlier, later in pairwise(rates[100:]))
+    if kind != "exponential":
+        assert 0 < rates[-1] < 0.001
+        floored = config.changed(lr_floor=0.1)
+        assert schedule.learning_rate(floored, 550, 100) == pytest.approx(0.1 + 0.4 * middle)
+        assert schedule.learning_rate(floored, 1000, 100) == pytest.approx(0.1)
+        assert schedule.learning_rate(config.changed(warmup=0.0), 0, 100) == 0.5
+
+
+NEW = {"schedule": "linear", "warmup": 0.2, "ema": 0.9, "weight_decay": 0.01, "augment": "affine", "erase": 2}
+
+
+def test_a_run_with_averaged_weights_resumes_to_the_same(photos: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = tiny(photos, **NEW)
+    whole = fit(config.changed(out="whole"))
+    at_step(monkeypatch, 7, lambda: send(signal.SIGTERM))
+    with pytest.raises(Interrupted):
+        fit(config.changed(out="run"))
+    assert resume("run").test == whole.test
+    assert same_weights("whole", "run")
+    assert metrics("whole") == metrics("run")
+    result = json.loads(Path("run/result.json").read_text(encoding="utf-8"))
+    assert result["selection"].startswith("none: weights averaged over the steps (decay 0.9) after the last epoch, and")
+
+
+def test_what_is_kept_and_measured_is_the_average(photos: Path) -> None:
+    """Checked against an average of the weights after each step, written down again here."""
+    config, seen, step = tiny(photos, ema=0.6, epochs=1), list[list[torch.Tensor]](), torch.optim.Adam.step
+    with pytest.MonkeyPatch.context() as patch:
+
+        def noted(self: torch.optim.Adam, *arguments: Any, **more: Any) -> Any:
+            result = step(self, *arguments, **more)
+            seen.append([x.detach().clone() for x in self.param_groups[0]["params"]])
+            return result
+
+        patch.setattr(torch.optim.Adam, "step", noted)
+        fitted = fit(config.changed(out="run"))
+    assert len(seen) == 5
+    expected = seen[0]
+    for n, here in enumerate(seen[1:], 1):
+        share = min(0.6, (1 + n) / (10 + n))
+        expected = [share * a + (1 - share) * w for a, w in zip(expected, here, strict=True)]
+    for kept, wanted, last in zip(fitted.network.parameters(), expected, seen[-1], strict=True):
+        torch.testing.assert_close(kept.detach(), wanted)
+        assert not torch.equal(kept, last)
+    split = prepare.prepare_data(config).test
+    assert int(predict_split(pretrained.load("run"), split).wrong.sum()) == fitted.test.wrong
+
+
+def test_more_epochs_of_a_schedule_that_ends_are_told(photos: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    fit(tiny(photos, schedule="linear", out="run"))
+    capsys.readouterr()
+    resume("run", epochs=4)
+    told = "the linear schedule now ends after 4 epochs, not 2: the learning rate goes on at 0.000501, not 1e-06"
+    assert told in capsys.readouterr().err
 
 
 def test_the_learning_rate_reaches_the_optimiser(photos: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -100,6 +100,7 @@ class Checkpoint(TypedDict):
     rows: list[Row]
     sums: Tensor
     kernels: NotRequired[str]
+    average: NotRequired[dict[str, Tensor]]
 
 
 class Run:

@@ -14,8 +14,17 @@ from jaxtyping import Bool, Float32, Float64, Int64, Shaped
 from torch import Tensor
 
 from capsnet.errors import InputError
+from capsnet.options import DataOptions
 
-__all__ = ["Augmentation", "AugmentationParameters", "augment", "centre_crop", "move"]
+__all__ = ["WORDS", "Augmentation", "AugmentationParameters", "augment", "centre_crop", "move"]
+
+WORDS: dict[str, dict[str, Any]] = {
+    "none": {"shift": 0},
+    "paper": {},
+    "affine": {"rotation": 15.0, "scale": 0.1, "shear": 0.1},
+    "photo": {"flip": True, "rotation": 10.0, "scale": 0.1, "brightness": 0.2, "contrast": 0.2},
+}
+"""What each choice of `--augment` does beside the shift of the data set."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -33,7 +42,10 @@ class AugmentationParameters:
         crop_y: where it lies between the top and the bottom.
         brightness: added to the intensities.
         contrast: factor of the distance from the mean intensity; 1 leaves it.
+        erase_x: where the erased square lies between the left edge, 0, and the right, below 1.
+        erase_y: where it lies between the top and the bottom.
         crop: side in pixels of the square cut out of each image; None leaves images whole.
+        erase: side in pixels of the square set to 0 in each image; 0 for none.
     """
 
     dx: Int64[Tensor, "count"]
@@ -46,14 +58,18 @@ class AugmentationParameters:
     crop_y: Float64[Tensor, "count"]
     brightness: Float32[Tensor, "count"]
     contrast: Float32[Tensor, "count"]
+    erase_x: Float64[Tensor, "count"]
+    erase_y: Float64[Tensor, "count"]
     crop: int | None
+    erase: int
 
     def __len__(self) -> int:
         return len(self.dx)
 
     def __getitem__(self, index: slice | Tensor) -> "AugmentationParameters":
         values: dict[str, Any] = {field.name: getattr(self, field.name) for field in fields(self)}
-        return replace(self, **{name: value[index] for name, value in values.items() if name != "crop"})
+        chosen: dict[str, Any] = {name: value[index] for name, value in values.items() if isinstance(value, Tensor)}
+        return replace(self, **chosen)
 
 
 @dataclass(frozen=True)
@@ -73,6 +89,8 @@ class Augmentation:
             (https://github.com/Sarasra/models, research/capsules).
         contrast: largest relative change of the distance from the mean intensity, 0 to 1; 0.8, as in that code, draws
             from 0.2 to 1.8.
+        erase: side in pixels of a square set to 0 at a random place of each image (Zhong et al. 2020, arXiv
+            1708.04896, with one size).
 
     Raises:
         InputError: a limit out of its range.
@@ -86,8 +104,26 @@ class Augmentation:
     crop: int | None = None
     brightness: float = 0.0
     contrast: float = 0.0
+    erase: int = 0
+
+    @classmethod
+    def of(cls, options: DataOptions, *, shift: int, crop: int | None) -> "Augmentation":
+        """That of a run.
+
+        Args:
+            options: of the run. What is given beside `options.augment`, and is not 0, takes the place of the word's.
+            shift: of the data set, where no other is given.
+            crop: of the data set.
+        """
+        word = {"shift": shift, **WORDS[options.augment]}
+        names = [field.name for field in fields(cls) if field.name not in ("shift", "crop")]
+        given = {name: getattr(options, name) for name in names if getattr(options, name)}
+        given |= {} if options.shift is None else {"shift": options.shift}
+        return cls(**{**word, **given}, crop=crop)
 
     def __post_init__(self) -> None:
+        if self.erase < 0:
+            raise InputError(f"erase of the augmentation must be 0 pixels or more; got {self.erase}")
         if self.shift < 0:
             raise InputError(f"shift of the augmentation must be 0 pixels or more; got {self.shift}")
         if not 0 <= self.rotation <= 180:
@@ -107,8 +143,8 @@ class Augmentation:
 
         Args:
             count: number of images.
-            generator: a CPU generator. What it is asked for depends on `count` alone, so switching one change
-                on or off leaves the others as they were.
+            generator: a CPU generator. What it is asked for depends on `count` alone, and on whether anything is
+                erased, so switching one change on or off leaves the others as they were.
         """
         uniform = torch.rand(6, count, generator=generator, dtype=torch.float64)
         dx, dy = (uniform[:2] * (2 * self.shift + 1)).long() - self.shift
@@ -116,6 +152,9 @@ class Augmentation:
         # A second draw, so that the numbers of the first are those of versions that knew no others.
         crop_x, crop_y, *light = torch.rand(4, count, generator=generator, dtype=torch.float64)
         brightness, contrast = (2 * torch.stack(light) - 1).float()
+        erase_x = erase_y = torch.zeros(count, dtype=torch.float64)
+        if self.erase:
+            erase_x, erase_y = torch.rand(2, count, generator=generator, dtype=torch.float64)
         return AugmentationParameters(
             dx,
             dy,
@@ -127,14 +166,17 @@ class Augmentation:
             crop_y,
             self.brightness * brightness,
             1 + self.contrast * contrast,
+            erase_x,
+            erase_y,
             self.crop,
+            self.erase,
         )
 
 
 def augment(
     images: Float32[Tensor, "batch channels height width"], parameters: AugmentationParameters
 ) -> Float32[Tensor, "batch channels new_height new_width"]:
-    """Shear, scale, rotate, flip, shift, crop, brighten, then change the contrast of each image, in this order.
+    """Shear, scale, rotate, flip, shift, crop, brighten, change the contrast of, then erase from each image, in order.
 
     Zeros move in. Flips, shifts and crops move pixels and change none. Only when an image of the batch is sheared,
     scaled or rotated is the batch sampled anew, once, bilinearly, about the centre. Contrast is about the mean of each
@@ -165,7 +207,7 @@ def augment(
         images = _crop(images, p, p.crop)
     if bool((p.brightness != 0).any() | (p.contrast != 1).any()):
         images = _light(images, p)
-    return images
+    return _erased(images, p) if p.erase else images
 
 
 def centre_crop(images: Shaped[Tensor, "*batch height width"], size: int) -> Shaped[Tensor, "*batch {size} {size}"]:
@@ -234,3 +276,13 @@ def _light(images: Tensor, p: AugmentationParameters) -> Tensor:
     images = images + brightness
     mean = images.mean((2, 3), keepdim=True)
     return ((images - mean) * contrast + mean).clamp(0, 1)
+
+
+def _erased(images: Tensor, p: AugmentationParameters) -> Tensor:
+    height, width = images.shape[2:]
+    top = (p.erase_y * max(1, height - p.erase + 1)).long()[:, None]
+    left = (p.erase_x * max(1, width - p.erase + 1)).long()[:, None]
+    y, x = torch.arange(height), torch.arange(width)
+    rows, columns = (y >= top) & (y < top + p.erase), (x >= left) & (x < left + p.erase)
+    square = rows[:, None, :, None] & columns[:, None, None, :]  # [batch, 1, height, width]
+    return images.masked_fill(square.to(images.device, non_blocking=True), 0)

@@ -89,6 +89,10 @@ class DataOptions:
     """Seed of what is drawn or split: strokes, validation images, the test images of a folder without test/."""
     crop: Annotated[int | None, AT_LEAST_1] = None
     """Cut a random square of this many pixels out of each training image, and the central one elsewhere."""
+    augment: Literal["paper", "none", "affine", "photo"] = "paper"
+    """What is done to training images, in one word. paper: shift. affine: shift, rotation 15, scale 0.1, shear 0.1.
+    photo: shift, flip, rotation 10, scale 0.1, brightness 0.2, contrast 0.2. An option below that is given, and not 0,
+    takes the place of the word's."""
     shift: Annotated[int | None, AT_LEAST_0] = None
     """Move training images by up to this many pixels in each direction. Default: that of the data set, which is 2
     (Section 5 of the paper), 4 in `multimnist` and 6 where digits are placed on 40 x 40 pixels."""
@@ -104,6 +108,8 @@ class DataOptions:
     """Add up to this much to all intensities of a training image, or take it away; they are in [0, 1]."""
     contrast: Annotated[float, Range(0, 1, words="in [0, 1]")] = 0.0
     """Change the contrast of training images by up to this share: 0.8 is 0.2 to 1.8."""
+    erase: Annotated[int, AT_LEAST_0] = 0
+    """Set a random square of this many pixels of each training image to 0."""
 
 
 @dataclass(frozen=True)
@@ -137,6 +143,10 @@ class OptimisationOptions:
     """Images of one step over all devices together (first author's code: 128)."""
     lr: Annotated[float, POSITIVE] = 0.001
     """Learning rate of Adam at the start (TensorFlow's default, Section 4)."""
+    schedule: Literal["exponential", "linear", "cosine"] = "exponential"
+    """How the learning rate falls. exponential: by `lr_decay`. linear, cosine: to `lr_floor` at the end of the run."""
+    warmup: Annotated[float, FRACTION] = 0.0
+    """Share of the run over which the learning rate rises from 0 to `lr`."""
     lr_decay: Annotated[float, Range(0, 1, above=True, words="in (0, 1]")] = 0.9
     """Factor on the learning rate every `lr_decay_steps` steps, smoothly (Section 4: "exponentially decaying", no
     number; 0.9 an epoch is the habit of re-implementations)."""
@@ -144,6 +154,11 @@ class OptimisationOptions:
     """Steps for one factor; 0 means one epoch."""
     lr_floor: Annotated[float, FINITE] = 1e-6
     """The learning rate never falls below this (first author's code)."""
+    weight_decay: Annotated[float, FINITE] = 0.0
+    """Share of every weight, times the learning rate, that each step takes away (AdamW); 0 is Adam."""
+    ema: Annotated[float, FRACTION] = 0.0
+    """Decay per step of an exponential moving average of all weights and batch statistics; it is what is evaluated and
+    kept. At step t at most (1 + t) / (10 + t). 0: the weights of the last step."""
     seed: Annotated[int, SEED] = 0
     """Seed of weights, order and augmentation."""
 

@@ -24,16 +24,7 @@ class BatchLoader:
     """
 
     def __init__(self, dataset: Dataset, config: Config, device: torch.device) -> None:
-        self.augmentation = Augmentation(
-            shift=dataset.shift if config.shift is None else config.shift,
-            flip=config.flip,
-            rotation=config.rotation,
-            scale=config.scale,
-            shear=config.shear,
-            crop=dataset.crop,
-            brightness=config.brightness,
-            contrast=config.contrast,
-        )
+        self.augmentation = Augmentation.of(config, shift=dataset.shift, crop=dataset.crop)
         self.objects_per_image = dataset.objects_per_image
         self.images, self.labels = dataset.train.images.to(device), dataset.train.labels.to(device)
         self.classes = dataset.train.labels.cpu()

@@ -82,7 +82,8 @@ class Chance:
                 causes.append("all images look alike to the class capsules (more --epochs, --standardize)")
         if row["learning_rate"] < config.lr / 10:
             causes.append(
-                f"the learning rate has fallen from {config.lr:g} to {row['learning_rate']:.2g} (--lr-decay-steps)"
+                f"the learning rate has fallen from {config.lr:g} to {row['learning_rate']:.2g} "
+                f"(--{'lr-decay-steps' if config.schedule == 'exponential' else 'epochs'})"
             )
         if done < FEW_STEPS:
             causes.append(f"only {done} step{'s' * (done > 1)} (more --epochs, a smaller --batch-size)")

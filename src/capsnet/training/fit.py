@@ -231,7 +231,9 @@ def _checkpoint(run: Run, config: Config, network: Network, dataset: Dataset) ->
         )
     steps = math.ceil(len(dataset.train) / config.batch_size)
     validated = dataset.validation is not None
-    checkpoint = fitting_checkpoint(checkpoint, network, steps=steps, validated=validated, source=f"checkpoint {path}")
+    checkpoint = fitting_checkpoint(
+        checkpoint, network, steps=steps, validated=validated, ema=bool(config.ema), source=f"checkpoint {path}"
+    )
     begun = checkpoint["state"]["epoch"] + (checkpoint["state"]["step"] > 0)
     if config.epochs is not None and config.epochs < begun:
         raise InputError(f"epochs must be at least the {begun} that the run has begun; got {config.epochs}")
@@ -258,6 +260,7 @@ def _train(
     test = Evaluation.of(found, dataset.classes)
     if dataset.validation is not None and validation is None:  # resumed after the last epoch
         validation = Evaluation.of(predict_checked(state, dataset, "validation"), dataset.classes)
+    network = state.result.requires_grad_(True)
     network = network.to("cpu", memory_format=torch.contiguous_format).eval()  # type: ignore[call-overload]
     figure = run.figures / "reconstructions.png" if network.decoder is not None else None
     page = run.directory / "report.html" if config.report else None
@@ -333,10 +336,11 @@ def describe(network: Network, dataset: Dataset, config: Config, test: dict[str,
 def _selection(config: Config, tested: str) -> str:
     """How the epoch was chosen whose weights were tested."""
     images = "no choice was made on the test images" if tested == "test" else "there are no test images"
+    weights = f"weights averaged over the steps (decay {config.ema:g})" if config.ema else "weights"
     if config.stop_at is None:
-        return f"none: weights after the last epoch, and {images}"
+        return f"none: {weights} after the last epoch, and {images}"
     return (
-        f"weights after the first epoch with a validation error of at most {config.stop_at:g} %, or after "
+        f"{weights} after the first epoch with a validation error of at most {config.stop_at:g} %, or after "
         f"{config.epochs} epochs; {images}"
     )
 

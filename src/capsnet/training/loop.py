@@ -9,6 +9,7 @@ process draws for itself).
 import math
 import time
 from contextlib import ExitStack
+from functools import partial
 
 import torch
 from lightning_fabric import Fabric
@@ -65,8 +66,9 @@ def train_epochs(
     """
     assert config.epochs is not None
     network.to(fabric.device)
+    adam = partial(torch.optim.AdamW, weight_decay=config.weight_decay) if config.weight_decay else torch.optim.Adam
     objective, optimizer = fabric.setup(
-        Objective(network, config), torch.optim.Adam(network.parameters(), lr=config.lr, fused=True)
+        Objective(network, config), adam(network.parameters(), lr=config.lr, fused=True)
     )
 
     def step(batch: Batch, share: float = 1.0) -> Losses:
@@ -138,7 +140,7 @@ def train_epochs(
             rate = learning_rate(config, (at.epoch + 1) * steps - 1, steps)
             row = state.row(rate, time.perf_counter() - clock, held_out)
             if write_row:
-                write_row(row, network, dataset)
+                write_row(row, state.result, dataset)
             state.finish_epoch(row)
             progress.epoch(row)
             if line := chance.line(row, losses):
@@ -151,7 +153,7 @@ def predict_checked(state: TrainingState, dataset: Dataset, name: str) -> Predic
     fabric = state.fabric
     with fabric.autocast():
         found = predict_split(
-            state.network,
+            state.result,
             getattr(dataset, name),
             config=state.config,
             rank=fabric.global_rank,

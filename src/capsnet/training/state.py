@@ -19,7 +19,9 @@ from capsnet.kernels import native
 from capsnet.models import Network
 from capsnet.objective import Batch, Losses
 from capsnet.options.schema import brief, checked, shown
+from capsnet.training.averaging import averaged
 from capsnet.training.diagnosis import first_not_finite
+from capsnet.training.schedule import learning_rate
 
 __all__ = ["Position", "TrainingState", "fitting_checkpoint"]
 
@@ -42,7 +44,7 @@ class Position:
 
 
 def fitting_checkpoint(
-    checkpoint: Checkpoint, network: Network, *, steps: int, validated: bool, source: str
+    checkpoint: Checkpoint, network: Network, *, steps: int, validated: bool, ema: bool, source: str
 ) -> Checkpoint:
     """A checkpoint whose every part fits this training.
 
@@ -51,6 +53,7 @@ def fitting_checkpoint(
         network: untrained.
         steps: of an epoch.
         validated: whether images are held out, of which each row then tells.
+        ema: whether weights are averaged.
         source: the file, for errors.
 
     Raises:
@@ -81,7 +84,15 @@ def fitting_checkpoint(
     moments = _fitting_moments(
         checkpoint["optimizer"]["state"], network, done=at.epoch * steps + at.step, source=source
     )
-    return {**checkpoint, "sums": sums, "network": weights, "optimizer": {"state": moments}}
+    fine: Checkpoint = {**checkpoint, "sums": sums, "network": weights, "optimizer": {"state": moments}}
+    if ema:
+        average = dict(checkpoint.get("average", {}))
+        count = fitting(average.pop("n_averaged", torch.zeros(())), torch.tensor(0), name=f"{source}: n_averaged")
+        need(int(count) == at.epoch * steps + at.step, "n_averaged", "the steps done", int(count))
+        inside = {name.removeprefix("module."): tensor for name, tensor in average.items()}
+        kept = fitted(network, inside, source=f"{source}: average")
+        fine["average"] = {"n_averaged": count, **{f"module.{name}": tensor for name, tensor in kept.items()}}
+    return fine
 
 
 def _fitting_moments(
@@ -136,6 +147,7 @@ class TrainingState:
         kernels: which compute, see `native.status`.
         rows: of `metrics.csv`, one for each finished epoch.
         steps: of each epoch.
+        average: of the network's weights over all steps, or None.
     """
 
     def __init__(
@@ -158,23 +170,45 @@ class TrainingState:
         self._pending: list[Tensor] = []  # losses not yet known to be finite
         self._saved, self._saving = -math.inf, 0.0  # when, and how long it took
         self._images: Tensor | None = None  # of the last step
+        self.average = averaged(network, config.ema) if config.ema else None
         self.kernels = native.status() if fabric.device.type == "cpu" else "PyTorch"
+
+    @property
+    def result(self) -> Network:
+        """The network that is evaluated and kept: the one that is trained, or the average of its weights."""
+        return self.network if self.average is None else cast(Network, self.average.module)
 
     def restore(self, checkpoint: Checkpoint) -> str | None:
         """Go back to where `checkpoint`, which `fitting_checkpoint` has checked, was saved.
 
         Returns:
-            What is to be said: other kernels than those of the run so far round otherwise.
+            What is to be said: that other kernels than those of the run so far round otherwise, or that the learning
+            rate goes on elsewhere, as it depends on the number of epochs.
         """
         self.network.load_state_dict(checkpoint["network"])
+        if self.average is not None:
+            self.average.load_state_dict(checkpoint["average"])
         groups = self.optimizer.state_dict()["param_groups"]  # its options are those of the configuration
         self.optimizer.load_state_dict({**checkpoint["optimizer"], "param_groups": groups})
         self.at, self.rows = Position(**checkpoint["state"]), [dict(row) for row in checkpoint["rows"]]
         self._sums = checkpoint["sums"].to(self._sums.device) / self.fabric.world_size  # each process bears its share
         before = checkpoint.get("kernels", self.kernels)
-        if before == self.kernels:
-            return None
-        return f"computed by {self.kernels} from here on, before by {brief(before)}: results differ in rounding"
+        told = []
+        if before != self.kernels:
+            told.append(
+                f"computed by {self.kernels} from here on, before by {brief(before)}: results differ in rounding"
+            )
+        old, step = (
+            self.config.changed(epochs=checkpoint["config"].get("epochs")),
+            self.at.epoch * self.steps + self.at.step,
+        )
+        rates = [learning_rate(config, step, self.steps) for config in (old, self.config)]
+        if rates[0] != rates[1]:
+            told.append(
+                f"the {self.config.schedule} schedule now ends after {self.config.epochs} epochs, not {old.epochs}: "
+                f"the learning rate goes on at {rates[1]:.3g}, not {rates[0]:.3g}"
+            )
+        return "; ".join(told) or None
 
     @torch.no_grad()
     def record(self, losses: Losses, targets: Tensor, *, counted: bool) -> None:
@@ -186,6 +220,8 @@ class TrainingState:
         self._sums += of_batch.to(self._sums.device).double() * counted
         self._pending.append(of_batch[0])
         self.at.step += 1
+        if self.average is not None:
+            self.average.update_parameters(self.network)
 
     def reached(self) -> bool:
         """Whether the last epoch's validation error is as low as `stop_at` asks for."""
@@ -269,6 +305,7 @@ class TrainingState:
             "rows": self.rows,
             "sums": total.cpu(),
             "kernels": self.kernels,
+            **({} if self.average is None else {"average": self.average.state_dict()}),
         }
         self.by_first(lambda: self.run.save_checkpoint(content))
         self._saved = time.perf_counter()
