@@ -183,16 +183,21 @@ class TrainingWorkload:
         images = torch.rand(count, *self.network.image_shape, generator=draw)
         labels = torch.arange(count) % len(self.network.classes)
         here = images.to(self.device), labels.to(self.device)
-        reference = create(**plainly(self.network)).double()
+        reference, plain = (create(**plainly(self.network)) for _ in range(2))
         with _longer_capsules(self.network, here[0]):
-            reference.load_state_dict(self.network.state_dict())
+            for copy in (reference.double(), plain):
+                copy.load_state_dict(self.network.state_dict())
             found = correctness.results(self.objective, self.network, *here, backward=self.fabric.backward)
         truth = correctness.results(Objective(reference, self.config), reference, images.double(), labels)
+        rounding = correctness.errors_of(
+            correctness.results(Objective(plain, self.config), plain, images, labels), truth
+        )
         convolution = self.resolved.get("convolution", "direct")
         allowed = correctness.tolerance(
             precision=self.resolved["precision"], convolution=convolution, device=self.device
         )
-        return correctness.check(found, truth, allowed=allowed, images=count, who=self.label or self.config.model)
+        who = self.label or self.config.model
+        return correctness.check(found, truth, allowed=allowed, images=count, who=who, rounding=rounding)
 
 
 def _on_gradient(tensor: Tensor, act: Callable[[], None]) -> None:

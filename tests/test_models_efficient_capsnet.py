@@ -37,6 +37,10 @@ def built(image_shape: tuple[int, int, int] = (2, 11, 12), classes: int = 3, **o
     return network
 
 
+def convolutions_of(network: EfficientCapsNet) -> list[Convolution]:
+    return [layer for layer in network.stem if isinstance(layer, Convolution)]
+
+
 def random(*shape: int, seed: int = 0) -> Tensor:
     return torch.from_numpy(np.random.default_rng(seed).normal(size=shape))
 
@@ -168,7 +172,7 @@ def test_weights_start_as_keras_starts_them() -> None:
     weight = network.class_capsules.weight
     assert float(weight.std()) == pytest.approx(math.sqrt(2 / 1280), rel=0.02)
     assert float(weight.abs().max()) < 2 * 0.0396 / 0.8796
-    convolutions = [each for each in network.convolutions if isinstance(each, Convolution)]
+    convolutions = convolutions_of(network)
     for convolution, fan_in in zip(convolutions, (25, 288, 576, 576), strict=True):
         assert float(convolution.weight.std()) == pytest.approx(math.sqrt(2 / fan_in), rel=0.06)
         assert convolution.bias is not None
@@ -197,12 +201,12 @@ def test_the_network_is_the_one_written_in_loops(changes: dict[str, Any]) -> Non
     for image, scores, couplings in zip(images, output.scores, output.couplings, strict=True):
         x = image.numpy()
         for k, stride in enumerate(SMALL["conv_strides"]):
-            weight = p[f"convolutions.{k}.weight"].transpose(3, 2, 0, 1)
-            x = reference.conv2d(x, weight, p[f"convolutions.{k}.bias"], stride)
+            weight = p[f"stem.{3 * k}.weight"].transpose(3, 2, 0, 1)
+            x = reference.conv2d(x, weight, p[f"stem.{3 * k}.bias"], stride)
             x = np.where(x > 0, x, changes.get("negative_slope", 0.0) * x)
-            mean, variance = p[f"norms.{k}.running_mean"], p[f"norms.{k}.running_var"]
+            mean, variance = p[f"stem.{3 * k + 2}.running_mean"], p[f"stem.{3 * k + 2}.running_var"]
             scaled = (x - mean[:, None, None]) / np.sqrt(variance + 1e-3)[:, None, None]
-            x = scaled * p[f"norms.{k}.weight"][:, None, None] + p[f"norms.{k}.bias"][:, None, None]
+            x = scaled * p[f"stem.{3 * k + 2}.weight"][:, None, None] + p[f"stem.{3 * k + 2}.bias"][:, None, None]
         kernel = p["primary.weight"][:, 0]
         poses = []
         for top in range(x.shape[1] - kernel.shape[1] + 1):
@@ -238,7 +242,7 @@ def test_the_receptive_field_is_where_a_capsule_sees(kernel: int | None, padding
     rows, columns = network.receptive_fields()
     images = torch.rand(1, 1, 11, 13, dtype=torch.float64, requires_grad=True)
     x: Tensor = images
-    for convolution in network.convolutions:
+    for convolution in convolutions_of(network):
         x = convolution(x)
     grid = nn.functional.conv2d(x, network.primary.weight, groups=x.shape[1])
     assert grid.shape[2:] == (len(rows), len(columns))
@@ -271,7 +275,7 @@ def test_larger_images_are_looked_at_in_larger_steps(side: int, first: int) -> N
     with torch.device("meta"):
         network = create("efficient-capsnet", image_shape=(3, side, side))
     assert isinstance(network, EfficientCapsNet)
-    strides = [convolution.stride for convolution in network.convolutions]
+    strides = [convolution.stride for convolution in convolutions_of(network)]
     assert strides == [first, 1, 1, 2]
 
 

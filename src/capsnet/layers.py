@@ -86,7 +86,7 @@ class Convolution(nn.Module):
 
     def forward(self, x: Float[Tensor, "batch channels height width"]) -> Float[Tensor, "batch out rows columns"]:
         """The convolution of `x`; in memory the channels of the result come last."""
-        weight, padded = self.weight, nn.functional.pad(x, self.pads)
+        weight, padded = self.weight, nn.functional.pad(x, self.pads) if any(self.pads) else x
         if F.is_transformed():  # torch.func knows no memory formats
             return nn.functional.conv2d(padded, weight.permute(3, 2, 0, 1), self.bias, self.stride)
         # of one output channel both formats are the same to PyTorch, whose backward in float64 then takes the wrong one

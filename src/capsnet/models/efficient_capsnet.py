@@ -150,20 +150,17 @@ class EfficientCapsNet(CapsuleNetwork):
 
     def __init__(
         self,
-        convolutions: nn.ModuleList,
-        norms: nn.ModuleList,
+        stem: nn.Sequential,
         primary: PrimaryCapsules,
         class_capsules: ClassCapsules,
         decoder: Decoder | None,
         image_shape: tuple[int, int, int],
         *,
-        negative_slope: float,
         standardize: bool,
     ) -> None:
         super().__init__()
-        self.image_shape, self.negative_slope, self.standardize = image_shape, negative_slope, standardize
-        self.convolutions, self.norms = convolutions, norms
-        self.primary, self.class_capsules, self.decoder = primary, class_capsules, decoder
+        self.image_shape, self.standardize = image_shape, standardize
+        self.stem, self.primary, self.class_capsules, self.decoder = stem, primary, class_capsules, decoder
 
     def forward(
         self, images: Float[Tensor, "batch channels height width"], labels: Int[Tensor, "batch *objects"] | None = None
@@ -184,10 +181,7 @@ class EfficientCapsNet(CapsuleNetwork):
         self, images: Float[Tensor, "batch channels height width"]
     ) -> Float[Tensor, "batch capsules dim"]:
         """Poses of the primary capsules."""
-        x = F.per_image_standardize(images) if self.standardize else images
-        for convolution, norm in zip(self.convolutions, self.norms, strict=True):
-            x = norm(nn.functional.leaky_relu(convolution(x), self.negative_slope))
-        u: Tensor = self.primary(x)
+        u: Tensor = self.primary(self.stem(F.per_image_standardize(images) if self.standardize else images))
         return u
 
     @property
@@ -208,9 +202,8 @@ class EfficientCapsNet(CapsuleNetwork):
         fields = []
         for axis in (0, 1):
             paths = self.primary.windows(axis)
-            for convolution in reversed(self.convolutions):
-                assert isinstance(convolution, Convolution)
-                paths = paths @ convolution.windows(axis)
+            for layer in reversed(self.stem):
+                paths = paths @ layer.windows(axis) if isinstance(layer, Convolution) else paths
             fields.append(paths / paths.sum(1, keepdim=True))
         return fields[0], fields[1]
 
@@ -233,7 +226,7 @@ def build(image_shape: tuple[int, int, int], num_classes: int, options: Options)
     for name, values in (("conv_kernel_sizes", options.conv_kernel_sizes), ("conv_strides", strides)):
         if len(values) != count:
             raise InputError(f"{name} must be one for each of the {count} conv_channels; got {len(values)}")
-    convolutions, norms = nn.ModuleList(), nn.ModuleList()
+    stem = nn.Sequential()
     channels, size = image_shape[0], image_shape[1:]
     for k, (width, kernel, stride) in enumerate(
         zip(options.conv_channels, options.conv_kernel_sizes, strides, strict=True), 1
@@ -244,11 +237,11 @@ def build(image_shape: tuple[int, int, int], num_classes: int, options: Options)
         _he_normal(layer.weight, fan_in=kernel * kernel * channels)
         assert layer.bias is not None
         nn.init.zeros_(layer.bias)
-        convolutions.append(layer)
-        batch = options.normalization == "batch"
-        norms.append(
-            nn.BatchNorm2d(width, eps=1e-3, momentum=0.01) if batch else nn.InstanceNorm2d(width, eps=1e-3, affine=True)
-        )
+        if options.normalization == "batch":
+            norm: nn.Module = nn.BatchNorm2d(width, eps=1e-3, momentum=0.01)  # Keras's
+        else:
+            norm = nn.InstanceNorm2d(width, eps=1e-3, affine=True)
+        stem.extend([layer, nn.LeakyReLU(options.negative_slope) if options.negative_slope else nn.ReLU(), norm])
         channels, size = width, layer.out_size
     side = options.primary_kernel_size
     primary = PrimaryCapsules(
@@ -268,16 +261,7 @@ def build(image_shape: tuple[int, int, int], num_classes: int, options: Options)
         _truncated_normal(last.weight, std=math.sqrt(2 / (last.in_features + last.out_features)))  # Glorot
         for linear in (*hidden, last):
             nn.init.zeros_(linear.bias)
-    return EfficientCapsNet(
-        convolutions,
-        norms,
-        primary,
-        class_capsules,
-        decoder,
-        image_shape,
-        negative_slope=options.negative_slope,
-        standardize=options.standardize,
-    )
+    return EfficientCapsNet(stem, primary, class_capsules, decoder, image_shape, standardize=options.standardize)
 
 
 def _he_normal(tensor: Tensor, *, fan_in: int) -> None:
