@@ -293,7 +293,8 @@ def test_list(capsys: pytest.CaptureFixture[str], what: str) -> None:
         ],
         "presets": ["paper", "authors"],
         "experiments": [
-            *("table1", "recipes", "multimnist", "affnist", "cifar10", "fashion-mnist", "svhn", "smallnorb"),
+            *("table1", "efficient-capsnet", "recipes", "multimnist", "affnist", "cifar10", "fashion-mnist", "svhn"),
+            *("smallnorb", "what-matters"),
         ],
     }
     assert names == expected[what]

@@ -131,7 +131,7 @@ RENAMED = {
     "conv_kernel": "conv_kernel_size",
     "primary_kernel": "primary_kernel_size",
 }
-"""Names of options before version 0.2, in files."""
+"""Names of options as files of earlier versions have them."""
 
 
 def renamed(options: Mapping[str, Any]) -> dict[str, Any]:
@@ -174,7 +174,7 @@ def from_dict(values: Mapping[str, Any], *, source: str = "") -> Config:
     """A configuration from the preset that `values` name and the other options they give.
 
     Args:
-        values: options by name, or by group and name; or all fields of a run before version 0.2, by their old names.
+        values: options by name, or by group and name; or all fields of a run of an earlier version, by their old names.
         source: the file they are from, for errors; "" for arguments.
 
     Raises:
@@ -258,7 +258,7 @@ def _is_of_another_model(option: str, model: str) -> str | None:
 
 
 def _flattened(values: Mapping[str, Any]) -> tuple[dict[str, Any], bool]:
-    """Options by their names of today; and whether they are all those of a run before version 0.2."""
+    """Options by their names of today; and whether they are all those of a run of an earlier version."""
     flat, grouped = dict[str, Any](), False
     for name, value in values.items():
         if name in (*GROUPS, "model") and isinstance(value, Mapping):

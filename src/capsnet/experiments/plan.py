@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from capsnet.config import Config, from_dict
 from capsnet.errors import InputError
@@ -20,6 +20,7 @@ BUDGETS = ("quick", "cpu", "full")
 """From a proof that it works, in minutes, to the published sizes."""
 QUICK: dict[str, dict[str, Any]] = {
     "capsnet": {"conv_channels": 16, "capsule_types": 4, "decoder_sizes": [64, 64]},
+    "efficient-capsnet": {"conv_channels": [8, 8, 8, 16], "decoder_sizes": [64, 64]},
     "baseline": {"width": 0.05},
     "baseline-multimnist": {"width": 0.05},
 }
@@ -64,6 +65,7 @@ class Experiment:
         short: name in the overview; empty where it is not in there.
         order: place in lists.
         measure: what is counted on the test images, in words.
+        split: the images that its numbers are of; `validation` for a study that is to choose something.
         paper_data: test images that the papers' numbers are of, where they are others.
         also: further data sets that every network is tested on; those that are not on this machine are left out.
         ensemble: row whose seeds are combined into one more row, and the paper's number for it.
@@ -80,6 +82,7 @@ class Experiment:
     short: str = ""
     order: int = 1000
     measure: str = "test error"
+    split: Literal["test", "validation"] = "test"
     paper_data: str = ""
     also: tuple[str, ...] = ()
     ensemble: tuple[str, float | None] | None = None

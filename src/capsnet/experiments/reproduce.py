@@ -140,7 +140,7 @@ def _measured(
     network.to(device)
     results, wrong_images = dict[str, dict[str, float]](), dict[str, list[int]]()
     for name in dict.fromkeys((config.data, experiment.metric, *also)):
-        split = split_of(config, name)
+        split = split_of(config, name) if experiment.split == "test" else _held_out(config)
         found = run.predictions(split)
         if found is None:
             with torch.autocast(device.type, dtype=torch.bfloat16, enabled=precision == "bf16"):
@@ -202,6 +202,14 @@ def _together(
         wrong_images={experiment.metric: judged.wrong.nonzero().flatten().tolist()},
         seconds=sum(one.seconds for one in singles),
     )
+
+
+def _held_out(config: Config) -> Split:
+    """The validation images of a training with `config`."""
+    split = prepare.prepare_data(config).validation
+    if split is None:
+        raise InputError(f"validation must be above 0 for numbers of held-out images; got {config.validation}")
+    return split
 
 
 def split_of(config: Config, data: str, data_dir: str | None = None) -> Split:

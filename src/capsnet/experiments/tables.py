@@ -50,7 +50,7 @@ def render(one: Experiment, folder: Path, *, budgets: Sequence[str] = SHOWN) -> 
 
 
 def overview(folder: Path) -> str:
-    """One table of the paper's experiments: the first row of each, its baseline, and its ensemble.
+    """One table of the papers' experiments: the first row of each, its baseline, and its ensemble, as far as they ran.
 
     Args:
         folder: of the records.
@@ -67,6 +67,8 @@ def overview(folder: Path) -> str:
             ours = _together(one, folder, SHOWN)
             shown.append((_of_ensemble(one, ours), one.ensemble[1], None, ours))
         for title, paper, spread, ours in shown:
+            if not ours:
+                continue
             here, n, _ = _measured(ours, one.metric)
             narrower = " \\*" if ours and ours[0].budget == "cpu" and one.cpu_says else ""
             epochs = _range([record.epochs for record in ours])
