@@ -38,7 +38,7 @@ class Command:
     """Arguments of the command line."""
 
     preset: str = "paper"
-    """Recipe that the other options start from: paper or authors."""
+    """Recipe that the other options start from: paper, authors or fast."""
     model: str = "capsnet"
     """Name of the network."""
     what: Positional[tuple[Section, ...]] = ("ceilings", "step", "inference", "parts")

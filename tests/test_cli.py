@@ -86,7 +86,7 @@ def test_help(capsys: pytest.CaptureFixture[str]) -> None:
             "--model capsnt",
             "capsnet, efficient-capsnet; got 'capsnt' (did you mean capsnet?)",
         ),
-        ("--preset paper2", "preset must be one of paper, authors; got 'paper2' (did you mean paper?)"),
+        ("--preset paper2", "preset must be one of paper, authors, fast; got 'paper2' (did you mean paper?)"),
         ("--channels 2", "channels must be 1 or 3; got 2"),
         ("--validation 1000", "validation must be 0 to 72, which leaves an image of each of 3 classes to train on"),
         ("--config nowhere.yaml", "config file nowhere.yaml must be readable; got: No such file"),
@@ -291,7 +291,7 @@ def test_list(capsys: pytest.CaptureFixture[str], what: str) -> None:
             *("affnist", "affnist-generated", "cifar10", "expanded-mnist", "fashion-mnist", "kmnist", "mnist"),
             *("multimnist", "smallnorb", "strokes", "svhn"),
         ],
-        "presets": ["paper", "authors"],
+        "presets": ["paper", "authors", "fast"],
         "experiments": [
             *("table1", "efficient-capsnet", "recipes", "multimnist", "affnist", "cifar10", "fashion-mnist", "svhn"),
             *("smallnorb", "what-matters"),

@@ -70,10 +70,19 @@ def from_paper(config: Config) -> dict[str, Any]:
     return {name: value for name, value in config.flat().items() if value != Config().flat()[name]}
 
 
+def test_a_preset_has_values_of_the_model(tmp_path: Path) -> None:
+    assert from_paper(preset("fast")) == {"preset": "fast", **PRESETS["fast"]}
+    other = preset("fast", model="efficient-capsnet")
+    assert (other.lr, other.ema) == (0.005, PRESETS["fast"]["ema"])
+    assert preset_differences(other) == {"model": "efficient-capsnet"}
+    write(other.changed(lr=0.01), tmp_path / "config.yaml")
+    assert preset_differences(read(tmp_path / "config.yaml")) == {"lr": 0.01, "model": "efficient-capsnet"}
+
+
 def test_an_unknown_preset_is_refused_and_the_nearest_named() -> None:
-    with pytest.raises(InputError, match=r"^preset must be one of paper, authors; got 'author' \(did you mean authors"):
+    with pytest.raises(InputError, match=r"^preset must be one of paper, authors, fast; got 'author' \(did you mean"):
         preset("author")
-    with pytest.raises(InputError, match=r"^here: preset must be one of paper, authors; got 'xyz'$"):
+    with pytest.raises(InputError, match=r"^here: preset must be one of paper, authors, fast; got 'xyz'$"):
         from_dict({"preset": "xyz"}, source="here")
 
 

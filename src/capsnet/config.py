@@ -46,7 +46,7 @@ class Config(OutputOptions, MachineOptions, OptimisationOptions, LossOptions, Da
         InputError: options out of their range; all of them are named.
     """
 
-    preset: Literal["paper", "authors"] = "paper"
+    preset: Literal["paper", "authors", "fast"] = "paper"
     model: str = "capsnet"
     options: Any = None
 
@@ -66,7 +66,7 @@ class Config(OutputOptions, MachineOptions, OptimisationOptions, LossOptions, Da
 
     def _follows_preset(self, kind: Any) -> bool:
         """Whether any option has the value that the preset gives it."""
-        recipe, flat = PRESETS[self.preset], self.flat()
+        recipe, flat = recipe_of(self.preset, self.model), self.flat()
         defaults = {each.name: each.default for each in (*fields(Config), *fields(kind))}
         return any(flat[name] == value != defaults[name] for name, value in recipe.items() if name in flat)
 
@@ -118,12 +118,23 @@ PRESETS: dict[str, dict[str, Any]] = {
         "lr_decay": 0.96,
         "lr_decay_steps": 2000,
     },
+    "fast": {"lr": 0.002, "schedule": "linear", "warmup": 0.1, "ema": 0.999, "reconstruction_weight": 0.005},
 }
 """Options in which each recipe differs from the defaults, where the model has them; each can be switched alone.
 
 `authors` is https://github.com/Sarasra/models/tree/master/research/capsules. Its margin loss is averaged over classes,
 ten in all its MNIST experiments; with another number of classes give `margin_scale` as 0.5 divided by that number.
+`fast` is ours, chosen on held-out training images (`docs/experiments.md`). A model may have values of its own, in the
+`RECIPES` of its file.
 """
+
+
+def recipe_of(name: str, model: str) -> dict[str, Any]:
+    """The options in which preset `name` differs from the defaults of a model."""
+    from capsnet.models.registry import recipes
+
+    return {**PRESETS[name], **recipes(model).get(name, {})}
+
 
 RENAMED = {
     "kernel": "routing_kernel",
@@ -208,7 +219,7 @@ def from_dict(values: Mapping[str, Any], *, source: str = "") -> Config:
         except InputError as error:
             faults.append(str(error))
     faults += out_of_range(clean, Config, kind)
-    merged = {**{key: value for key, value in PRESETS[name].items() if key in hints}, **clean}
+    merged = {**{key: value for key, value in recipe_of(name, model).items() if key in hints}, **clean}
     options = {each.name: merged.pop(each.name) for each in fields(kind) if each.name in merged}
     if faults:
         raise InputError(f"{source and source + ': '}{joined(faults)}")

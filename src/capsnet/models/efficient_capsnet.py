@@ -19,8 +19,9 @@ from capsnet.models.network import CapsuleNetwork, Output, RoutingTrace
 from capsnet.options.schema import AT_LEAST_1, FRACTION, LARGEST, Range
 from capsnet.routing import RoutingResult, attention_routing
 
-__all__ = ["ClassCapsules", "EfficientCapsNet", "Options", "PrimaryCapsules", "build"]
+__all__ = ["RECIPES", "ClassCapsules", "EfficientCapsNet", "Options", "PrimaryCapsules", "build"]
 
+RECIPES = {"fast": {"lr": 0.005}}
 SIDE = 28
 """Pixels of the shorter side for which the first convolution has one step a pixel."""
 

@@ -1,7 +1,7 @@
 """The networks by name: each file of this package but this one and `network` is one, named as the network is.
 
 Such a file holds `Options`, a frozen dataclass whose fields say their default, range and help, and
-`build(image_shape, num_classes, options)`.
+`build(image_shape, num_classes, options)`; and `RECIPES`, the options of presets that it has other than all networks.
 """
 
 import fnmatch
@@ -14,7 +14,7 @@ from capsnet.errors import InputError
 from capsnet.models.network import Network
 from capsnet.options.schema import did_you_mean, joined, out_of_range
 
-__all__ = ["available", "create", "options_of", "summary"]
+__all__ = ["available", "create", "options_of", "recipes", "summary"]
 
 
 def available(pattern: str = "*") -> list[str]:
@@ -39,6 +39,15 @@ def options_of(name: str) -> Any:
         InputError: an unknown name.
     """
     return _file(name).Options
+
+
+def recipes(name: str) -> dict[str, dict[str, Any]]:
+    """The options of each preset that the network `name` has other than all networks.
+
+    Raises:
+        InputError: an unknown name.
+    """
+    return getattr(_file(name), "RECIPES", {})
 
 
 def summary(name: str) -> str:
