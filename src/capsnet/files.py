@@ -74,8 +74,7 @@ class Unbroken:
 
 def cache_dir() -> Path:
     """The directory for what can be had again: CAPSNET_CACHE, or the system's cache directory for capsnet."""
-    chosen = os.environ.get("CAPSNET_CACHE")
-    if chosen:
+    if chosen := os.environ.get("CAPSNET_CACHE"):
         return Path(chosen).expanduser()
     import pooch
 
@@ -248,11 +247,8 @@ def write_atomically(path: Path, write: Callable[[Path], Any]) -> None:
             os.fsync(file.fileno())
         temporary.replace(path)
     except OSError as error:
-        with contextlib.suppress(OSError):
-            temporary.unlink(missing_ok=True)
-        reason = error.strerror or str(error)
         kept = "; what it held before is kept" if path.is_file() else ""
-        raise InputError(f"file {path} must be writable; got: {reason}{kept}") from None
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
+        raise InputError(f"file {path} must be writable; got: {error.strerror or error}{kept}") from None
+    finally:
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)  # where it did not get into place

@@ -8,9 +8,8 @@ whatever the sizes. `CAPSNET_MEMORY=off` refuses nothing.
 
 import os
 import weakref
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
-from types import MappingProxyType
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -89,14 +88,7 @@ def training(
         return max(watch.peak, saving) + augmented + LIBRARIES
 
 
-def inference(
-    network: Network,
-    batch_size: int,
-    device: torch.device,
-    *,
-    precision: str = "32",
-    options: Mapping[str, str] = MappingProxyType({}),
-) -> int:
+def inference(network: Network, batch_size: int, device: torch.device, *, precision: str = "32", **options: str) -> int:
     """Most bytes that passes without gradients take on `device` beyond the network's own weights.
 
     Args:
@@ -109,8 +101,7 @@ def inference(
     Raises:
         InputError: sizes that PyTorch cannot count.
     """
-    options = {**network.kernels(device, precision), **options}
-    with _counted(network, Config(), precision, options) as (objective, watch):
+    with _counted(network, Config(), precision, network.kernels(device, precision) | options) as (objective, watch):
         weights = watch.now
         _infer(objective, network, batch_size)
         return watch.peak - weights + LIBRARIES
@@ -176,7 +167,7 @@ def check_inference(
 
 def check_demo(network: Network) -> None:
     """Raise InputError unless a loaded network can be shown: an image at a time, with all its votes."""
-    count = inference(network, DEMO_IMAGES, CPU, options=PLAIN) if _most(network, DEMO_IMAGES) > free(CPU).size else 0
+    count = inference(network, DEMO_IMAGES, CPU, **PLAIN) if _most(network, DEMO_IMAGES) > free(CPU).size else 0
     check(count, CPU, task="the demo", remedy=ELSEWHERE)
 
 
@@ -185,7 +176,7 @@ def check_export(network: Network, batch_size: int, format: str) -> None:
     share, copies, floor = EXPORTS[format]
 
     def needed(batch_size: int) -> int:
-        exported = share * (inference(network, batch_size, CPU, options=PLAIN) - LIBRARIES)
+        exported = share * (inference(network, batch_size, CPU, **PLAIN) - LIBRARIES)
         return max(floor, int(inference(network, batch_size, CPU) + exported + copies * _weights(network)))
 
     if _most(network, 4 * batch_size) + floor + copies * _weights(network) > free(CPU).size:
@@ -228,18 +219,15 @@ class _Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         results = func(*args, **(kwargs or {}))
-        for tensor in tree_leaves(results):
-            if isinstance(tensor, Tensor):
-                self._add(tensor.untyped_storage())
+        storages = [leaf.untyped_storage() for leaf in tree_leaves(results) if isinstance(leaf, Tensor)]
+        for storage in storages:
+            key, size = storage._cdata, storage.nbytes()
+            if key not in self._sizes:
+                self._sizes[key] = size
+                self.now += size
+                self.peak = max(self.peak, self.now)
+                weakref.finalize(storage, self._remove, key).atexit = False
         return results
-
-    def _add(self, storage: torch.UntypedStorage) -> None:
-        key, size = storage._cdata, storage.nbytes()
-        if key not in self._sizes:
-            self._sizes[key] = size
-            self.now += size
-            self.peak = max(self.peak, self.now)
-            weakref.finalize(storage, self._remove, key).atexit = False
 
     def _remove(self, key: int) -> None:
         self.now -= self._sizes.pop(key)
@@ -268,10 +256,7 @@ def _counted(
     try:
         with pool.set_aside(), _Watch() as watch, torch.device("meta"):
             objective = Objective(create(**{**network.config, **changed}), config)
-            if precision == "bf16":
-                with _Autocast():
-                    yield objective, watch
-            else:
+            with _Autocast() if precision == "bf16" else nullcontext():
                 yield objective, watch
     except (RuntimeError, OverflowError) as error:
         raise InputError(f"sizes must be ones that PyTorch can count; got: {str(error).splitlines()[0]}") from None
