@@ -24,8 +24,10 @@ from typing import TypeVar
 from capsnet.errors import InputError
 from capsnet.files import LARGEST_UNPACKED, cache_dir, unpacked
 
-__all__ = ["Source", "cache_dir", "contents", "from_mirrors", "here", "locate", "places", "roots", "sha256_of"]
+__all__ = ["DataDir", "Source", "contents", "from_mirrors", "here", "locate", "places", "roots", "sha256_of"]
 
+DataDir = str | os.PathLike[str] | None
+"""What the argument `data_dir` may be."""
 T = TypeVar("T")
 
 _ATTEMPTS = 2
@@ -54,7 +56,7 @@ class Source:
     most: int = LARGEST_UNPACKED
 
 
-def roots(source: Source, data_dir: str | os.PathLike[str] | None) -> list[list[Path]]:
+def roots(source: Source, data_dir: DataDir) -> list[list[Path]]:
     """The directories to look in for the files of a set, in order, whether they exist or not.
 
     Returns:
@@ -73,7 +75,7 @@ def roots(source: Source, data_dir: str | os.PathLike[str] | None) -> list[list[
     return [[root / source.name, root / f"{source.name}-test", root] for root in found]
 
 
-def places(source: Source, data_dir: str | os.PathLike[str] | None) -> list[Path]:
+def places(source: Source, data_dir: DataDir) -> list[Path]:
     """All folders of `roots`, in order."""
     return [folder for folders in roots(source, data_dir) for folder in folders]
 
@@ -85,26 +87,19 @@ def locate(folders: Iterable[Path], names: Iterable[str]) -> list[Path]:
 
 
 def here(
-    source: Source, data_dir: str | os.PathLike[str] | None, *, files: Iterable[str] | None = None, packing: str = ".gz"
+    source: Source, data_dir: DataDir, *, files: Iterable[str] | None = None, packing: str = ".gz"
 ) -> dict[str, list[Path]]:
     """The files of a set as they are published, packed or not, each with the first copy on this machine, unverified.
 
     Raises:
         InputError: see `roots`.
     """
-    folders = places(source, data_dir)
-    return {
-        f"{file}{packing}": locate(folders, (f"{file}.gz", file))[:1]
-        for file in (source.files if files is None else files)
-    }
+    folders, wanted = places(source, data_dir), source.files if files is None else files
+    return {f"{file}{packing}": locate(folders, (f"{file}.gz", file))[:1] for file in wanted}
 
 
 def contents(
-    source: Source,
-    files: Sequence[str],
-    data_dir: str | os.PathLike[str] | None,
-    *,
-    known: Mapping[str, str] | None = None,
+    source: Source, files: Sequence[str], data_dir: DataDir, *, known: Mapping[str, str] | None = None
 ) -> dict[str, tuple[Path, bytes]]:
     """The path and the verified, unpacked content of each of the `files`, downloaded where need be.
 
@@ -153,12 +148,7 @@ def contents(
 
 
 def from_mirrors(
-    source: Source,
-    name: str,
-    accept: Callable[[Path], T],
-    *,
-    wanted: Sequence[str],
-    data_dir: str | os.PathLike[str] | None,
+    source: Source, name: str, accept: Callable[[Path], T], *, wanted: Sequence[str], data_dir: DataDir
 ) -> T:
     """Download a file from the first mirror whose copy is accepted.
 
@@ -175,13 +165,19 @@ def from_mirrors(
         InputError: a `data_dir` was given, or downloads are switched off; no mirror has a sound copy, or the cache
             cannot be written.
     """
-    looked = places(source, data_dir)
+
+    def unavailable(*reasons: str) -> InputError:
+        return InputError(
+            f"data set {source.name} must be on this machine or downloadable; missing: {', '.join(wanted)}; "
+            f"looked in: {', '.join(map(str, places(source, data_dir)))}; {'; '.join(reasons)}; put the files into a "
+            "directory and name it with --data-dir or CAPSNET_DATA, or use --data strokes, which needs no download"
+        )
+
     if data_dir is not None:
-        raise _unavailable(source, wanted, looked, ["with --data-dir nothing is downloaded"])
+        raise unavailable("with --data-dir nothing is downloaded")
     if os.environ.get("CAPSNET_OFFLINE", "0") not in ("", "0"):
-        raise _unavailable(source, wanted, looked, ["downloads are off (CAPSNET_OFFLINE)"])
-    folder = cache_dir() / source.name
-    failures = []
+        raise unavailable("downloads are off (CAPSNET_OFFLINE)")
+    folder, failures = cache_dir() / source.name, []
     try:
         folder.mkdir(parents=True, exist_ok=True)
         temporary = tempfile.TemporaryDirectory(prefix=".download-", dir=folder)
@@ -195,7 +191,7 @@ def from_mirrors(
                 return accept(_retrieve(mirror + name, Path(directory) / name))
             except (OSError, InputError) as error:
                 failures.append(f"{mirror}: {_reason(error)}")
-    raise _unavailable(source, wanted, looked, failures)
+    raise unavailable(*failures)
 
 
 def _retrieve(url: str, path: Path) -> Path:
@@ -253,22 +249,13 @@ def sha256_of(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _unavailable(source: Source, wanted: Sequence[str], looked: Sequence[Path], failures: Sequence[str]) -> InputError:
-    return InputError(
-        f"data set {source.name} must be on this machine or downloadable; missing: {', '.join(wanted)}; "
-        f"looked in: {', '.join(map(str, looked))}; {'; '.join(failures)}; put the files into a directory "
-        "and name it with --data-dir or CAPSNET_DATA, or use --data strokes, which needs no download"
-    )
-
-
 def _status(error: Exception) -> int | None:
     """The HTTP status, where a server answered with an error."""
     return getattr(getattr(error, "response", None), "status_code", None)
 
 
 def _reason(error: Exception) -> str:
-    status = _status(error)
-    if status is not None:
+    if (status := _status(error)) is not None:
         return f"HTTP status {status}"
     if isinstance(error, InputError):
         return str(error)

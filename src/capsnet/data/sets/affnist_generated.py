@@ -1,6 +1,7 @@
 """MNIST's test images under random affine transformations within affNIST's ranges, with the true factors."""
 
 from collections.abc import Mapping
+from dataclasses import replace
 
 import torch
 from jaxtyping import Float, UInt8
@@ -8,7 +9,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from capsnet.data.dataset import Split
-from capsnet.data.registry import DataDir, Entry
+from capsnet.data.registry import DataDir
 from capsnet.data.sets import expanded_mnist, mnist
 from capsnet.data.sets.expanded_mnist import SHIFTS, SIZE
 from capsnet.errors import InputError
@@ -143,18 +144,10 @@ def _room(images: Tensor, matrix: Tensor) -> tuple[Float[Tensor, "images 2"], Fl
     return -edge - lowest, edge - highest
 
 
-ENTRY = Entry(
+ENTRY = replace(
+    expanded_mnist.ENTRY,
     name="affnist-generated",
-    image_shape=(1, SIZE, SIZE),
-    classes=mnist.CLASSES,
-    train=60_000,
-    test=10_000,
-    licence="that of mnist, of which its images are made",
     source="made of mnist by capsnet: trained on expanded-mnist and tested on mnist's test images, each under one "
     "random affine transformation within affNIST's ranges, with the true factors; not the official test set",
-    framing="digits",
     read=read,
-    files=mnist.ENTRY.files,
-    shift=expanded_mnist.MARGIN,
-    placed=True,
 )

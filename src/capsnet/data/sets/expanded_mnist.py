@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 from capsnet.data.augment import Augmentation, move
 from capsnet.data.dataset import Split
-from capsnet.data.registry import DataDir, Entry
+from capsnet.data.registry import DataDir
 from capsnet.data.sets import mnist
 from capsnet.errors import InputError
 
@@ -69,18 +69,14 @@ def placed(split: Split, *, seed: int) -> Split:
     return Split(move(images, drawn), split.labels, {**split.factors, **factors})
 
 
-ENTRY = Entry(
+ENTRY = replace(
+    mnist.ENTRY,
     name="expanded-mnist",
     image_shape=(1, SIZE, SIZE),
-    classes=mnist.CLASSES,
-    train=60_000,
-    test=10_000,
     licence="that of mnist, of which its images are made",
     source="made of mnist by capsnet: digits at random places on black, for affnist, as in Sabour, Frosst, Hinton, "
     "Dynamic Routing Between Capsules, NIPS 2017, Section 5.2",
-    framing="digits",
     read=read,
-    files=mnist.ENTRY.files,
     shift=MARGIN,
     placed=True,
 )
