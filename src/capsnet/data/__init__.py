@@ -90,18 +90,9 @@ def load_split(
     channels: int | None = None,
     seed: int = 0,
 ) -> Split:
-    """One split of a registered data set; the files of the others need not be there.
+    """One split, `train`, `test` or, where it has one, `validation`, of a registered data set.
 
-    Args:
-        name: one of `available()`.
-        split: "train" or "test", or "validation" where the set has one.
-        data_dir: as in `load`.
-        image_size: as in `load`.
-        channels: as in `load`.
-        seed: as in `load`.
-
-    Raises:
-        InputError: as `load`.
+    The files of the other splits need not be there. All other arguments, and what is refused, are those of `load`.
     """
     about = entry(name)
     shape = fitting_shape(about, image_size, channels, seed)

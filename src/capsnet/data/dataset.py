@@ -147,40 +147,27 @@ class Dataset:
     notes: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
-        if self.objects_per_image not in (1, 2):
-            raise InputError(f"data set {self.name}: objects_per_image must be 1 or 2; got {self.objects_per_image}")
+        def need(holds: bool, rule: str) -> None:
+            if not holds:
+                raise InputError(f"data set {self.name}: {rule}")
+
+        need(self.objects_per_image in (1, 2), f"objects_per_image must be 1 or 2; got {self.objects_per_image}")
         for name in ("train", "validation", "test"):
             split: Split | None = getattr(self, name)
             if split is None:
                 continue
-            if len(split) == 0:
-                raise InputError(f"data set {self.name}: the {name} split must hold at least one image; got none")
-            low, high = int(split.labels.min()), int(split.labels.max())
-            if low < 0 or high >= len(self.classes):
-                raise InputError(
-                    f"data set {self.name}: labels of the {name} split must be 0 to {len(self.classes) - 1}; "
-                    f"got {low} to {high}"
-                )
-            if name != "train" and tuple(split.images.shape[1:]) != self.image_shape:
-                raise InputError(
-                    f"data set {self.name}: {name} images must be {self.image_shape} as the training images; "
-                    f"got {tuple(split.images.shape[1:])}"
-                )
-            shown = 1 if name == "train" else self.objects_per_image
-            if split.labels[0].numel() != shown:
-                raise InputError(
-                    f"data set {self.name}: {name} images must show {shown} object{'s' * (shown > 1)} each; "
-                    f"got {split.labels[0].numel()}"
-                )
-            if shown > 1 and bool((split.labels[:, 0] == split.labels[:, 1]).any()):
-                raise InputError(
-                    f"data set {self.name}: {name} images must show objects of different classes; got one class twice"
-                )
-            if shown < self.objects_per_image and low == high:
-                raise InputError(
-                    f"data set {self.name}: training images to be paired must be of at least 2 classes; "
-                    f"got {len(split)} of one class"
-                )
+            need(len(split) > 0, f"the {name} split must hold at least one image; got none")
+            low, high, most = int(split.labels.min()), int(split.labels.max()), len(self.classes) - 1
+            need(low >= 0 and high <= most, f"labels of the {name} split must be 0 to {most}; got {low} to {high}")
+            shape, wanted = tuple(split.images.shape[1:]), self.image_shape
+            fits = name == "train" or shape == wanted
+            need(fits, f"{name} images must be {wanted} as the training images; got {shape}")
+            objects, shown = split.labels[0].numel(), 1 if name == "train" else self.objects_per_image
+            need(objects == shown, f"{name} images must show {shown} object{'s' * (shown > 1)} each; got {objects}")
+            differ = shown == 1 or not bool((split.labels[:, 0] == split.labels[:, 1]).any())
+            need(differ, f"{name} images must show objects of different classes; got one class twice")
+            paired = shown == self.objects_per_image or low < high
+            need(paired, f"training images to be paired must be of at least 2 classes; got {len(split)} of one class")
 
     @property
     def image_shape(self) -> tuple[int, int, int]:
@@ -202,11 +189,6 @@ class Dataset:
         Raises:
             InputError: images smaller than that.
         """
-        height, width = self.train.images.shape[2:]
-        if not 0 < size <= min(height, width):
-            raise InputError(
-                f"crop must be 1 to {min(height, width)} pixels for images of {height} x {width}; got {size}"
-            )
         validation = self.validation and self.validation.cropped(size)
         return replace(self, test=self.test.cropped(size), validation=validation, crop=size)
 

@@ -252,10 +252,11 @@ def _values(image: "Image.Image") -> np.ndarray:
 def _bits(image: "Image.Image") -> int:
     """Bits of integers of more than 8: those that the tags tell, or the fewest that hold the values."""
     tags = getattr(image, "tag_v2", {})
-    told = [int(np.ravel(tags[tag])[0]) for tag in (281, 258) if tag in tags]  # MaxSampleValue, BitsPerSample
-    told = [value.bit_length() if k == 0 and 281 in tags else value for k, value in enumerate(told)]
-    if told and 8 < told[0] < 32 and told[0] != 16:
-        return told[0]
+    tag = 281 if 281 in tags else 258  # MaxSampleValue, BitsPerSample
+    told = int(np.ravel(tags.get(tag, 0))[0])
+    told = told.bit_length() if tag == 281 else told
+    if 8 < told < 32 and told != 16:
+        return told
     if image.format == "PPM":
         return 16  # Pillow scales them as the file's header tells
     largest = int(_values(image).max())

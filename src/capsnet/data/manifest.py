@@ -83,7 +83,11 @@ class Manifest(NamedTuple):
         new = [path for path in there if path not in here]
         changed = [path for path in here if path in there and here[path].hash != there[path].hash]
         told = (("missing", missing), ("new", new), ("changed", changed))
-        return tuple(f"{len(paths):,} {what} ({_some(paths)})" for what, paths in told if paths)
+        return tuple(
+            f"{len(paths):,} {what} ({', '.join(paths[:_TOLD])}{', ...' * (len(paths) > _TOLD)})"
+            for what, paths in told
+            if paths
+        )
 
     def to_bytes(self) -> bytes:
         """The content of the file; names that are no UTF-8 stay as they are."""
@@ -120,8 +124,3 @@ def hash_of(split: Split) -> str:
             for part in torch.split(tensor, 1000):
                 digest.update(part.contiguous().numpy().tobytes())
     return digest.hexdigest()
-
-
-def _some(paths: Iterable[str]) -> str:
-    every = list(paths)
-    return ", ".join(every[:_TOLD]) + (", ..." if len(every) > _TOLD else "")

@@ -8,6 +8,7 @@ to their level (`_ground`), so that gradients of light and shadows that reach th
 ink is the difference from the ground, relative to it on paper, since light multiplies. Nothing here is learned.
 """
 
+import math
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
@@ -293,23 +294,16 @@ def _placed(
     scale = max((bottom - top) / (box * height), (right - left) / (box * width))  # pixels of the source in one
     strength = strength[top:bottom, left:right]
     total = float(strength.sum())
-    starts = []
-    for first, last, size, mass in (
-        (left, right, width, strength.sum(0)),
-        (top, bottom, height, strength.sum(1)),
-    ):
+
+    def start(first: int, last: int, size: int, mass: Tensor) -> float:
         centre = first + float((mass * (torch.arange(len(mass)) + 0.5)).sum()) / total
         # The middle is pixel 14 of 28, as in MNIST: its makers rounded up.
-        start = centre - (size // 2 + 0.5) * scale
-        starts.append(min(max(start, last - size * scale), first))
-    x, y = starts
+        return min(max(centre - (size // 2 + 0.5) * scale, last - size * scale), first)
+
+    x, y = start(left, right, width, strength.sum(0)), start(top, bottom, height, strength.sum(1))
     # The part of the source under the result, with nothing where it reaches over the source's border.
-    x0, x1, y0, y1 = (
-        int(np.floor(x)),
-        int(np.ceil(x + width * scale)),
-        int(np.floor(y)),
-        int(np.ceil(y + height * scale)),
-    )
+    x0, x1 = math.floor(x), math.ceil(x + width * scale)
+    y0, y1 = math.floor(y), math.ceil(y + height * scale)
     part = torch.zeros(len(ink), y1 - y0, x1 - x0)
     part[:, top - y0 : bottom - y0, left - x0 : right - x0] = ink[:, top:bottom, left:right]
     region = (x - x0, y - y0, x - x0 + width * scale, y - y0 + height * scale)

@@ -1,6 +1,6 @@
 """How an image file becomes what a network sees: a value stored with the weights, used wherever images are read."""
 
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -107,12 +107,10 @@ class Preprocessing:
         if invert not in ("auto", "yes", "no"):
             raise InputError(f"invert must be auto, yes or no; got {invert!r}")
         kind, size = 1 if self.channels == 1 else None, (self.height, self.width)
-        options: dict[str, Any] = {"channels": kind, "bits": self.bits, "name": name}
         keep = (self.crop, self.crop) if seen and self.crop else None
-        if self.frame is None:
-            pixels, notes = read_image(source, size=size, keep=keep, **options)
-        else:
-            pixels, notes = read_image(source, least=max(SIDE, *(2 * side for side in size)), **options)
+        resized = {"size": size, "keep": keep}
+        how: dict[str, Any] = resized if self.frame is None else {"least": max(SIDE, *(2 * side for side in size))}
+        pixels, notes = read_image(source, **how, channels=kind, bits=self.bits, name=name)
         fits = pixels.shape[:2] in (size, keep)
         if self.frame is not None and not fits:
             found = frame_digit(pixels, (self.channels, *size), self.frame, invert=invert)
@@ -127,7 +125,3 @@ class Preprocessing:
 
     def _cropped(self, image: Tensor) -> Tensor:
         return image if tuple(image.shape) == self.image_shape else centre_crop(image[None], self.image_shape[1])[0]
-
-    def to_dict(self) -> dict[str, Any]:
-        """As JSON can hold it."""
-        return asdict(self)
