@@ -1,6 +1,7 @@
 """Files: the cache directory, names as they can be shown, bounded reading of what may be anything, atomic writing."""
 
 import contextlib
+import errno
 import gzip
 import json
 import os
@@ -13,12 +14,16 @@ from typing import Any, Protocol, runtime_checkable
 
 from capsnet.errors import InputError
 
+if sys.platform != "win32":
+    import fcntl
+
 __all__ = [
     "Readable",
     "Unbroken",
     "cache_dir",
     "check_utf8",
     "is_directory",
+    "locked",
     "parse_json",
     "parse_yaml",
     "read_bytes",
@@ -231,6 +236,26 @@ def parse_yaml(text: str, *, source: str) -> Any:
     except Exception as error:  # PyYAML answers wrong values of a type, as !!int "", with many types
         reason = " ".join(str(error).split()) or type(error).__name__
         raise InputError(f"{source} must be YAML; got: {reason[:200]}") from None
+
+
+def locked(handle: int, *, exclusive: bool, wait: bool = True) -> bool:
+    """Lock an open file (flock), which ends with the process, however that ends.
+
+    Returns:
+        False where another process holds it and there is no `wait`. True where there are no locks: on Windows, and on
+        some network drives.
+    """
+    if sys.platform == "win32":
+        return True
+    kind = fcntl.LOCK_EX if exclusive else fcntl.LOCK_SH
+    try:
+        fcntl.flock(handle, kind if wait else kind | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError as error:  # NFS locks for writing only what is open for writing: EBADF
+        if error.errno not in (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL, errno.EBADF):
+            raise
+    return True
 
 
 def write_atomically(path: Path, write: Callable[[Path], Any]) -> None:

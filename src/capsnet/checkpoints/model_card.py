@@ -72,9 +72,8 @@ class Card:
         if crop is not None:
             whole = known.image_shape[1:] if known else (height, width)
             height, width = size_of(self.config.get("image_size")) or whole
-        digits = known is not None and known.framing == "digits" and self.frame is not None
-        frame = self.frame if digits else None
-        return Preprocessing(height, width, channels, crop, framing="digits" if digits else "off", frame=frame)
+        frame = self.frame if known and known.framing == "digits" else None
+        return Preprocessing(height, width, channels, crop, framing="digits" if frame else "off", frame=frame)
 
     @property
     def command(self) -> str | None:

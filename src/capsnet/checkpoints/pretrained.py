@@ -142,10 +142,9 @@ def _described(path: Path) -> Network:
             raise InputError(f"{source} must hold options of model {name}; got {shown(key)}")
         options[key] = checked(value, kinds[key], name=key, source=source)
     try:
-        network = outline(**options)
-        size = 4 * network.parameter_count()
-        task = f"model {name}, of {network.parameter_count():,} parameters,"
-        memory.check(2 * size, torch.device("cpu"), task=task, remedy="it must be loaded where there is more")
+        network, remedy = outline(**options), "it must be loaded where there is more"
+        count = network.parameter_count()
+        memory.check(8 * count, memory.CPU, task=f"model {name}, of {count:,} parameters,", remedy=remedy)
         return network
     except InputError as error:
         raise InputError(f"{source}: {error}") from None
@@ -192,11 +191,7 @@ def from_pretrained(name: str | Path, *, revision: str | None = None) -> Network
 
 
 def fitted(
-    network: Network,
-    weights: Mapping[str, Tensor],
-    *,
-    source: str,
-    stored: AbstractSet[torch.dtype] = frozenset(),
+    network: Network, weights: Mapping[str, Tensor], *, source: str, stored: AbstractSet[torch.dtype] = frozenset()
 ) -> dict[str, Tensor]:
     """The weights of `network`, in its types.
 

@@ -9,7 +9,6 @@ import csv
 import io
 import json
 import os
-import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -28,11 +27,8 @@ from capsnet.data import Split, manifest
 from capsnet.data.manifest import Manifest
 from capsnet.errors import InputError
 from capsnet.evaluation import Predictions
-from capsnet.files import read_json, read_text, write_atomically
+from capsnet.files import locked, read_json, read_text, write_atomically
 from capsnet.options.schema import checked, shown
-
-if sys.platform != "win32":
-    import fcntl
 
 __all__ = ["CHECKPOINT_VERSION", "WRITTEN", "Checkpoint", "Row", "Run", "RunResult"]
 
@@ -133,30 +129,17 @@ class Run:
         Raises:
             InputError: another process is training here.
         """
-        handle = self._lock()
+        handle: int | None = None
+        with contextlib.suppress(OSError):  # of which `create` tells; Windows opens no directory
+            self.directory.mkdir(parents=True, exist_ok=True)
+            handle = os.open(self.directory, os.O_RDONLY)
         try:
+            if handle is not None and not locked(handle, exclusive=True, wait=False):
+                raise InputError(f"run directory {self.directory} must be free; another process trains in it")
             yield
         finally:
             if handle is not None:
                 os.close(handle)
-
-    def _lock(self) -> int | None:
-        """The open and locked directory; None if it cannot be opened (`create` reports it) or locked."""
-        if sys.platform == "win32":
-            return None
-        try:
-            self.directory.mkdir(parents=True, exist_ok=True)
-            handle = os.open(self.directory, os.O_RDONLY)
-        except OSError:
-            return None
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            os.close(handle)
-            raise InputError(f"run directory {self.directory} must be free; another process trains in it") from None
-        except OSError:
-            pass
-        return handle
 
     def create(self, config: Config, images: Manifest, *, overwrite: bool) -> None:
         """Make the directory and write which images the run uses, then the configuration, with which it has begun.
@@ -254,9 +237,7 @@ class Run:
         try:
             if most is not None and path.stat().st_size > most:
                 raise InputError(f"checkpoint {path} must hold at most {most:,} bytes for this network; got more")
-            with ZipFile(path) as archive:  # PyTorch ignores checksums, and unpacks what it itself never packs
-                if any(part.compress_type for part in archive.infolist()) or archive.testzip():
-                    raise InputError(f"{what}; it is damaged")
+            _check_archive(path)
             content: Any = torch.load(path, map_location="cpu", weights_only=True)
         except InputError:
             raise
@@ -337,9 +318,7 @@ class Run:
         if not path.is_file():
             return None
         try:
-            with ZipFile(path) as archive:
-                if any(part.compress_type for part in archive.infolist()) or archive.testzip():
-                    raise ValueError("damaged")
+            _check_archive(path)
             with np.load(path, allow_pickle=False) as arrays:
                 if str(arrays["images"]) != manifest.hash_of(split):
                     return None
@@ -351,6 +330,13 @@ class Run:
         if any(len(tensor) != len(split) for tensor in tensors.values()):
             raise InputError(f"file {path} must hold a row for each of {len(split):,} images; it does not")
         return found
+
+
+def _check_archive(path: Path) -> None:
+    """Raise an exception unless it is whole: PyTorch ignores checksums, and unpacks what it itself never packs."""
+    with ZipFile(path) as archive:
+        if any(part.compress_type for part in archive.infolist()) or archive.testzip():
+            raise ValueError("damaged")
 
 
 def _number(cell: Any) -> Any:

@@ -29,10 +29,7 @@ from jaxtyping import UInt8
 from torch import Tensor
 
 from capsnet.errors import InputError
-from capsnet.files import Unbroken, cache_dir
-
-if sys.platform != "win32":
-    import fcntl
+from capsnet.files import Unbroken, cache_dir, locked
 
 __all__ = ["Entry", "clear", "cores", "decoded", "entries", "limit"]
 
@@ -68,12 +65,7 @@ class Entry:
 
 
 def decoded(
-    count: int,
-    shape: tuple[int, int, int],
-    decode: Decode,
-    *,
-    key: str,
-    tell: Callable[[str], object] | None = None,
+    count: int, shape: tuple[int, int, int], decode: Decode, *, key: str, tell: Callable[[str], object] | None = None
 ) -> UInt8[Tensor, "count channels height width"]:
     """`count` images of one shape, decoded on all cores; those of more than `IN_MEMORY` bytes once and for all.
 
@@ -152,7 +144,7 @@ def _folder() -> Path:
 def _mapped(path: Path, size: int) -> mmap.mmap | None:
     """The entry, which is then in use as long as the map is alive; None where there is none that is whole."""
     with suppress(FileNotFoundError), path.open("rb") as file:
-        _locked(file.fileno(), exclusive=False)
+        locked(file.fileno(), exclusive=False)
         if os.fstat(file.fileno()).st_size == size:
             with suppress(OSError):  # the files of another user, or of a read-only disk
                 os.utime(path)
@@ -168,9 +160,9 @@ def _write(path: Path, count: int, shape: tuple[int, int, int], decode: Decode, 
     partial = path.with_name(f".{path.name}.{os.getpid() if sys.platform == 'win32' else ''}.partial")
     handle = os.open(partial, os.O_RDWR | os.O_CREAT | getattr(os, "O_BINARY", 0), 0o644)
     try:
-        if not _locked(handle, exclusive=True, wait=False):
+        if not locked(handle, exclusive=True, wait=False):
             tell(f"waiting for another process that decodes these images to {path}")
-            while _is(partial, handle) and not _locked(handle, exclusive=True, wait=False):
+            while _is(partial, handle) and not locked(handle, exclusive=True, wait=False):
                 time.sleep(_POLL)  # and not in flock: once renamed, the file is locked as long as it is mapped
         if not _is(partial, handle):  # renamed or removed by the process that had it
             return
@@ -305,7 +297,7 @@ def _removed(path: Path) -> bool:
     """Remove a file unless a process uses it."""
     try:
         with path.open("rb") as file:
-            if not _locked(file.fileno(), exclusive=True, wait=False):
+            if not locked(file.fileno(), exclusive=True, wait=False):
                 return False
             if sys.platform != "win32":
                 path.unlink()
@@ -314,21 +306,6 @@ def _removed(path: Path) -> bool:
         return True
     except OSError:  # mapped, on Windows; or not ours
         return False
-    return True
-
-
-def _locked(handle: int, *, exclusive: bool, wait: bool = True) -> bool:
-    """Lock an open file; False where another holds it and there is no `wait`. True where there are no locks."""
-    if sys.platform == "win32":
-        return True
-    kind = fcntl.LOCK_EX if exclusive else fcntl.LOCK_SH
-    try:
-        fcntl.flock(handle, kind if wait else kind | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    except OSError as error:  # some network drives
-        if error.errno not in (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL):
-            raise
     return True
 
 
