@@ -1,6 +1,7 @@
 """Why a training does not learn: it is at chance, or something is not finite; each in one line with what to change."""
 
 import math
+from functools import partial
 from typing import Any
 
 import torch
@@ -35,11 +36,8 @@ class Chance:
 
     def __init__(self, labels: Tensor, *, classes: int, objects_per_image: int, config: Config, steps: int) -> None:
         counts = labels.flatten().bincount(minlength=classes)
-        most = (
-            counts.max().item() / labels.numel()
-            if objects_per_image == 1
-            else 1 / math.comb(classes, objects_per_image)
-        )
+        single = objects_per_image == 1
+        most = counts.max().item() / labels.numel() if single else 1 / math.comb(classes, objects_per_image)
         self.percent = 100 * (1 - most)
         self.rarest = int(counts[counts > 0].min())
         self.config, self.steps, self.said = config, steps, False
@@ -110,15 +108,12 @@ def first_not_finite(network: Network, images: Tensor | None) -> str:
             return f"the weights {name}"
     found = list[str]()
 
-    def note(name: str) -> Any:
-        def hook(module: nn.Module, inputs: object, output: Any) -> None:
-            parts = output if isinstance(output, tuple) else (output,)
-            if any(isinstance(part, Tensor) and not part.isfinite().all() for part in parts):
-                found.append(f"the output of {name} ({type(module).__name__})")
+    def note(name: str, module: nn.Module, inputs: object, output: Any) -> None:
+        parts = output if isinstance(output, tuple) else (output,)
+        if any(isinstance(part, Tensor) and not part.isfinite().all() for part in parts):
+            found.append(f"the output of {name} ({type(module).__name__})")
 
-        return hook
-
-    hooks = [layer.register_forward_hook(note(name)) for name, layer in network.named_modules() if name]
+    hooks = [layer.register_forward_hook(partial(note, name)) for name, layer in network.named_modules() if name]
     try:
         if images is not None:
             with network.plain(), torch.no_grad():
