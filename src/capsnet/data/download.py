@@ -57,10 +57,7 @@ class Source:
 
 
 def roots(source: Source, data_dir: DataDir) -> list[list[Path]]:
-    """The directories to look in for the files of a set, in order, whether they exist or not.
-
-    Returns:
-        For each of them its folders, in order: those of the set's own name, and itself.
+    """The directories to look in for the files of a set, each as its folders of the set's own name, and itself.
 
     Raises:
         InputError: `data_dir` is given and is not a directory.
@@ -103,11 +100,7 @@ def contents(
 ) -> dict[str, tuple[Path, bytes]]:
     """The path and the verified, unpacked content of each of the `files`, downloaded where need be.
 
-    Args:
-        source: the data set.
-        files: names, unpacked.
-        data_dir: see the head of this file.
-        known: by the SHA-256 of a file, unpacked or as published, the name of the set it belongs to.
+    `known` tells, by the SHA-256 of a file, unpacked or as published, the name of the set it belongs to.
 
     Raises:
         InputError: a file here has a wrong checksum and no sound copy is beside it, or a file is neither here nor
@@ -115,23 +108,8 @@ def contents(
     """
     found: dict[str, tuple[Path, bytes]] = {}
     for file in files:
-        foreign: InputError | None = None
-        for folders in roots(source, data_dir):
-            fault: InputError | None = None
-            for path in locate(folders, (f"{file}.gz", file)):
-                try:
-                    found[file] = path, _verified(source, file, path, known or {})
-                    break
-                except _OfAnotherSet as error:
-                    foreign = foreign or error
-                except InputError as error:
-                    fault = fault or error
-            if file in found:
-                break
-            if fault is not None:
-                raise fault
-        if file not in found and data_dir is not None and foreign is not None:
-            raise foreign
+        if sound := _first_sound(source, file, data_dir, known or {}):
+            found[file] = sound
     missing = [file for file in files if file not in found]
     absent = [name for name, paths in here(source, data_dir).items() if not paths]  # also of the other split
     for file in missing:
@@ -147,19 +125,33 @@ def contents(
     return found
 
 
+def _first_sound(source: Source, file: str, data_dir: DataDir, known: Mapping[str, str]) -> tuple[Path, bytes] | None:
+    """A copy of a file on this machine, and its content; None where there is none, sound or not."""
+    foreign: InputError | None = None
+    for folders in roots(source, data_dir):
+        fault: InputError | None = None
+        for path in locate(folders, (f"{file}.gz", file)):
+            try:
+                return path, _verified(source, file, path, known)
+            except _OfAnotherSet as error:
+                foreign = foreign or error
+            except InputError as error:
+                fault = fault or error
+        if fault is not None:
+            raise fault
+    if data_dir is not None and foreign is not None:
+        raise foreign
+    return None
+
+
 def from_mirrors(
     source: Source, name: str, accept: Callable[[Path], T], *, wanted: Sequence[str], data_dir: DataDir
 ) -> T:
-    """Download a file from the first mirror whose copy is accepted.
+    """Download the file `name` from the first mirror whose copy is accepted.
 
-    Args:
-        source: the data set with its mirrors.
-        name: of the file at the mirrors.
-        accept: is given the downloaded file, in a temporary folder inside the cache; verifies it, moves it to
-            where it shall stay, and returns what this function returns. Its InputError means: a bad copy, try
-            the next.
-        wanted: all files that are missing, for the message.
-        data_dir: the one directory that was to be looked in, if any.
+    `accept` is given the downloaded file, in a temporary folder inside the cache; it verifies it, moves it to where it
+    shall stay, and returns what this function returns. Its InputError means: a bad copy, try the next. `wanted` are all
+    files that are missing, for the message.
 
     Raises:
         InputError: a `data_dir` was given, or downloads are switched off; no mirror has a sound copy, or the cache
