@@ -69,26 +69,16 @@ def resolve_device(config: Config) -> torch.device:
 
 
 class Launch(NamedTuple):
-    """How the processes of a run are started.
+    """How the processes of a run are started."""
 
-    Attributes:
-        by: the program that started them, `torchrun` or `srun`; empty where Fabric is to.
-        rank: of this process among all.
-        world_size: number of processes.
-        here: of them on this machine.
-    """
-
-    by: str
-    rank: int
-    world_size: int
-    here: int
+    by: str  # the program that started them, `torchrun` or `srun`; empty where Fabric is to
+    rank: int  # of this process among all
+    world_size: int  # number of processes
+    here: int  # of them on this machine
 
 
 def launch(devices: int = 1) -> Launch:
-    """The processes of a run, as Fabric's own cluster environments see them.
-
-    Args:
-        devices: processes to start on this machine where no other program has started them.
+    """The processes of a run, as Fabric's own cluster environments see them; else `devices` on this machine, to start.
 
     Raises:
         InputError: another number than was started; or SLURM, which starts several, does not say how many on each
@@ -197,15 +187,10 @@ def shutdown(fabric: Fabric) -> None:
 
 
 class Free(NamedTuple):
-    """Memory that can still be had.
+    """Memory that can still be had."""
 
-    Attributes:
-        size: in bytes; infinite where the system does not say.
-        where: what bounds it, to follow "are".
-    """
-
-    size: float
-    where: str
+    size: float  # in bytes; infinite where the system does not say
+    where: str  # what bounds it, to follow "are"
 
 
 def free(device: torch.device) -> Free:

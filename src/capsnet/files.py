@@ -120,15 +120,10 @@ def _shown(character: str) -> str:
 
 
 def read_up_to(file: Readable, most: int, name: str) -> bytes:
-    """All that a file holds.
-
-    Args:
-        file: read to its end.
-        most: bytes that it can rightly hold.
-        name: of the file, for errors.
+    """All that a file holds; `name` says in errors which.
 
     Raises:
-        InputError: it holds more, which is not read.
+        InputError: it holds more than `most` bytes, which are not read.
     """
     parts, left = list[bytes](), most
     while part := file.read(min(left + 1, _CHUNK)):  # not all at once: for that, Python sets `most` bytes aside
@@ -142,12 +137,9 @@ def read_up_to(file: Readable, most: int, name: str) -> bytes:
 def unpacked(path: str | os.PathLike[str], *, most: int = LARGEST_UNPACKED) -> bytes:
     """The content of a file, unpacked where its first two bytes, not its name, say that it is gzip.
 
-    Args:
-        path: of the file.
-        most: bytes that the content can rightly have; no more are unpacked.
-
     Raises:
-        InputError: the file cannot be read, is a gzip file cut short or damaged, or holds more.
+        InputError: the file cannot be read, is a gzip file cut short or damaged, or holds more than `most` bytes,
+            which are not unpacked.
     """
     try:
         with Path(path).open("rb") as file:

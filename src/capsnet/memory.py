@@ -60,13 +60,7 @@ def training(
 ) -> int:
     """Most bytes that a training takes on `device` beyond what its process holds before, without the images.
 
-    Args:
-        network: on any device; only its sizes are looked at.
-        config: of the run.
-        device: where it trains.
-        dataset: of which only the numbers of images are looked at.
-        precision: `32` or `bf16`.
-        batch_size: images of a step of one process.
+    Only sizes are looked at, and of `dataset` the numbers of images. `batch_size` is that of one process.
 
     Raises:
         InputError: sizes that PyTorch cannot count.
@@ -91,12 +85,7 @@ def training(
 def inference(network: Network, batch_size: int, device: torch.device, *, precision: str = "32", **options: str) -> int:
     """Most bytes that passes without gradients take on `device` beyond the network's own weights.
 
-    Args:
-        network: on any device; only its sizes are looked at.
-        batch_size: images at a time.
-        device: where it computes.
-        precision: `32` or `bf16`.
-        options: `routing_kernel` and `convolution`, where they are not the network's.
+    Only sizes are looked at. `options` are `routing_kernel` and `convolution`, where they are not the network's.
 
     Raises:
         InputError: sizes that PyTorch cannot count.
@@ -121,13 +110,8 @@ def check_training(
 ) -> None:
     """Raise InputError unless a training fits into the memory of this machine and its devices.
 
-    Args:
-        network: on any device; only its sizes are looked at.
-        config: of the run.
-        device: where it trains.
-        dataset: its images, of which those that are not read yet (see `data.outline`) are counted.
-        precision: `32` or `bf16`.
-        processes: on this machine, of which each has a device of its own, or all share a CPU.
+    Of the images those that are not read yet (see `data.outline`) are counted. Each of the `processes` on this machine
+    has a GPU of its own, or all share a CPU.
     """
     images = outline.nbytes(dataset)
     remedy = "choose a smaller --image-size"
@@ -146,15 +130,9 @@ def check_training(
 def check_inference(
     network: Network, batch_size: int, device: torch.device, *, task: str, precision: str = "32", copies: int = 0
 ) -> None:
-    """Raise InputError unless a loaded network can go through images `batch_size` at a time.
+    """Raise InputError unless a loaded network, and `copies` of it, can go through images `batch_size` at a time.
 
-    Args:
-        network: on any device.
-        batch_size: images at a time.
-        device: where it is to compute.
-        task: what is done, for the error.
-        precision: `32` or `bf16`.
-        copies: further networks of its size that are to go there.
+    `device` is where they are to compute, and `task` what the error calls it.
     """
     copies += device.type != next(network.parameters()).device.type
 

@@ -59,10 +59,9 @@ class Card:
         return self.config.get("data")
 
     def reading(self, image_shape: tuple[int, int, int]) -> Preprocessing:
-        """How image files become what the network sees: as the card says, or as one of an earlier version means.
+        """How image files become what a network of this `image_shape` sees.
 
-        Args:
-            image_shape: channels, height and width of the network's images.
+        That is what the card says, or what one of an earlier version means.
         """
         if self.preprocessing is not None:
             return self.preprocessing

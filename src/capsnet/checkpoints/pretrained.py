@@ -41,11 +41,9 @@ STORED = frozenset({torch.float16, torch.bfloat16, torch.float32, torch.float64}
 
 
 def save_pretrained(network: Network, directory: str | Path) -> None:
-    """Write `model.safetensors` and `config.json`: all that `load` and `from_pretrained` need.
+    """Write `model.safetensors` and `config.json`: all that `load` and `from_pretrained` need of a network of `create`.
 
-    Args:
-        network: a network made by `create`.
-        directory: made if it is not there; only these two files are replaced.
+    The directory is made if it is not there.
 
     Raises:
         InputError: the files cannot be written.
@@ -126,11 +124,7 @@ def load(path: str | Path) -> Network:
 
 
 def _described(path: Path) -> Network:
-    """The network that a `config.json` describes, without memory for its weights.
-
-    Raises:
-        InputError: it is not one that capsnet writes, or there can be no such network.
-    """
+    """The network that a `config.json` describes, without memory for its weights."""
     source = f"file {path}"
     options = renamed(checked(read_json(path), dict[str, Any], source=source))
     if "objects" in options:  # as it was called in earlier files
@@ -152,10 +146,6 @@ def _described(path: Path) -> Network:
 
 def outline(name: str, **options: Any) -> Network:
     """The network that `models.create` makes, without memory for its weights.
-
-    Args:
-        name: of the model.
-        options: of `models.create`.
 
     Raises:
         InputError: see `models.create`; or sizes that PyTorch cannot count.
@@ -193,13 +183,7 @@ def from_pretrained(name: str | Path, *, revision: str | None = None) -> Network
 def fitted(
     network: Network, weights: Mapping[str, Tensor], *, source: str, stored: AbstractSet[torch.dtype] = frozenset()
 ) -> dict[str, Tensor]:
-    """The weights of `network`, in its types.
-
-    Args:
-        network: whose they are to be.
-        weights: by name.
-        source: the file they are from, for errors.
-        stored: further types that a weight may have there.
+    """The weights of `network`, in its types; in the file `source` they may also have those `stored`.
 
     Raises:
         InputError: they do not fit exactly, or are not finite; the first wrong one is named, with both shapes.

@@ -224,11 +224,9 @@ class Run:
     def load_checkpoint(self, *, most: int | None = None) -> Checkpoint:
         """The last checkpoint, on the CPU: of the right form, but not yet known to fit a network.
 
-        Args:
-            most: bytes that the file can rightly hold; default: any number.
-
         Raises:
-            InputError: there is none, or it is damaged, of another version or of another form.
+            InputError: there is none, or it is damaged, of another version or of another form, or holds more than
+                `most` bytes.
         """
         path = self.checkpoint_path
         if not path.exists():

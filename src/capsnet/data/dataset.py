@@ -28,21 +28,13 @@ def check_memory(count: int, shape: tuple[int, ...]) -> None:
 
 
 class ImageFile(NamedTuple):
-    """An image of a folder.
+    """An image of a folder."""
 
-    Attributes:
-        path: from the folder on, with `/`.
-        label: number of its class.
-        split: `train`, `validation` or `test`; empty where it is still to be divided, `unused` where none wants it.
-        hash: BLAKE2b of its content, 32 hexadecimal digits.
-        header: what it tells before it is decoded.
-    """
-
-    path: str
-    label: int
-    split: str
-    hash: str
-    header: Header
+    path: str  # from the folder on, with `/`
+    label: int  # number of its class
+    split: str  # `train`, `validation` or `test`; empty where it is still to be divided, `unused` where none wants it
+    hash: str  # BLAKE2b of its content, 32 hexadecimal digits
+    header: Header  # what it tells before it is decoded
 
 
 @dataclass(frozen=True, eq=False)
@@ -195,10 +187,8 @@ class Dataset:
     def with_train(self, count: int, *, seed: int, shares: bool = True) -> "Dataset":
         """The same with `count` random training images only, of each class its share.
 
-        Args:
-            count: number of images.
-            seed: chooses the images; the same seed always chooses the same, and fewer are among more.
-            shares: False chooses from all classes together, as runs without a manifest did.
+        The same seed always chooses the same, and fewer are among more. Without `shares` they are chosen from all
+        classes together, as runs without a manifest did.
 
         Raises:
             InputError: there are not so many.
@@ -214,10 +204,7 @@ class Dataset:
     def with_validation(self, count: int, *, seed: int, shares: bool = True) -> "Dataset":
         """Split `count` random images off the training split as validation, of each class its share.
 
-        Args:
-            count: 0 to train on everything: then there is no validation split, not even the data set's own.
-            seed: chooses the images; the same seed always chooses the same.
-            shares: False chooses from all classes together, as runs without a manifest did.
+        With 0 there is no validation split, not even the data set's own. `seed` and `shares` are as in `with_train`.
 
         Raises:
             InputError: `count` leaves nothing to train on.
@@ -250,14 +237,7 @@ def to_float(images: Tensor) -> Tensor:
 def stratified(labels: Tensor, count: int, *, seed: int, held_out: bool = False) -> Tensor:
     """`count` random places, of each class its share; the same seed always chooses the same, and fewer are among more.
 
-    Args:
-        labels: `int64 [N]`.
-        count: of places.
-        seed: chooses them.
-        held_out: of each class at least one is left; else of each class one comes first.
-
-    Returns:
-        `int64 [count]`.
+    Labels are `int64 [N]`, places `int64 [count]`. Of each class one comes first, or, if `held_out`, one is left.
 
     Raises:
         InputError: there are not so many to choose from.

@@ -43,12 +43,8 @@ def read(
 ) -> Split:
     """One split of MNIST or its kind, `train` or `test`, downloaded where need be.
 
-    Args:
-        source: with the names of `FILES`, which sets of this kind share, and the mirrors.
-        split: which one.
-        data_dir: as in `data.load`.
-        shape: that of all images; checked where it is given, as a checksum may not be known.
-        of_each: number of labels of each class; checked likewise.
+    Sets of this kind share the names of `FILES`. As a checksum may not be known, the `shape` of all images and the
+    number `of_each` label are checked where they are given.
 
     Raises:
         InputError: a file is not here and not to be had, has a wrong checksum or other counts, or is not what its

@@ -49,19 +49,12 @@ Decode = Callable[[int], Tensor | np.ndarray]
 
 @dataclass(frozen=True)
 class Entry:
-    """A file of decoded images in the cache.
-
-    Attributes:
-        path: of the file.
-        shape: number of images, channels, height and width.
-        size: in bytes.
-        used: when it was mapped last, in seconds since the epoch.
-    """
+    """A file of decoded images in the cache."""
 
     path: Path
-    shape: tuple[int, ...]
-    size: int
-    used: float
+    shape: tuple[int, ...]  # number of images, channels, height and width
+    size: int  # in bytes
+    used: float  # when it was mapped last, in seconds since the epoch
 
 
 def decoded(
@@ -69,12 +62,9 @@ def decoded(
 ) -> UInt8[Tensor, "count channels height width"]:
     """`count` images of one shape, decoded on all cores; those of more than `IN_MEMORY` bytes once and for all.
 
-    Args:
-        count: number of images, at least 1.
-        shape: channels, height and width of each.
-        decode: makes image `i`, `uint8 [*shape]`; called in several threads.
-        key: hexadecimal digits that stand for the content: other images or another preprocessing, another key.
-        tell: is given a line where the images are mapped: the file, and why there is a wait.
+    `decode` makes image `i`, `uint8 [*shape]`, in several threads. `key`, hexadecimal digits, stands for the content:
+    other images or another preprocessing, another key. `tell` is given a line where the images are mapped: the file,
+    and why there is a wait.
 
     Returns:
         A tensor of its own, or one that is mapped from the file: what is written to it stays in this process.

@@ -25,29 +25,18 @@ _TOLD = 5
 
 
 class Line(NamedTuple):
-    """A line of a manifest.
+    """A line of a manifest."""
 
-    Attributes:
-        split: `train`, `validation`, `test`, or `unused`.
-        class_name: of a file; empty for a whole split.
-        path: of a file, from the folder on; empty for a whole split.
-        hash: BLAKE2b of the file's content, or of the split's images and labels.
-    """
-
-    split: str
-    class_name: str
-    path: str
-    hash: str
+    split: str  # `train`, `validation`, `test`, or `unused`
+    class_name: str  # of a file; empty for a whole split
+    path: str  # of a file, from the folder on; empty for a whole split
+    hash: str  # BLAKE2b of the file's content, or of the split's images and labels
 
 
 class Manifest(NamedTuple):
-    """The images of a run.
+    """The images of a run."""
 
-    Attributes:
-        lines: one for each file, or one for each split.
-    """
-
-    lines: tuple[Line, ...]
+    lines: tuple[Line, ...]  # one for each file, or one for each split
 
     @classmethod
     def of(cls, dataset: Dataset) -> "Manifest":

@@ -57,17 +57,11 @@ class Frame:
 
 
 class Framed(NamedTuple):
-    """A digit as a network that knows framed ones sees it.
+    """A digit as a network that knows framed ones sees it."""
 
-    Attributes:
-        image: intensities 0 to 255.
-        inverted: whether dark and light were swapped.
-        empty: whether no ink was found, and the image is all ground.
-    """
-
-    image: UInt8[Tensor, "channels height width"]
-    inverted: bool
-    empty: bool
+    image: UInt8[Tensor, "channels height width"]  # intensities 0 to 255
+    inverted: bool  # whether dark and light were swapped
+    empty: bool  # whether no ink was found, and the image is all ground
 
 
 def frame_of(images: UInt8[Tensor, "n channels height width"]) -> Frame | None:
@@ -181,11 +175,8 @@ def _size_of(difference: Float[Tensor, "rows columns"]) -> float:
 def _ink(image: Float[Tensor, "channels height width"], *, on_paper: bool) -> Float[Tensor, "channels height width"]:
     """Ink in [0, 1] of an image whose ink is dark; all 0 where there is none.
 
-    Where ink is, is decided on the coarse grid, which averages noise away; how dark it is, pixel by pixel.
-
-    Args:
-        image: grey or colour; light on dark is given as its negative.
-        on_paper: the ground is lit paper: differences are relative to it.
+    Where ink is, is decided on the coarse grid, which averages noise away; how dark it is, pixel by pixel. Light on
+    dark is given as its negative; `on_paper`, which is lit, differences are relative to the ground.
     """
     coarse = _coarse(image)
     ground = _ground(coarse)

@@ -27,7 +27,7 @@ class Chance:
         labels: of the training images, `[n]`, or `[n, k]` of images of k objects.
         classes: number of classes.
         objects_per_image: number of objects, of different classes, in every image.
-        config: of the run, resolved.
+        config: resolved.
         steps: of each epoch.
 
     Attributes:
@@ -45,9 +45,7 @@ class Chance:
     def line(self, row: dict[str, Any], losses: Losses | None) -> str | None:
         """What is to be said after an epoch; None where there is nothing, or it was said before.
 
-        Args:
-            row: of `metrics.csv`.
-            losses: of the epoch's last step; None where it was done before the run was resumed.
+        `row` is that of `metrics.csv`; `losses` of the last step are None where the run was resumed after it.
         """
         done = row["epoch"] * self.steps
         early = done < min(EARLIEST, (self.config.epochs or 0) * self.steps)
@@ -97,9 +95,7 @@ class Chance:
 def first_not_finite(network: Network, images: Tensor | None) -> str:
     """The first thing on the way through the network that is NaN or infinite: images, a weight, or a layer's output.
 
-    Args:
-        network: as it is; run once more, its layers one by one.
-        images: of the step; None to look at the weights only.
+    The network is run once more on the images of the step, unless these are None.
     """
     if images is not None and not images.isfinite().all():
         return "the images of the step"

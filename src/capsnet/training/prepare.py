@@ -122,12 +122,7 @@ def _divided(folder: ImageFolder, config: Config, recorded: Manifest | None, *, 
 
 
 def as_read(config: Config, dataset: Dataset) -> Config:
-    """`config` with what was chosen of how a folder is read, so that it is read so again.
-
-    Args:
-        config: of a run.
-        dataset: read as it says.
-    """
+    """`config` with what was chosen of how a folder is read, so that it is read so again."""
     reading = dataset.preprocessing
     if reading is None:
         return config

@@ -41,12 +41,8 @@ def generated(split: Split, *, seed: int) -> Split:
     that no ink falls off, each place as likely as the next. The order of the transformations and the interpolation are
     those of `transform`, which need not be affNIST's own.
 
-    Args:
-        split: grey images on black.
-        seed: of the transformations; the same seed always draws the same.
-
     Returns:
-        Images `uint8 [N, 1, 40, 40]`; `factors` are the parameters of `transform`.
+        Images `uint8 [N, 1, 40, 40]`; `factors` are the parameters of `transform`. The same seed always draws the same.
 
     Raises:
         InputError: images with ink that does not fit into 40 x 40 pixels when transformed.

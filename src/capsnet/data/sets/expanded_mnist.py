@@ -51,12 +51,9 @@ def padded(
 def placed(split: Split, *, seed: int) -> Split:
     """Each image once at a random place: MNIST's, in 40 x 40 pixels, moved by -6 to 6 pixels in each direction.
 
-    Args:
-        split: images of at most 40 x 40 pixels.
-        seed: of the places; the same seed always draws the same.
-
     Returns:
-        Images `uint8 [N, C, 40, 40]`; `factors` tell the shift, to the right and downwards.
+        Images `uint8 [N, C, 40, 40]`; `factors` tell the shift, to the right and downwards. The same seed always draws
+        the same.
 
     Raises:
         InputError: larger images.
