@@ -12,6 +12,7 @@ import numpy as np
 import torch
 
 from capsnet.data.dataset import Dataset, Split, check_memory
+from capsnet.data.photo import channels_first
 from capsnet.data.registry import DataDir, Entry, available, entry
 from capsnet.errors import InputError
 from capsnet.files import is_directory
@@ -132,15 +133,11 @@ def _fit(whole: Split, shape: tuple[int, int, int]) -> Split:
     images = torch.empty(count, *shape, dtype=torch.uint8)
     for k, image in enumerate(whole.images):
         planes = [image.permute(1, 2, 0).numpy()] if has == 3 else list(image.numpy())  # as many as cameras
-        for channel, plane in enumerate(planes):
+        for plane, place in zip(planes, images[k].chunk(len(planes)), strict=True):
             one = Image.fromarray(plane)
             one = one.convert("L") if channels < has else one
             one = one.resize((size[1], size[0]), Image.Resampling.LANCZOS) if size != native else one
-            pixels = torch.from_numpy(np.array(one))
-            if len(planes) > 1:
-                images[k, channel] = pixels
-            else:  # grey is repeated over the channels
-                images[k] = pixels if pixels.ndim == 2 else pixels.permute(2, 0, 1)
+            place.copy_(channels_first(np.array(one), len(place)))
     return replace(whole, images=images)
 
 

@@ -62,9 +62,8 @@ class Split:
             raise InputError(f"images must be uint8 [N, C, H, W]; got {self.images.dtype} {list(self.images.shape)}")
         if self.labels.dtype != torch.int64 or self.labels.ndim not in (1, 2):
             raise InputError(f"labels must be int64 [N] or [N, k]; got {self.labels.dtype} {list(self.labels.shape)}")
-        alone = None if self.labels.ndim == 1 else (*self.labels.shape, *self.images.shape[1:])
-        if (None if self.single_images is None else tuple(self.single_images.shape)) != alone:
-            got = None if self.single_images is None else list(self.single_images.shape)
+        got = None if self.single_images is None else list(self.single_images.shape)
+        if got != (None if self.labels.ndim == 1 else [*self.labels.shape, *self.images.shape[1:]]):
             raise InputError(
                 f"single_images must be [N, k, C, H, W] where labels are [N, k], and absent elsewhere; got {got}"
             )
@@ -87,9 +86,7 @@ class Split:
         Raises:
             InputError: images smaller than that.
         """
-        single_images = None
-        if self.single_images is not None:
-            single_images = torch.stack([centre_crop(one, size) for one in self.single_images.unbind(1)], dim=1)
+        single_images = None if self.single_images is None else centre_crop(self.single_images, size)
         return replace(self, images=centre_crop(self.images, size), single_images=single_images)
 
     def paired(self, *, shift: int, seed: int) -> "Split":

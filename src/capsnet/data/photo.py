@@ -72,13 +72,10 @@ def frame_of(images: UInt8[Tensor, "n channels height width"]) -> Frame | None:
     levels = images[..., _ring(*images.shape[2:])].flatten().float() / 255  # [n * channels * border]
     if not len(levels):
         return None
-    for extreme in (0.0, 1.0):
-        near = (levels - extreme).abs() <= _NEAR
-        if float(near.float().mean()) >= _PLAIN:
-            ground = float(levels[near].median())
-            break
-    else:
+    near = (levels - levels.median().round()).abs() <= _NEAR  # black or white, whichever more of them are nearer to
+    if float(near.float().mean()) < _PLAIN:
         return None
+    ground = float(levels[near].median())
     height, width = images.shape[2:]
     level = round(255 * ground)
     ink = torch.stack([(image.int() - level).abs().amax(0) > 51 for image in images])  # a fifth of the range

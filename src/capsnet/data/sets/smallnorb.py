@@ -55,7 +55,7 @@ SOURCE = Source(
     most=24 + PAIRS * 2 * 96 * 96,
 )
 _IMAGE_SHAPE = (2, 96, 96)
-_TYPES = {0x1E3D4C55: np.dtype(np.uint8), 0x1E3D4C54: np.dtype("<i4")}
+_MAGIC = {np.dtype(np.uint8): 0x1E3D4C55, np.dtype("<i4"): 0x1E3D4C54}
 _LEAST_SIZES = 3
 
 
@@ -134,9 +134,8 @@ def _parse(content: bytes, path: str | os.PathLike[str], *, dtype: np.dtype, dim
     if len(content) < start:
         raise InputError(f"{path} must have a header of {start} bytes; got a file of {len(content)}")
     magic, found = struct.unpack("<Ii", content[:8])
-    if _TYPES.get(magic) != dtype:
-        wanted = next(number for number, type_ in _TYPES.items() if type_ == dtype)
-        raise InputError(f"{path} must start with 0x{wanted:08X}, a matrix of {dtype.name}; got 0x{magic:08X}")
+    if magic != _MAGIC[dtype]:
+        raise InputError(f"{path} must start with 0x{_MAGIC[dtype]:08X}, a matrix of {dtype.name}; got 0x{magic:08X}")
     if found != dimensions:
         raise InputError(f"{path} must have {dimensions} dimensions; got {found}")
     sizes = struct.unpack(f"<{dimensions}i", content[8 : 8 + 4 * dimensions])
