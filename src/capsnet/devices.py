@@ -51,21 +51,19 @@ def resolve_device(config: Config) -> torch.device:
         InputError: `cuda` or `mps` where there is none, or more devices than there are (processes than cores, on a
             CPU).
     """
-    if config.device == "mps":  # never chosen: nothing here was run on one
-        if not torch.backends.mps.is_available():
-            raise InputError("device mps must have an Apple GPU and a PyTorch that was built for it; found none")
-        if config.devices > 1:
-            raise InputError(f"devices must be at most the 1 GPU of this machine; got {config.devices}")
-        return torch.device("mps")
     gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if config.device == "mps" and not torch.backends.mps.is_available():
+        raise InputError("device mps must have an Apple GPU and a PyTorch that was built for it; found none")
     if config.device == "cuda" and not gpus:
         raise InputError("device cuda must have a CUDA GPU and a CUDA build of PyTorch; found none")
-    device = torch.device("cuda" if gpus and config.device != "cpu" else "cpu")
+    kind = config.device
+    if kind == "auto":  # mps is never chosen: nothing here was run on one
+        kind = "cuda" if gpus else "cpu"
     cores = max(2, os.cpu_count() or 1)  # two processes can be tried anywhere
-    most, what = (gpus, "GPUs") if device.type == "cuda" else (cores, "CPU cores")
+    most, what = {"mps": (1, "GPU"), "cuda": (gpus, "GPUs"), "cpu": (cores, "CPU cores")}[kind]
     if config.devices > most:
         raise InputError(f"devices must be at most the {most} {what} of this machine; got {config.devices}")
-    return device
+    return torch.device(kind)
 
 
 class Launch(NamedTuple):

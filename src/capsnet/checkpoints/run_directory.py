@@ -177,12 +177,10 @@ class Run:
                 f"out directory {self.directory} must be free; it holds a run "
                 f"(go on with --resume {self.directory}, replace it with --overwrite, or give another --out)"
             )
+        ours = {self.manifest_path, *self.directory.glob(".*.partial")}
         if self.exists():
             self.config()  # a config.yaml of something else is not ours to replace
-        elif self.directory.exists() and set(self.directory.iterdir()) - {
-            self.manifest_path,
-            *self.directory.glob(".*.partial"),
-        }:
+        elif self.directory.exists() and set(self.directory.iterdir()) - ours:
             raise InputError(f"out directory {self.directory} must be empty or new; it holds other files")
 
     def _remove(self, *patterns: str) -> None:

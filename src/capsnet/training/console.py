@@ -73,9 +73,8 @@ class Progress:
         """Tell of a finished epoch; `row` is its row of `metrics.csv`."""
         if self.quiet:
             return
-        held_out = (
-            f", validation error {row['validation_error_percent']:.2f} %" if "validation_error_percent" in row else ""
-        )
+        error = row.get("validation_error_percent")
+        held_out = "" if error is None else f", validation error {error:.2f} %"
         line = (
             f"epoch {row['epoch']}/{self.epochs}: loss {row['train_loss']:.4f}, "
             f"train error {row['train_error_percent']:.2f} %{held_out}, "
