@@ -262,7 +262,7 @@ def test_what_is_a_test_image_is_what_was_one(
 def test_looking_at_a_published_set_without_its_validation_images_warns_of_nothing(
     workplace: Path, blank_figure: None, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr("capsnet.data.outline.of_registered", lambda *arguments, **options: memory(validation=False))
+    monkeypatch.setattr("capsnet.training.prepare.load", lambda *arguments, **options: memory(validation=False))
     training.fit(tiny(Path("memory"), out="run", epochs=1, validation=5), memory(validation=False))
     for held_out in (True, False):
         subject = TrainedModel("run")

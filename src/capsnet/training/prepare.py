@@ -54,7 +54,7 @@ def prepare_data(
     else:
         about = {name: getattr(config, name) for name in ("data_dir", "image_size", "channels")}
         about["seed"] = config.data_seed
-        outlined = outline.of_registered(config.data, **about)
+        outlined = (outline.of_registered if config.data in available() else load)(config.data, **about)
     known = _with_splits(config, outlined, shares=shares, divided=divided)
     if check is not None:
         check(known)
