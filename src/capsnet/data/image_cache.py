@@ -263,16 +263,15 @@ def _make_room(size: int) -> None:
         if held + size > most:
             used = f", of which {_gib(held)} are in use" if held else ""
             return f"its limit is {_gib(most)}{used} (set CAPSNET_CACHE_LIMIT to more GiB)"
-        return (
-            f"its disk has {_gib(free)} free (set CAPSNET_CACHE to a folder on another disk)" if size > free else None
-        )
+        if size > free:
+            return f"its disk has {_gib(free)} free (set CAPSNET_CACHE to a folder on another disk)"
+        return None
 
     reason = lacking(0, shutil.disk_usage(folder).free + held)
-    while reason is None and (reason := lacking(held, shutil.disk_usage(folder).free)):
-        if not found:
-            break
-        entry = found.pop(0)
-        held, reason = held - entry.size * _removed(entry.path), None
+    if reason is None:
+        while (reason := lacking(held, shutil.disk_usage(folder).free)) and found:
+            entry = found.pop(0)
+            held -= entry.size * _removed(entry.path)
     if reason:
         raise InputError(f"images need {_gib(size)} in the cache {folder}; {reason}")
 
