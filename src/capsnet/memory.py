@@ -183,12 +183,7 @@ def amount(size: int | float) -> str:
 
 
 class _Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Count the memory of all tensors that are made inside.
-
-    Attributes:
-        now: bytes that are held.
-        peak: the most that were.
-    """
+    """Count the memory of all tensors that are made inside: bytes that are held `now`, and the `peak` of them."""
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]

@@ -99,11 +99,7 @@ class Checkpoint(TypedDict):
 
 
 class Run:
-    """Paths of one run directory, and its files.
-
-    Attributes:
-        directory: where everything of the run is.
-    """
+    """Paths of one run directory, and its files."""
 
     def __init__(self, directory: str | Path) -> None:
         self.directory = Path(directory)

@@ -37,23 +37,13 @@ _TIMEOUT_S = 20.0
 
 @dataclass(frozen=True)
 class Source:
-    """Where a data set comes from, and what its files must be.
+    """Where a data set comes from, and what its files must be."""
 
-    Attributes:
-        name: of the data set; also of its folder, which may be called `<name>-test` where it has the test
-            split only.
-        files: name of each file, unpacked, to the SHA-256 of its unpacked content; None where that is not
-            known.
-        mirrors: addresses that end in a slash, tried in turn.
-        packed: SHA-256 of the published `.gz`, for a file whose unpacked checksum is not known.
-        most: bytes of its largest file, unpacked.
-    """
-
-    name: str
-    files: Mapping[str, str | None]
-    mirrors: tuple[str, ...]
-    packed: Mapping[str, str] = field(default_factory=dict)
-    most: int = LARGEST_UNPACKED
+    name: str  # also of its folder, which may be called `<name>-test` where it has the test split only
+    files: Mapping[str, str | None]  # name of each, unpacked, to the SHA-256 of its content; None where not known
+    mirrors: tuple[str, ...]  # addresses that end in a slash, tried in turn
+    packed: Mapping[str, str] = field(default_factory=dict)  # SHA-256 of the published `.gz` where that is not known
+    most: int = LARGEST_UNPACKED  # bytes of its largest file, unpacked
 
 
 def roots(source: Source, data_dir: DataDir) -> list[list[Path]]:

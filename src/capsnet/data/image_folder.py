@@ -38,11 +38,7 @@ _THREADS = min(8, cores())
 
 
 class Unreadable(InputError):
-    """Files of a folder that cannot be decoded.
-
-    Attributes:
-        faults: why, by path.
-    """
+    """Files of a folder that cannot be decoded; `faults` says why, by path."""
 
     def __init__(self, root: Path, faults: dict[str, str]) -> None:
         super().__init__(_told(root, faults))
@@ -51,21 +47,13 @@ class Unreadable(InputError):
 
 @dataclass(frozen=True)
 class ImageFolder:
-    """The images of a folder, listed but not decoded.
-
-    Attributes:
-        root: the folder.
-        classes: names, in natural order ("2" before "10") and one Unicode form.
-        files: by split, class and name.
-        tested: what the final number is of: `validation` where there is train/ and val/ but no test/.
-        notes: what was passed over.
-    """
+    """The images of a folder, listed but not decoded."""
 
     root: Path
-    classes: tuple[str, ...]
-    files: tuple[ImageFile, ...]
-    tested: Literal["test", "validation"] = "test"
-    notes: tuple[str, ...] = ()
+    classes: tuple[str, ...]  # names, in natural order ("2" before "10") and one Unicode form
+    files: tuple[ImageFile, ...]  # by split, class and name
+    tested: Literal["test", "validation"] = "test"  # `validation` where there is train/ and val/ but no test/
+    notes: tuple[str, ...] = ()  # what was passed over
 
     def of(self, split: str) -> list[ImageFile]:
         """The files of a split."""

@@ -21,13 +21,7 @@ MAX_COMPONENT = 10.0  # a capsule is shorter than 1, and the page's sliders add 
 
 
 class Refusal(Exception):
-    """A request that is answered with an error of the client's.
-
-    Attributes:
-        status: HTTP status, 400 to 499, or 503.
-        message: one line: what must be what, got what.
-        headers: added to the answer.
-    """
+    """A request that is answered with a status of 400 to 499, or 503, one line, and further headers."""
 
     def __init__(self, status: int, message: str, headers: Mapping[str, str] | None = None) -> None:
         super().__init__(message)

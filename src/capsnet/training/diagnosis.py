@@ -23,15 +23,8 @@ ALIKE = 0.02
 class Chance:
     """Says once when a training is no better than always naming the most frequent class.
 
-    Args:
-        labels: of the training images, `[n]`, or `[n, k]` of images of k objects.
-        classes: number of classes.
-        objects_per_image: number of objects, of different classes, in every image.
-        config: resolved.
-        steps: of each epoch.
-
-    Attributes:
-        percent: error of always naming the most frequent class, or any one set of k classes.
+    That has an error of so many `percent`; where images show k objects of different classes, always naming any one set
+    of k classes. Labels are `[n]` or `[n, k]`, `steps` those of each epoch.
     """
 
     def __init__(self, labels: Tensor, *, classes: int, objects_per_image: int, config: Config, steps: int) -> None:

@@ -54,7 +54,6 @@ SOURCE = Source(
     mirrors=("https://cs.nyu.edu/~ylclab/data/norb-v1.0-small/",),
     most=24 + PAIRS * 2 * 96 * 96,
 )
-_IMAGE_SHAPE = (2, 96, 96)
 _MAGIC = {np.dtype(np.uint8): 0x1E3D4C55, np.dtype("<i4"): 0x1E3D4C54}
 _LEAST_SIZES = 3
 
@@ -71,9 +70,9 @@ def read(split: str, *, data_dir: DataDir = None, **_: object) -> Split:
     """
     found = download.contents(SOURCE, FILES[split], data_dir)
     (dat, dat_content), (cat, cat_content), (info, info_content) = (found[file] for file in FILES[split])
-    images = parse_images(dat_content, dat)
-    if images.shape != (PAIRS, *_IMAGE_SHAPE):
-        raise InputError(f"{dat} must hold images of {(PAIRS, *_IMAGE_SHAPE)}; got {tuple(images.shape)}")
+    images, shape = parse_images(dat_content, dat), (PAIRS, *ENTRY.image_shape)
+    if images.shape != shape:
+        raise InputError(f"{dat} must hold images of {shape}; got {tuple(images.shape)}")
     labels = parse_labels(cat_content, cat)
     counts, each = labels.bincount(minlength=len(CLASSES)).tolist(), PAIRS // len(CLASSES)
     if counts != [each] * len(CLASSES):
