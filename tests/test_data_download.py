@@ -11,6 +11,7 @@ import pytest
 
 from capsnet.data import download
 from capsnet.errors import InputError
+from capsnet.files import cache_dir
 
 GOOD = {"images": b"good images" * 1000, "labels": b"good labels"}
 SHA256 = {name: hashlib.sha256(content).hexdigest() for name, content in GOOD.items()}
@@ -270,7 +271,7 @@ def test_data_dir_must_exist(tmp_path: Path) -> None:
 
 def test_the_system_cache_is_the_default(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("CAPSNET_CACHE")
-    assert download.cache_dir().name == "capsnet"
+    assert cache_dir().name == "capsnet"
 
 
 def test_a_published_packed_file_of_unknown_content(tmp_path: Path) -> None:

@@ -29,12 +29,11 @@ def folder(
     *,
     image_size: int | None = None,
     channels: int | None = None,
-    test_fraction: float = 1 / 6,
     seed: int = 0,
     skip_unreadable: bool = False,
 ) -> Dataset:
     """The images of a folder, read as `capsnet.load` does."""
-    found = scan(path, skip_unreadable=skip_unreadable).divided(seed=seed, test_fraction=test_fraction)
+    found = scan(path, skip_unreadable=skip_unreadable).divided(seed=seed)
     size = None if image_size is None else (image_size, image_size)
     return found.read(found.preprocessing(size=size, channels=channels), channels=channels)
 
@@ -98,7 +97,6 @@ def test_one_level_is_split_by_seed_within_each_class(tmp_path: Path) -> None:
     assert sorted(shades.tolist()) == [*range(12), 100, 101]
     assert torch.equal(data.test.images, again.test.images)
     assert not torch.equal(data.test.images, other.test.images)
-    assert folder(tmp_path, test_fraction=0.99).train.labels.bincount().tolist() == [1, 1]
 
 
 def test_a_class_may_be_called_train(tmp_path: Path) -> None:
@@ -385,17 +383,6 @@ def test_a_wrong_layout_is_told(tmp_path: Path, names: list[str], message: str) 
     make(tmp_path, *names)
     with pytest.raises(InputError, match=message):
         folder(tmp_path)
-
-
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        ({"test_fraction": 1.0}, r"test_fraction must be in \(0, 1\); got 1.0"),
-    ],
-)
-def test_wrong_arguments(pets: Path, arguments: dict[str, Any], message: str) -> None:
-    with pytest.raises(InputError, match=message):
-        folder(pets, **arguments)
 
 
 def test_the_path_must_exist(tmp_path: Path) -> None:

@@ -278,7 +278,7 @@ def test_what_is_not_worth_counting_is_more_than_the_count(shape: tuple[int, int
             network = models.create(name, image_shape=shape, **given)
         for batch_size in (1, 16, 256):
             assert memory.inference(network, batch_size, CPU) <= memory._most(network, batch_size)
-            plain = memory.inference(network, batch_size, CPU, options=memory.PLAIN)
+            plain = memory.inference(network, batch_size, CPU, **memory.PLAIN)
             assert plain <= memory._most(network, batch_size)
 
 

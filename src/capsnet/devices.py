@@ -51,44 +51,32 @@ def resolve_device(config: Config) -> torch.device:
         InputError: `cuda` or `mps` where there is none, or more devices than there are (processes than cores, on a
             CPU).
     """
-    if config.device == "mps":  # never chosen: nothing here was run on one
-        if not torch.backends.mps.is_available():
-            raise InputError("device mps must have an Apple GPU and a PyTorch that was built for it; found none")
-        if config.devices > 1:
-            raise InputError(f"devices must be at most the 1 GPU of this machine; got {config.devices}")
-        return torch.device("mps")
     gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if config.device == "mps" and not torch.backends.mps.is_available():
+        raise InputError("device mps must have an Apple GPU and a PyTorch that was built for it; found none")
     if config.device == "cuda" and not gpus:
         raise InputError("device cuda must have a CUDA GPU and a CUDA build of PyTorch; found none")
-    device = torch.device("cuda" if gpus and config.device != "cpu" else "cpu")
+    kind = config.device
+    if kind == "auto":  # mps is never chosen: nothing here was run on one
+        kind = "cuda" if gpus else "cpu"
     cores = max(2, os.cpu_count() or 1)  # two processes can be tried anywhere
-    most, what = (gpus, "GPUs") if device.type == "cuda" else (cores, "CPU cores")
+    most, what = {"mps": (1, "GPU"), "cuda": (gpus, "GPUs"), "cpu": (cores, "CPU cores")}[kind]
     if config.devices > most:
         raise InputError(f"devices must be at most the {most} {what} of this machine; got {config.devices}")
-    return device
+    return torch.device(kind)
 
 
 class Launch(NamedTuple):
-    """How the processes of a run are started.
+    """How the processes of a run are started."""
 
-    Attributes:
-        by: the program that started them, `torchrun` or `srun`; empty where Fabric is to.
-        rank: of this process among all.
-        world_size: number of processes.
-        here: of them on this machine.
-    """
-
-    by: str
-    rank: int
-    world_size: int
-    here: int
+    by: str  # the program that started them, `torchrun` or `srun`; empty where Fabric is to
+    rank: int  # of this process among all
+    world_size: int  # number of processes
+    here: int  # of them on this machine
 
 
 def launch(devices: int = 1) -> Launch:
-    """The processes of a run, as Fabric's own cluster environments see them.
-
-    Args:
-        devices: processes to start on this machine where no other program has started them.
+    """The processes of a run, as Fabric's own cluster environments see them; else `devices` on this machine, to start.
 
     Raises:
         InputError: another number than was started; or SLURM, which starts several, does not say how many on each
@@ -197,15 +185,10 @@ def shutdown(fabric: Fabric) -> None:
 
 
 class Free(NamedTuple):
-    """Memory that can still be had.
+    """Memory that can still be had."""
 
-    Attributes:
-        size: in bytes; infinite where the system does not say.
-        where: what bounds it, to follow "are".
-    """
-
-    size: float
-    where: str
+    size: float  # in bytes; infinite where the system does not say
+    where: str  # what bounds it, to follow "are"
 
 
 def free(device: torch.device) -> Free:

@@ -1,6 +1,7 @@
 """Files: the cache directory, names as they can be shown, bounded reading of what may be anything, atomic writing."""
 
 import contextlib
+import errno
 import gzip
 import json
 import os
@@ -13,12 +14,16 @@ from typing import Any, Protocol, runtime_checkable
 
 from capsnet.errors import InputError
 
+if sys.platform != "win32":
+    import fcntl
+
 __all__ = [
     "Readable",
     "Unbroken",
     "cache_dir",
     "check_utf8",
     "is_directory",
+    "locked",
     "parse_json",
     "parse_yaml",
     "read_bytes",
@@ -74,8 +79,7 @@ class Unbroken:
 
 def cache_dir() -> Path:
     """The directory for what can be had again: CAPSNET_CACHE, or the system's cache directory for capsnet."""
-    chosen = os.environ.get("CAPSNET_CACHE")
-    if chosen:
+    if chosen := os.environ.get("CAPSNET_CACHE"):
         return Path(chosen).expanduser()
     import pooch
 
@@ -116,15 +120,10 @@ def _shown(character: str) -> str:
 
 
 def read_up_to(file: Readable, most: int, name: str) -> bytes:
-    """All that a file holds.
-
-    Args:
-        file: read to its end.
-        most: bytes that it can rightly hold.
-        name: of the file, for errors.
+    """All that a file holds; `name` says in errors which.
 
     Raises:
-        InputError: it holds more, which is not read.
+        InputError: it holds more than `most` bytes, which are not read.
     """
     parts, left = list[bytes](), most
     while part := file.read(min(left + 1, _CHUNK)):  # not all at once: for that, Python sets `most` bytes aside
@@ -138,12 +137,9 @@ def read_up_to(file: Readable, most: int, name: str) -> bytes:
 def unpacked(path: str | os.PathLike[str], *, most: int = LARGEST_UNPACKED) -> bytes:
     """The content of a file, unpacked where its first two bytes, not its name, say that it is gzip.
 
-    Args:
-        path: of the file.
-        most: bytes that the content can rightly have; no more are unpacked.
-
     Raises:
-        InputError: the file cannot be read, is a gzip file cut short or damaged, or holds more.
+        InputError: the file cannot be read, is a gzip file cut short or damaged, or holds more than `most` bytes,
+            which are not unpacked.
     """
     try:
         with Path(path).open("rb") as file:
@@ -234,6 +230,26 @@ def parse_yaml(text: str, *, source: str) -> Any:
         raise InputError(f"{source} must be YAML; got: {reason[:200]}") from None
 
 
+def locked(handle: int, *, exclusive: bool, wait: bool = True) -> bool:
+    """Lock an open file (flock), which ends with the process, however that ends.
+
+    Returns:
+        False where another process holds it and there is no `wait`. True where there are no locks: on Windows, and on
+        some network drives.
+    """
+    if sys.platform == "win32":
+        return True
+    kind = fcntl.LOCK_EX if exclusive else fcntl.LOCK_SH
+    try:
+        fcntl.flock(handle, kind if wait else kind | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError as error:  # NFS locks for writing only what is open for writing: EBADF
+        if error.errno not in (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL, errno.EBADF):
+            raise
+    return True
+
+
 def write_atomically(path: Path, write: Callable[[Path], Any]) -> None:
     """Let `write` make a file beside `path`, flush it to the disk, and put it in place in one step.
 
@@ -248,11 +264,8 @@ def write_atomically(path: Path, write: Callable[[Path], Any]) -> None:
             os.fsync(file.fileno())
         temporary.replace(path)
     except OSError as error:
-        with contextlib.suppress(OSError):
-            temporary.unlink(missing_ok=True)
-        reason = error.strerror or str(error)
         kept = "; what it held before is kept" if path.is_file() else ""
-        raise InputError(f"file {path} must be writable; got: {reason}{kept}") from None
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
+        raise InputError(f"file {path} must be writable; got: {error.strerror or error}{kept}") from None
+    finally:
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)  # where it did not get into place

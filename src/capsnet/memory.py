@@ -8,9 +8,8 @@ whatever the sizes. `CAPSNET_MEMORY=off` refuses nothing.
 
 import os
 import weakref
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
-from types import MappingProxyType
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -61,13 +60,7 @@ def training(
 ) -> int:
     """Most bytes that a training takes on `device` beyond what its process holds before, without the images.
 
-    Args:
-        network: on any device; only its sizes are looked at.
-        config: of the run.
-        device: where it trains.
-        dataset: of which only the numbers of images are looked at.
-        precision: `32` or `bf16`.
-        batch_size: images of a step of one process.
+    Only sizes are looked at, and of `dataset` the numbers of images. `batch_size` is that of one process.
 
     Raises:
         InputError: sizes that PyTorch cannot count.
@@ -89,28 +82,15 @@ def training(
         return max(watch.peak, saving) + augmented + LIBRARIES
 
 
-def inference(
-    network: Network,
-    batch_size: int,
-    device: torch.device,
-    *,
-    precision: str = "32",
-    options: Mapping[str, str] = MappingProxyType({}),
-) -> int:
+def inference(network: Network, batch_size: int, device: torch.device, *, precision: str = "32", **options: str) -> int:
     """Most bytes that passes without gradients take on `device` beyond the network's own weights.
 
-    Args:
-        network: on any device; only its sizes are looked at.
-        batch_size: images at a time.
-        device: where it computes.
-        precision: `32` or `bf16`.
-        options: `routing_kernel` and `convolution`, where they are not the network's.
+    Only sizes are looked at. `options` are `routing_kernel` and `convolution`, where they are not the network's.
 
     Raises:
         InputError: sizes that PyTorch cannot count.
     """
-    options = {**network.kernels(device, precision), **options}
-    with _counted(network, Config(), precision, options) as (objective, watch):
+    with _counted(network, Config(), precision, network.kernels(device, precision) | options) as (objective, watch):
         weights = watch.now
         _infer(objective, network, batch_size)
         return watch.peak - weights + LIBRARIES
@@ -130,13 +110,8 @@ def check_training(
 ) -> None:
     """Raise InputError unless a training fits into the memory of this machine and its devices.
 
-    Args:
-        network: on any device; only its sizes are looked at.
-        config: of the run.
-        device: where it trains.
-        dataset: its images, of which those that are not read yet (see `data.outline`) are counted.
-        precision: `32` or `bf16`.
-        processes: on this machine, of which each has a device of its own, or all share a CPU.
+    Of the images those that are not read yet (see `data.outline`) are counted. Each of the `processes` on this machine
+    has a GPU of its own, or all share a CPU.
     """
     images = outline.nbytes(dataset)
     remedy = "choose a smaller --image-size"
@@ -155,15 +130,9 @@ def check_training(
 def check_inference(
     network: Network, batch_size: int, device: torch.device, *, task: str, precision: str = "32", copies: int = 0
 ) -> None:
-    """Raise InputError unless a loaded network can go through images `batch_size` at a time.
+    """Raise InputError unless a loaded network, and `copies` of it, can go through images `batch_size` at a time.
 
-    Args:
-        network: on any device.
-        batch_size: images at a time.
-        device: where it is to compute.
-        task: what is done, for the error.
-        precision: `32` or `bf16`.
-        copies: further networks of its size that are to go there.
+    `device` is where they are to compute, and `task` what the error calls it.
     """
     copies += device.type != next(network.parameters()).device.type
 
@@ -176,7 +145,7 @@ def check_inference(
 
 def check_demo(network: Network) -> None:
     """Raise InputError unless a loaded network can be shown: an image at a time, with all its votes."""
-    count = inference(network, DEMO_IMAGES, CPU, options=PLAIN) if _most(network, DEMO_IMAGES) > free(CPU).size else 0
+    count = inference(network, DEMO_IMAGES, CPU, **PLAIN) if _most(network, DEMO_IMAGES) > free(CPU).size else 0
     check(count, CPU, task="the demo", remedy=ELSEWHERE)
 
 
@@ -185,7 +154,7 @@ def check_export(network: Network, batch_size: int, format: str) -> None:
     share, copies, floor = EXPORTS[format]
 
     def needed(batch_size: int) -> int:
-        exported = share * (inference(network, batch_size, CPU, options=PLAIN) - LIBRARIES)
+        exported = share * (inference(network, batch_size, CPU, **PLAIN) - LIBRARIES)
         return max(floor, int(inference(network, batch_size, CPU) + exported + copies * _weights(network)))
 
     if _most(network, 4 * batch_size) + floor + copies * _weights(network) > free(CPU).size:
@@ -214,12 +183,7 @@ def amount(size: int | float) -> str:
 
 
 class _Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Count the memory of all tensors that are made inside.
-
-    Attributes:
-        now: bytes that are held.
-        peak: the most that were.
-    """
+    """Count the memory of all tensors that are made inside: bytes that are held `now`, and the `peak` of them."""
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
@@ -228,18 +192,15 @@ class _Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         results = func(*args, **(kwargs or {}))
-        for tensor in tree_leaves(results):
-            if isinstance(tensor, Tensor):
-                self._add(tensor.untyped_storage())
+        storages = [leaf.untyped_storage() for leaf in tree_leaves(results) if isinstance(leaf, Tensor)]
+        for storage in storages:
+            key, size = storage._cdata, storage.nbytes()
+            if key not in self._sizes:
+                self._sizes[key] = size
+                self.now += size
+                self.peak = max(self.peak, self.now)
+                weakref.finalize(storage, self._remove, key).atexit = False
         return results
-
-    def _add(self, storage: torch.UntypedStorage) -> None:
-        key, size = storage._cdata, storage.nbytes()
-        if key not in self._sizes:
-            self._sizes[key] = size
-            self.now += size
-            self.peak = max(self.peak, self.now)
-            weakref.finalize(storage, self._remove, key).atexit = False
 
     def _remove(self, key: int) -> None:
         self.now -= self._sizes.pop(key)
@@ -268,10 +229,7 @@ def _counted(
     try:
         with pool.set_aside(), _Watch() as watch, torch.device("meta"):
             objective = Objective(create(**{**network.config, **changed}), config)
-            if precision == "bf16":
-                with _Autocast():
-                    yield objective, watch
-            else:
+            with _Autocast() if precision == "bf16" else nullcontext():
                 yield objective, watch
     except (RuntimeError, OverflowError) as error:
         raise InputError(f"sizes must be ones that PyTorch can count; got: {str(error).splitlines()[0]}") from None

@@ -108,7 +108,6 @@ def predict(
                 continue
             image, scores, reconstruction, error = next(found)
             values, order = scores.topk(min(2, len(scores)))
-            limit = card.threshold.value if card.threshold and error is not None else None
             yield Prediction(
                 name=name,
                 label=network.classes[int(order[0])],
@@ -116,7 +115,7 @@ def predict(
                 runner_up=network.classes[int(order[-1])],
                 runner_up_presence=float(values[-1]),
                 error=error,
-                ood=None if limit is None or error is None else error > limit,
+                ood=None if card.threshold is None or error is None else error > card.threshold.value,
                 inverted=one.inverted,
                 framed=one.framed,
                 notes=one.notes,

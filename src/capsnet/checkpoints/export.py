@@ -42,21 +42,13 @@ Runner = Callable[[Tensor], dict[str, Tensor]]
 
 @dataclass(frozen=True)
 class Export:
-    """What was written, and how it compares with the network.
+    """What was written, and how it compares with the network."""
 
-    Attributes:
-        path: the file, or the folder for safetensors.
-        format: one of `FORMATS`.
-        images: number of images that were compared.
-        changed: number of images with another prediction; 0, as nothing is written otherwise.
-        differences: largest absolute difference of each output.
-    """
-
-    path: str
-    format: str
-    images: int
-    changed: int
-    differences: dict[str, float]
+    path: str  # the file, or the folder for safetensors
+    format: str  # one of `FORMATS`
+    images: int  # number of images that were compared
+    changed: int  # number of images with another prediction; 0, as nothing is written otherwise
+    differences: dict[str, float]  # largest absolute difference of each output
 
     def to_dict(self) -> dict[str, Any]:
         """Everything as JSON can hold it."""

@@ -59,10 +59,9 @@ class Card:
         return self.config.get("data")
 
     def reading(self, image_shape: tuple[int, int, int]) -> Preprocessing:
-        """How image files become what the network sees: as the card says, or as one of an earlier version means.
+        """How image files become what a network of this `image_shape` sees.
 
-        Args:
-            image_shape: channels, height and width of the network's images.
+        That is what the card says, or what one of an earlier version means.
         """
         if self.preprocessing is not None:
             return self.preprocessing
@@ -72,9 +71,8 @@ class Card:
         if crop is not None:
             whole = known.image_shape[1:] if known else (height, width)
             height, width = size_of(self.config.get("image_size")) or whole
-        digits = known is not None and known.framing == "digits" and self.frame is not None
-        frame = self.frame if digits else None
-        return Preprocessing(height, width, channels, crop, framing="digits" if digits else "off", frame=frame)
+        frame = self.frame if known and known.framing == "digits" else None
+        return Preprocessing(height, width, channels, crop, framing="digits" if frame else "off", frame=frame)
 
     @property
     def command(self) -> str | None:

@@ -41,11 +41,9 @@ STORED = frozenset({torch.float16, torch.bfloat16, torch.float32, torch.float64}
 
 
 def save_pretrained(network: Network, directory: str | Path) -> None:
-    """Write `model.safetensors` and `config.json`: all that `load` and `from_pretrained` need.
+    """Write `model.safetensors` and `config.json`: all that `load` and `from_pretrained` need of a network of `create`.
 
-    Args:
-        network: a network made by `create`.
-        directory: made if it is not there; only these two files are replaced.
+    The directory is made if it is not there.
 
     Raises:
         InputError: the files cannot be written.
@@ -126,11 +124,7 @@ def load(path: str | Path) -> Network:
 
 
 def _described(path: Path) -> Network:
-    """The network that a `config.json` describes, without memory for its weights.
-
-    Raises:
-        InputError: it is not one that capsnet writes, or there can be no such network.
-    """
+    """The network that a `config.json` describes, without memory for its weights."""
     source = f"file {path}"
     options = renamed(checked(read_json(path), dict[str, Any], source=source))
     if "objects" in options:  # as it was called in earlier files
@@ -142,10 +136,9 @@ def _described(path: Path) -> Network:
             raise InputError(f"{source} must hold options of model {name}; got {shown(key)}")
         options[key] = checked(value, kinds[key], name=key, source=source)
     try:
-        network = outline(**options)
-        size = 4 * network.parameter_count()
-        task = f"model {name}, of {network.parameter_count():,} parameters,"
-        memory.check(2 * size, torch.device("cpu"), task=task, remedy="it must be loaded where there is more")
+        network, remedy = outline(**options), "it must be loaded where there is more"
+        count = network.parameter_count()
+        memory.check(8 * count, memory.CPU, task=f"model {name}, of {count:,} parameters,", remedy=remedy)
         return network
     except InputError as error:
         raise InputError(f"{source}: {error}") from None
@@ -153,10 +146,6 @@ def _described(path: Path) -> Network:
 
 def outline(name: str, **options: Any) -> Network:
     """The network that `models.create` makes, without memory for its weights.
-
-    Args:
-        name: of the model.
-        options: of `models.create`.
 
     Raises:
         InputError: see `models.create`; or sizes that PyTorch cannot count.
@@ -192,19 +181,9 @@ def from_pretrained(name: str | Path, *, revision: str | None = None) -> Network
 
 
 def fitted(
-    network: Network,
-    weights: Mapping[str, Tensor],
-    *,
-    source: str,
-    stored: AbstractSet[torch.dtype] = frozenset(),
+    network: Network, weights: Mapping[str, Tensor], *, source: str, stored: AbstractSet[torch.dtype] = frozenset()
 ) -> dict[str, Tensor]:
-    """The weights of `network`, in its types.
-
-    Args:
-        network: whose they are to be.
-        weights: by name.
-        source: the file they are from, for errors.
-        stored: further types that a weight may have there.
+    """The weights of `network`, in its types; in the file `source` they may also have those `stored`.
 
     Raises:
         InputError: they do not fit exactly, or are not finite; the first wrong one is named, with both shapes.

@@ -9,7 +9,6 @@ import csv
 import io
 import json
 import os
-import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -28,11 +27,8 @@ from capsnet.data import Split, manifest
 from capsnet.data.manifest import Manifest
 from capsnet.errors import InputError
 from capsnet.evaluation import Predictions
-from capsnet.files import read_json, read_text, write_atomically
+from capsnet.files import locked, read_json, read_text, write_atomically
 from capsnet.options.schema import checked, shown
-
-if sys.platform != "win32":
-    import fcntl
 
 __all__ = ["CHECKPOINT_VERSION", "WRITTEN", "Checkpoint", "Row", "Run", "RunResult"]
 
@@ -104,11 +100,7 @@ class Checkpoint(TypedDict):
 
 
 class Run:
-    """Paths of one run directory, and its files.
-
-    Attributes:
-        directory: where everything of the run is.
-    """
+    """Paths of one run directory, and its files."""
 
     def __init__(self, directory: str | Path) -> None:
         self.directory = Path(directory)
@@ -134,30 +126,17 @@ class Run:
         Raises:
             InputError: another process is training here.
         """
-        handle = self._lock()
+        handle: int | None = None
+        with contextlib.suppress(OSError):  # of which `create` tells; Windows opens no directory
+            self.directory.mkdir(parents=True, exist_ok=True)
+            handle = os.open(self.directory, os.O_RDONLY)
         try:
+            if handle is not None and not locked(handle, exclusive=True, wait=False):
+                raise InputError(f"run directory {self.directory} must be free; another process trains in it")
             yield
         finally:
             if handle is not None:
                 os.close(handle)
-
-    def _lock(self) -> int | None:
-        """The open and locked directory; None if it cannot be opened (`create` reports it) or locked."""
-        if sys.platform == "win32":
-            return None
-        try:
-            self.directory.mkdir(parents=True, exist_ok=True)
-            handle = os.open(self.directory, os.O_RDONLY)
-        except OSError:
-            return None
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            os.close(handle)
-            raise InputError(f"run directory {self.directory} must be free; another process trains in it") from None
-        except OSError:
-            pass
-        return handle
 
     def create(self, config: Config, images: Manifest, *, overwrite: bool) -> None:
         """Make the directory and write which images the run uses, then the configuration, with which it has begun.
@@ -195,12 +174,10 @@ class Run:
                 f"out directory {self.directory} must be free; it holds a run "
                 f"(go on with --resume {self.directory}, replace it with --overwrite, or give another --out)"
             )
+        ours = {self.manifest_path, *self.directory.glob(".*.partial")}
         if self.exists():
             self.config()  # a config.yaml of something else is not ours to replace
-        elif self.directory.exists() and set(self.directory.iterdir()) - {
-            self.manifest_path,
-            *self.directory.glob(".*.partial"),
-        }:
+        elif self.directory.exists() and set(self.directory.iterdir()) - ours:
             raise InputError(f"out directory {self.directory} must be empty or new; it holds other files")
 
     def _remove(self, *patterns: str) -> None:
@@ -242,11 +219,9 @@ class Run:
     def load_checkpoint(self, *, most: int | None = None) -> Checkpoint:
         """The last checkpoint, on the CPU: of the right form, but not yet known to fit a network.
 
-        Args:
-            most: bytes that the file can rightly hold; default: any number.
-
         Raises:
-            InputError: there is none, or it is damaged, of another version or of another form.
+            InputError: there is none, or it is damaged, of another version or of another form, or holds more than
+                `most` bytes.
         """
         path = self.checkpoint_path
         if not path.exists():
@@ -255,9 +230,7 @@ class Run:
         try:
             if most is not None and path.stat().st_size > most:
                 raise InputError(f"checkpoint {path} must hold at most {most:,} bytes for this network; got more")
-            with ZipFile(path) as archive:  # PyTorch ignores checksums, and unpacks what it itself never packs
-                if any(part.compress_type for part in archive.infolist()) or archive.testzip():
-                    raise InputError(f"{what}; it is damaged")
+            _check_archive(path)
             content: Any = torch.load(path, map_location="cpu", weights_only=True)
         except InputError:
             raise
@@ -338,9 +311,7 @@ class Run:
         if not path.is_file():
             return None
         try:
-            with ZipFile(path) as archive:
-                if any(part.compress_type for part in archive.infolist()) or archive.testzip():
-                    raise ValueError("damaged")
+            _check_archive(path)
             with np.load(path, allow_pickle=False) as arrays:
                 if str(arrays["images"]) != manifest.hash_of(split):
                     return None
@@ -352,6 +323,13 @@ class Run:
         if any(len(tensor) != len(split) for tensor in tensors.values()):
             raise InputError(f"file {path} must hold a row for each of {len(split):,} images; it does not")
         return found
+
+
+def _check_archive(path: Path) -> None:
+    """Raise an exception unless it is whole: PyTorch ignores checksums, and unpacks what it itself never packs."""
+    with ZipFile(path) as archive:
+        if any(part.compress_type for part in archive.infolist()) or archive.testzip():
+            raise ValueError("damaged")
 
 
 def _number(cell: Any) -> Any:

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 
 from capsnet.data.dataset import Dataset, Split, check_memory
+from capsnet.data.photo import channels_first
 from capsnet.data.registry import DataDir, Entry, available, entry
 from capsnet.errors import InputError
 from capsnet.files import is_directory
@@ -90,18 +91,9 @@ def load_split(
     channels: int | None = None,
     seed: int = 0,
 ) -> Split:
-    """One split of a registered data set; the files of the others need not be there.
+    """One split, `train`, `test` or, where it has one, `validation`, of a registered data set.
 
-    Args:
-        name: one of `available()`.
-        split: "train" or "test", or "validation" where the set has one.
-        data_dir: as in `load`.
-        image_size: as in `load`.
-        channels: as in `load`.
-        seed: as in `load`.
-
-    Raises:
-        InputError: as `load`.
+    The files of the other splits need not be there. All other arguments, and what is refused, are those of `load`.
     """
     about = entry(name)
     shape = fitting_shape(about, image_size, channels, seed)
@@ -141,15 +133,11 @@ def _fit(whole: Split, shape: tuple[int, int, int]) -> Split:
     images = torch.empty(count, *shape, dtype=torch.uint8)
     for k, image in enumerate(whole.images):
         planes = [image.permute(1, 2, 0).numpy()] if has == 3 else list(image.numpy())  # as many as cameras
-        for channel, plane in enumerate(planes):
+        for plane, place in zip(planes, images[k].chunk(len(planes)), strict=True):
             one = Image.fromarray(plane)
             one = one.convert("L") if channels < has else one
             one = one.resize((size[1], size[0]), Image.Resampling.LANCZOS) if size != native else one
-            pixels = torch.from_numpy(np.array(one))
-            if len(planes) > 1:
-                images[k, channel] = pixels
-            else:  # grey is repeated over the channels
-                images[k] = pixels if pixels.ndim == 2 else pixels.permute(2, 0, 1)
+            place.copy_(channels_first(np.array(one), len(place)))
     return replace(whole, images=images)
 
 

@@ -28,21 +28,13 @@ def check_memory(count: int, shape: tuple[int, ...]) -> None:
 
 
 class ImageFile(NamedTuple):
-    """An image of a folder.
+    """An image of a folder."""
 
-    Attributes:
-        path: from the folder on, with `/`.
-        label: number of its class.
-        split: `train`, `validation` or `test`; empty where it is still to be divided, `unused` where none wants it.
-        hash: BLAKE2b of its content, 32 hexadecimal digits.
-        header: what it tells before it is decoded.
-    """
-
-    path: str
-    label: int
-    split: str
-    hash: str
-    header: Header
+    path: str  # from the folder on, with `/`
+    label: int  # number of its class
+    split: str  # `train`, `validation` or `test`; empty where it is still to be divided, `unused` where none wants it
+    hash: str  # BLAKE2b of its content, 32 hexadecimal digits
+    header: Header  # what it tells before it is decoded
 
 
 @dataclass(frozen=True, eq=False)
@@ -70,9 +62,8 @@ class Split:
             raise InputError(f"images must be uint8 [N, C, H, W]; got {self.images.dtype} {list(self.images.shape)}")
         if self.labels.dtype != torch.int64 or self.labels.ndim not in (1, 2):
             raise InputError(f"labels must be int64 [N] or [N, k]; got {self.labels.dtype} {list(self.labels.shape)}")
-        alone = None if self.labels.ndim == 1 else (*self.labels.shape, *self.images.shape[1:])
-        if (None if self.single_images is None else tuple(self.single_images.shape)) != alone:
-            got = None if self.single_images is None else list(self.single_images.shape)
+        got = None if self.single_images is None else list(self.single_images.shape)
+        if got != (None if self.labels.ndim == 1 else [*self.labels.shape, *self.images.shape[1:]]):
             raise InputError(
                 f"single_images must be [N, k, C, H, W] where labels are [N, k], and absent elsewhere; got {got}"
             )
@@ -95,9 +86,7 @@ class Split:
         Raises:
             InputError: images smaller than that.
         """
-        single_images = None
-        if self.single_images is not None:
-            single_images = torch.stack([centre_crop(one, size) for one in self.single_images.unbind(1)], dim=1)
+        single_images = None if self.single_images is None else centre_crop(self.single_images, size)
         return replace(self, images=centre_crop(self.images, size), single_images=single_images)
 
     def paired(self, *, shift: int, seed: int) -> "Split":
@@ -147,40 +136,27 @@ class Dataset:
     notes: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
-        if self.objects_per_image not in (1, 2):
-            raise InputError(f"data set {self.name}: objects_per_image must be 1 or 2; got {self.objects_per_image}")
+        def need(holds: bool, rule: str) -> None:
+            if not holds:
+                raise InputError(f"data set {self.name}: {rule}")
+
+        need(self.objects_per_image in (1, 2), f"objects_per_image must be 1 or 2; got {self.objects_per_image}")
         for name in ("train", "validation", "test"):
             split: Split | None = getattr(self, name)
             if split is None:
                 continue
-            if len(split) == 0:
-                raise InputError(f"data set {self.name}: the {name} split must hold at least one image; got none")
-            low, high = int(split.labels.min()), int(split.labels.max())
-            if low < 0 or high >= len(self.classes):
-                raise InputError(
-                    f"data set {self.name}: labels of the {name} split must be 0 to {len(self.classes) - 1}; "
-                    f"got {low} to {high}"
-                )
-            if name != "train" and tuple(split.images.shape[1:]) != self.image_shape:
-                raise InputError(
-                    f"data set {self.name}: {name} images must be {self.image_shape} as the training images; "
-                    f"got {tuple(split.images.shape[1:])}"
-                )
-            shown = 1 if name == "train" else self.objects_per_image
-            if split.labels[0].numel() != shown:
-                raise InputError(
-                    f"data set {self.name}: {name} images must show {shown} object{'s' * (shown > 1)} each; "
-                    f"got {split.labels[0].numel()}"
-                )
-            if shown > 1 and bool((split.labels[:, 0] == split.labels[:, 1]).any()):
-                raise InputError(
-                    f"data set {self.name}: {name} images must show objects of different classes; got one class twice"
-                )
-            if shown < self.objects_per_image and low == high:
-                raise InputError(
-                    f"data set {self.name}: training images to be paired must be of at least 2 classes; "
-                    f"got {len(split)} of one class"
-                )
+            need(len(split) > 0, f"the {name} split must hold at least one image; got none")
+            low, high, most = int(split.labels.min()), int(split.labels.max()), len(self.classes) - 1
+            need(low >= 0 and high <= most, f"labels of the {name} split must be 0 to {most}; got {low} to {high}")
+            shape, wanted = tuple(split.images.shape[1:]), self.image_shape
+            fits = name == "train" or shape == wanted
+            need(fits, f"{name} images must be {wanted} as the training images; got {shape}")
+            objects, shown = split.labels[0].numel(), 1 if name == "train" else self.objects_per_image
+            need(objects == shown, f"{name} images must show {shown} object{'s' * (shown > 1)} each; got {objects}")
+            differ = shown == 1 or not bool((split.labels[:, 0] == split.labels[:, 1]).any())
+            need(differ, f"{name} images must show objects of different classes; got one class twice")
+            paired = shown == self.objects_per_image or low < high
+            need(paired, f"training images to be paired must be of at least 2 classes; got {len(split)} of one class")
 
     @property
     def image_shape(self) -> tuple[int, int, int]:
@@ -202,21 +178,14 @@ class Dataset:
         Raises:
             InputError: images smaller than that.
         """
-        height, width = self.train.images.shape[2:]
-        if not 0 < size <= min(height, width):
-            raise InputError(
-                f"crop must be 1 to {min(height, width)} pixels for images of {height} x {width}; got {size}"
-            )
         validation = self.validation and self.validation.cropped(size)
         return replace(self, test=self.test.cropped(size), validation=validation, crop=size)
 
     def with_train(self, count: int, *, seed: int, shares: bool = True) -> "Dataset":
         """The same with `count` random training images only, of each class its share.
 
-        Args:
-            count: number of images.
-            seed: chooses the images; the same seed always chooses the same, and fewer are among more.
-            shares: False chooses from all classes together, as runs without a manifest did.
+        The same seed always chooses the same, and fewer are among more. Without `shares` they are chosen from all
+        classes together, as runs without a manifest did.
 
         Raises:
             InputError: there are not so many.
@@ -232,10 +201,7 @@ class Dataset:
     def with_validation(self, count: int, *, seed: int, shares: bool = True) -> "Dataset":
         """Split `count` random images off the training split as validation, of each class its share.
 
-        Args:
-            count: 0 to train on everything: then there is no validation split, not even the data set's own.
-            seed: chooses the images; the same seed always chooses the same.
-            shares: False chooses from all classes together, as runs without a manifest did.
+        With 0 there is no validation split, not even the data set's own. `seed` and `shares` are as in `with_train`.
 
         Raises:
             InputError: `count` leaves nothing to train on.
@@ -268,14 +234,7 @@ def to_float(images: Tensor) -> Tensor:
 def stratified(labels: Tensor, count: int, *, seed: int, held_out: bool = False) -> Tensor:
     """`count` random places, of each class its share; the same seed always chooses the same, and fewer are among more.
 
-    Args:
-        labels: `int64 [N]`.
-        count: of places.
-        seed: chooses them.
-        held_out: of each class at least one is left; else of each class one comes first.
-
-    Returns:
-        `int64 [count]`.
+    Labels are `int64 [N]`, places `int64 [count]`. Of each class one comes first, or, if `held_out`, one is left.
 
     Raises:
         InputError: there are not so many to choose from.

@@ -24,8 +24,10 @@ from typing import TypeVar
 from capsnet.errors import InputError
 from capsnet.files import LARGEST_UNPACKED, cache_dir, unpacked
 
-__all__ = ["Source", "cache_dir", "contents", "from_mirrors", "here", "locate", "places", "roots", "sha256_of"]
+__all__ = ["DataDir", "Source", "contents", "from_mirrors", "here", "locate", "places", "roots", "sha256_of"]
 
+DataDir = str | os.PathLike[str] | None
+"""What the argument `data_dir` may be."""
 T = TypeVar("T")
 
 _ATTEMPTS = 2
@@ -35,30 +37,17 @@ _TIMEOUT_S = 20.0
 
 @dataclass(frozen=True)
 class Source:
-    """Where a data set comes from, and what its files must be.
+    """Where a data set comes from, and what its files must be."""
 
-    Attributes:
-        name: of the data set; also of its folder, which may be called `<name>-test` where it has the test
-            split only.
-        files: name of each file, unpacked, to the SHA-256 of its unpacked content; None where that is not
-            known.
-        mirrors: addresses that end in a slash, tried in turn.
-        packed: SHA-256 of the published `.gz`, for a file whose unpacked checksum is not known.
-        most: bytes of its largest file, unpacked.
-    """
-
-    name: str
-    files: Mapping[str, str | None]
-    mirrors: tuple[str, ...]
-    packed: Mapping[str, str] = field(default_factory=dict)
-    most: int = LARGEST_UNPACKED
+    name: str  # also of its folder, which may be called `<name>-test` where it has the test split only
+    files: Mapping[str, str | None]  # name of each, unpacked, to the SHA-256 of its content; None where not known
+    mirrors: tuple[str, ...]  # addresses that end in a slash, tried in turn
+    packed: Mapping[str, str] = field(default_factory=dict)  # SHA-256 of the published `.gz` where that is not known
+    most: int = LARGEST_UNPACKED  # bytes of its largest file, unpacked
 
 
-def roots(source: Source, data_dir: str | os.PathLike[str] | None) -> list[list[Path]]:
-    """The directories to look in for the files of a set, in order, whether they exist or not.
-
-    Returns:
-        For each of them its folders, in order: those of the set's own name, and itself.
+def roots(source: Source, data_dir: DataDir) -> list[list[Path]]:
+    """The directories to look in for the files of a set, each as its folders of the set's own name, and itself.
 
     Raises:
         InputError: `data_dir` is given and is not a directory.
@@ -73,7 +62,7 @@ def roots(source: Source, data_dir: str | os.PathLike[str] | None) -> list[list[
     return [[root / source.name, root / f"{source.name}-test", root] for root in found]
 
 
-def places(source: Source, data_dir: str | os.PathLike[str] | None) -> list[Path]:
+def places(source: Source, data_dir: DataDir) -> list[Path]:
     """All folders of `roots`, in order."""
     return [folder for folders in roots(source, data_dir) for folder in folders]
 
@@ -85,34 +74,23 @@ def locate(folders: Iterable[Path], names: Iterable[str]) -> list[Path]:
 
 
 def here(
-    source: Source, data_dir: str | os.PathLike[str] | None, *, files: Iterable[str] | None = None, packing: str = ".gz"
+    source: Source, data_dir: DataDir, *, files: Iterable[str] | None = None, packing: str = ".gz"
 ) -> dict[str, list[Path]]:
     """The files of a set as they are published, packed or not, each with the first copy on this machine, unverified.
 
     Raises:
         InputError: see `roots`.
     """
-    folders = places(source, data_dir)
-    return {
-        f"{file}{packing}": locate(folders, (f"{file}.gz", file))[:1]
-        for file in (source.files if files is None else files)
-    }
+    folders, wanted = places(source, data_dir), source.files if files is None else files
+    return {f"{file}{packing}": locate(folders, (f"{file}.gz", file))[:1] for file in wanted}
 
 
 def contents(
-    source: Source,
-    files: Sequence[str],
-    data_dir: str | os.PathLike[str] | None,
-    *,
-    known: Mapping[str, str] | None = None,
+    source: Source, files: Sequence[str], data_dir: DataDir, *, known: Mapping[str, str] | None = None
 ) -> dict[str, tuple[Path, bytes]]:
     """The path and the verified, unpacked content of each of the `files`, downloaded where need be.
 
-    Args:
-        source: the data set.
-        files: names, unpacked.
-        data_dir: see the head of this file.
-        known: by the SHA-256 of a file, unpacked or as published, the name of the set it belongs to.
+    `known` tells, by the SHA-256 of a file, unpacked or as published, the name of the set it belongs to.
 
     Raises:
         InputError: a file here has a wrong checksum and no sound copy is beside it, or a file is neither here nor
@@ -120,23 +98,8 @@ def contents(
     """
     found: dict[str, tuple[Path, bytes]] = {}
     for file in files:
-        foreign: InputError | None = None
-        for folders in roots(source, data_dir):
-            fault: InputError | None = None
-            for path in locate(folders, (f"{file}.gz", file)):
-                try:
-                    found[file] = path, _verified(source, file, path, known or {})
-                    break
-                except _OfAnotherSet as error:
-                    foreign = foreign or error
-                except InputError as error:
-                    fault = fault or error
-            if file in found:
-                break
-            if fault is not None:
-                raise fault
-        if file not in found and data_dir is not None and foreign is not None:
-            raise foreign
+        if sound := _first_sound(source, file, data_dir, known or {}):
+            found[file] = sound
     missing = [file for file in files if file not in found]
     absent = [name for name, paths in here(source, data_dir).items() if not paths]  # also of the other split
     for file in missing:
@@ -152,36 +115,51 @@ def contents(
     return found
 
 
-def from_mirrors(
-    source: Source,
-    name: str,
-    accept: Callable[[Path], T],
-    *,
-    wanted: Sequence[str],
-    data_dir: str | os.PathLike[str] | None,
-) -> T:
-    """Download a file from the first mirror whose copy is accepted.
+def _first_sound(source: Source, file: str, data_dir: DataDir, known: Mapping[str, str]) -> tuple[Path, bytes] | None:
+    """A copy of a file on this machine, and its content; None where there is none, sound or not."""
+    foreign: InputError | None = None
+    for folders in roots(source, data_dir):
+        fault: InputError | None = None
+        for path in locate(folders, (f"{file}.gz", file)):
+            try:
+                return path, _verified(source, file, path, known)
+            except _OfAnotherSet as error:
+                foreign = foreign or error
+            except InputError as error:
+                fault = fault or error
+        if fault is not None:
+            raise fault
+    if data_dir is not None and foreign is not None:
+        raise foreign
+    return None
 
-    Args:
-        source: the data set with its mirrors.
-        name: of the file at the mirrors.
-        accept: is given the downloaded file, in a temporary folder inside the cache; verifies it, moves it to
-            where it shall stay, and returns what this function returns. Its InputError means: a bad copy, try
-            the next.
-        wanted: all files that are missing, for the message.
-        data_dir: the one directory that was to be looked in, if any.
+
+def from_mirrors(
+    source: Source, name: str, accept: Callable[[Path], T], *, wanted: Sequence[str], data_dir: DataDir
+) -> T:
+    """Download the file `name` from the first mirror whose copy is accepted.
+
+    `accept` is given the downloaded file, in a temporary folder inside the cache; it verifies it, moves it to where it
+    shall stay, and returns what this function returns. Its InputError means: a bad copy, try the next. `wanted` are all
+    files that are missing, for the message.
 
     Raises:
         InputError: a `data_dir` was given, or downloads are switched off; no mirror has a sound copy, or the cache
             cannot be written.
     """
-    looked = places(source, data_dir)
+
+    def unavailable(*reasons: str) -> InputError:
+        return InputError(
+            f"data set {source.name} must be on this machine or downloadable; missing: {', '.join(wanted)}; "
+            f"looked in: {', '.join(map(str, places(source, data_dir)))}; {'; '.join(reasons)}; put the files into a "
+            "directory and name it with --data-dir or CAPSNET_DATA, or use --data strokes, which needs no download"
+        )
+
     if data_dir is not None:
-        raise _unavailable(source, wanted, looked, ["with --data-dir nothing is downloaded"])
+        raise unavailable("with --data-dir nothing is downloaded")
     if os.environ.get("CAPSNET_OFFLINE", "0") not in ("", "0"):
-        raise _unavailable(source, wanted, looked, ["downloads are off (CAPSNET_OFFLINE)"])
-    folder = cache_dir() / source.name
-    failures = []
+        raise unavailable("downloads are off (CAPSNET_OFFLINE)")
+    folder, failures = cache_dir() / source.name, []
     try:
         folder.mkdir(parents=True, exist_ok=True)
         temporary = tempfile.TemporaryDirectory(prefix=".download-", dir=folder)
@@ -195,7 +173,7 @@ def from_mirrors(
                 return accept(_retrieve(mirror + name, Path(directory) / name))
             except (OSError, InputError) as error:
                 failures.append(f"{mirror}: {_reason(error)}")
-    raise _unavailable(source, wanted, looked, failures)
+    raise unavailable(*failures)
 
 
 def _retrieve(url: str, path: Path) -> Path:
@@ -253,22 +231,13 @@ def sha256_of(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _unavailable(source: Source, wanted: Sequence[str], looked: Sequence[Path], failures: Sequence[str]) -> InputError:
-    return InputError(
-        f"data set {source.name} must be on this machine or downloadable; missing: {', '.join(wanted)}; "
-        f"looked in: {', '.join(map(str, looked))}; {'; '.join(failures)}; put the files into a directory "
-        "and name it with --data-dir or CAPSNET_DATA, or use --data strokes, which needs no download"
-    )
-
-
 def _status(error: Exception) -> int | None:
     """The HTTP status, where a server answered with an error."""
     return getattr(getattr(error, "response", None), "status_code", None)
 
 
 def _reason(error: Exception) -> str:
-    status = _status(error)
-    if status is not None:
+    if (status := _status(error)) is not None:
         return f"HTTP status {status}"
     if isinstance(error, InputError):
         return str(error)

@@ -8,7 +8,6 @@ LeCun, Cortes and Burges, "The MNIST database of handwritten digits", http://yan
 import math
 import os
 import struct
-from collections.abc import Mapping
 
 import numpy as np
 import torch
@@ -17,7 +16,8 @@ from torch import Tensor
 
 from capsnet.data import download
 from capsnet.data.dataset import Split
-from capsnet.data.download import Source
+from capsnet.data.download import DataDir, Source
+from capsnet.data.registry import checksums
 from capsnet.errors import InputError
 
 __all__ = ["FILES", "MNIST_BYTES", "parse_images", "parse_labels", "read"]
@@ -35,27 +35,22 @@ FILES = {
 def read(
     source: Source,
     split: str,
-    data_dir: str | os.PathLike[str] | None,
     *,
-    known: Mapping[str, str],
+    data_dir: DataDir = None,
     shape: tuple[int, ...] | None = None,
     of_each: int | None = None,
+    **_: object,
 ) -> Split:
-    """One split of MNIST or its kind, downloaded where need be.
+    """One split of MNIST or its kind, `train` or `test`, downloaded where need be.
 
-    Args:
-        source: with the names of `FILES`, and the mirrors.
-        split: `"train"` or `"test"`.
-        data_dir: as in `data.load`.
-        known: see `download.contents`: sets of this kind share the names of their files.
-        shape: that of all images; checked where it is given, as a checksum may not be known.
-        of_each: number of labels of each class; checked likewise.
+    Sets of this kind share the names of `FILES`. As a checksum may not be known, the `shape` of all images and the
+    number `of_each` label are checked where they are given.
 
     Raises:
         InputError: a file is not here and not to be had, has a wrong checksum or other counts, or is not what its
             parser wants.
     """
-    found = download.contents(source, FILES[split], data_dir, known=known)
+    found = download.contents(source, FILES[split], data_dir, known=checksums())
     (images_path, images), (labels_path, labels) = (found[file] for file in FILES[split])
     whole = Split(parse_images(images, images_path), parse_labels(labels, labels_path))
     if shape is not None and whole.images.shape != shape:

@@ -29,10 +29,7 @@ from jaxtyping import UInt8
 from torch import Tensor
 
 from capsnet.errors import InputError
-from capsnet.files import Unbroken, cache_dir
-
-if sys.platform != "win32":
-    import fcntl
+from capsnet.files import Unbroken, cache_dir, locked
 
 __all__ = ["Entry", "clear", "cores", "decoded", "entries", "limit"]
 
@@ -52,37 +49,22 @@ Decode = Callable[[int], Tensor | np.ndarray]
 
 @dataclass(frozen=True)
 class Entry:
-    """A file of decoded images in the cache.
-
-    Attributes:
-        path: of the file.
-        shape: number of images, channels, height and width.
-        size: in bytes.
-        used: when it was mapped last, in seconds since the epoch.
-    """
+    """A file of decoded images in the cache."""
 
     path: Path
-    shape: tuple[int, ...]
-    size: int
-    used: float
+    shape: tuple[int, ...]  # number of images, channels, height and width
+    size: int  # in bytes
+    used: float  # when it was mapped last, in seconds since the epoch
 
 
 def decoded(
-    count: int,
-    shape: tuple[int, int, int],
-    decode: Decode,
-    *,
-    key: str,
-    tell: Callable[[str], object] | None = None,
+    count: int, shape: tuple[int, int, int], decode: Decode, *, key: str, tell: Callable[[str], object] | None = None
 ) -> UInt8[Tensor, "count channels height width"]:
     """`count` images of one shape, decoded on all cores; those of more than `IN_MEMORY` bytes once and for all.
 
-    Args:
-        count: number of images, at least 1.
-        shape: channels, height and width of each.
-        decode: makes image `i`, `uint8 [*shape]`; called in several threads.
-        key: hexadecimal digits that stand for the content: other images or another preprocessing, another key.
-        tell: is given a line where the images are mapped: the file, and why there is a wait.
+    `decode` makes image `i`, `uint8 [*shape]`, in several threads. `key`, hexadecimal digits, stands for the content:
+    other images or another preprocessing, another key. `tell` is given a line where the images are mapped: the file,
+    and why there is a wait.
 
     Returns:
         A tensor of its own, or one that is mapped from the file: what is written to it stays in this process.
@@ -152,7 +134,7 @@ def _folder() -> Path:
 def _mapped(path: Path, size: int) -> mmap.mmap | None:
     """The entry, which is then in use as long as the map is alive; None where there is none that is whole."""
     with suppress(FileNotFoundError), path.open("rb") as file:
-        _locked(file.fileno(), exclusive=False)
+        locked(file.fileno(), exclusive=False)
         if os.fstat(file.fileno()).st_size == size:
             with suppress(OSError):  # the files of another user, or of a read-only disk
                 os.utime(path)
@@ -168,9 +150,9 @@ def _write(path: Path, count: int, shape: tuple[int, int, int], decode: Decode, 
     partial = path.with_name(f".{path.name}.{os.getpid() if sys.platform == 'win32' else ''}.partial")
     handle = os.open(partial, os.O_RDWR | os.O_CREAT | getattr(os, "O_BINARY", 0), 0o644)
     try:
-        if not _locked(handle, exclusive=True, wait=False):
+        if not locked(handle, exclusive=True, wait=False):
             tell(f"waiting for another process that decodes these images to {path}")
-            while _is(partial, handle) and not _locked(handle, exclusive=True, wait=False):
+            while _is(partial, handle) and not locked(handle, exclusive=True, wait=False):
                 time.sleep(_POLL)  # and not in flock: once renamed, the file is locked as long as it is mapped
         if not _is(partial, handle):  # renamed or removed by the process that had it
             return
@@ -281,16 +263,15 @@ def _make_room(size: int) -> None:
         if held + size > most:
             used = f", of which {_gib(held)} are in use" if held else ""
             return f"its limit is {_gib(most)}{used} (set CAPSNET_CACHE_LIMIT to more GiB)"
-        return (
-            f"its disk has {_gib(free)} free (set CAPSNET_CACHE to a folder on another disk)" if size > free else None
-        )
+        if size > free:
+            return f"its disk has {_gib(free)} free (set CAPSNET_CACHE to a folder on another disk)"
+        return None
 
     reason = lacking(0, shutil.disk_usage(folder).free + held)
-    while reason is None and (reason := lacking(held, shutil.disk_usage(folder).free)):
-        if not found:
-            break
-        entry = found.pop(0)
-        held, reason = held - entry.size * _removed(entry.path), None
+    if reason is None:
+        while (reason := lacking(held, shutil.disk_usage(folder).free)) and found:
+            entry = found.pop(0)
+            held -= entry.size * _removed(entry.path)
     if reason:
         raise InputError(f"images need {_gib(size)} in the cache {folder}; {reason}")
 
@@ -305,7 +286,7 @@ def _removed(path: Path) -> bool:
     """Remove a file unless a process uses it."""
     try:
         with path.open("rb") as file:
-            if not _locked(file.fileno(), exclusive=True, wait=False):
+            if not locked(file.fileno(), exclusive=True, wait=False):
                 return False
             if sys.platform != "win32":
                 path.unlink()
@@ -314,21 +295,6 @@ def _removed(path: Path) -> bool:
         return True
     except OSError:  # mapped, on Windows; or not ours
         return False
-    return True
-
-
-def _locked(handle: int, *, exclusive: bool, wait: bool = True) -> bool:
-    """Lock an open file; False where another holds it and there is no `wait`. True where there are no locks."""
-    if sys.platform == "win32":
-        return True
-    kind = fcntl.LOCK_EX if exclusive else fcntl.LOCK_SH
-    try:
-        fcntl.flock(handle, kind if wait else kind | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    except OSError as error:  # some network drives
-        if error.errno not in (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL):
-            raise
     return True
 
 

@@ -40,31 +40,19 @@ _LIMIT = threading.Lock()
 
 
 class Picture(NamedTuple):
-    """An image that was read.
+    """An image that was read."""
 
-    Attributes:
-        pixels: `uint8 [H, W]` if it is grey, else `[H, W, 3]`.
-        notes: what was done to it that its owner should know, or what is lost.
-    """
-
-    pixels: np.ndarray
-    notes: tuple[str, ...] = ()
+    pixels: np.ndarray  # `uint8 [H, W]` if it is grey, else `[H, W, 3]`
+    notes: tuple[str, ...] = ()  # what was done to it that its owner should know, or what is lost
 
 
 class Header(NamedTuple):
-    """What a file tells before it is decoded.
-
-    Attributes:
-        height: in pixels, turned as EXIF says.
-        width: in pixels.
-        colour: whether it may be in colour.
-        bits: that hold its integers, if these have more than 8 (for which it is decoded); else None.
-    """
+    """What a file tells before it is decoded; height and width in pixels, turned as EXIF says."""
 
     height: int
     width: int
-    colour: bool
-    bits: int | None
+    colour: bool  # whether it may be in colour
+    bits: int | None  # that hold its integers, if these have more than 8 (for which it is decoded); else None
 
 
 def version() -> tuple[str, ...]:
@@ -87,17 +75,13 @@ def formats() -> tuple[str, ...]:
     return tuple(name for name in _FORMATS if name in Image.OPEN)
 
 
-def read_header(source: Path | bytes, *, name: str | None = None) -> Header:
-    """What is known of an image file without its pixels.
-
-    Args:
-        source: a file, or what it holds.
-        name: what errors call the image; default the path.
+def read_header(source: Path | bytes) -> Header:
+    """What is known of an image, in a file or in bytes, without its pixels.
 
     Raises:
         InputError: not a still image of one page in a known format, or too large.
     """
-    with _opened(source, name) as image:
+    with _opened(source) as image:
         height, width = image.height, image.width
         if image.getexif().get(0x0112) in (5, 6, 7, 8):  # turned by a quarter
             height, width = width, height
@@ -142,7 +126,8 @@ def read_image(
         with _GIANTS if giant else threading.Lock():
             if image.mode.startswith("I"):
                 bits = bits or _bits(image)
-            deep = _is_deep(image)  # known until it is loaded
+            # Whether Pillow takes the upper 8 of 16 bits of each colour: known until it is loaded.
+            deep = image.mode == "RGB" and any("16" in str(tile[-1]) for tile in getattr(image, "tile", ()))
             plain, notes = _plain(ImageOps.exif_transpose(image), bits, deep=deep)
             if channels == 1:
                 plain = plain.convert("L")
@@ -155,7 +140,7 @@ def read_image(
 
 
 @contextmanager
-def _opened(source: Path | bytes, name: str | None) -> Iterator["Image.Image"]:
+def _opened(source: Path | bytes, name: str | None = None) -> Iterator["Image.Image"]:
     """An open image that may be decoded; whatever goes wrong with it is an InputError."""
     from PIL import Image, UnidentifiedImageError
 
@@ -237,11 +222,6 @@ def _plain(image: "Image.Image", bits: int | None, *, deep: bool) -> tuple["Imag
     )
 
 
-def _is_deep(image: "Image.Image") -> bool:
-    """Whether Pillow takes the upper 8 of 16 bits of each colour."""
-    return image.mode == "RGB" and any("16" in str(tile[-1]) for tile in getattr(image, "tile", ()))
-
-
 def _values(image: "Image.Image") -> np.ndarray:
     values = np.array(image).astype(np.int64)
     if values.min() < 0:
@@ -252,10 +232,11 @@ def _values(image: "Image.Image") -> np.ndarray:
 def _bits(image: "Image.Image") -> int:
     """Bits of integers of more than 8: those that the tags tell, or the fewest that hold the values."""
     tags = getattr(image, "tag_v2", {})
-    told = [int(np.ravel(tags[tag])[0]) for tag in (281, 258) if tag in tags]  # MaxSampleValue, BitsPerSample
-    told = [value.bit_length() if k == 0 and 281 in tags else value for k, value in enumerate(told)]
-    if told and 8 < told[0] < 32 and told[0] != 16:
-        return told[0]
+    tag = 281 if 281 in tags else 258  # MaxSampleValue, BitsPerSample
+    told = int(np.ravel(tags.get(tag, 0))[0])
+    told = told.bit_length() if tag == 281 else told
+    if 8 < told < 32 and told != 16:
+        return told
     if image.format == "PPM":
         return 16  # Pillow scales them as the file's header tells
     largest = int(_values(image).max())

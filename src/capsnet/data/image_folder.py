@@ -38,11 +38,7 @@ _THREADS = min(8, cores())
 
 
 class Unreadable(InputError):
-    """Files of a folder that cannot be decoded.
-
-    Attributes:
-        faults: why, by path.
-    """
+    """Files of a folder that cannot be decoded; `faults` says why, by path."""
 
     def __init__(self, root: Path, faults: dict[str, str]) -> None:
         super().__init__(_told(root, faults))
@@ -51,38 +47,26 @@ class Unreadable(InputError):
 
 @dataclass(frozen=True)
 class ImageFolder:
-    """The images of a folder, listed but not decoded.
-
-    Attributes:
-        root: the folder.
-        classes: names, in natural order ("2" before "10") and one Unicode form.
-        files: by split, class and name.
-        tested: what the final number is of: `validation` where there is train/ and val/ but no test/.
-        notes: what was passed over.
-    """
+    """The images of a folder, listed but not decoded."""
 
     root: Path
-    classes: tuple[str, ...]
-    files: tuple[ImageFile, ...]
-    tested: Literal["test", "validation"] = "test"
-    notes: tuple[str, ...] = ()
+    classes: tuple[str, ...]  # names, in natural order ("2" before "10") and one Unicode form
+    files: tuple[ImageFile, ...]  # by split, class and name
+    tested: Literal["test", "validation"] = "test"  # `validation` where there is train/ and val/ but no test/
+    notes: tuple[str, ...] = ()  # what was passed over
 
     def of(self, split: str) -> list[ImageFile]:
         """The files of a split."""
         return [file for file in self.files if file.split == split]
 
-    def divided(self, *, seed: int, test_fraction: float = 1 / 6) -> "ImageFolder":
-        """The same with a test split: the folder's own, or some of each class, at least one image.
+    def divided(self, *, seed: int) -> "ImageFolder":
+        """The same with a test split: the folder's own, or a sixth of each class, at least one image.
 
-        Args:
-            seed: chooses the images; the same seed always chooses the same.
-            test_fraction: of each class, in (0, 1).
+        The same seed always chooses the same images.
 
         Raises:
             InputError: a class of fewer than two images to divide.
         """
-        if not 0 < test_fraction < 1:
-            raise InputError(f"test_fraction must be in (0, 1); got {test_fraction}")
         if any(file.split for file in self.files):
             there = {file.label for file in self.of("train")}
             if lacking := [name for label, name in enumerate(self.classes) if label not in there]:
@@ -97,7 +81,7 @@ class ImageFolder:
                 raise InputError(
                     f"class {name} must have at least 2 images, one to train and one to test; got {len(own)}"
                 )
-            count = min(max(round(test_fraction * len(own)), 1), len(own) - 1)
+            count = max(round(len(own) / 6), 1)
             test = set(torch.randperm(len(own), generator=generator)[:count].tolist())
             files += [file._replace(split="test" if k in test else "train") for k, file in enumerate(own)]
         return self._sorted(files)
@@ -162,12 +146,9 @@ class ImageFolder:
     def read(
         self, preprocessing: Preprocessing, *, channels: int | None = None, tell: Callable[[str], object] | None = None
     ) -> Dataset:
-        """Decode the images of all splits.
+        """Decode the images of all splits; in grey where no `channels` were asked for and every image turns out grey.
 
-        Args:
-            preprocessing: how; without a crop.
-            channels: as it was asked for; None for 1 where every image turns out to be grey.
-            tell: is given the place of decoded images that do not fit into memory.
+        `tell` is given the place of decoded images that do not fit into memory.
 
         Raises:
             InputError: files that are no readable images, all of them told; or a split without images.
@@ -346,21 +327,13 @@ def portable(name: str) -> str:
 
 @dataclass
 class _Listing:
-    """What is found while a folder is listed.
-
-    Attributes:
-        root: the folder.
-        lenient: whether it is to be looked at only: one class will do, and other files are passed over.
-        faults: by path from the root on.
-        passed: kinds of files that were passed over, and how many.
-        listed: directories and files of each directory.
-    """
+    """What is found while a folder is listed."""
 
     root: Path
-    lenient: bool
-    faults: dict[str, str] = field(default_factory=dict)
-    passed: Counter[str] = field(default_factory=Counter)
-    listed: dict[Path, tuple[list[Path], list[Path]]] = field(default_factory=dict)
+    lenient: bool  # it is to be looked at only: one class will do, and other files are passed over
+    faults: dict[str, str] = field(default_factory=dict)  # by path from the root on
+    passed: Counter[str] = field(default_factory=Counter)  # kinds of files that were passed over
+    listed: dict[Path, tuple[list[Path], list[Path]]] = field(default_factory=dict)  # directories and files of each
 
     def splits(self) -> dict[str, Path] | None:
         """The folders of the splits, None where the root holds the classes themselves."""

@@ -25,29 +25,18 @@ _TOLD = 5
 
 
 class Line(NamedTuple):
-    """A line of a manifest.
+    """A line of a manifest."""
 
-    Attributes:
-        split: `train`, `validation`, `test`, or `unused`.
-        class_name: of a file; empty for a whole split.
-        path: of a file, from the folder on; empty for a whole split.
-        hash: BLAKE2b of the file's content, or of the split's images and labels.
-    """
-
-    split: str
-    class_name: str
-    path: str
-    hash: str
+    split: str  # `train`, `validation`, `test`, or `unused`
+    class_name: str  # of a file; empty for a whole split
+    path: str  # of a file, from the folder on; empty for a whole split
+    hash: str  # BLAKE2b of the file's content, or of the split's images and labels
 
 
 class Manifest(NamedTuple):
-    """The images of a run.
+    """The images of a run."""
 
-    Attributes:
-        lines: one for each file, or one for each split.
-    """
-
-    lines: tuple[Line, ...]
+    lines: tuple[Line, ...]  # one for each file, or one for each split
 
     @classmethod
     def of(cls, dataset: Dataset) -> "Manifest":
@@ -83,7 +72,11 @@ class Manifest(NamedTuple):
         new = [path for path in there if path not in here]
         changed = [path for path in here if path in there and here[path].hash != there[path].hash]
         told = (("missing", missing), ("new", new), ("changed", changed))
-        return tuple(f"{len(paths):,} {what} ({_some(paths)})" for what, paths in told if paths)
+        return tuple(
+            f"{len(paths):,} {what} ({', '.join(paths[:_TOLD])}{', ...' * (len(paths) > _TOLD)})"
+            for what, paths in told
+            if paths
+        )
 
     def to_bytes(self) -> bytes:
         """The content of the file; names that are no UTF-8 stay as they are."""
@@ -120,8 +113,3 @@ def hash_of(split: Split) -> str:
             for part in torch.split(tensor, 1000):
                 digest.update(part.contiguous().numpy().tobytes())
     return digest.hexdigest()
-
-
-def _some(paths: Iterable[str]) -> str:
-    every = list(paths)
-    return ", ".join(every[:_TOLD]) + (", ..." if len(every) > _TOLD else "")

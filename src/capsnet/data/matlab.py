@@ -49,9 +49,6 @@ def _inflated(content: bytes, path: str | os.PathLike[str]) -> bytes:
 
     A file of version 5 is a header and then elements: their type and size in bytes, of 32 bits each, and their data;
     that of a compressed one is another element, packed by zlib.
-
-    Raises:
-        InputError: it unpacks to more than `_LARGEST` bytes.
     """
     order = {b"IM": "<", b"MI": ">"}.get(content[126:_HEADER])
     if order is None:

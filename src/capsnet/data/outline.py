@@ -33,11 +33,11 @@ def of_registered(
         return load(name, data_dir=data_dir, image_size=image_size, channels=channels, seed=seed)
     shape = fitting_shape(about, image_size, channels, seed)
     check_memory(sum(about.counts.values()), shape)
-    splits = {split: _split(count, shape, len(about.classes)) for split, count in about.counts.items()}
-    if (objects := about.objects_per_image) > 1:
-        labels, images = splits["test"].labels, splits["test"].images
-        shown = torch.stack([(labels + k) % len(about.classes) for k in range(objects)], dim=1)
-        splits["test"] = Split(images, shown, single_images=_images(about.test, (objects, *shape)))
+    classes, objects = len(about.classes), about.objects_per_image
+    splits = {name: Split(_images(count, shape), torch.arange(count) % classes) for name, count in about.counts.items()}
+    if objects > 1:
+        shown = (torch.arange(about.test)[:, None] + torch.arange(objects)) % classes
+        splits["test"] = Split(_images(about.test, shape), shown, single_images=_images(about.test, (objects, *shape)))
     return about.dataset(splits)
 
 
@@ -68,13 +68,5 @@ def is_outline(dataset: Dataset) -> bool:
     return dataset.train.images.is_meta
 
 
-def _split(count: int, shape: tuple[int, ...], classes: int) -> Split:
-    return Split(_images(count, shape), _labels(count, classes))
-
-
 def _images(count: int, shape: tuple[int, ...]) -> Tensor:
     return torch.empty(count, *shape, dtype=torch.uint8, device="meta")
-
-
-def _labels(count: int, classes: int) -> Tensor:
-    return torch.arange(count) % classes

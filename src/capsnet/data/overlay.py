@@ -17,12 +17,9 @@ __all__ = ["overlay", "pairs", "partners"]
 def partners(
     labels: Int64[Tensor, "images"], index: Int64[Tensor, "batch"], *, generator: torch.Generator
 ) -> Int64[Tensor, "batch"]:
-    """For each image a random one of another class, each of those as likely as the next.
+    """For each image of `index` a random one of another class, each of those as likely as the next.
 
-    Args:
-        labels: of all images.
-        index: the images that want a partner.
-        generator: a CPU generator.
+    `labels` are those of all images, and the generator is one of the CPU.
 
     Raises:
         InputError: all images are of one class.

@@ -8,6 +8,7 @@ to their level (`_ground`), so that gradients of light and shadows that reach th
 ink is the difference from the ground, relative to it on paper, since light multiplies. Nothing here is learned.
 """
 
+import math
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
@@ -56,17 +57,11 @@ class Frame:
 
 
 class Framed(NamedTuple):
-    """A digit as a network that knows framed ones sees it.
+    """A digit as a network that knows framed ones sees it."""
 
-    Attributes:
-        image: intensities 0 to 255.
-        inverted: whether dark and light were swapped.
-        empty: whether no ink was found, and the image is all ground.
-    """
-
-    image: UInt8[Tensor, "channels height width"]
-    inverted: bool
-    empty: bool
+    image: UInt8[Tensor, "channels height width"]  # intensities 0 to 255
+    inverted: bool  # whether dark and light were swapped
+    empty: bool  # whether no ink was found, and the image is all ground
 
 
 def frame_of(images: UInt8[Tensor, "n channels height width"]) -> Frame | None:
@@ -77,13 +72,10 @@ def frame_of(images: UInt8[Tensor, "n channels height width"]) -> Frame | None:
     levels = images[..., _ring(*images.shape[2:])].flatten().float() / 255  # [n * channels * border]
     if not len(levels):
         return None
-    for extreme in (0.0, 1.0):
-        near = (levels - extreme).abs() <= _NEAR
-        if float(near.float().mean()) >= _PLAIN:
-            ground = float(levels[near].median())
-            break
-    else:
+    near = (levels - levels.median().round()).abs() <= _NEAR  # black or white, whichever more of them are nearer to
+    if float(near.float().mean()) < _PLAIN:
         return None
+    ground = float(levels[near].median())
     height, width = images.shape[2:]
     level = round(255 * ground)
     ink = torch.stack([(image.int() - level).abs().amax(0) > 51 for image in images])  # a fifth of the range
@@ -180,11 +172,8 @@ def _size_of(difference: Float[Tensor, "rows columns"]) -> float:
 def _ink(image: Float[Tensor, "channels height width"], *, on_paper: bool) -> Float[Tensor, "channels height width"]:
     """Ink in [0, 1] of an image whose ink is dark; all 0 where there is none.
 
-    Where ink is, is decided on the coarse grid, which averages noise away; how dark it is, pixel by pixel.
-
-    Args:
-        image: grey or colour; light on dark is given as its negative.
-        on_paper: the ground is lit paper: differences are relative to it.
+    Where ink is, is decided on the coarse grid, which averages noise away; how dark it is, pixel by pixel. Light on
+    dark is given as its negative; `on_paper`, which is lit, differences are relative to the ground.
     """
     coarse = _coarse(image)
     ground = _ground(coarse)
@@ -293,23 +282,16 @@ def _placed(
     scale = max((bottom - top) / (box * height), (right - left) / (box * width))  # pixels of the source in one
     strength = strength[top:bottom, left:right]
     total = float(strength.sum())
-    starts = []
-    for first, last, size, mass in (
-        (left, right, width, strength.sum(0)),
-        (top, bottom, height, strength.sum(1)),
-    ):
+
+    def start(first: int, last: int, size: int, mass: Tensor) -> float:
         centre = first + float((mass * (torch.arange(len(mass)) + 0.5)).sum()) / total
         # The middle is pixel 14 of 28, as in MNIST: its makers rounded up.
-        start = centre - (size // 2 + 0.5) * scale
-        starts.append(min(max(start, last - size * scale), first))
-    x, y = starts
+        return min(max(centre - (size // 2 + 0.5) * scale, last - size * scale), first)
+
+    x, y = start(left, right, width, strength.sum(0)), start(top, bottom, height, strength.sum(1))
     # The part of the source under the result, with nothing where it reaches over the source's border.
-    x0, x1, y0, y1 = (
-        int(np.floor(x)),
-        int(np.ceil(x + width * scale)),
-        int(np.floor(y)),
-        int(np.ceil(y + height * scale)),
-    )
+    x0, x1 = math.floor(x), math.ceil(x + width * scale)
+    y0, y1 = math.floor(y), math.ceil(y + height * scale)
     part = torch.zeros(len(ink), y1 - y0, x1 - x0)
     part[:, top - y0 : bottom - y0, left - x0 : right - x0] = ink[:, top:bottom, left:right]
     region = (x - x0, y - y0, x - x0 + width * scale, y - y0 + height * scale)

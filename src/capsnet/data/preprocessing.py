@@ -1,6 +1,6 @@
 """How an image file becomes what a network sees: a value stored with the weights, used wherever images are read."""
 
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -21,19 +21,12 @@ MNIST_FRAME = Frame(ground=0.0, box=20 / 28)
 
 
 class Prepared(NamedTuple):
-    """An image ready for a network.
+    """An image ready for a network."""
 
-    Attributes:
-        image: intensities 0 to 255.
-        inverted: whether dark and light were swapped.
-        framed: whether a digit was cut out, scaled and centred; False where the image was only resized.
-        notes: what else its owner should know: that it is empty, or what reading it lost or changed.
-    """
-
-    image: UInt8[Tensor, "channels height width"]
-    inverted: bool = False
-    framed: bool = False
-    notes: tuple[str, ...] = ()
+    image: UInt8[Tensor, "channels height width"]  # intensities 0 to 255
+    inverted: bool = False  # whether dark and light were swapped
+    framed: bool = False  # whether a digit was cut out, scaled and centred; False where the image was only resized
+    notes: tuple[str, ...] = ()  # what else its owner should know: that it is empty, or what reading it changed or lost
 
 
 @dataclass(frozen=True)
@@ -92,12 +85,9 @@ class Preprocessing:
     ) -> Prepared:
         """Read an image file and make it what the network sees.
 
-        Args:
-            source: a file, or what it holds.
-            invert: swap dark and light; `auto` only with framing "digits", where the ink is on the opposite of the
-                frame's ground.
-            name: what errors call the image; default the path.
-            seen: whether an image of the size after `crop` is what the network is to see, and not to be cut again.
+        Dark and light are swapped if `invert` says so; with `auto` only where, with framing "digits", the ink is on the
+        opposite of the frame's ground. `name` is what errors call the image, by default the path. An image `seen` as
+        the network is to see it, of the size after `crop`, is not cut again.
 
         Raises:
             InputError: not a readable image, or two channels, which no image file has.
@@ -107,12 +97,10 @@ class Preprocessing:
         if invert not in ("auto", "yes", "no"):
             raise InputError(f"invert must be auto, yes or no; got {invert!r}")
         kind, size = 1 if self.channels == 1 else None, (self.height, self.width)
-        options: dict[str, Any] = {"channels": kind, "bits": self.bits, "name": name}
         keep = (self.crop, self.crop) if seen and self.crop else None
-        if self.frame is None:
-            pixels, notes = read_image(source, size=size, keep=keep, **options)
-        else:
-            pixels, notes = read_image(source, least=max(SIDE, *(2 * side for side in size)), **options)
+        resized = {"size": size, "keep": keep}
+        how: dict[str, Any] = resized if self.frame is None else {"least": max(SIDE, *(2 * side for side in size))}
+        pixels, notes = read_image(source, **how, channels=kind, bits=self.bits, name=name)
         fits = pixels.shape[:2] in (size, keep)
         if self.frame is not None and not fits:
             found = frame_digit(pixels, (self.channels, *size), self.frame, invert=invert)
@@ -127,7 +115,3 @@ class Preprocessing:
 
     def _cropped(self, image: Tensor) -> Tensor:
         return image if tuple(image.shape) == self.image_shape else centre_crop(image[None], self.image_shape[1])[0]
-
-    def to_dict(self) -> dict[str, Any]:
-        """As JSON can hold it."""
-        return asdict(self)

@@ -14,34 +14,22 @@ from pathlib import Path
 from typing import Any, Protocol, cast
 
 from capsnet.data.dataset import Dataset, Split
+from capsnet.data.download import DataDir
 from capsnet.data.preprocessing import Framing
 from capsnet.errors import InputError
 from capsnet.options.schema import did_you_mean
 
 __all__ = ["DataDir", "Entry", "available", "checksums", "entry"]
 
-DataDir = str | os.PathLike[str] | None
-
 
 class Reader(Protocol):
     """Reads or draws one split of a data set."""
 
     def __call__(self, split: str, *, data_dir: DataDir, side: int, seed: int) -> Split:
-        """The split `train`, `validation` or `test`.
+        """The split `train`, `validation` or `test`, read from `data_dir` (see `download`), or drawn.
 
-        Args:
-            split: which one, of those that the set has.
-            data_dir: the only directory to look in, see `download`.
-            side: of what is drawn, in pixels; what is read has its own.
-            seed: of what is drawn.
-
-        Raises:
-            InputError: files that are missing or not what they must be.
+        `side`, in pixels, and `seed` are of what is drawn. InputError tells of files that are missing or damaged.
         """
-
-
-def _nothing(*_: object) -> None:
-    """No check, where a set is of any size."""
 
 
 @dataclass(frozen=True)
@@ -77,7 +65,7 @@ class Entry:
     source: str
     read: Reader
     files: Callable[[DataDir], Mapping[str, Sequence[Path]]] = lambda data_dir: {}
-    check: Callable[[int, int, int, int], None] = _nothing
+    check: Callable[[int, int, int, int], object] = lambda *_: None
     validation: int = 0
     framing: Framing = "off"
     shift: int | None = None

@@ -3,7 +3,7 @@
 import asyncio
 import math
 import re
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from importlib.resources import files
 from pathlib import PurePath
@@ -38,11 +38,7 @@ def application(viewer: Viewer, served: str = "127.0.0.1") -> Guard:
     """The page for one network.
 
     All requests to the network are computed one after the other in one thread, so that the server stays responsive and
-    PyTorch is entered once at a time.
-
-    Args:
-        viewer: the network.
-        served: the address that the server is bound to; requests that ask for another are refused.
+    PyTorch is entered once at a time. Requests that ask for another address than that `served` are refused.
     """
     places = Places(PLACES)
     thread = ThreadPoolExecutor(1, thread_name_prefix="network")
@@ -95,8 +91,8 @@ def application(viewer: Viewer, served: str = "127.0.0.1") -> Guard:
     async def failed(_: Request, __: Exception) -> Response:
         return refusal(500, "the server failed at this; its terminal says how")
 
-    routes = [Route(path, _from_memory(content, kind)) for path, (content, kind) in _page().items()]
-    routes += [
+    routes = [
+        *_page(),
         Route("/api/model", model),
         Route("/api/look", question("image/", IMAGE_LIMIT, look), methods=["POST"]),
         Route("/api/imagine", question("application/json", json_limit, imagine), methods=["POST"]),
@@ -109,17 +105,9 @@ def application(viewer: Viewer, served: str = "127.0.0.1") -> Guard:
     return Guard(app, served)
 
 
-def _page() -> dict[str, tuple[bytes, str]]:
-    """Address of each file of the page, its content and type; read once, so that no request reaches the disk."""
-    found = {
-        f"/{file.name}": (file.read_bytes(), TYPES[PurePath(file.name).suffix])
-        for file in files("capsnet.demo").joinpath("static").iterdir()
-    }
-    return {"/" if path == "/index.html" else path: content for path, content in found.items()}
-
-
-def _from_memory(content: bytes, kind: str) -> Handler:
-    async def endpoint(_: Request) -> Response:
-        return Response(content, headers={"content-type": kind, "cache-control": "no-cache"})
-
-    return endpoint
+def _page() -> Iterator[Route]:
+    """The files of the page; read once, so that no request reaches the disk."""
+    for file in files("capsnet.demo").joinpath("static").iterdir():
+        headers = {"content-type": TYPES[PurePath(file.name).suffix], "cache-control": "no-cache"}
+        address = "/" if file.name == "index.html" else f"/{file.name}"
+        yield Route(address, Response(file.read_bytes(), headers=headers), methods=["GET"])

@@ -63,12 +63,7 @@ def is_ours(host: str, served: str) -> bool:
 
 
 class Guard:
-    """ASGI middleware that answers only requests of the page, and puts `HEADERS` on all answers.
-
-    Args:
-        app: what answers.
-        served: the address given to `--host`.
-    """
+    """ASGI middleware that lets `app` answer only requests of the page, served at this address, and adds `HEADERS`."""
 
     def __init__(self, app: ASGIApp, served: str) -> None:
         self.app, self.served = app, served
@@ -111,11 +106,7 @@ def refusal(status: int, message: str, headers: Mapping[str, str] | None = None)
 
 
 class Places:
-    """How many requests may be under way, bodies and all; one more is refused at once. For one event loop.
-
-    Args:
-        count: at least 1.
-    """
+    """How many requests may be under way, bodies and all; one more is refused at once. For one event loop."""
 
     def __init__(self, count: int) -> None:
         self.count = count

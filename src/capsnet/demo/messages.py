@@ -1,4 +1,7 @@
-"""Reading requests: every value from outside is checked here, before the network sees it."""
+"""Reading requests: every value from outside is checked here, before the network sees it.
+
+A value that is not what it must be is answered with a `Refusal` of status 422.
+"""
 
 import base64
 import binascii
@@ -18,13 +21,7 @@ MAX_COMPONENT = 10.0  # a capsule is shorter than 1, and the page's sliders add 
 
 
 class Refusal(Exception):
-    """A request that is answered with an error of the client's.
-
-    Attributes:
-        status: HTTP status, 400 to 499, or 503.
-        message: one line: what must be what, got what.
-        headers: added to the answer.
-    """
+    """A request that is answered with a status of 400 to 499, or 503, one line, and further headers."""
 
     def __init__(self, status: int, message: str, headers: Mapping[str, str] | None = None) -> None:
         super().__init__(message)
@@ -45,38 +42,27 @@ def read_json(body: bytes, names: Collection[str]) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise Refusal(400, f"body must be a JSON object; got {_kind(value)}")
     if value.keys() != set(names):
-        raise Refusal(422, f"body must have the fields {', '.join(names)}; got {_some(value)}")
+        got = _short(", ".join(value)) if value else "none"
+        raise Refusal(422, f"body must have the fields {', '.join(names)}; got {got}")
     return value
 
 
 def whole(value: Any, name: str, below: int) -> int:
-    """`value`, a whole number in [0, below).
-
-    Raises:
-        Refusal: 422, it is something else.
-    """
+    """`value`, a whole number in [0, below)."""
     if type(value) is not int or not 0 <= value < below:
         raise Refusal(422, f"{name} must be a whole number from 0 to {below - 1}; got {_short(value)}")
     return value
 
 
 def one_of(value: str, name: str, choices: Collection[str]) -> str:
-    """`value`, one of `choices`.
-
-    Raises:
-        Refusal: 422, it is something else.
-    """
+    """`value`, one of `choices`."""
     if value not in choices:
         raise Refusal(422, f"{name} must be one of {', '.join(choices)}; got {_short(value)}")
     return value
 
 
 def vectors(value: Any, name: str, dim: int) -> Float[Tensor, "n dim"]:
-    """`value`, a list of 1 to 64 lists of `dim` finite numbers in [-10, 10].
-
-    Raises:
-        Refusal: 422, it is something else; the first wrong entry is named.
-    """
+    """`value`, a list of 1 to 64 lists of `dim` finite numbers in [-10, 10]; of what is wrong the first is named."""
     if not isinstance(value, list) or not 1 <= len(value) <= MAX_VECTORS:
         got = f"{len(value)}" if isinstance(value, list) else _kind(value)
         raise Refusal(422, f"{name} must be a list of 1 to {MAX_VECTORS} vectors; got {got}")
@@ -86,19 +72,14 @@ def vectors(value: Any, name: str, dim: int) -> Float[Tensor, "n dim"]:
             raise Refusal(422, f"{name}[{row}] must be a list of {dim} numbers; got {got}")
         for column, number in enumerate(vector):
             # type() and not isinstance: true and false are no numbers here
-            if type(number) not in (int, float) or not abs(number) <= MAX_COMPONENT or not math.isfinite(number):
-                limit = f"{MAX_COMPONENT:g}"
-                place = f"{name}[{row}][{column}]"
+            if type(number) not in (int, float) or not abs(number) <= MAX_COMPONENT:
+                place, limit = f"{name}[{row}][{column}]", f"{MAX_COMPONENT:g}"
                 raise Refusal(422, f"{place} must be a number from -{limit} to {limit}; got {_short(number)}")
     return torch.tensor(value, dtype=torch.float32)
 
 
 def picture(value: Any, name: str, shape: tuple[int, int, int]) -> UInt8[Tensor, "channels height width"]:
-    """`value`, base64 of the bytes of an image of `shape`, row by row and channel by channel.
-
-    Raises:
-        Refusal: 422, it is something else.
-    """
+    """`value`, base64 of the bytes of an image of `shape`, row by row and channel by channel."""
     if not isinstance(value, str):
         raise Refusal(422, f"{name} must be a string in base64; got {_kind(value)}")
     try:
@@ -117,10 +98,6 @@ def _no_constant(name: str) -> Never:
 def _kind(value: Any) -> str:
     names = {dict: "an object", list: "a list", str: "a string", bool: "true or false", type(None): "null"}
     return names.get(type(value), "a number")
-
-
-def _some(value: Mapping[str, Any]) -> str:
-    return _short(", ".join(value)) if value else "none"
 
 
 def _short(value: Any) -> str:

@@ -26,11 +26,7 @@ ANSWER_SECONDS = 60.0  # from the end of the header to the last byte of the answ
 
 
 def bind(host: str, port: int) -> socket.socket:
-    """A socket at `host` and `port`, which others cannot take from now on.
-
-    Args:
-        host: a name or number of this machine.
-        port: 0 to 65535; 0 takes any that is free.
+    """A socket at `host`, of this machine, and `port`, which others cannot take from now on; 0 is any that is free.
 
     Raises:
         InputError: the port is taken or not allowed, or the host is not this machine's.
@@ -58,14 +54,9 @@ def bind(host: str, port: int) -> socket.socket:
 
 
 def serve(viewer: Viewer, *, host: str, port: int, browser: bool, told: Callable[[str], None]) -> None:
-    """Serve the page until Ctrl-C.
+    """Serve the page until Ctrl-C, and open it in a `browser`.
 
-    Args:
-        viewer: the network.
-        host: the address to serve at.
-        port: see `bind`.
-        browser: open the page there.
-        told: is called with the page's address as soon as it can be opened.
+    `told` is called with the page's address as soon as it can be opened.
 
     Raises:
         InputError: see `bind`.

@@ -14,13 +14,10 @@ __all__ = ["BatchLoader"]
 
 
 class BatchLoader:
-    """The training images of a data set on a device, and how batches are made of them.
+    """The training images of a data set on a device, and how batches are made of them, augmented as `config` says.
 
-    Args:
-        dataset: what is trained on. Where its images show two objects, every image of a batch is laid over a random one
-            of another class, each augmented for itself (Section 6 of Sabour et al. 2017).
-        config: the augmentation.
-        device: where the images are kept and the batches made.
+    Where the images of the set show two objects, every one of a batch is laid over a random one of another class, each
+    augmented for itself (Section 6 of Sabour et al. 2017).
     """
 
     def __init__(self, dataset: Dataset, config: Config, device: torch.device) -> None:

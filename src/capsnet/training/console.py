@@ -16,13 +16,7 @@ def _say(line: str) -> None:
 
 
 class Progress:
-    """Progress of one training.
-
-    Args:
-        epochs: of the whole run.
-        steps: of each epoch.
-        quiet: say nothing, as every process but the first does.
-    """
+    """Progress of a training of `epochs` with `steps` each; `quiet` in every process but the first."""
 
     def __init__(self, *, epochs: int, steps: int, quiet: bool) -> None:
         self.epochs, self.steps, self.quiet = epochs, steps, quiet
@@ -52,13 +46,9 @@ class Progress:
             self.bar.stop()
 
     def update(self, epoch: int, step: int, mean: list[float], images_per_second: float) -> None:
-        """Tell of a running epoch.
+        """Tell of a running epoch: finished epochs, its finished steps, and what it has so far.
 
-        Args:
-            epoch: finished epochs.
-            step: finished steps of the running one.
-            mean: of this epoch so far: loss, classification loss, reconstruction loss, share of wrong images.
-            images_per_second: of this epoch so far.
+        `mean` is that of loss, classification loss, reconstruction loss and share of wrong images.
         """
         if self.quiet:
             return
@@ -83,9 +73,8 @@ class Progress:
         """Tell of a finished epoch; `row` is its row of `metrics.csv`."""
         if self.quiet:
             return
-        held_out = (
-            f", validation error {row['validation_error_percent']:.2f} %" if "validation_error_percent" in row else ""
-        )
+        error = row.get("validation_error_percent")
+        held_out = "" if error is None else f", validation error {error:.2f} %"
         line = (
             f"epoch {row['epoch']}/{self.epochs}: loss {row['train_loss']:.4f}, "
             f"train error {row['train_error_percent']:.2f} %{held_out}, "

@@ -26,9 +26,7 @@ stayed at chance for 40 steps and longer; with uniform couplings it had no train
 def resolved(config: Config, dataset: Dataset) -> Config:
     """`config` with its open options (`config.OPEN`) chosen for these images; what is given stays.
 
-    Args:
-        config: of a run.
-        dataset: its images. Those of a published name get what such sets always got.
+    Images of a published name get what such sets always got.
 
     Raises:
         InputError: see `pretrained.outline`.
@@ -48,12 +46,7 @@ def resolved(config: Config, dataset: Dataset) -> Config:
 
 
 def told(config: Config, chosen: Config) -> str | None:
-    """One line on what `resolved` chose that is not the paper's; None where all is.
-
-    Args:
-        config: as given.
-        chosen: as resolved.
-    """
+    """One line on what `resolved` chose that is not the paper's; None where all is."""
     parts = []
     if config.epochs is None and chosen.epochs != OPEN["epochs"]:
         parts.append(f"--epochs {chosen.epochs}, at least {FEWEST_STEPS} steps for few images")

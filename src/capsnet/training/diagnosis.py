@@ -1,6 +1,7 @@
 """Why a training does not learn: it is at chance, or something is not finite; each in one line with what to change."""
 
 import math
+from functools import partial
 from typing import Any
 
 import torch
@@ -22,24 +23,14 @@ ALIKE = 0.02
 class Chance:
     """Says once when a training is no better than always naming the most frequent class.
 
-    Args:
-        labels: of the training images, `[n]`, or `[n, k]` of images of k objects.
-        classes: number of classes.
-        objects_per_image: number of objects, of different classes, in every image.
-        config: of the run, resolved.
-        steps: of each epoch.
-
-    Attributes:
-        percent: error of always naming the most frequent class, or any one set of k classes.
+    That has an error of so many `percent`; where images show k objects of different classes, always naming any one set
+    of k classes. Labels are `[n]` or `[n, k]`, `steps` those of each epoch.
     """
 
     def __init__(self, labels: Tensor, *, classes: int, objects_per_image: int, config: Config, steps: int) -> None:
         counts = labels.flatten().bincount(minlength=classes)
-        most = (
-            counts.max().item() / labels.numel()
-            if objects_per_image == 1
-            else 1 / math.comb(classes, objects_per_image)
-        )
+        single = objects_per_image == 1
+        most = counts.max().item() / labels.numel() if single else 1 / math.comb(classes, objects_per_image)
         self.percent = 100 * (1 - most)
         self.rarest = int(counts[counts > 0].min())
         self.config, self.steps, self.said = config, steps, False
@@ -47,9 +38,7 @@ class Chance:
     def line(self, row: dict[str, Any], losses: Losses | None) -> str | None:
         """What is to be said after an epoch; None where there is nothing, or it was said before.
 
-        Args:
-            row: of `metrics.csv`.
-            losses: of the epoch's last step; None where it was done before the run was resumed.
+        `row` is that of `metrics.csv`; `losses` of the last step are None where the run was resumed after it.
         """
         done = row["epoch"] * self.steps
         early = done < min(EARLIEST, (self.config.epochs or 0) * self.steps)
@@ -100,9 +89,7 @@ class Chance:
 def first_not_finite(network: Network, images: Tensor | None) -> str:
     """The first thing on the way through the network that is NaN or infinite: images, a weight, or a layer's output.
 
-    Args:
-        network: as it is; run once more, its layers one by one.
-        images: of the step; None to look at the weights only.
+    The network is run once more on the images of the step, unless these are None.
     """
     if images is not None and not images.isfinite().all():
         return "the images of the step"
@@ -111,15 +98,12 @@ def first_not_finite(network: Network, images: Tensor | None) -> str:
             return f"the weights {name}"
     found = list[str]()
 
-    def note(name: str) -> Any:
-        def hook(module: nn.Module, inputs: object, output: Any) -> None:
-            parts = output if isinstance(output, tuple) else (output,)
-            if any(isinstance(part, Tensor) and not part.isfinite().all() for part in parts):
-                found.append(f"the output of {name} ({type(module).__name__})")
+    def note(name: str, module: nn.Module, inputs: object, output: Any) -> None:
+        parts = output if isinstance(output, tuple) else (output,)
+        if any(isinstance(part, Tensor) and not part.isfinite().all() for part in parts):
+            found.append(f"the output of {name} ({type(module).__name__})")
 
-        return hook
-
-    hooks = [layer.register_forward_hook(note(name)) for name, layer in network.named_modules() if name]
+    hooks = [layer.register_forward_hook(partial(note, name)) for name, layer in network.named_modules() if name]
     try:
         if images is not None:
             with network.plain(), torch.no_grad():

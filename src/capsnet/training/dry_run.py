@@ -1,16 +1,18 @@
 """What `train --dry-run` prints: configuration, layers with their shapes and parameters, steps, device and memory."""
 
 import math
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 
 from capsnet import devices, memory
+from capsnet.checkpoints import pretrained
 from capsnet.config import Config
 from capsnet.data import Dataset, outline
 from capsnet.kernels import native
 from capsnet.layers import ClassCapsules
-from capsnet.models import Network, create
+from capsnet.models import Network
 from capsnet.training import defaults, prepare
 
 __all__ = ["dry_run", "layer_table"]
@@ -54,20 +56,17 @@ def layer_table(network: Network) -> str:
     """One row a layer: name, kind, shape of its output for one image, parameters."""
     rows: list[tuple[str, str, str, str]] = []
 
-    def note(name: str, layer: nn.Module) -> None:
-        def hook(module: nn.Module, inputs: object, output: object) -> None:
-            tensor = output[0] if isinstance(output, tuple) else output
-            shape = " x ".join(map(str, tensor.shape[1:])) if isinstance(tensor, Tensor) else ""
-            own = sum(parameter.numel() for parameter in module.parameters())
-            rows.append((name, type(module).__name__, shape, f"{own:,}" if own else ""))
+    def note(name: str, module: nn.Module, inputs: object, output: object) -> None:
+        tensor = output[0] if isinstance(output, tuple) else output
+        shape = " x ".join(map(str, tensor.shape[1:])) if isinstance(tensor, Tensor) else ""
+        own = sum(parameter.numel() for parameter in module.parameters())
+        rows.append((name, type(module).__name__, shape, f"{own:,}" if own else ""))
 
-        layer.register_forward_hook(hook)
-
-    copy = _on_meta(network)
+    copy = pretrained.outline(**network.config)
     for name, layer in copy.named_modules():
         whole = isinstance(layer, ClassCapsules) or name == "primary" or not list(layer.children())
         if name and whole and not name.startswith("primary."):
-            note(name, layer)
+            layer.register_forward_hook(partial(note, name))
     with copy.plain(), torch.no_grad():
         copy(torch.empty(2, *network.image_shape, device="meta"))
     rows.append(("all", type(network).__name__, "", f"{network.parameter_count():,}"))
@@ -90,10 +89,3 @@ def _memory(network: Network, config: Config, device: torch.device, dataset: Dat
     there = devices.free(device)
     text = f"about {memory.amount(needed)} in each process"
     return text if there.size == math.inf else f"{text}; {memory.amount(there.size)} are {there.where}"
-
-
-def _on_meta(network: Network, **options: str) -> Network:
-    """The same network without memory, but for the given options where it has them."""
-    changed = {name: value for name, value in options.items() if name in network.config}
-    with torch.device("meta"):
-        return create(**{**network.config, **changed})

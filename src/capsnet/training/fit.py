@@ -184,14 +184,7 @@ def _check_memory(config: Config, dataset: Dataset, device: torch.device) -> Non
 def _claimed(config: Config, run: Run, held: ExitStack, *, given: bool) -> Run:
     """The run with its directory kept to this process while `held` is open.
 
-    Args:
-        config: of the run.
-        run: its directory; where it was not `given` and another process took it meanwhile, the next free one.
-        held: what keeps it.
-        given: whether the directory is what the user named.
-
-    Raises:
-        InputError: a given directory is in use.
+    Where another process took it meanwhile, it is the next free one, or InputError if the user named (`given`) it.
     """
     while True:
         with ExitStack() as claim:
@@ -208,11 +201,7 @@ def _claimed(config: Config, run: Run, held: ExitStack, *, given: bool) -> Run:
 
 
 def _checkpoint(run: Run, config: Config, network: Network, dataset: Dataset) -> Checkpoint | None:
-    """The checkpoint to go on from; None where a run was stopped before its first one.
-
-    Raises:
-        InputError: it is damaged, or of another run, or of other data.
-    """
+    """The checkpoint to go on from, of this run and data; None where a run was stopped before its first one."""
     if not run.checkpoint_path.exists() and not run.result_path.exists():
         return None
     weights = sum(tensor.nbytes for tensor in network.state_dict().values())
@@ -304,13 +293,8 @@ def _train(
 def describe(network: Network, dataset: Dataset, config: Config, test: dict[str, Any], *, epochs: int) -> Card:
     """The card of trained weights, with the threshold above which an image is no object of the known classes.
 
-    Args:
-        network: trained, on the CPU.
-        dataset: with the validation split of the run. Where none was held out, the threshold is set on training images,
-            which the card says.
-        config: of the run; places are left out.
-        test: results on the test split, see `Evaluation.to_dict`.
-        epochs: passes over the training images.
+    That is set on the validation images, or, where none were held out, on training images, which the card says. Places
+    are left out of the configuration; `test` is that of `Evaluation.to_dict`.
     """
     threshold = None
     if network.decoder is not None and network.objects_per_image == 1:

@@ -53,9 +53,8 @@ def prepare_data(
         outlined = outline.of_folder(_divided(folder, config, recorded, divide=shares), reading)
     else:
         about = {name: getattr(config, name) for name in ("data_dir", "image_size", "channels")}
-        outlined = (outline.of_registered if config.data in available() else load)(
-            config.data, **about, seed=config.data_seed
-        )
+        about["seed"] = config.data_seed
+        outlined = (outline.of_registered if config.data in available() else load)(config.data, **about)
     known = _with_splits(config, outlined, shares=shares, divided=divided)
     if check is not None:
         check(known)
@@ -64,7 +63,7 @@ def prepare_data(
     if is_folder(config.data):
         dataset = _read_folder(config, folder, reading, recorded, divide=shares, tell=tell)
     else:
-        dataset = load(config.data, **about, seed=config.data_seed)
+        dataset = load(config.data, **about)
     return _with_splits(config, dataset, shares=shares, divided=divided)
 
 
@@ -105,8 +104,7 @@ def _read_folder(
     except Unreadable as error:
         if not config.skip_unreadable and recorded is None:
             raise
-        folder = folder.without(error.faults)
-    return _divided(folder, config, recorded, divide=divide).read(reading, channels=config.channels, tell=tell)
+        return _read_folder(config, folder.without(error.faults), reading, recorded, divide=divide, tell=tell)
 
 
 def _divided(folder: ImageFolder, config: Config, recorded: Manifest | None, *, divide: bool) -> ImageFolder:
@@ -124,12 +122,7 @@ def _divided(folder: ImageFolder, config: Config, recorded: Manifest | None, *, 
 
 
 def as_read(config: Config, dataset: Dataset) -> Config:
-    """`config` with what was chosen of how a folder is read, so that it is read so again.
-
-    Args:
-        config: of a run.
-        dataset: read as it says.
-    """
+    """`config` with what was chosen of how a folder is read, so that it is read so again."""
     reading = dataset.preprocessing
     if reading is None:
         return config
@@ -157,10 +150,9 @@ def how_read(given: Config, dataset: Dataset) -> str | None:
 
 def same_images(dataset: Dataset, recorded: Manifest, config: Config) -> None:
     """Raise InputError unless the images of a run that goes on are those that it began with."""
-    there = Manifest.of(dataset)
-    used = Manifest(tuple(line for line in recorded.lines if line.split != "unused"))
-    differences = used.differences(Manifest(tuple(line for line in there.lines if line.split != "unused")))
-    if differences:
+    both = (recorded, Manifest.of(dataset))
+    begun, now = (Manifest(tuple(line for line in one.lines if line.split != "unused")) for one in both)
+    if differences := begun.differences(now):
         raise InputError(
             f"data {config.data} must be the images that the run began with; since then: {'; '.join(differences)}"
         )
@@ -170,13 +162,10 @@ def reading_of(network: Network, dataset: Dataset, config: Config) -> Preprocess
     """How image files become what the network sees."""
     if dataset.preprocessing is not None:
         return replace(dataset.preprocessing, crop=dataset.crop)
-    known = describe_data(dataset.name) if dataset.name in available() else None
-    digits = (config.framing or (known.framing if known else "off")) == "digits"
-    frame = (frame_of(dataset.train.images) or MNIST_FRAME) if digits else None
+    framing = config.framing or (describe_data(dataset.name).framing if dataset.name in available() else "off")
+    frame = (frame_of(dataset.train.images) or MNIST_FRAME) if framing == "digits" else None
     height, width = dataset.train.images.shape[2:]
-    return Preprocessing(
-        height, width, network.image_shape[0], dataset.crop, framing="digits" if digits else "off", frame=frame
-    )
+    return Preprocessing(height, width, network.image_shape[0], dataset.crop, framing=framing, frame=frame)
 
 
 def layout(config: Config, dataset: Dataset) -> Network:

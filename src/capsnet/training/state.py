@@ -28,33 +28,21 @@ __all__ = ["Position", "TrainingState", "fitting_checkpoint"]
 
 @dataclass
 class Position:
-    """Where a training stands.
+    """Where a training stands."""
 
-    Attributes:
-        epoch: finished epochs.
-        step: finished steps of the running epoch.
-        seconds: of the finished epochs, validation included.
-        epoch_seconds: of the running epoch's training.
-    """
-
-    epoch: int = 0
-    step: int = 0
-    seconds: float = 0.0
-    epoch_seconds: float = 0.0
+    epoch: int = 0  # finished epochs
+    step: int = 0  # finished steps of the running epoch
+    seconds: float = 0.0  # of the finished epochs, validation included
+    epoch_seconds: float = 0.0  # of the running epoch's training
 
 
 def fitting_checkpoint(
     checkpoint: Checkpoint, network: Network, *, steps: int, validated: bool, ema: bool, source: str
 ) -> Checkpoint:
-    """A checkpoint whose every part fits this training.
+    """A checkpoint, of the right form already, whose every part fits a training of `steps` an epoch.
 
-    Args:
-        checkpoint: of the right form, see `Run.load_checkpoint`.
-        network: untrained.
-        steps: of an epoch.
-        validated: whether images are held out, of which each row then tells.
-        ema: whether weights are averaged.
-        source: the file, for errors.
+    Where images are held out (`validated`), each row tells of them; where weights are averaged (`ema`), there is their
+    average. `source` names the file in errors.
 
     Raises:
         InputError: weights, moments, position, rows or sums that no such training can have.
@@ -98,11 +86,7 @@ def fitting_checkpoint(
 def _fitting_moments(
     state: dict[int, dict[str, Tensor]], network: Network, *, done: int, source: str
 ) -> dict[int, dict[str, Tensor]]:
-    """The state of Adam, laid out in memory as its parameters are, for fused Adam walks through both at once.
-
-    Raises:
-        InputError: it is not that of the parameters of `network`.
-    """
+    """The state of Adam, laid out in memory as its parameters are, for fused Adam walks through both at once."""
     parameters = dict(enumerate(network.named_parameters())) if done else {}
     if state.keys() != parameters.keys():
         raise InputError(f"{source}: optimizer must hold the state of {len(parameters)} parameters; got {len(state)}")
@@ -110,9 +94,8 @@ def _fitting_moments(
     for k, (name, parameter) in parameters.items():
         wanted = {"step": torch.zeros(()), "exp_avg": parameter, "exp_avg_sq": parameter}
         if state[k].keys() != wanted.keys():
-            raise InputError(
-                f"{source}: optimizer must hold {', '.join(wanted)} of {name}; got {shown(list(state[k]))}"
-            )
+            got = shown(list(state[k]))
+            raise InputError(f"{source}: optimizer must hold {', '.join(wanted)} of {name}; got {got}")
         fine[k] = {}
         for key, like in wanted.items():
             found = fitting(state[k][key], like, name=f"{source}: {key} of {name}")
@@ -133,14 +116,7 @@ CHEAP = 0.1
 class TrainingState:
     """A training under way, seen by one of its processes.
 
-    Args:
-        fabric: launched.
-        config: of the run.
-        run: its directory.
-        network: being trained, not wrapped.
-        optimizer: of its parameters.
-        train_images: number of training images.
-        received: numbers of the signals that came in, see `machine.signals`.
+    The network is the one that Fabric has not wrapped; `received` are the signals that come in, see `devices.signals`.
 
     Attributes:
         at: where it stands.
@@ -237,13 +213,7 @@ class TrainingState:
         return cast(list[float], (self._sums * self.fabric.world_size / done).tolist())
 
     def row(self, rate: float, seconds: float, held_out: dict[str, float]) -> dict[str, Any]:
-        """The finished epoch as a row of `metrics.csv`.
-
-        Args:
-            rate: the last step's learning rate.
-            seconds: of the whole epoch.
-            held_out: what validation adds.
-        """
+        """The finished epoch as a row of `metrics.csv`: with the last step's `rate`, and what validation adds."""
         loss, classification, reconstruction, wrong = (self.reduced(self._sums) / self.train_images).tolist()
         return {
             "epoch": self.at.epoch + 1,
@@ -328,8 +298,7 @@ class TrainingState:
         if stop:
             self.save()
             where = f"in epoch {self.at.epoch + 1} after step {self.at.step} of {self.steps}"
-            over = self.at.epoch == self.config.epochs
-            place = "after the last epoch" if over else where
+            place = "after the last epoch" if self.at.epoch == self.config.epochs else where
             raise Interrupted(f"stopped {place}; go on with: capsnet train --resume {self.run.directory}", stop)
 
     def refuse(self, losses: Losses, batch: Batch) -> None:

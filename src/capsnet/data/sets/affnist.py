@@ -12,6 +12,7 @@ its top left; and `label_int`, `[1, N]`. No official file was at hand to check a
 
 import os
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -23,7 +24,7 @@ from capsnet.data import download, idx
 from capsnet.data.dataset import Split
 from capsnet.data.download import Source
 from capsnet.data.matlab import variables
-from capsnet.data.registry import DataDir, Entry
+from capsnet.data.registry import DataDir
 from capsnet.data.sets import expanded_mnist, mnist
 from capsnet.data.sets.expanded_mnist import SIZE
 from capsnet.errors import InputError
@@ -108,18 +109,13 @@ def _files(data_dir: DataDir) -> dict[str, Sequence[Path]]:
     return {**digits, FILE: find(download.places(SOURCE, data_dir))}
 
 
-ENTRY = Entry(
+ENTRY = replace(
+    expanded_mnist.ENTRY,
     name="affnist",
-    image_shape=(1, SIZE, SIZE),
-    classes=mnist.CLASSES,
-    train=60_000,
     test=320_000,
     licence="not stated by its author; training images as mnist",
     source="Tijmen Tieleman, https://www.cs.toronto.edu/~tijmen/affNIST/; trained on expanded-mnist and tested on "
     "affNIST; its test.mat is not downloaded but must be put in place",
-    framing="digits",
     read=read,
     files=_files,
-    shift=expanded_mnist.MARGIN,
-    placed=True,
 )

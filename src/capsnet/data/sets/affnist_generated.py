@@ -1,6 +1,7 @@
 """MNIST's test images under random affine transformations within affNIST's ranges, with the true factors."""
 
 from collections.abc import Mapping
+from dataclasses import replace
 
 import torch
 from jaxtyping import Float, UInt8
@@ -8,7 +9,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from capsnet.data.dataset import Split
-from capsnet.data.registry import DataDir, Entry
+from capsnet.data.registry import DataDir
 from capsnet.data.sets import expanded_mnist, mnist
 from capsnet.data.sets.expanded_mnist import SHIFTS, SIZE
 from capsnet.errors import InputError
@@ -40,12 +41,8 @@ def generated(split: Split, *, seed: int) -> Split:
     that no ink falls off, each place as likely as the next. The order of the transformations and the interpolation are
     those of `transform`, which need not be affNIST's own.
 
-    Args:
-        split: grey images on black.
-        seed: of the transformations; the same seed always draws the same.
-
     Returns:
-        Images `uint8 [N, 1, 40, 40]`; `factors` are the parameters of `transform`.
+        Images `uint8 [N, 1, 40, 40]`; `factors` are the parameters of `transform`. The same seed always draws the same.
 
     Raises:
         InputError: images with ink that does not fit into 40 x 40 pixels when transformed.
@@ -143,18 +140,10 @@ def _room(images: Tensor, matrix: Tensor) -> tuple[Float[Tensor, "images 2"], Fl
     return -edge - lowest, edge - highest
 
 
-ENTRY = Entry(
+ENTRY = replace(
+    expanded_mnist.ENTRY,
     name="affnist-generated",
-    image_shape=(1, SIZE, SIZE),
-    classes=mnist.CLASSES,
-    train=60_000,
-    test=10_000,
-    licence="that of mnist, of which its images are made",
     source="made of mnist by capsnet: trained on expanded-mnist and tested on mnist's test images, each under one "
     "random affine transformation within affNIST's ranges, with the true factors; not the official test set",
-    framing="digits",
     read=read,
-    files=mnist.ENTRY.files,
-    shift=expanded_mnist.MARGIN,
-    placed=True,
 )

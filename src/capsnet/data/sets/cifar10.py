@@ -27,7 +27,7 @@ from capsnet.data.dataset import Split
 from capsnet.data.download import Source
 from capsnet.data.registry import DataDir, Entry
 from capsnet.errors import InputError
-from capsnet.files import Readable, read_bytes
+from capsnet.files import Readable, cache_dir, read_bytes
 
 __all__ = ["ARCHIVES", "ENTRY", "FOLDER", "SHA256", "SOURCE", "find_archive", "find_folder", "parse", "read", "unpack"]
 
@@ -147,7 +147,7 @@ def unpack(archive: Path, into: Path) -> Path:
 
 def _unpacked_folder(data_dir: DataDir) -> Path:
     """Where CIFAR-10 is unpacked, after unpacking or downloading it if need be."""
-    into, python_version = download.cache_dir() / SOURCE.name, list[InputError]()
+    into, python_version = cache_dir() / SOURCE.name, list[InputError]()
     for folders in download.roots(SOURCE, data_dir):
         folder = find_folder(folders)
         if folder is not None:

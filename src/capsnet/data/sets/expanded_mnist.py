@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 from capsnet.data.augment import Augmentation, move
 from capsnet.data.dataset import Split
-from capsnet.data.registry import DataDir, Entry
+from capsnet.data.registry import DataDir
 from capsnet.data.sets import mnist
 from capsnet.errors import InputError
 
@@ -51,12 +51,9 @@ def padded(
 def placed(split: Split, *, seed: int) -> Split:
     """Each image once at a random place: MNIST's, in 40 x 40 pixels, moved by -6 to 6 pixels in each direction.
 
-    Args:
-        split: images of at most 40 x 40 pixels.
-        seed: of the places; the same seed always draws the same.
-
     Returns:
-        Images `uint8 [N, C, 40, 40]`; `factors` tell the shift, to the right and downwards.
+        Images `uint8 [N, C, 40, 40]`; `factors` tell the shift, to the right and downwards. The same seed always draws
+        the same.
 
     Raises:
         InputError: larger images.
@@ -69,18 +66,14 @@ def placed(split: Split, *, seed: int) -> Split:
     return Split(move(images, drawn), split.labels, {**split.factors, **factors})
 
 
-ENTRY = Entry(
+ENTRY = replace(
+    mnist.ENTRY,
     name="expanded-mnist",
     image_shape=(1, SIZE, SIZE),
-    classes=mnist.CLASSES,
-    train=60_000,
-    test=10_000,
     licence="that of mnist, of which its images are made",
     source="made of mnist by capsnet: digits at random places on black, for affnist, as in Sabour, Frosst, Hinton, "
     "Dynamic Routing Between Capsules, NIPS 2017, Section 5.2",
-    framing="digits",
     read=read,
-    files=mnist.ENTRY.files,
     shift=MARGIN,
     placed=True,
 )

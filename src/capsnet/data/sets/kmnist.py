@@ -5,7 +5,7 @@ from functools import partial
 from capsnet.data import idx
 from capsnet.data.dataset import Split
 from capsnet.data.download import Source, here
-from capsnet.data.registry import DataDir, Entry, checksums
+from capsnet.data.registry import DataDir, Entry
 
 __all__ = ["ENTRY", "SOURCE", "read"]
 
@@ -34,7 +34,7 @@ def read(split: str, *, data_dir: DataDir = None, **_: object) -> Split:
     """The split `train` or `test`, see `idx.read`."""
     count = ENTRY.counts[split]
     shape, of_each = (count, *ENTRY.image_shape), count // len(ENTRY.classes)
-    return idx.read(SOURCE, split, data_dir, known=checksums(), shape=shape, of_each=of_each)
+    return idx.read(SOURCE, split, data_dir=data_dir, shape=shape, of_each=of_each)
 
 
 ENTRY = Entry(

@@ -3,9 +3,8 @@
 from functools import partial
 
 from capsnet.data import idx
-from capsnet.data.dataset import Split
 from capsnet.data.download import Source, here
-from capsnet.data.registry import DataDir, Entry, checksums
+from capsnet.data.registry import Entry
 
 __all__ = ["CLASSES", "ENTRY", "SOURCE", "read"]
 
@@ -26,10 +25,7 @@ SOURCE = Source(
 )
 
 
-def read(split: str, *, data_dir: DataDir = None, **_: object) -> Split:
-    """The split `train` or `test`, see `idx.read`."""
-    return idx.read(SOURCE, split, data_dir, known=checksums())
-
+read = partial(idx.read, SOURCE)
 
 ENTRY = Entry(
     name="mnist",

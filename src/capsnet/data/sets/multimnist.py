@@ -10,7 +10,7 @@ from dataclasses import replace
 from torch.nn import functional as F
 
 from capsnet.data.dataset import Split
-from capsnet.data.registry import DataDir, Entry
+from capsnet.data.registry import DataDir
 from capsnet.data.sets import mnist
 from capsnet.errors import InputError
 
@@ -35,17 +35,15 @@ def _check(channels: int, height: int, width: int, seed: int) -> None:
         )
 
 
-ENTRY = Entry(
+ENTRY = replace(
+    mnist.ENTRY,
     name="multimnist",
     image_shape=(1, 36, 36),
-    classes=mnist.CLASSES,
-    train=60_000,
-    test=10_000,
     licence="that of mnist, of which its images are made",
     source="made of mnist by capsnet: two digits of different classes laid over each other, as in Sabour, Frosst, "
     "Hinton, Dynamic Routing Between Capsules, NIPS 2017, Section 6",
+    framing="off",
     read=read,
-    files=mnist.ENTRY.files,
     check=_check,
     shift=SHIFT,
     objects_per_image=2,

@@ -54,8 +54,7 @@ SOURCE = Source(
     mirrors=("https://cs.nyu.edu/~ylclab/data/norb-v1.0-small/",),
     most=24 + PAIRS * 2 * 96 * 96,
 )
-_IMAGE_SHAPE = (2, 96, 96)
-_TYPES = {0x1E3D4C55: np.dtype(np.uint8), 0x1E3D4C54: np.dtype("<i4")}
+_MAGIC = {np.dtype(np.uint8): 0x1E3D4C55, np.dtype("<i4"): 0x1E3D4C54}
 _LEAST_SIZES = 3
 
 
@@ -71,9 +70,9 @@ def read(split: str, *, data_dir: DataDir = None, **_: object) -> Split:
     """
     found = download.contents(SOURCE, FILES[split], data_dir)
     (dat, dat_content), (cat, cat_content), (info, info_content) = (found[file] for file in FILES[split])
-    images = parse_images(dat_content, dat)
-    if images.shape != (PAIRS, *_IMAGE_SHAPE):
-        raise InputError(f"{dat} must hold images of {(PAIRS, *_IMAGE_SHAPE)}; got {tuple(images.shape)}")
+    images, shape = parse_images(dat_content, dat), (PAIRS, *ENTRY.image_shape)
+    if images.shape != shape:
+        raise InputError(f"{dat} must hold images of {shape}; got {tuple(images.shape)}")
     labels = parse_labels(cat_content, cat)
     counts, each = labels.bincount(minlength=len(CLASSES)).tolist(), PAIRS // len(CLASSES)
     if counts != [each] * len(CLASSES):
@@ -134,9 +133,8 @@ def _parse(content: bytes, path: str | os.PathLike[str], *, dtype: np.dtype, dim
     if len(content) < start:
         raise InputError(f"{path} must have a header of {start} bytes; got a file of {len(content)}")
     magic, found = struct.unpack("<Ii", content[:8])
-    if _TYPES.get(magic) != dtype:
-        wanted = next(number for number, type_ in _TYPES.items() if type_ == dtype)
-        raise InputError(f"{path} must start with 0x{wanted:08X}, a matrix of {dtype.name}; got 0x{magic:08X}")
+    if magic != _MAGIC[dtype]:
+        raise InputError(f"{path} must start with 0x{_MAGIC[dtype]:08X}, a matrix of {dtype.name}; got 0x{magic:08X}")
     if found != dimensions:
         raise InputError(f"{path} must have {dimensions} dimensions; got {found}")
     sizes = struct.unpack(f"<{dimensions}i", content[8 : 8 + 4 * dimensions])

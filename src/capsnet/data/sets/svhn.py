@@ -21,6 +21,7 @@ from capsnet.data.download import Source
 from capsnet.data.matlab import variables
 from capsnet.data.registry import DataDir, Entry
 from capsnet.errors import InputError
+from capsnet.files import cache_dir
 
 __all__ = ["ENTRY", "FILES", "SOURCE", "parse", "read"]
 
@@ -80,7 +81,7 @@ def _keep(path: Path) -> None:
     expected, actual = SOURCE.files[path.name], download.sha256_of(path)
     if expected is not None and actual != expected:
         raise InputError(f"{path.name} must have the SHA-256 {expected}; got {actual}")
-    path.replace(download.cache_dir() / SOURCE.name / path.name)
+    path.replace(cache_dir() / SOURCE.name / path.name)
 
 
 ENTRY = Entry(

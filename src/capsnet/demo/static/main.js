@@ -1,7 +1,7 @@
 // The page: what is drawn goes to the server, what it answers goes to the panels.
 
 import { Pad } from "./pad.js";
-import { Bars, CouplingMap, Sliders, STEPS, Sweep, signed, verdict } from "./panels.js";
+import { Bars, CouplingMap, Sliders, STEPS, Sweep, verdict } from "./panels.js";
 import { decode, file, paint } from "./pixels.js";
 import { Line, model as ask } from "./server.js";
 
@@ -30,8 +30,6 @@ async function start() {
   at("hint").textContent = names.length <= 40 ? `Draw one of\n${names}\nor drop an image here` : "Drop an image here, or draw";
   at("pad").style.setProperty("--hint", (model.frame?.ground ?? 0) < 0.5 ? "#a9aea9" : "#565c58");
   const redraw = (bytes) => ["redrawn", "redrawn-again"].forEach((id) => paint(at(id), bytes, model));
-  paint(at("seen"), null, model);
-  redraw(null);
 
   const bars = new Bars(at("bars"), model.classes, choose);
   const sliders = new Sliders(at("sliders"), model.dim, { moved, pointed });
@@ -42,7 +40,6 @@ async function start() {
   });
   const pad = new Pad(at("drawing"), model, drawn);
   const map = new CouplingMap(at("coupling-map"), at("drawing"), model);
-  map.hide();
   const look = new Line("/api/look", looked, notice("look"));
   const imagine = new Line("/api/imagine", imagined, notice("imagine"));
   const evidence = new Line("/api/evidence", (found, question) => {
@@ -113,24 +110,20 @@ async function start() {
     document.body.classList.toggle("empty", !seen);
     bars.show(seen?.lengths);
     paint(at("seen"), seen && decode(seen.image), model);
-    at("reset").disabled = !seen || !sliders.moved;
-    showWinner();
-    if (!seen) {
-      redraw(null);
-      sliders.start(null);
-      sweep.show(null, 0);
-      showTitles();
-      map.hide();
-      showMapText();
-      return;
-    }
-    if (state.shown !== index()) sliders.reset(); // what was moved belongs to another capsule
-    state.shown = index();
-    sliders.start(seen.poses[index()]);
+    if (seen && state.shown !== index()) sliders.reset(); // what was moved belongs to another capsule
+    if (seen) state.shown = index();
+    sliders.start(seen && seen.poses[index()]);
     at("reset").disabled = !sliders.moved;
+    showWinner();
     showTitles();
-    draw();
-    trace();
+    if (seen) {
+      draw();
+      trace();
+    } else {
+      redraw(null);
+      sweep.show(null, 0);
+      showMap();
+    }
   }
 
   let saying = 0;
@@ -198,20 +191,14 @@ async function start() {
 
   function showMap() {
     const found = at("overlay").checked && state.seen && state.evidence;
-    if (found) map.show(found.maps, iteration() - 1, found.place);
+    const iteration = at("iteration").valueAsNumber;
+    if (found) map.show(found.maps, iteration - 1, found.place);
     else map.hide();
-    showMapText();
-  }
-
-  const iteration = () => at("iteration").valueAsNumber;
-
-  function showMapText() {
-    at("iteration-value").textContent = `${iteration()} of ${model.iterations}`;
-    const found = at("overlay").checked && state.seen && state.evidence;
+    at("iteration-value").textContent = `${iteration} of ${model.iterations}`;
     const most = Math.log2(model.classes.length).toFixed(3);
     at("overlay-text").textContent = found
-      ? `Light marks the parts whose coupled votes make up ${found.name}. Its length is now ${found.lengths[iteration() - 1].toFixed(2)}; ` +
-        `the couplings' entropy is ${found.entropy[iteration() - 1].toFixed(3)} bits, where ${most} is undecided.`
+      ? `Light marks the parts whose coupled votes make up ${found.name}. Its length is now ${found.lengths[iteration - 1].toFixed(2)}; ` +
+        `the couplings' entropy is ${found.entropy[iteration - 1].toFixed(3)} bits, where ${most} is undecided.`
       : "The parts of the image whose votes, coupled by the routing, make up the capsule.";
   }
 
@@ -250,7 +237,6 @@ async function start() {
   addEventListener("paste", (event) => read(event.clipboardData.files[0]));
 
   showCapsule();
-  showMapText();
 }
 
 start().catch((error) => {

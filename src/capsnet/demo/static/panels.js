@@ -5,10 +5,10 @@ import { decode, paint } from "./pixels.js";
 const PRESENT = 0.5; // half-way between the margins 0.1 and 0.9 that a length is trained towards
 export const STEPS = Array.from({ length: 11 }, (_, i) => Math.round((i - 5) * 5) / 100); // the paper's: -0.25 to 0.25 by 0.05
 
-export const signed = (value, digits = 2) => `${value < 0 ? "−" : "+"}${Math.abs(value).toFixed(digits)}`;
+const signed = (value, digits = 2) => `${value < 0 ? "−" : "+"}${Math.abs(value).toFixed(digits)}`;
 const plain = (value) => `${value < 0 ? "−" : ""}${Math.abs(value).toFixed(2)}`;
 
-export function element(tag, properties = {}, ...children) {
+function element(tag, properties = {}, ...children) {
   const made = Object.assign(document.createElement(tag), properties);
   made.append(...children);
   return made;

@@ -4,12 +4,6 @@ export function decode(text) {
   return Uint8Array.from(atob(text), (letter) => letter.charCodeAt(0));
 }
 
-export function encode(bytes) {
-  let text = "";
-  for (let start = 0; start < bytes.length; start += 8192) text += String.fromCharCode(...bytes.subarray(start, start + 8192));
-  return btoa(text);
-}
-
 export function paint(canvas, bytes, { channels, height, width }) {
   canvas.width = width;
   canvas.height = height;
