@@ -98,8 +98,8 @@ def check(
         allowed: the largest error.
         images: of which they are.
         who: for the error.
-        rounding: errors of the plain network in float32; three times the largest is allowed too, within reason. Where normalisations follow
-            several ReLUs, a rounding that flips one moves a gradient by half a percent.
+        rounding: errors of the plain network in float32; three times the largest is allowed too, up to `MOST_ROUNDING`.
+            Where normalisations follow several ReLUs, a rounding that flips one moves a gradient by half a percent.
 
     Raises:
         Incorrect: a result is missing, not finite, or further away than is allowed.

@@ -239,7 +239,7 @@ def build(image_shape: tuple[int, int, int], num_classes: int, options: Options)
         assert layer.bias is not None
         nn.init.zeros_(layer.bias)
         if options.normalization == "batch":
-            norm: nn.Module = nn.BatchNorm2d(width, eps=1e-3, momentum=0.01)  # Keras's
+            norm: nn.Module = nn.BatchNorm2d(width, eps=1e-3)  # at Keras's momentum a short run never forgets its start
         else:
             norm = nn.InstanceNorm2d(width, eps=1e-3, affine=True)
         stem.extend([layer, nn.LeakyReLU(options.negative_slope) if options.negative_slope else nn.ReLU(), norm])

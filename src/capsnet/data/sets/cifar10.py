@@ -33,8 +33,7 @@ __all__ = ["ARCHIVES", "ENTRY", "FOLDER", "SHA256", "SOURCE", "find_archive", "f
 
 FOLDER = "cifar-10-batches-bin"
 ARCHIVES = ("cifar-10-binary.tar.gz", "cifar-10-binary.tar.xz")
-# Of the files in the official archive; their MD5s are those published in build scripts (the README of
-# shared/data).
+# Of the files in the official archive, whose MD5s are those published in build scripts.
 SHA256 = {
     "data_batch_1.bin": "cee916563c9f80d84e3cc88e17fdc0941787f1244f00a67874d45b261883ada5",
     "data_batch_2.bin": "a591ca11fa1708a91ee40f54b3da4784ccd871ecf2137de63f51ada8b3fa57ed",
