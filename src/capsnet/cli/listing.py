@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from tyro.conf import Positional
 
 from capsnet import config
+from capsnet.cli.parsing import DataDir
 from capsnet.cli.printing import show, show_json, show_table
 from capsnet.errors import InputError
 
@@ -28,8 +29,7 @@ class List:
 
     what: Positional[Literal["models", "weights", "data", "presets", "experiments", "cache"]]
     """What to list. cache: decoded images of folders (see CAPSNET_CACHE and CAPSNET_CACHE_LIMIT)."""
-    data_dir: str | None = None
-    """Directory of downloaded files."""
+    data_dir: DataDir = None
     clear: bool = False
     """Remove every cache file that no process uses, and list those."""
     json: bool = False

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 from capsnet.cli.analyse import pose_table, probe_poses
-from capsnet.cli.parsing import Group, Images, Model, Range
+from capsnet.cli.parsing import DataDir, Group, Images, Model, Range
 from capsnet.cli.printing import show, show_json
 from capsnet.cli.trained_model import TrainedModel, WritesFile
 from capsnet.errors import InputError
@@ -24,11 +24,9 @@ MOST_SHEETS = 100  # perturbation sheets in one figure
 @dataclass(frozen=True)
 class _FigureOptions(WritesFile):
     model: Model
-    """Run directory, folder with weights, or the name of weights that ship with the package."""
     data: str | None = None
     """Data set or folder; default: the network's own. It is read as the network's own was."""
-    data_dir: str | None = None
-    """Directory of downloaded files."""
+    data_dir: DataDir = None
     split: Literal["test", "validation", "train"] = "test"
     """Split of the data set."""
     format: Literal["png", "svg", "pdf"] = "png"
@@ -295,7 +293,9 @@ class _Pose(_FigureOptions):
     def work(self, line: str) -> int:
         from capsnet import plots
 
-        trained, numbers, found = probe_poses(self, self.against, line)
+        trained, numbers, found = probe_poses(
+            self.model, against=self.against, data=self.data, data_dir=self.data_dir, split=self.split, line=line
+        )
         numbers["figure"] = str(self.save(trained, "pose", plots.pose_explained(found), line))
         return self.finish(numbers, *pose_table(found))
 
@@ -305,7 +305,6 @@ class _Results(_FigureOptions):
     names: ClassVar[tuple[str, ...]]
 
     def work(self, line: str) -> int:
-        from capsnet.checkpoints import run_directory
         from capsnet.evaluation import calibration
         from capsnet.report import result_figures
 
@@ -315,7 +314,7 @@ class _Results(_FigureOptions):
         dataset = trained.dataset(self.data, self.data_dir)
         split = trained.split(dataset, self.split)
         found = trained.predictions(split)
-        makers = result_figures(found, split, trained.network.classes, run_directory.Run(trained.folder).metrics())
+        makers = result_figures(found, split, trained.network.classes, trained.run.metrics())
         if self.names == ("curves",) and "curves" not in makers:
             raise InputError(f"curves must be of a run directory with metrics.csv; {self.model} has none")
         paths = [self.save(trained, name, makers[name](), line) for name in self.names if name in makers]

@@ -9,12 +9,11 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from tyro.conf import Positional, arg
 
-from capsnet.cli.parsing import BatchSize, Model
+from capsnet.cli.parsing import BatchSize, Device, Model
 from capsnet.cli.printing import say, show, show_json
 from capsnet.cli.trained_model import TrainedModel
 from capsnet.errors import InputError
 from capsnet.files import visible
-from capsnet.options import Device
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -39,7 +38,6 @@ class Predict:
     """
 
     model: Model
-    """Run directory, folder with weights, or the name of weights that ship with the package."""
     files: Positional[Annotated[tuple[str, ...], arg(metavar="FILES")]]
     """Image files, folders of them (with sub-folders), or - for one image from standard input."""
     framing: Literal["off", "digits"] | None = None
@@ -54,7 +52,6 @@ class Predict:
     batch_size: BatchSize = 64
     """Images per batch; affects only memory and speed."""
     device: Device = "auto"
-    """auto: a CUDA GPU if there is one; mps (untested) on a Mac."""
     json: bool = False
     """Print a JSON list."""
     csv: bool = False
