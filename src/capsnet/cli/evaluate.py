@@ -102,8 +102,7 @@ class Evaluate:
             show_json({**where, **result.to_dict()})
         else:
             show(f"{dataset.name} {self.split} {result.summary()}")
-            show(_losses(result))
-            _print_tables(result)
+            _print_details(result)
         return 0
 
     def _ensemble(self, runs: list["_EvaluatedRun"], split: "Split", record: dict[str, Any]) -> int:
@@ -297,14 +296,11 @@ def _check_objects(trained: TrainedModel, split: "Split", name: str) -> None:
         raise InputError(f"images of {name} must show {wanted} of {trained.model}'s classes each; got {there}")
 
 
-def _losses(result: "Evaluation") -> str:
-    return (
+def _print_details(result: "Evaluation") -> None:
+    show(
         f"loss {result.loss:.5f}: classification {result.classification_loss:.5f}, "
         f"reconstruction {result.reconstruction_loss:.2f} (summed squared error an image, unweighted)"
     )
-
-
-def _print_tables(result: "Evaluation") -> None:
     show("per class:")
     show_table(
         ("class", "images", "wrong", "error %", "others taken for it"),

@@ -82,14 +82,11 @@ class _Reconstructions(_FigureOptions):
             raise InputError("--right and --wrong must not both be 0; got 0 and 0")
         import torch
 
-        from capsnet import plots
-        from capsnet.analysis.reconstruction import decoder_of, reconstruct
-        from capsnet.data.dataset import to_float
-        from capsnet.evaluation import predict_split
-        from capsnet.report import drawn_apart
+        from capsnet.analysis.reconstruction import decoder_of
+        from capsnet.report import reconstruction_figure
 
         trained = TrainedModel(self.model, several=True)
-        network, _ = decoder_of(trained.network)
+        decoder_of(trained.network)
         dataset = trained.dataset(self.data, self.data_dir, any_will_do=True)
         split = trained.split(dataset, self.split)
         found = trained.predictions(split)
@@ -97,14 +94,8 @@ class _Reconstructions(_FigureOptions):
         index = torch.cat([(~found.wrong).nonzero().flatten()[: self.right], wrong[: self.wrong]])
         if not len(index):
             raise InputError(f"data set {dataset.name} must have wrong images to draw with --right 0; all are right")
-        some = split.take(index)
-        if network.objects_per_image > 1:
-            parts = drawn_apart(network, some, predict_split(network, some), count=max(self.right, self.wrong))
-            figure = plots.separations(parts, network.classes)
-        else:
-            figure = plots.reconstructions(reconstruct(network, to_float(some.images), some.labels), network.classes)
-        errors = found.reconstruction_errors
-        means = {}
+        figure = reconstruction_figure(trained.network, split.take(index), count=max(self.right, self.wrong))
+        errors, means = found.reconstruction_errors, {}
         if errors is not None:
             means = {"right": _mean(errors[~found.wrong]), "wrong": _mean(errors[found.wrong])}
         return self.finish(

@@ -136,10 +136,8 @@ class _Writer:
             show(self._row("file", "class", "presence", "runner-up", "error", "notes"))
         self.begun = True
         self.ood += bool(found.ood)
-        notes = [note for note, is_so in (("inverted", found.inverted), ("centred and scaled", found.framed)) if is_so]
-        notes += found.notes
-        if found.ood:
-            notes.insert(0, "OOD?")
+        marks = {"OOD?": found.ood, "inverted": found.inverted, "centred and scaled": found.framed}
+        notes = [*(mark for mark, is_so in marks.items() if is_so), *found.notes]
         error = "-" if found.error is None else f"{found.error:.1f}"
         runner_up = f"{visible(found.runner_up)} {found.runner_up_presence:.2f}"
         name, label = visible(found.name), visible(found.label)
