@@ -6,15 +6,7 @@ import torch
 from scipy import stats
 
 from capsnet.errors import InputError
-from capsnet.evaluation.statistics import (
-    McNemar,
-    mcnemar,
-    one_sample,
-    paired_t,
-    sampling_error,
-    summarise,
-    welch_t,
-)
+from capsnet.evaluation.statistics import McNemar, mcnemar, one_sample, paired_t, summarise, welch_t
 
 # Student 1908, Biometrika 6, 1-25: hours of sleep gained by ten patients with either drug; t, df, p and intervals
 # below are those that t.test of R prints for its copy of these data (`sleep`)
@@ -196,12 +188,6 @@ def test_mcnemar_names_the_test_and_whose_errors_are_whose() -> None:
     assert found.to_dict() == {"test": "exact McNemar test", "b": 1, "c": 2, "p": 1.0}
 
 
-def test_sampling_error_by_hand() -> None:
-    assert sampling_error(25, 10_000) == pytest.approx(0.05, abs=1e-4)
-    assert sampling_error(1, 4) == pytest.approx(100 * math.sqrt(0.25 * 0.75 / 4))
-    assert sampling_error(0, 7) == sampling_error(7, 7) == 0
-
-
 def test_every_result_is_json() -> None:
     constant = paired_t([0.1, 0.1], [0.2, 0.2])
     for found in (
@@ -227,10 +213,6 @@ def test_what_cannot_be_tested_is_refused() -> None:
         summarise([])
     with pytest.raises(InputError, match=r"^ours must be finite; got 0.1, nan$"):
         one_sample([0.1, math.nan], 0.2)
-    with pytest.raises(InputError, match=r"^wrong must be 0 to the 4 images; got 5$"):
-        sampling_error(5, 4)
-    with pytest.raises(InputError, match=r"^total must be at least 1; got 0$"):
-        sampling_error(0, 0)
 
 
 @pytest.mark.usefixtures("unchecked")

@@ -15,7 +15,7 @@ from torch import Tensor
 from capsnet import functional as F
 from capsnet.data.dataset import Split
 from capsnet.errors import InputError
-from capsnet.evaluation import wilson_interval
+from capsnet.evaluation.metrics import error_line, percent_interval
 from capsnet.evaluation.predictions import predict_split
 from capsnet.models import Network
 
@@ -37,11 +37,7 @@ class Ensemble:
 
     @classmethod
     def of(cls, scores: Float[Tensor, "n classes"], labels: Int[Tensor, "n *objects"]) -> "Ensemble":
-        """What `scores` get wrong.
-
-        Args:
-            scores: the largest is the prediction, or the k largest.
-            labels: true classes `[n]`, or `[n, k]` for k different ones in each image.
+        """What `scores` get wrong, of which the largest is the prediction; the k largest where labels are `[n, k]`.
 
         Raises:
             InputError: no images, or as many labels as are not those of the scores.
@@ -67,9 +63,8 @@ class Ensemble:
 
     @property
     def interval(self) -> tuple[float, float]:
-        """95 % Wilson interval of the error in percent: what sampling this many images leaves open."""
-        low, high = wilson_interval(self.count, self.total)
-        return 100 * low, 100 * high
+        """95 % interval of the error, see `percent_interval`."""
+        return percent_interval(self.count, self.total)
 
     def to_dict(self) -> dict[str, Any]:
         """Error, counts and interval as JSON can hold them."""
@@ -81,10 +76,8 @@ class Ensemble:
         }
 
     def summary(self) -> str:
-        """One line: `error 0.41 % (41 of 10,000 wrong; 95 % interval 0.30 to 0.56 %)`."""
-        low, high = self.interval
-        counts = f"{self.count:,} of {self.total:,} wrong; 95 % interval {low:.2f} to {high:.2f} %"
-        return f"{'exact-set ' * (self.objects_per_image > 1)}error {self.error_percent:.2f} % ({counts})"
+        """See `error_line`."""
+        return "exact-set " * (self.objects_per_image > 1) + error_line(self.count, self.total)
 
 
 def ensemble_scores(
