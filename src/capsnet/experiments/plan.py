@@ -3,11 +3,11 @@
 A new experiment is a new file: its name is the experiment's, and its fields are those of `Experiment`.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from capsnet.config import Config, from_dict
 from capsnet.errors import InputError
@@ -16,6 +16,7 @@ from capsnet.options.schema import checked, did_you_mean
 
 __all__ = ["BUDGETS", "Experiment", "Row", "available", "experiment", "read"]
 
+T = TypeVar("T")
 BUDGETS = ("quick", "cpu", "full")
 """From a proof that it works, in minutes, to the published sizes."""
 QUICK: dict[str, dict[str, Any]] = {
@@ -91,15 +92,10 @@ class Experiment:
         Raises:
             InputError: there is none.
         """
-        return self.rows[_index(key, [row.key for row in self.rows], f"rows of {self.name} must be among")]
+        return _among({row.key: row for row in self.rows}, key, f"rows of {self.name} must be among")
 
     def config(self, row: Row, budget: str, seed: int) -> Config:
-        """The configuration that a row is trained with.
-
-        Args:
-            row: of this experiment.
-            budget: one of `BUDGETS`.
-            seed: of weights, order and augmentation.
+        """The configuration that a row of this experiment is trained with; `budget` is one of `BUDGETS`.
 
         Raises:
             InputError: an unknown budget, or options that no training can have.
@@ -153,11 +149,11 @@ def experiment(name: str) -> Experiment:
     Raises:
         InputError: there is none.
     """
-    return list(_experiments().values())[_index(name, available(), "experiment must be one of")]
+    return _among(_experiments(), name, "experiment must be one of")
 
 
-def _index(name: str, names: Sequence[str], rule: str) -> int:
-    """Where `name` stands among `names`; an InputError that begins with `rule` if it is not there."""
-    if name not in names:
-        raise InputError(f"{rule} {', '.join(names)}; got {name!r}{did_you_mean(name, names)}")
-    return names.index(name)
+def _among(things: Mapping[str, T], name: str, rule: str) -> T:
+    """The thing of this name; an InputError that begins with `rule` if there is none."""
+    if name not in things:
+        raise InputError(f"{rule} {', '.join(things)}; got {name!r}{did_you_mean(name, things)}")
+    return things[name]

@@ -12,12 +12,11 @@ from capsnet.checkpoints import pretrained, run_directory
 from capsnet.config import Config
 from capsnet.data import Split, describe
 from capsnet.errors import Diverged, InputError, Interrupted
-from capsnet.evaluation import Evaluation, Predictions, predict_split
+from capsnet.evaluation import Evaluation, predict_split
 from capsnet.evaluation.ensemble import Ensemble, ensemble_scores
 from capsnet.experiments import records
 from capsnet.experiments.plan import Experiment, Row
 from capsnet.experiments.records import Record, fingerprint
-from capsnet.models import Network
 from capsnet.training import fit as training
 from capsnet.training import prepare
 
@@ -139,13 +138,16 @@ def _measured(
     precision = devices.resolve_precision(config, device, network)
     network.to(device)
     results, wrong_images = dict[str, dict[str, float]](), dict[str, list[int]]()
+    counted = ["error_percent", "wrong", "total", *["missed", "missed_percent"] * (network.objects_per_image > 1)]
     for name in dict.fromkeys((config.data, experiment.metric, *also)):
         split = split_of(config, name)
         found = run.predictions(split)
         if found is None:
             with torch.autocast(device.type, dtype=torch.bfloat16, enabled=precision == "bf16"):
                 found = predict_split(network, split)
-        wrong_images[name], results[name] = _judged(found, network)
+        judged = Evaluation.of(found, network.classes)
+        wrong_images[name] = found.wrong.nonzero().flatten().tolist()
+        results[name] = {count: getattr(judged, count) for count in counted}
     return Record(
         experiment=experiment.name,
         row=row.key,
@@ -196,9 +198,7 @@ def _together(
         seed=None,
         members=members,
         parameters=sum(one.parameters for one in singles),
-        results={
-            experiment.metric: {"error_percent": judged.error_percent, "wrong": judged.count, "total": judged.total}
-        },
+        results={experiment.metric: {name: judged.to_dict()[name] for name in ("error_percent", "wrong", "total")}},
         wrong_images={experiment.metric: judged.wrong.nonzero().flatten().tolist()},
         seconds=sum(one.seconds for one in singles),
     )
@@ -212,15 +212,3 @@ def split_of(config: Config, data: str, data_dir: str | None = None) -> Split:
     """
     options = replace(config, data=data, data_dir=data_dir or config.data_dir, validation=0, train_images=None)
     return prepare.prepare_data(options).test
-
-
-def _judged(found: Predictions, network: Network) -> tuple[list[int], dict[str, float]]:
-    """Which images are wrong, and the counts; of several objects also how many were missed."""
-    result = Evaluation.of(found, network.classes)
-    names = (
-        "error_percent",
-        "wrong",
-        "total",
-        *(("missed", "missed_percent") if network.objects_per_image > 1 else ()),
-    )
-    return found.wrong.nonzero().flatten().tolist(), {name: getattr(result, name) for name in names}
