@@ -109,10 +109,7 @@ def separate(
 ) -> Separation:
     """Draw objects that overlap, each alone (Section 6.2 and Figure 5 of the paper).
 
-    Args:
-        network: with a decoder.
-        images: intensities in [0, 1].
-        classes: whose capsules are drawn: those that the network finds, those that are there, or any others.
+    `classes` are those that the network finds, those that are there, or any others.
 
     Raises:
         InputError: no decoder, or images of another shape.

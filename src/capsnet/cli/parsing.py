@@ -104,10 +104,7 @@ def parse(group: Group, arguments: Sequence[str], *, prog: str) -> Command:
 def with_options(kind: type[C], base: Config, **values: Any) -> C:
     """A command with the options of a run beside its own: a group for each of `GROUPS`, and one for the model.
 
-    Args:
-        kind: the dataclass of the command, whose fields have defaults.
-        base: the defaults of the options.
-        values: of fields of the command.
+    The defaults of the options are those of `base`; `values` are of the command's own fields.
     """
     groups = {"images": GROUPS["data"], "network": type(base.options)}  # as headings of the help
     groups |= {name: group for name, group in GROUPS.items() if name != "data"}

@@ -26,11 +26,7 @@ __all__ = ["TrainedModel", "WritesFile"]
 
 
 class TrainedModel:
-    """A trained network as a command names it.
-
-    Args:
-        model: run directory, folder with weights, or name of weights that ship with the package.
-        several: whether its images may show several objects each.
+    """A trained network as a command names it; unless `several`, its images must show one object each.
 
     Attributes:
         model: as given.
@@ -81,13 +77,9 @@ class TrainedModel:
     def dataset(
         self, data: str | None = None, data_dir: str | None = None, *, held_out: bool = True, any_will_do: bool = False
     ) -> "Dataset":
-        """Its data set, or `data` read as its own was.
+        """Its data set, or `data` read as its own was; `held_out`, with the validation split of the run.
 
-        Args:
-            data: another data set or folder.
-            data_dir: where downloaded files are.
-            held_out: with the validation split of the run.
-            any_will_do: where its data cannot be had, and it knows digits of 28 x 28: `strokes`, and say so.
+        With `any_will_do`, where its own cannot be had and it knows digits of 28 x 28: `strokes`, and say so.
 
         Raises:
             InputError: the data cannot be had, or other classes.

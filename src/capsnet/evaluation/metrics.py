@@ -171,17 +171,13 @@ class Calibration:
 
 
 def calibration(winning: Float[Tensor, "n"], right: Bool[Tensor, "n"], *, bins: int = 10) -> Calibration:
-    """Sort predictions by their winning score into equal bins and compare score and accuracy in each.
+    """Sort predictions by their winning score, in [0, 1], into equal bins and compare score and accuracy in each.
 
-    Args:
-        winning: largest score of each image, in [0, 1]; at least one.
-        right: whether its prediction is right.
-        bins: number of bins; a score on an edge belongs to the bin above it, 1 to the last.
+    A score on an edge belongs to the bin above it, 1 to the last. There is at least one prediction.
     """
     index = (winning.double() * bins).long().clamp(0, bins - 1)
-    counts = torch.bincount(index, minlength=bins).tolist()
-    scores = torch.zeros(bins, dtype=torch.float64).index_add_(0, index, winning.double()).tolist()
-    rights = torch.zeros(bins, dtype=torch.float64).index_add_(0, index, right.double()).tolist()
+    counts = index.bincount(minlength=bins).tolist()
+    scores, rights = (index.bincount(each.double(), minlength=bins).tolist() for each in (winning, right))
     gaps = sum(abs(ours - theirs) for ours, theirs in zip(rights, scores, strict=True))
     return Calibration(
         edges=tuple(k / bins for k in range(bins + 1)),

@@ -194,9 +194,7 @@ def one_sample(ours: Sequence[float], reference: float) -> TTest:
 def mcnemar(wrong_a: AbstractSet[int] | Bool[Tensor, "n"], wrong_b: AbstractSet[int] | Bool[Tensor, "n"]) -> McNemar:
     """Exact two-sided McNemar test (McNemar 1947, Psychometrika 12, 153-157): b ~ binomial(b + c, 1/2).
 
-    Args:
-        wrong_a: images that the first model gets wrong: their indices, or a mask of all images.
-        wrong_b: those of the second model, of the same images.
+    Images that either model gets wrong are given by their indices, or as a mask of all images.
 
     Raises:
         InputError: masks of different lengths.

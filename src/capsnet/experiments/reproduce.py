@@ -17,6 +17,7 @@ from capsnet.evaluation.ensemble import Ensemble, ensemble_scores
 from capsnet.experiments import records
 from capsnet.experiments.plan import Experiment, Row
 from capsnet.experiments.records import Record, fingerprint
+from capsnet.models import Network
 from capsnet.training import fit as training
 from capsnet.training import prepare
 
@@ -134,16 +135,14 @@ def _measured(
     """The record of a finished training, measured on all test images of its own data set, the metric's and `also`."""
     run = run_directory.Run(directory)
     network, result = pretrained.load(directory), run.result()
-    device = devices.resolve_device(config)
-    precision = devices.resolve_precision(config, device, network)
-    network.to(device)
+    as_trained = _as_trained(config, network)
     results, wrong_images = dict[str, dict[str, float]](), dict[str, list[int]]()
     counted = ["error_percent", "wrong", "total", *["missed", "missed_percent"] * (network.objects_per_image > 1)]
     for name in dict.fromkeys((config.data, experiment.metric, *also)):
         split = split_of(config, name)
         found = run.predictions(split)
         if found is None:
-            with torch.autocast(device.type, dtype=torch.bfloat16, enabled=precision == "bf16"):
+            with as_trained:
                 found = predict_split(network, split)
         judged = Evaluation.of(found, network.classes)
         wrong_images[name] = found.wrong.nonzero().flatten().tolist()
@@ -162,6 +161,15 @@ def _measured(
         config=records.effective(config),
         environment={name: result.get(name) for name in ENVIRONMENT},
     )
+
+
+def _as_trained(config: Config, *networks: Network) -> torch.autocast:
+    """Move networks to the device of a configuration; inside, they compute in its precision."""
+    device = devices.resolve_device(config)
+    precision = devices.resolve_precision(config, device, networks[0])
+    for network in networks:
+        network.to(device)
+    return torch.autocast(device.type, dtype=torch.bfloat16, enabled=precision == "bf16")
 
 
 def _together(
@@ -185,11 +193,8 @@ def _together(
     if gone:
         say(f"no ensemble of {seeds}, for these weights are not here: {', '.join(gone)}")
         return None
-    device = devices.resolve_device(configs[0])
-    networks = [pretrained.load(place).to(device) for place in places]
-    precision = devices.resolve_precision(configs[0], device, networks[0])
-    split = split_of(configs[0], experiment.metric)
-    with torch.autocast(device.type, dtype=torch.bfloat16, enabled=precision == "bf16"):
+    networks, split = [pretrained.load(place) for place in places], split_of(configs[0], experiment.metric)
+    with _as_trained(configs[0], *networks):
         judged = Ensemble.of(ensemble_scores(networks, split), split.labels)
     singles = [one for one in found if one.fingerprint == wanted and one.row == row.key and one.seed in members]
     return replace(

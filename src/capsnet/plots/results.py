@@ -50,10 +50,8 @@ def curves(rows: Sequence[Mapping[str, Any]]) -> "Figure":
 def errors_by_factor(wrong: Mapping[str, Tensor], factors: Mapping[str, Tensor], *, bins: int = 8) -> "Figure":
     """Error of several networks against each true pose factor of the same images, with 95 % intervals.
 
-    Args:
-        wrong: by name of a network, whether each image is wrong, `bool [n]`.
-        factors: by name with its unit, values of the images `[n]`; a factor that does not vary is left out.
-        bins: of equal width over each factor's range.
+    `wrong` says by network whether each image is wrong, `bool [n]`; `factors` are values `[n]` by name with unit, in
+    `bins` of equal width. A factor that does not vary is left out.
     """
     varying = {name: values for name, values in factors.items() if float(values.max() - values.min()) > 0}
     across = min(3, len(varying))

@@ -191,14 +191,7 @@ def drawn_apart(
 ) -> dict[str, tuple[Separation, torch.Tensor]]:
     """Overlapping objects drawn apart: right images, wrong ones, and some told of a class that is not there.
 
-    Args:
-        network: with a decoder.
-        split: images of two objects.
-        found: predictions for these images.
-        count: images of each kind, at most: the first ones.
-
-    Returns:
-        For `plots.separations`.
+    Of each kind the first `count` at most, for `plots.separations`. The images show two objects each.
     """
     wrong, right = found.wrong.nonzero().flatten()[:count], (~found.wrong).nonzero().flatten()[:count]
     true, said = split.labels, found.predictions
