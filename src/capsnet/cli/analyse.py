@@ -1,7 +1,7 @@
 """The verb `analyse`: measurements of a trained network beyond its error."""
 
 import json
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -112,7 +112,7 @@ class _Ood(_Record, _OodOptions):
                 "mean_error": float(known.mean()),
                 "false_alarms": _share_above(threshold, known),
             },
-            "threshold": threshold.to_dict() if threshold else None,
+            "threshold": asdict(threshold) if threshold else None,
             "ood": rows,
             **environment.describe(torch.device("cpu")),
         }
@@ -285,7 +285,7 @@ class _Attack(_Record, _AttackOptions):
             "data": dataset.name,
             "split": "test",
             "images": len(images),
-            "threshold": None if threshold is None else threshold.to_dict(),
+            "threshold": asdict(threshold) if threshold else None,
             "rates": rows,
         }
 

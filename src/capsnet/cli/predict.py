@@ -66,8 +66,6 @@ class Predict:
         names, passed = _names(self.files)
         for note in passed:
             say(f"capsnet predict: {note}")
-        from dataclasses import replace
-
         from capsnet import devices, memory
         from capsnet.analysis.reconstruction import decoder_of
         from capsnet.config import Config
@@ -77,7 +75,7 @@ class Predict:
         if self.save_reconstructions:
             decoder_of(trained.network)
             places = _places(names, Path(self.save_reconstructions), overwrite=self.overwrite)
-        device = devices.resolve_device(replace(Config(), device=self.device))
+        device = devices.resolve_device(Config(device=self.device))
         sources = ((name, sys.stdin.buffer.read() if name == "-" else Path(name)) for name in names)
         precision = trained.precision(device)
         batch_size = min(self.batch_size, len(names))
@@ -108,34 +106,32 @@ class Predict:
 
 
 class _Writer:
-    """Prints predictions as they come."""
+    """Prints predictions as they come; all JSON comes at the end."""
 
     def __init__(self, command: Predict, *, width: int, label: int) -> None:
-        self.command, self.rows, self.begun = command, list[dict[str, Any]](), False
+        self.command, self.rows, self.begun, self.ood = command, list[dict[str, Any]](), False, False
         self.width, self.label = min(width, 60), max(5, min(label, 30))
-        self.csv: csv.DictWriter[str] | None = None
-        self.ood = 0
 
     def __call__(self, found: "Prediction") -> None:
-        """Print one prediction; all JSON comes at the end."""
+        """Print one prediction."""
         row = found.to_dict()
         if self.command.json:
             self.rows.append(row)
         elif self.command.csv:
-            if self.csv is None:
-                self.csv = csv.DictWriter(sys.stdout, list(row), lineterminator="\n")
-                self.csv.writeheader()
             if sys.stdout.isatty():
                 row = {name: visible(value) if isinstance(value, str) else value for name, value in row.items()}
-            self.csv.writerow(row)
+            writer = csv.DictWriter(sys.stdout, list(row), lineterminator="\n")
+            if not self.begun:
+                writer.writeheader()
+            writer.writerow(row)
         else:
+            if not self.begun:
+                show(self._row("file", "class", "presence", "runner-up", "error", "notes"))
             self._line(found)
+        self.begun = True
 
     def _line(self, found: "Prediction") -> None:
-        if not self.begun:
-            show(self._row("file", "class", "presence", "runner-up", "error", "notes"))
-        self.begun = True
-        self.ood += bool(found.ood)
+        self.ood |= bool(found.ood)
         marks = {"OOD?": found.ood, "inverted": found.inverted, "centred and scaled": found.framed}
         notes = [*(mark for mark, is_so in marks.items() if is_so), *found.notes]
         error = "-" if found.error is None else f"{found.error:.1f}"

@@ -5,8 +5,7 @@ arXiv 1811.06969: an input is flagged when the distance between it and the recon
 above a threshold, set on validation images for a stated rate of false alarms.
 """
 
-from dataclasses import asdict, dataclass
-from typing import Any
+from dataclasses import dataclass
 
 import torch
 from jaxtyping import Float
@@ -37,10 +36,6 @@ class Threshold:
     false_alarm_rate: float
     images: int
     split: str
-
-    def to_dict(self) -> dict[str, Any]:
-        """Everything as JSON can hold it."""
-        return asdict(self)
 
 
 @torch.inference_mode()
