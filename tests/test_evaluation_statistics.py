@@ -1,5 +1,7 @@
 import json
 import math
+from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -16,10 +18,7 @@ SLEEP = (
 )
 
 
-@pytest.mark.parametrize(
-    ("df", "t"),
-    [(1, 12.706), (2, 4.303), (4, 2.776), (10, 2.228), (30, 2.042), (120, 1.980)],
-)
+@pytest.mark.parametrize(("df", "t"), [(1, 12.706), (2, 4.303), (4, 2.776), (10, 2.228), (30, 2.042), (120, 1.980)])
 def test_an_interval_is_that_of_the_published_table_of_t(df: int, t: float) -> None:
     """Fisher and Yates 1963, table III, two-sided 5 %."""
     found = one_sample([float(k % 2) for k in range(df + 1)], 0.2)
@@ -189,30 +188,25 @@ def test_mcnemar_names_the_test_and_whose_errors_are_whose() -> None:
 
 
 def test_every_result_is_json() -> None:
-    constant = paired_t([0.1, 0.1], [0.2, 0.2])
-    for found in (
-        paired_t(*SLEEP),
-        welch_t(*SLEEP),
-        one_sample([0.4], 0.2),
-        constant,
-        summarise([0.4]),
-        mcnemar({1}, {2}),
-    ):
+    tests = paired_t(*SLEEP), welch_t(*SLEEP), one_sample([0.4], 0.2), paired_t([0.1, 0.1], [0.2, 0.2])
+    for found in (*tests, summarise([0.4]), mcnemar({1}, {2})):
         told = json.dumps(found.to_dict(), allow_nan=False)
         assert json.loads(told) == found.to_dict()
 
 
-def test_what_cannot_be_tested_is_refused() -> None:
-    with pytest.raises(InputError, match=r"^ours must be the errors of at least 2 runs; got 1$"):
-        paired_t([0.1], [0.2])
-    with pytest.raises(InputError, match=r"^theirs must be the errors of at least 2 runs; got 1$"):
-        welch_t([0.1, 0.2], [0.2])
-    with pytest.raises(InputError, match=r"^theirs must be as many as the 2 of ours, to be paired; got 3$"):
-        paired_t([0.1, 0.2], [0.2, 0.3, 0.4])
-    with pytest.raises(InputError, match=r"^errors must be the errors of at least 1 run; got 0$"):
-        summarise([])
-    with pytest.raises(InputError, match=r"^ours must be finite; got 0.1, nan$"):
-        one_sample([0.1, math.nan], 0.2)
+@pytest.mark.parametrize(
+    ("test", "given", "message"),
+    [
+        (paired_t, ([0.1], [0.2]), "ours must be the errors of at least 2 runs; got 1"),
+        (welch_t, ([0.1, 0.2], [0.2]), "theirs must be the errors of at least 2 runs; got 1"),
+        (paired_t, ([0.1, 0.2], [0.2, 0.3, 0.4]), "theirs must be as many as the 2 of ours, to be paired; got 3"),
+        (summarise, ([],), "errors must be the errors of at least 1 run; got 0"),
+        (one_sample, ([0.1, math.nan], 0.2), "ours must be finite; got 0.1, nan"),
+    ],
+)
+def test_what_cannot_be_tested_is_refused(test: Callable[..., object], given: tuple[Any, ...], message: str) -> None:
+    with pytest.raises(InputError, match=f"^{message}$"):
+        test(*given)
 
 
 @pytest.mark.usefixtures("unchecked")

@@ -94,10 +94,8 @@ def features(network: Network, split: Split, *, batch_size: int = 256) -> Float[
 def pose_explained(network: Network, train: Split, test: Split) -> PoseExplained:
     """Regress each pose factor on a network's last layer, class by class; fit on `train`, judge on `test`.
 
-    Args:
-        network: trained.
-        train: images with `factors`; at least 2 more of each class than the layer has dimensions.
-        test: images with the same factors; at least 2 of each class.
+    Both have the same `factors`, `train` at least 2 more images of each class than the layer has dimensions, `test` at
+    least 2.
 
     Raises:
         InputError: the images' true pose is not known, or a class has too few images.
@@ -143,13 +141,8 @@ def r2_linear(
     its penalty chosen for each target by leaving out one training example at a time, and never zero: units that are
     hardly ever active would get coefficients that ruin the prediction where they are.
 
-    Args:
-        x_train: what is given, to fit on.
-        y_train: what is to be said from it.
-        x_test: held out.
-        y_test: held out; each target must vary.
-        penalties: to choose from, on the squared coefficients, as shares of the mean squared singular value of
-            `x_train`.
+    Each target must vary over the test examples. Penalties are on the squared coefficients, as shares of the mean
+    squared singular value of `x_train`.
     """
     mean, centre = x_train.double().mean(0), y_train.double().mean(0)
     a, b, y = x_train.double() - mean, x_test.double() - mean, y_train.double() - centre

@@ -15,7 +15,6 @@ if TYPE_CHECKING:
 
     from capsnet.analysis.pose_probe import PoseExplained
     from capsnet.data.preprocessing import Preprocessing
-    from capsnet.evaluation.ood import Threshold
 
 __all__ = ["ANALYSE", "pose_table", "probe_poses"]
 
@@ -99,7 +98,7 @@ class _Ood(_Record, _OodOptions):
                     "images": len(images),
                     "auroc": auroc(known, errors),
                     "mean_error": float(errors.mean()),
-                    "flagged": _share_above(threshold, errors),
+                    "flagged": threshold.share_above(errors) if threshold else None,
                 }
             )
         record = {
@@ -110,7 +109,7 @@ class _Ood(_Record, _OodOptions):
                 "split": "test",
                 "images": len(known),
                 "mean_error": float(known.mean()),
-                "false_alarms": _share_above(threshold, known),
+                "false_alarms": threshold.share_above(known) if threshold else None,
             },
             "threshold": asdict(threshold) if threshold else None,
             "ood": rows,
@@ -146,10 +145,6 @@ def _out_of_distribution(name: str, reading: "Preprocessing", data_dir: str | No
             say(f"capsnet analyse ood: {folder}: {note}")
         return torch.stack([reading(file).image for file in files])
     return load_split(name, "test", data_dir=data_dir, image_size=f"{height}x{width}", channels=channels).images
-
-
-def _share_above(threshold: "Threshold | None", errors: "Tensor") -> float | None:
-    return float((errors > threshold.value).double().mean()) if threshold else None
 
 
 def _print_ood(record: dict[str, Any]) -> None:

@@ -80,7 +80,7 @@ def fgsm(
     config: Config | None = None,
     batch_size: int = 128,
 ) -> Float[Tensor, "batch channels height width"]:
-    """One step of `epsilon` in every pixel along the sign of the loss's gradient.
+    """Images in [0, 1] after one step of `epsilon` in every pixel along the sign of the loss's gradient.
 
     Args:
         network: left as it is, without gradients in its weights; computed in evaluation mode.
@@ -90,9 +90,6 @@ def fgsm(
         margins: of the margin loss, `open` or `own`; see the head of this file.
         config: the weights of the loss; the paper's if not given.
         batch_size: images at a time; the result does not depend on it but by rounding.
-
-    Returns:
-        Images in [0, 1] within `epsilon` of the given ones.
 
     Raises:
         InputError: an argument outside its range, or images of another shape.

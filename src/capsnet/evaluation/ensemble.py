@@ -83,21 +83,12 @@ class Ensemble:
 def ensemble_scores(
     networks: Sequence[Network], split: Split, *, shifts: int = 0, batch_size: int = 256
 ) -> Float[Tensor, "n classes"]:
-    """Mean score of each class over networks and over shifted views of each image.
+    """Mean score of each class over networks and over shifted views of each image, in [0, 1], on the CPU.
 
     A network's score is the length of its class capsule; without capsules the softmax, or where images show several
-    objects the sigmoid, of its logits.
-
-    Args:
-        networks: one or more that know the same classes in images of the same shape, each put in evaluation mode for
-            the time and run in float32 on the device where its weights are.
-        split: images of that shape.
-        shifts: each image is seen at all shifts by up to this many pixels along both axes, (2 shifts + 1)^2 views, with
-            zeros moving in; 0 sees it as it is.
-        batch_size: images at a time; the result does not depend on it but by rounding.
-
-    Returns:
-        `[n, classes]` in [0, 1], on the CPU.
+    objects the sigmoid, of its logits. Each is run in evaluation mode and float32, on the device where its weights are.
+    Each image is seen at all shifts by up to `shifts` pixels along both axes, (2 shifts + 1)^2 views, with zeros moving
+    in. The result does not depend on `batch_size` but by rounding.
 
     Raises:
         InputError: no networks, networks that differ in classes or image shape, images of another shape, a batch size

@@ -128,15 +128,11 @@ def evaluate(
     batch_size: int | None = None,
     precision: str = "32",
 ) -> Evaluation:
-    """Run `network` over a whole split, on the device where its weights are.
+    """Run `network` over a whole split, on the device where its weights are and in evaluation mode.
 
-    Args:
-        network: put in evaluation mode for the time.
-        split: images of the shape it was built for, of as many objects each.
-        config: the weights of the losses; the paper's if not given.
-        batch_size: images at a time; the result does not depend on it but by rounding. Default: see
-            `models.inference_batch`.
-        precision: `32`, or `bf16` for convolutions and decoder.
+    `config` has the weights of the losses, the paper's if not given; `batch_size` is by default that of
+    `models.inference_batch`, and changes the result by no more than rounding. `precision` is `32`, or `bf16` for
+    convolutions and decoder.
 
     Raises:
         InputError: no images, images of another shape or of another number of objects, or an unknown precision.

@@ -37,6 +37,10 @@ class Threshold:
     images: int
     split: str
 
+    def share_above(self, errors: Float[Tensor, "n"]) -> float:
+        """Share of these reconstruction errors that are flagged."""
+        return float((errors > self.value).double().mean())
+
 
 @torch.inference_mode()
 def reconstruction_errors(

@@ -43,20 +43,10 @@ def reproduce(
 ) -> list[Record]:
     """Train and measure what is not in the records yet; every network is kept as soon as it is done.
 
-    The same call resumes a stopped training. Seeds come first: one of every row before the second of any.
-
-    Args:
-        experiment: what to train.
-        budget: how much of it, one of `plan.BUDGETS`.
-        seeds: trainings of each row, with seeds 0, 1, ...
-        rows: keys of the rows to train; all if empty.
-        folder: of the records.
-        runs_folder: of the run directories.
-        say: is told what begins.
-        machine_options: fields of Config without effect on the numbers: device, threads, data_dir.
-
-    Returns:
-        All records of the experiment at this budget.
+    The same call resumes a stopped training. All rows, or those with the keys `rows`, are trained with the seeds 0, 1,
+    ... below `seeds`, every row with one seed before any with the next. `budget` is one of `plan.BUDGETS`; `say` is
+    told what begins; `machine_options` are fields of Config without effect on the numbers: device, threads, data_dir.
+    Returns all records of the experiment at this budget.
 
     Raises:
         InputError: an unknown row, data that is not here, or a folder that cannot be written to.

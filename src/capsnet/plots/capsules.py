@@ -222,7 +222,8 @@ def _agreement(axes: "Axes", found: Evidence, winners: Tensor) -> None:
 def pose_explained(found: dict[str, PoseExplained]) -> "Figure":
     """Held-out R2 of each pose factor for each network by name, and for each dimension of those with at most 32."""
     narrow = {name: one for name, one in found.items() if one.dim <= 32}
-    names = next(iter(found.values())).factors
+    first = next(iter(found.values()))
+    names = first.factors
     told = [name.replace("_", " ") for name in names]
     figure = new(5.2 + 5.0 * len(narrow), 0.42 * len(names) + 2.0)
     grid = figure.subplots(1, 1 + len(narrow), squeeze=False, width_ratios=[1, *([1.1] * len(narrow))])[0]
@@ -239,7 +240,6 @@ def pose_explained(found: dict[str, PoseExplained]) -> "Figure":
             capsize=2,
             label=f"{visible(name)}: {one.dim} dimensions",
         )
-    first = next(iter(found.values()))
     bars.set_yticks(range(len(names)), told)
     bars.invert_yaxis()
     bars.set_xlim(min(0.0, *(one.mean(factor) for one in found.values() for factor in names)), 1)

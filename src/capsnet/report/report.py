@@ -219,7 +219,7 @@ def _numbers(found: Predictions, card: Card, result: Mapping[str, Any]) -> Itera
     if errors is not None:
         yield "reconstruction", f"{float(errors.mean()):.2f}, mean summed squared error per test image"
     if limit and errors is not None:
-        share = 100 * float((errors > limit.value).double().mean())
+        share = 100 * limit.share_above(errors)
         yield (
             "flagged as out of distribution",
             f"{share:.2f} % of the test images: reconstruction error above {limit.value:.2f}, which "
