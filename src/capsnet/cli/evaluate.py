@@ -76,27 +76,25 @@ class Evaluate:
 
         runs = _evaluated_runs([*self.models, *(self.against or ())])
         check_shifts(self.shifts, runs[0].trained.network.image_shape)
-        dataset, split = _same_split(runs, self)
-        record = {"data": dataset.name, "split": self.split, "precision": "32"}
+        for run in runs if self.split == "validation" else ():
+            if run.held_out != runs[0].held_out:
+                raise InputError(
+                    f"--split must be test or train where {runs[0].model} and {run.model} held out other images; "
+                    "got validation"
+                )
+        dataset, split, precision = _prepared([run.trained for run in runs], self, "32")
+        record = {"data": dataset.name, "split": self.split, "precision": precision}
         if not self.json:
             show(f"{dataset.name} {self.split}, {len(split):,} images")
         return (self._compare if self.against else self._ensemble)(runs, split, record)
 
     def _one(self) -> int:
-        from capsnet import devices, memory
         from capsnet.evaluation import evaluate
 
         trained = TrainedModel(self.models[0], several=True)
-        network, config = trained.network, trained.trained(self.data)
-        options = replace(config, device=self.device, precision=self.precision or config.precision, devices=1)
-        device = devices.resolve_device(options)
-        precision = devices.resolve_precision(options, device, network)
-        dataset = trained.dataset(self.data, self.data_dir, held_out=self.split == "validation")
-        split = trained.split(dataset, self.split)
-        _check_objects(trained, split, f"{dataset.name} {self.split}")
-        batch_size = min(self.batch_size, len(split))
-        memory.check_inference(network, batch_size, device, task="evaluation", precision=precision)
-        result = evaluate(network.to(device), split, config=config, batch_size=self.batch_size, precision=precision)
+        dataset, split, precision = _prepared([trained], self, self.precision)
+        config = trained.trained(self.data)
+        result = evaluate(trained.network, split, config=config, batch_size=self.batch_size, precision=precision)
         if self.json:
             where = {"run": trained.model, "data": dataset.name, "split": self.split, "precision": precision}
             show_json({**where, **result.to_dict()})
@@ -258,42 +256,32 @@ def _evaluated_runs(models: Sequence[str]) -> list[_EvaluatedRun]:
     return runs
 
 
-def _same_split(runs: Sequence[_EvaluatedRun], options: Evaluate) -> tuple["Dataset", "Split"]:
-    """The split that all networks are judged on: that of the first one's data set. Moves them to the device.
+def _prepared(
+    trained: Sequence[TrainedModel], options: Evaluate, precision: Literal["auto", "32", "bf16"] | None
+) -> tuple["Dataset", "Split", str]:
+    """The split of the first network's data set, and the precision to compute in. Moves all networks to the device.
 
     Raises:
-        InputError: the data cannot be had, too little memory, or validation images that another network was trained on.
+        InputError: the data cannot be had, too little memory, or images of another number of objects.
     """
     from capsnet import devices, memory
 
-    first = runs[0].trained
-    for run in runs if options.split == "validation" else ():
-        if run.held_out != runs[0].held_out:
-            raise InputError(
-                f"--split must be test or train where {runs[0].model} and {run.model} held out other images; "
-                "got validation"
-            )
-    device = devices.resolve_device(replace(first.trained(options.data), device=options.device, devices=1))
+    first = trained[0]
+    config = first.trained(options.data)
+    config = replace(config, device=options.device, precision=precision or config.precision, devices=1)
+    device = devices.resolve_device(config)
+    resolved = devices.resolve_precision(config, device, first.network)
     dataset = first.dataset(options.data, options.data_dir, held_out=options.split == "validation")
     split = first.split(dataset, options.split)
-    _check_objects(first, split, f"{dataset.name} {options.split}")
-    memory.check_inference(
-        first.network,
-        min(options.batch_size, len(split)),
-        device,
-        task="evaluation",
-        copies=len(runs) - 1 if device.type == "cuda" else 0,
-    )
-    for run in runs:
-        run.trained.network.to(device)
-    return dataset, split
-
-
-def _check_objects(trained: TrainedModel, split: "Split", name: str) -> None:
-    """Raise InputError unless the images show as many objects each as the network looks for."""
-    wanted, there = trained.network.objects_per_image, split.labels[0].numel()
+    wanted, there = first.network.objects_per_image, split.labels[0].numel()
     if there != wanted:
-        raise InputError(f"images of {name} must show {wanted} of {trained.model}'s classes each; got {there}")
+        name = f"{dataset.name} {options.split}"
+        raise InputError(f"images of {name} must show {wanted} of {first.model}'s classes each; got {there}")
+    batch_size, copies = min(options.batch_size, len(split)), len(trained) - 1 if device.type == "cuda" else 0
+    memory.check_inference(first.network, batch_size, device, task="evaluation", precision=resolved, copies=copies)
+    for each in trained:
+        each.network.to(device)
+    return dataset, split, resolved
 
 
 def _print_details(result: "Evaluation") -> None:
