@@ -204,8 +204,7 @@ def attack_rates(
     fooled = (before == labels) & (after != labels)
     flagged = None
     if threshold is not None and network.decoder is not None:
-        with _attacked(network, margins, config):
-            flagged = reconstruction_errors(network, attacked, batch_size=batch_size) > threshold.value
+        flagged = reconstruction_errors(network, attacked, batch_size=batch_size) > threshold.value
     return Rates(
         attack,
         epsilon,

@@ -33,15 +33,14 @@ def render(one: Experiment, folder: Path, *, budgets: Sequence[str] = SHOWN) -> 
     heads = ["network", "paper", "here", "n", "wrong images", *(["missed digits"] if pairs else [])]
     heads += [*(f"on {name}" for name in others), *(["budget"] if mixed else [])]
     heads += ["epochs", "precision", "parameters", "difference to the paper"]
-    lines = [_line(heads), _line(["---"] * len(heads))]
-    for row in one.rows:
-        lines.append(_line([row.title, *_cells(one, row, rows[row.key], others, pairs=pairs, mixed=mixed)]))
+    measured = [(row, rows[row.key]) for row in one.rows]
     if one.ensemble:
         ours = _together(one, folder, budgets)
         row = replace(one.row(one.ensemble[0]), title=_of_ensemble(one, ours), paper=one.ensemble[1])
-        lines.append(_line([row.title, *_cells(one, row, ours, others, pairs=pairs, mixed=mixed)]))
+        measured.append((row, ours))
+    lines = [[row.title, *_cells(one, row, ours, others, pairs=pairs, mixed=mixed)] for row, ours in measured]
     told = [f"- {line}" for line in (*_beside_paper(one, rows), *comparisons(one, rows, folder, budgets))]
-    return "\n".join([*lines, "", *_said(one, shown), *([""] if told else []), *told]) + "\n"
+    return "\n".join([*_table(heads, lines), "", *_said(one, shown), *([""] if told else []), *told]) + "\n"
 
 
 def overview(folder: Path) -> str:
@@ -51,7 +50,7 @@ def overview(folder: Path) -> str:
         InputError: a damaged record.
     """
     heads = ["test images", "network", "paper", "here", "n", "epochs"]
-    lines = [_line(heads), _line(["---"] * len(heads))]
+    lines = []
     for one in filter(lambda one: one.short, map(experiment, available())):
         chosen = [row for row in one.rows if row is one.rows[0] or row.key == "baseline"]
         shown = [(row.title, row.paper, row.spread, _found(one, row, folder, SHOWN)) for row in chosen]
@@ -62,8 +61,8 @@ def overview(folder: Path) -> str:
             here, n, _ = _measured(ours, one.metric)
             narrower = " \\*" if ours and ours[0].budget == "cpu" and one.cpu_says else ""
             epochs = _range([record.epochs for record in ours])
-            lines.append(_line([one.short, title, _paper(one, paper, spread), here + narrower, n, epochs]))
-    return "\n".join(lines) + "\n"
+            lines.append([one.short, title, _paper(one, paper, spread), here + narrower, n, epochs])
+    return "\n".join(_table(heads, lines)) + "\n"
 
 
 def _beside_paper(one: Experiment, rows: dict[str, list[Record]]) -> Iterator[str]:
@@ -220,5 +219,5 @@ def _lower(title: str) -> str:
     return title if title[:4] == "Caps" else title[0].lower() + title[1:]
 
 
-def _line(cells: list[str]) -> str:
-    return f"| {' | '.join(cells)} |"
+def _table(heads: list[str], rows: list[list[str]]) -> list[str]:
+    return [f"| {' | '.join(cells)} |" for cells in (heads, ["---"] * len(heads), *rows)]
