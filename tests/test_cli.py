@@ -279,13 +279,17 @@ def test_list(capsys: pytest.CaptureFixture[str], what: str) -> None:
     rows: list[dict[str, Any]] = json.loads(run(capsys, "list", what, "--json")[1])
     names = [row["name"] for row in rows]
     expected = {
-        "models": "baseline baseline-multimnist capsnet",
-        "data": "affnist affnist-generated cifar10 expanded-mnist fashion-mnist kmnist mnist multimnist smallnorb "
-        "strokes svhn",
-        "presets": "paper authors",
-        "experiments": "table1 recipes multimnist affnist cifar10 fashion-mnist svhn smallnorb",
+        "models": ["baseline", "baseline-multimnist", "capsnet"],
+        "data": [
+            *("affnist", "affnist-generated", "cifar10", "expanded-mnist", "fashion-mnist", "kmnist", "mnist"),
+            *("multimnist", "smallnorb", "strokes", "svhn"),
+        ],
+        "presets": ["paper", "authors"],
+        "experiments": [
+            *("table1", "recipes", "multimnist", "affnist", "cifar10", "fashion-mnist", "svhn", "smallnorb"),
+        ],
     }
-    assert names == expected[what].split()
+    assert names == expected[what]
     assert all(name in out for name in names)
     if what == "models":
         assert rows[2]["parameters on MNIST"] == "8,215,568"
