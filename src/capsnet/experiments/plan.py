@@ -3,11 +3,11 @@
 A new experiment is a new file: its name is the experiment's, and its fields are those of `Experiment`.
 """
 
-from collections.abc import Mapping
+from collections.abc import Collection
 from dataclasses import dataclass, field, replace
 from functools import cache
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 from capsnet.config import Config, from_dict
 from capsnet.errors import InputError
@@ -16,7 +16,6 @@ from capsnet.options.schema import checked, did_you_mean
 
 __all__ = ["BUDGETS", "Experiment", "Row", "available", "experiment", "read"]
 
-T = TypeVar("T")
 BUDGETS = ("quick", "cpu", "full")
 """From a proof that it works, in minutes, to the published sizes."""
 QUICK: dict[str, dict[str, Any]] = {
@@ -92,7 +91,9 @@ class Experiment:
         Raises:
             InputError: there is none.
         """
-        return _among({row.key: row for row in self.rows}, key, f"rows of {self.name} must be among")
+        rows = {row.key: row for row in self.rows}
+        _check_known(key, rows, f"rows of {self.name} must be among")
+        return rows[key]
 
     def config(self, row: Row, budget: str, seed: int) -> Config:
         """The configuration that a row of this experiment is trained with; `budget` is one of `BUDGETS`.
@@ -149,11 +150,11 @@ def experiment(name: str) -> Experiment:
     Raises:
         InputError: there is none.
     """
-    return _among(_experiments(), name, "experiment must be one of")
+    _check_known(name, available(), "experiment must be one of")
+    return _experiments()[name]
 
 
-def _among(things: Mapping[str, T], name: str, rule: str) -> T:
-    """The thing of this name; an InputError that begins with `rule` if there is none."""
-    if name not in things:
-        raise InputError(f"{rule} {', '.join(things)}; got {name!r}{did_you_mean(name, things)}")
-    return things[name]
+def _check_known(name: str, names: Collection[str], rule: str) -> None:
+    """Raise an InputError that begins with `rule` unless `name` is among `names`."""
+    if name not in names:
+        raise InputError(f"{rule} {', '.join(names)}; got {name!r}{did_you_mean(name, names)}")
