@@ -43,12 +43,7 @@ NOTES = {
 
 
 def show(record: Mapping[str, Any], *, width: int | None = None) -> None:
-    """Print a record on stdout.
-
-    Args:
-        record: of `record.run`.
-        width: in characters; that of the terminal if not given.
-    """
+    """Print a record on stdout, in a width of characters that is the terminal's if not given."""
     console = Console(width=width, highlight=False, markup=False)
     for line in _heading(record):
         console.print(line, soft_wrap=True)

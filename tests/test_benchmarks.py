@@ -191,14 +191,8 @@ def test_each_boundary_of_a_step_is_met_once_in_its_order(
 
 
 def test_the_gate_is_green_for_what_is_right() -> None:
-    for changes in (
-        {},
-        {"convolution": "direct"},
-        {"precision": "bf16"},
-        {"routing_kernel": "plain"},
-        {"detach_routing": True},
-    ):
-        config = TINY.changed(**changes)
+    changes = {"convolution": "direct", "precision": "bf16", "routing_kernel": "plain", "detach_routing": True}
+    for config in (TINY, *(TINY.changed(**{name: value}) for name, value in changes.items())):
         assert 0 < TrainingWorkload(config, 3).check().error < 0.1
         assert 0 < RoutingWorkload(config, 3).check().error < 1e-5
 
@@ -289,10 +283,7 @@ def test_compare_is_parsed() -> None:
         ("convoluton=direct,winograd", "did you mean convolution"),
         ("epochs=1,2", "epochs must be an option that makes a difference to step; it makes none"),
         ("convolution=direct,direct", "compare must name different values; got 'convolution=direct,direct'"),
-        (
-            "convolution=direct",
-            "compare must name two values or more, as in routing_kernel=plain,auto; got",
-        ),
+        ("convolution=direct", "compare must name two values or more, as in routing_kernel=plain,auto; got"),
         ("convolution=direct,", "compare must name two values or more"),
         ("routing_kernel+convolution=plain,fused", "compare must name 2 values for each variant, joined by +"),
         ("routing_kernel+convoluton=plain+direct,fused+winograd", "did you mean convolution"),
@@ -312,7 +303,7 @@ def test_compare_refuses(text: str, message: str) -> None:
     ("what", "name", "blind"),
     [
         ("ceilings step inference parts", "cuda_graph", "inference and parts"),
-        ("routing", "stem", "routing"),
+        ("routing", "convolution", "routing"),
         ("step inference", "batch_size", "inference"),
         ("step scaling", "capsule_types", "scaling"),
         ("ceilings", "routing_kernel", "ceilings"),
@@ -470,17 +461,8 @@ def test_run_refuses(what: list[str], changes: dict[str, Any], message: str) -> 
 
 # the command line
 
-SMALL = [
-    "--image-size",
-    "12",
-    "--conv-channels",
-    "8",
-    "--conv-kernel-size",
-    "5",
-    "--primary-kernel-size",
-    "5",
-    "--quick",
-]
+SIZE = {"image-size": 12, "conv-channels": 8, "conv-kernel-size": 5, "primary-kernel-size": 5}
+SMALL = [*(f"--{name}={size}" for name, size in SIZE.items()), "--quick"]
 
 
 @pytest.mark.usefixtures("workplace")
@@ -493,7 +475,7 @@ def test_the_command_prints_tables_or_json_and_keeps_the_record(
     assert err.splitlines()[-1] == "record: bench.json"
     assert "training step, 8 images" in out
     kept = json.loads(Path("bench.json").read_text(encoding="utf-8"))
-    assert kept["command"].startswith("python -m benchmarks step parts --image-size 12 ")
+    assert kept["command"].startswith("python -m benchmarks step parts --image-size=12 ")
     assert (kept["config"]["conv_channels"], kept["plan"]["repeats"]) == (8, 2)
     words = ["step", *SMALL, "--compare", "threads=1,2", "--json", "--out", "bench.json", "--overwrite"]
     assert main(words) == 0

@@ -25,11 +25,7 @@ FIELDS = {f"--{name.replace('_', '-')}" for name in Config().flat()}
 def run(capsys: pytest.CaptureFixture[str], *words: str) -> tuple[int, str, str]:
     """Exit code, stdout and stderr of a command."""
     capsys.readouterr()
-    try:
-        code = main(list(words))
-    except SystemExit as stop:
-        code = int(stop.code or 0)
-    return code, *capsys.readouterr()
+    return main(list(words)), *capsys.readouterr()
 
 
 @pytest.fixture(scope="module")

@@ -2,7 +2,6 @@
 
 import json
 import math
-import shlex
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -12,13 +11,12 @@ import torch
 from torch import Tensor
 
 from capsnet.checkpoints import pretrained
-from capsnet.cli import main
 from capsnet.config import Config, write
 from capsnet.data import Split
 from capsnet.evaluation import ensemble, wilson_interval
 from capsnet.evaluation.statistics import mcnemar, paired_t, welch_t
 from capsnet.models import Network, create
-from tiny import photos
+from tiny import photos, typed
 
 Capture = pytest.CaptureFixture[str]
 
@@ -48,12 +46,6 @@ def constant(name: str, *sure: float, seed: int | None = 0, **trained: Any) -> s
     if seed is not None:
         write(Config.of(data="images", seed=seed, model="baseline", **trained), Path(name, "config.yaml"))
     return name
-
-
-def typed(capture: Capture, line: str) -> tuple[int, str, str]:
-    code = main(shlex.split(line))
-    told = capture.readouterr()
-    return code, told.out, told.err
 
 
 def told(capture: Capture, line: str) -> str:
@@ -255,10 +247,7 @@ def test_other_data_and_other_splits(capsys: Capture) -> None:
             "evaluate one two --against three",
             "at least two for several, because the variance of one is not known; got 1 for 2",
         ),
-        (
-            "evaluate one --against two three",
-            "--against must be one network for one MODEL, and at least two",
-        ),
+        ("evaluate one --against two three", "--against must be one network for one MODEL, and at least two"),
         ("evaluate one --against two --batch-size 0", "--batch-size must be at least 1; got 0"),
     ],
 )

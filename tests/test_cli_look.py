@@ -3,7 +3,6 @@
 import csv
 import io
 import json
-import shlex
 import shutil
 from pathlib import Path
 from typing import Any
@@ -14,11 +13,11 @@ from PIL import Image
 
 from capsnet import report
 from capsnet.checkpoints import pretrained
-from capsnet.cli import CAPSNET, main
+from capsnet.cli import CAPSNET
 from capsnet.data.sets.strokes import strokes
 from capsnet.evaluation.ood import auroc, reconstruction_errors
 from capsnet.training.fit import fit
-from tiny import files, pairs, tiny
+from tiny import files, pairs, tiny, typed
 
 Capture = pytest.CaptureFixture[str]
 
@@ -44,12 +43,6 @@ def run(trained: Path, workplace: Path, monkeypatch: pytest.MonkeyPatch) -> Path
     for k, image in enumerate(few.test.images[:3, 0]):
         Image.fromarray(image.numpy()).save(workplace / "images" / ("more" if k == 2 else "") / f"{k}.png")
     return Path("run")
-
-
-def typed(capture: Capture, line: str) -> tuple[int, str, str]:
-    code = main(shlex.split(line))
-    told = capture.readouterr()
-    return code, told.out, told.err
 
 
 def told(capture: Capture, line: str) -> str:

@@ -132,10 +132,7 @@ GOOD = {"title": "T", "metric": "mnist", "rows": [ROW], "base": {"data": "mnist"
         ({"rows": []}, "must have rows of different keys; got none"),
         ({"rows": [ROW, ROW]}, "must have rows of different keys; got one, one"),
         ({"rows": [{"key": "one"}]}, r"rows\[0\] must hold title; it is missing"),
-        (
-            {"rows": [{**ROW, "against": "oen"}]},
-            r"rows of mine must be among one; got 'oen' \(did you mean one",
-        ),
+        ({"rows": [{**ROW, "against": "oen"}]}, r"rows of mine must be among one; got 'oen' \(did you mean one"),
         ({"ensemble": ["two", 3.0]}, "rows of mine must be among one; got 'two'"),
         ({"base": {"eposh": 3}}, r"experiment mine, row one: eposh is no option \(did you mean epochs\?\)"),
         ({"cpu": {"epochs": -1}}, "experiment mine, row one: epochs must be at least 0; got -1"),
@@ -305,10 +302,7 @@ def test_a_row_that_diverges_does_not_hold_up_the_others(small: Experiment, monk
     monkeypatch.setattr(training, "fit", diverging)
     with pytest.raises(Diverged, match="of small these diverged: one, seed 0; one, seed 1"):
         reproduce(small, budget="cpu", seeds=2)
-    assert [(one.row, one.seed) for one in read(RECORDS_HERE, "small", "cpu")] == [
-        ("two", 0),
-        ("two", 1),
-    ]
+    assert [(one.row, one.seed) for one in read(RECORDS_HERE, "small", "cpu")] == [("two", 0), ("two", 1)]
 
 
 def test_an_ensemble_whose_weights_are_gone_is_left_out(small: Experiment) -> None:

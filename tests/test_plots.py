@@ -211,9 +211,7 @@ def of_classes(count: int) -> tuple[Predictions, tuple[str, ...]]:
 
 
 @pytest.mark.parametrize("draw", [plots.confusion, plots.class_errors])
-def test_no_figure_grows_with_the_number_of_classes(
-    draw: Callable[[Predictions, tuple[str, ...]], Figure],
-) -> None:
+def test_no_figure_grows_with_the_number_of_classes(draw: Callable[[Predictions, tuple[str, ...]], Figure]) -> None:
     size = [draw(*of_classes(count)).get_size_inches().prod() for count in (30, 31, 300, 3_000)]
     assert size[1] <= 1.1 * max(size[0], 60)
     assert size[2] == size[3]

@@ -2,17 +2,20 @@
 
 import csv
 import os
+import shlex
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 import torch
 from PIL import Image
 from safetensors.torch import load_file
 from torch import Tensor
 
+from capsnet.cli import main
 from capsnet.config import Config
 from capsnet.data import Dataset, Split
 from capsnet.data.photo import Frame
@@ -113,3 +116,8 @@ def in_threads(tasks: list[Callable[[], object]]) -> None:
     with ThreadPoolExecutor(len(tasks)) as threads:
         for done in [threads.submit(task) for task in tasks]:
             done.result()
+
+
+def typed(capture: pytest.CaptureFixture[str], line: str) -> tuple[int, str, str]:
+    """Exit code, stdout and stderr of the command `capsnet LINE`."""
+    return main(shlex.split(line)), *capture.readouterr()

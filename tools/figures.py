@@ -15,12 +15,11 @@ from capsnet import plots
 from capsnet.checkpoints import pretrained, run_directory
 from capsnet.data import Split
 from capsnet.errors import InputError
-from capsnet.evaluation import predict_split
 from capsnet.experiments import records
 from capsnet.experiments.plan import BUDGETS, Experiment, experiment
 from capsnet.experiments.records import Record, fingerprint
 from capsnet.experiments.reproduce import RECORDS, RUNS, place_of, split_of
-from capsnet.report import drawn_apart
+from capsnet.report import reconstruction_figure
 
 __all__ = ["draw", "main"]
 
@@ -30,17 +29,9 @@ LOOKED_AT = 400  # test images among which right and wrong ones to draw are look
 def draw(
     one: Experiment, budget: str, folder: Path, runs_folder: Path, *, data_dir: str | None = None
 ) -> Iterator[Path]:
-    """Draw what there is to draw of an experiment, beside its records.
+    """Draw what there is to draw of an experiment, beside its records in `folder`; yields each file written.
 
-    Args:
-        one: an experiment with records.
-        budget: of the records.
-        folder: of the records and figures.
-        runs_folder: of the run directories, for figures that need a network.
-        data_dir: where downloaded files are.
-
-    Returns:
-        The files, as each is written.
+    Figures that need a network find it in `runs_folder`.
     """
     path = records.path_of(folder, one.name, budget).with_suffix(".png")
     command = f"python -m tools.figures {one.name} --budget {budget}"
@@ -52,22 +43,16 @@ def draw(
             return
         network = pretrained.load(place)
         split = split_of(config, one.metric, data_dir).take(torch.arange(LOOKED_AT))
-        parts = drawn_apart(network, split, predict_split(network, split))
-        yield plots.save(plots.separations(parts, network.classes), path, command=command)
+        yield plots.save(reconstruction_figure(network, split), path, command=command)
     if one.name == "affnist":
-        found = [kept for kept in records.read(folder, one.name, budget) if kept.seed == 0]
+        found = {kept.fingerprint: kept for kept in records.read(folder, one.name, budget) if kept.seed == 0}
         configs = {row.title: one.config(row, budget, 0) for row in one.rows}
-        ours = {title: _of(found, fingerprint(config)) for title, config in configs.items()}
-        wrong = {title: kept for title, kept in ours.items() if kept is not None}
-        if not wrong:
+        ours = {title: found.get(fingerprint(config)) for title, config in configs.items()}
+        if not any(ours.values()):
             return
         split = split_of(next(iter(configs.values())), one.metric, data_dir)
-        masks = {title: _mask(kept, one.metric, split) for title, kept in wrong.items()}
+        masks = {title: _mask(kept, one.metric, split) for title, kept in ours.items() if kept}
         yield plots.save(plots.errors_by_factor(masks, split.factors), path, command=command)
-
-
-def _of(found: list[Record], wanted: str) -> Record | None:
-    return next((kept for kept in found if kept.fingerprint == wanted), None)
 
 
 def _mask(record: Record, data: str, split: Split) -> Tensor:

@@ -26,12 +26,7 @@ MARK = re.compile(r"(<!-- table (\S+) -->\n)((?:(?!<!-- table ).)*?)(<!-- end of
 
 
 def rewritten(text: str, folder: Path, *, source: str) -> str:
-    """A page with the tables between its marks made anew.
-
-    Args:
-        text: of the page.
-        folder: of the records.
-        source: name of the page, for errors.
+    """A page with the tables between its marks made anew from the records in `folder`; `source` names it in errors.
 
     Raises:
         InputError: a mark names no table, or lacks its other one, or there is none.

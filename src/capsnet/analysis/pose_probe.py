@@ -6,12 +6,11 @@ for a network without capsules, from the last hidden layer. Classes are regresse
 else in each.
 """
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from torch import Tensor
 
 from capsnet.data.dataset import Split, to_float
@@ -76,47 +75,36 @@ class PoseExplained:
 
 @torch.inference_mode()
 def features(network: Network, split: Split, *, batch_size: int = 256) -> Float[Tensor, "n dim"]:
-    """The last layer's representation of every image, see `Network.features`.
+    """The last layer's representation of every image, see `Network.features`, on the CPU.
 
-    Args:
-        network: put in evaluation mode for the time.
-        split: images of the shape it was built for.
-        batch_size: images at a time.
-
-    Returns:
-        On the CPU: a capsule's 16 numbers an image for CapsNet, 192 for the baseline of the paper.
+    A capsule's 16 numbers an image for CapsNet, 192 for the baseline of the paper.
 
     Raises:
         InputError: images of another shape.
     """
     device, found = next(network.parameters()).device, []
     with evaluation_mode(network), constant_weights():
-        for images, labels in zip(
-            torch.split(split.images, batch_size), torch.split(split.labels, batch_size), strict=True
-        ):
-            inputs = to_float(images.to(device))
-            found.append(network.features(inputs, labels.to(device)).cpu())
+        for start in range(0, len(split), batch_size):
+            part = slice(start, start + batch_size)
+            inputs, labels = to_float(split.images[part].to(device)), split.labels[part].to(device)
+            found.append(network.features(inputs, labels).cpu())
     return torch.cat(found)
 
 
-def pose_explained(network: Network, train: Split, test: Split, *, batch_size: int = 256) -> PoseExplained:
+def pose_explained(network: Network, train: Split, test: Split) -> PoseExplained:
     """Regress each pose factor on a network's last layer, class by class; fit on `train`, judge on `test`.
 
-    Args:
-        network: trained.
-        train: images with `factors`; at least 2 more of each class than the layer has dimensions.
-        test: images with the same factors; at least 2 of each class.
-        batch_size: images at a time.
+    Both have the same `factors`, `train` at least 2 more images of each class than the layer has dimensions, `test` at
+    least 2.
 
     Raises:
         InputError: the images' true pose is not known, or a class has too few images.
     """
     if not train.factors or set(train.factors) != set(test.factors):
         raise InputError("data must know the true pose of its images, as strokes does; these images have no factors")
-    x_train, x_test = (features(network, split, batch_size=batch_size) for split in (train, test))
-    dim, names = x_train.shape[1], tuple(train.factors)
-    r2: dict[str, list[float]] = {name: [] for name in names}
-    alone: dict[str, list[tuple[float, ...]]] = {name: [] for name in names}
+    x_train, x_test = (features(network, split) for split in (train, test))
+    y_train, y_test = (torch.stack([split.factors[name] for name in train.factors], -1) for split in (train, test))
+    dim, together, alone = x_train.shape[1], list[Tensor](), list[Tensor]()
     for k, label in enumerate(network.classes):
         ours, theirs = train.labels == k, test.labels == k
         if int(ours.sum()) < dim + 2 or int(theirs.sum()) < 2:
@@ -124,19 +112,15 @@ def pose_explained(network: Network, train: Split, test: Split, *, batch_size: i
                 f"class {label} must have at least {dim + 2} training and 2 test images for a regression on "
                 f"{dim} dimensions; got {int(ours.sum())} and {int(theirs.sum())}"
             )
-        targets, judged = (_columns(split.factors, names, rows) for split, rows in ((train, ours), (test, theirs)))
-        together = r2_linear(x_train[ours], targets, x_test[theirs], judged)
-        single = torch.stack(
-            [r2_linear(x_train[ours, d : d + 1], targets, x_test[theirs, d : d + 1], judged) for d in range(dim)], -1
-        )  # [factors, dim]
-        for f, name in enumerate(names):
-            r2[name].append(float(together[f]))
-            alone[name].append(tuple(single[f].tolist()))
+        fitted, held_out, targets, judged = x_train[ours], x_test[theirs], y_train[ours], y_test[theirs]
+        together.append(r2_linear(fitted, targets, held_out, judged))  # [factors]
+        each = [r2_linear(fitted[:, [d]], targets, held_out[:, [d]], judged) for d in range(dim)]
+        alone.append(torch.stack(each, -1))  # [factors, dim]
     return PoseExplained(
-        factors=names,
+        factors=tuple(train.factors),
         classes=network.classes,
-        r2=tuple(tuple(r2[name]) for name in names),
-        by_dimension=tuple(tuple(alone[name]) for name in names),
+        r2=tuple(map(tuple, torch.stack(together, 1).tolist())),
+        by_dimension=tuple(tuple(map(tuple, rows)) for rows in torch.stack(alone, 1).tolist()),
         dim=dim,
         train_images=len(train),
         test_images=len(test),
@@ -157,13 +141,8 @@ def r2_linear(
     its penalty chosen for each target by leaving out one training example at a time, and never zero: units that are
     hardly ever active would get coefficients that ruin the prediction where they are.
 
-    Args:
-        x_train: what is given, to fit on.
-        y_train: what is to be said from it.
-        x_test: held out.
-        y_test: held out; each target must vary.
-        penalties: to choose from, on the squared coefficients, as shares of the mean squared singular value of
-            `x_train`.
+    Each target must vary over the test examples. Penalties are on the squared coefficients, as shares of the mean
+    squared singular value of `x_train`.
     """
     mean, centre = x_train.double().mean(0), y_train.double().mean(0)
     a, b, y = x_train.double() - mean, x_test.double() - mean, y_train.double() - centre
@@ -181,7 +160,3 @@ def r2_linear(
     judged = y_test.double() - centre
     r2: Tensor = 1 - (judged - prediction).square().sum(0) / judged.square().sum(0)
     return r2
-
-
-def _columns(factors: Mapping[str, Tensor], names: tuple[str, ...], rows: Int[Tensor, "m"] | Tensor) -> Tensor:
-    return torch.stack([factors[name][rows] for name in names], dim=-1)  # [images, factors]

@@ -10,7 +10,7 @@ from capsnet import functional as F
 from capsnet.analysis.routing_trace import with_capsules
 from capsnet.errors import InputError
 from capsnet.layers import Decoder
-from capsnet.models import CapsuleNetwork, Network, evaluation_mode
+from capsnet.models import CapsuleNetwork, Network, Output, evaluation_mode
 
 __all__ = ["Perturbation", "Reconstruction", "Separation", "decoder_of", "perturb", "reconstruct", "separate"]
 
@@ -93,14 +93,10 @@ def reconstruct(
     Raises:
         InputError: no decoder, or images of another shape.
     """
-    network, decoder = decoder_of(network)
-    with evaluation_mode(network):
-        output = network(images)
-    assert output.pose is not None
+    output, pose, decoder = _seen(network, images)
     assert output.reconstruction is not None
-    return Reconstruction(
-        images, labels, output.scores.argmax(-1), output.scores, output.reconstruction, decoder(output.pose, labels)
-    )
+    predictions, of_label = output.scores.argmax(-1), decoder(pose, labels)
+    return Reconstruction(images, labels, predictions, output.scores, output.reconstruction, of_label)
 
 
 @torch.inference_mode()
@@ -109,19 +105,13 @@ def separate(
 ) -> Separation:
     """Draw objects that overlap, each alone (Section 6.2 and Figure 5 of the paper).
 
-    Args:
-        network: with a decoder.
-        images: intensities in [0, 1].
-        classes: whose capsules are drawn: those that the network finds, those that are there, or any others.
+    `classes` are those that the network finds, those that are there, or any others.
 
     Raises:
         InputError: no decoder, or images of another shape.
     """
-    network, decoder = decoder_of(network)
-    with evaluation_mode(network):
-        output = network(images)
-    assert output.pose is not None
-    return Separation(images, classes, decoder(output.pose, classes), output.scores.gather(1, classes))
+    output, pose, decoder = _seen(network, images)
+    return Separation(images, classes, decoder(pose, classes), output.scores.gather(1, classes))
 
 
 @torch.inference_mode()
@@ -151,10 +141,7 @@ def perturb(
         raise InputError(f"span must be above 0; got {span:g}")
     if steps < 3 or steps % 2 == 0:
         raise InputError(f"steps must be odd and at least 3, for an unchanged middle; got {steps}")
-    network, decoder = decoder_of(network)
-    with evaluation_mode(network):
-        poses = network(images).pose
-    assert isinstance(poses, Tensor)
+    _, poses, decoder = _seen(network, images)
     classes = F.lengths(poses).argmax(-1) if classes is None else classes
     batch, _, dim = poses.shape
     deltas = torch.linspace(-span, span, steps, device=poses.device)
@@ -165,3 +152,12 @@ def perturb(
     drawn = decoder(changed.flatten(0, 2), index)
     pose = poses[torch.arange(batch, device=poses.device), classes]
     return Perturbation(drawn.unflatten(0, (batch, dim, steps)), deltas, pose, classes)
+
+
+def _seen(network: Network, images: Tensor) -> tuple[Output, Tensor, Decoder]:
+    """What a network makes of images, the vectors of its class capsules, and its decoder."""
+    network, decoder = decoder_of(network)
+    with evaluation_mode(network):
+        output: Output = network(images)
+    assert output.pose is not None
+    return output, output.pose, decoder

@@ -56,14 +56,7 @@ def with_capsules(network: Network) -> CapsuleNetwork:
 
 @torch.inference_mode()
 def evidence(network: Network, images: Float[Tensor, "batch channels height width"]) -> Evidence:
-    """Follow the routing of `images` through its iterations.
-
-    Args:
-        network: with capsules.
-        images: intensities in [0, 1], on the network's device.
-
-    Returns:
-        Maps, couplings, entropy, agreement and poses for each of the network's routing iterations.
+    """Follow the routing of `images`, intensities in [0, 1] on the network's device, through its iterations.
 
     Raises:
         InputError: no capsules, or images of another shape.
@@ -93,14 +86,9 @@ def evidence(network: Network, images: Float[Tensor, "batch channels height widt
 def fold(
     network: CapsuleNetwork, values: Float[Tensor, "batch in classes"]
 ) -> Float[Tensor, "batch classes height width"]:
-    """Spread a value of each capsule over the pixels that it sees, see `CapsuleNetwork.receptive_fields`.
+    """Spread values of each primary capsule over the pixels that it sees, see `CapsuleNetwork.receptive_fields`.
 
-    Args:
-        network: whose capsules the values belong to.
-        values: for each capsule below the class capsules, any number of them.
-
-    Returns:
-        One map on the image for each of the last axis of `values`, summing to the sum over the capsules.
+    A map on the image for each of the last axis of `values`, summing to the sum over the capsules.
     """
     rows, columns = (shares.to(values) for shares in network.receptive_fields())
     places = values.reshape(len(values), len(rows), len(columns), -1, values.shape[-1])  # [..., capsules, classes]

@@ -69,12 +69,9 @@ def _run(arguments: list[str]) -> int:
         return parse(CAPSNET, arguments, prog="capsnet").run(shlex.join(["capsnet", *arguments]))
     except SystemExit as stop:  # tyro printed help or a usage error
         return int(stop.code or 0)
-    except InputError as error:
+    except (InputError, Diverged) as error:
         say(f"{name}: error: {error}")
-        return 2
-    except Diverged as error:
-        say(f"{name}: error: {error}")
-        return 1
+        return 1 if isinstance(error, Diverged) else 2
     except Interrupted as stop:
         say(f"{name}: {stop}")
         return 128 + stop.signal_number

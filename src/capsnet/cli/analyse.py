@@ -1,15 +1,14 @@
 """The verb `analyse`: measurements of a trained network beyond its error."""
 
 import json
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from capsnet.cli.parsing import BatchSize, Group, Images, Model, Models, Range, Seed
+from capsnet.cli.parsing import BatchSize, DataDir, Device, Group, Images, Model, Models, Range, Seed
 from capsnet.cli.printing import say, show, show_json, show_table
 from capsnet.cli.trained_model import TrainedModel, WritesFile
 from capsnet.errors import InputError
-from capsnet.options import Device
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -50,13 +49,11 @@ class _Record(WritesFile):
 @dataclass(frozen=True)
 class _OodOptions:
     model: Model
-    """Run directory, folder with weights, or the name of weights that ship with the package."""
     against: tuple[str, ...] = ("kmnist", "fashion-mnist", "noise")
     """Out-of-distribution images: test images of data sets, folders of images, or noise (every pixel uniform)."""
     data: str | None = None
     """In-distribution images; default: those of the network."""
-    data_dir: str | None = None
-    """Directory of downloaded files."""
+    data_dir: DataDir = None
 
 
 @dataclass(frozen=True)
@@ -101,7 +98,7 @@ class _Ood(_Record, _OodOptions):
                     "images": len(images),
                     "auroc": auroc(known, errors),
                     "mean_error": float(errors.mean()),
-                    "flagged": _share(errors, threshold.value) if threshold else None,
+                    "flagged": threshold.share_above(errors) if threshold else None,
                 }
             )
         record = {
@@ -112,9 +109,9 @@ class _Ood(_Record, _OodOptions):
                 "split": "test",
                 "images": len(known),
                 "mean_error": float(known.mean()),
-                "false_alarms": _share(known, threshold.value) if threshold else None,
+                "false_alarms": threshold.share_above(known) if threshold else None,
             },
-            "threshold": threshold.to_dict() if threshold else None,
+            "threshold": asdict(threshold) if threshold else None,
             "ood": rows,
             **environment.describe(torch.device("cpu")),
         }
@@ -150,10 +147,6 @@ def _out_of_distribution(name: str, reading: "Preprocessing", data_dir: str | No
     return load_split(name, "test", data_dir=data_dir, image_size=f"{height}x{width}", channels=channels).images
 
 
-def _share(errors: "Tensor", limit: float) -> float:
-    return float((errors > limit).double().mean())
-
-
 def _print_ood(record: dict[str, Any]) -> None:
     known, threshold = record["known"], record["threshold"]
     show(f"in distribution: {known['images']:,} test images of {known['data']}, mean error {known['mean_error']:.2f}")
@@ -184,7 +177,6 @@ def _threshold(threshold: dict[str, Any]) -> str:
 @dataclass(frozen=True)
 class _AttackOptions:
     models: Models
-    """Run directories, folders with weights, or names of weights that ship with the package."""
     attacks: tuple[Literal["fgsm", "pgd"], ...] = ("fgsm", "pgd")
     """fgsm: one step; pgd: several steps from a random start."""
     epsilons: Annotated[tuple[float, ...], Range(0, 1)] = (0.0, 0.05, 0.1, 0.15, 0.2, 0.25, 0.3)
@@ -199,14 +191,12 @@ class _AttackOptions:
     """Number of test images, at most: the first ones."""
     data: str | None = None
     """Data set or folder; default: the network's own. It is read as the network's own was."""
-    data_dir: str | None = None
-    """Directory of downloaded files."""
+    data_dir: DataDir = None
     seed: Seed = 0
     """Seed of the random start."""
     batch_size: BatchSize = 128
     """Images per batch; affects only memory and speed."""
     device: Device = "auto"
-    """auto: a CUDA GPU if there is one; mps (untested) on a Mac."""
 
 
 @dataclass(frozen=True)
@@ -290,7 +280,7 @@ class _Attack(_Record, _AttackOptions):
             "data": dataset.name,
             "split": "test",
             "images": len(images),
-            "threshold": None if threshold is None else threshold.to_dict(),
+            "threshold": asdict(threshold) if threshold else None,
             "rates": rows,
         }
 
@@ -324,13 +314,11 @@ def _percent(part: int | None, whole: int) -> str:
 @dataclass(frozen=True)
 class _PoseOptions:
     model: Model
-    """Run directory, folder with weights, or the name of weights that ship with the package."""
     against: tuple[str, ...] | None = None
     """Other networks to measure beside the first."""
     data: str | None = None
     """Data set that knows the pose of its images; default: the network's own."""
-    data_dir: str | None = None
-    """Directory of downloaded files."""
+    data_dir: DataDir = None
     split: Literal["test", "validation", "train"] = "test"
     """Split on which the regression is judged."""
 
@@ -349,27 +337,17 @@ class _Pose(_Record, _PoseOptions):
     """
 
     def work(self, line: str) -> int:
-        _, record, found = probe_poses(self, self.against, line)
+        _, record, found = probe_poses(
+            self.model, against=self.against, data=self.data, data_dir=self.data_dir, split=self.split, line=line
+        )
         if not self.json:
             show(*pose_table(found))
         self.write(record)
         return 0
 
 
-@runtime_checkable
-class _OnSplit(Protocol):
-    @property
-    def model(self) -> str: ...
-    @property
-    def data(self) -> str | None: ...
-    @property
-    def data_dir(self) -> str | None: ...
-    @property
-    def split(self) -> str: ...
-
-
 def probe_poses(
-    options: _OnSplit, against: tuple[str, ...] | None, line: str
+    model: str, *, against: tuple[str, ...] | None, data: str | None, data_dir: str | None, split: str, line: str
 ) -> "tuple[TrainedModel, dict[str, Any], dict[str, PoseExplained]]":
     """The first network, the record, and the pose probe of each network by its name."""
     import torch
@@ -380,15 +358,15 @@ def probe_poses(
 
     if against == ():
         raise InputError("--against must be at least one network; got none")
-    trained = TrainedModel(options.model)
-    networks = {options.model: trained.network, **{model: pretrained.load(model) for model in against or ()}}
-    dataset = trained.dataset(options.data, options.data_dir)
+    trained = TrainedModel(model)
+    networks = {model: trained.network, **{other: pretrained.load(other) for other in against or ()}}
+    dataset = trained.dataset(data, data_dir)
     for network in networks.values():
         network.check_images(dataset.test.images[:1].float())
-    train, test = trained.split(dataset, "train"), trained.split(dataset, options.split)
+    train, test = trained.split(dataset, "train"), trained.split(dataset, split)
     names = [network.config["name"] for network in networks.values()]
     if len(set(names)) < len(names):
-        names = [f"{name} ({model})" for name, model in zip(names, networks, strict=True)]
+        names = [f"{name} ({place})" for name, place in zip(names, networks, strict=True)]
     found = {name: pose_explained(network, train, test) for name, network in zip(names, networks.values(), strict=True)}
     record = {
         "command": line,

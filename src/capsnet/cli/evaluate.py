@@ -5,11 +5,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from capsnet.cli.parsing import BatchSize, Models, Range
+from capsnet.cli.parsing import BatchSize, DataDir, Device, Models, Range
 from capsnet.cli.printing import say, show, show_json, show_table
 from capsnet.cli.trained_model import TrainedModel
 from capsnet.errors import InputError
-from capsnet.options import Device
 
 __all__ = ["Evaluate"]
 
@@ -41,15 +40,13 @@ class Evaluate:
     """
 
     models: Models
-    """Run directories, folders with weights, or names of weights that ship with the package."""
     against: tuple[str, ...] | None = None
     """Other networks to compare with, of the same classes and image shape."""
     shifts: Annotated[int, Range(0, 1_000)] = 0
     """Also average the scores over all shifts of an image by up to this many pixels along both axes."""
     data: str | None = None
     """Data set, or folder of images of any size, read as the network's own was; default: that of the first network."""
-    data_dir: str | None = None
-    """Directory of downloaded files."""
+    data_dir: DataDir = None
     split: Literal["test", "validation", "train"] = "test"
     """Split of the data set."""
     batch_size: BatchSize = 256
@@ -57,7 +54,6 @@ class Evaluate:
     precision: Literal["auto", "32", "bf16"] | None = None
     """Precision of convolutions and decoder; default: that of the run; 32 for several networks and for --shifts."""
     device: Device = "auto"
-    """auto: a CUDA GPU if there is one; mps (untested) on a Mac."""
     json: bool = False
     """Print everything as JSON."""
 
@@ -80,43 +76,38 @@ class Evaluate:
 
         runs = _evaluated_runs([*self.models, *(self.against or ())])
         check_shifts(self.shifts, runs[0].trained.network.image_shape)
-        dataset, split = _same_split(runs, self)
-        record = {"data": dataset.name, "split": self.split, "precision": "32"}
+        for run in runs if self.split == "validation" else ():
+            if run.held_out != runs[0].held_out:
+                raise InputError(
+                    f"--split must be test or train where {runs[0].model} and {run.model} held out other images; "
+                    "got validation"
+                )
+        dataset, split, precision = _prepared([run.trained for run in runs], self, "32")
+        record = {"data": dataset.name, "split": self.split, "precision": precision}
         if not self.json:
             show(f"{dataset.name} {self.split}, {len(split):,} images")
         return (self._compare if self.against else self._ensemble)(runs, split, record)
 
     def _one(self) -> int:
-        from capsnet import devices, memory
         from capsnet.evaluation import evaluate
 
         trained = TrainedModel(self.models[0], several=True)
-        network, config = trained.network, trained.trained(self.data)
-        options = replace(config, device=self.device, precision=self.precision or config.precision, devices=1)
-        device = devices.resolve_device(options)
-        precision = devices.resolve_precision(options, device, network)
-        dataset = trained.dataset(self.data, self.data_dir, held_out=self.split == "validation")
-        split = trained.split(dataset, self.split)
-        _check_objects(trained, split, f"{dataset.name} {self.split}")
-        batch_size = min(self.batch_size, len(split))
-        memory.check_inference(network, batch_size, device, task="evaluation", precision=precision)
-        result = evaluate(network.to(device), split, config=config, batch_size=self.batch_size, precision=precision)
+        dataset, split, precision = _prepared([trained], self, self.precision)
+        config = trained.trained(self.data)
+        result = evaluate(trained.network, split, config=config, batch_size=self.batch_size, precision=precision)
         if self.json:
             where = {"run": trained.model, "data": dataset.name, "split": self.split, "precision": precision}
             show_json({**where, **result.to_dict()})
         else:
             show(f"{dataset.name} {self.split} {result.summary()}")
-            show(_losses(result))
-            _print_tables(result)
+            _print_details(result)
         return 0
 
     def _ensemble(self, runs: list["_EvaluatedRun"], split: "Split", record: dict[str, Any]) -> int:
         from capsnet.evaluation.statistics import mcnemar
 
-        parts = [
-            _Part.of(runs, split, shifts, self.batch_size) for shifts in ((0, self.shifts) if self.shifts else (0,))
-        ]
-        averaging = mcnemar(parts[1].whole.wrong, parts[0].whole.wrong) if self.shifts else None
+        parts = [_Part.of(runs, split, shifts, self.batch_size) for shifts in sorted({0, self.shifts})]
+        averaging = mcnemar(parts[1].ensemble.wrong, parts[0].ensemble.wrong) if self.shifts else None
         if self.json:
             record |= {"results": [part.to_dict() for part in parts], "averaging": averaging and averaging.to_dict()}
             show_json({"runs": list(self.models), **record})
@@ -128,24 +119,20 @@ class Evaluate:
         return 0
 
     def _compare(self, runs: list["_EvaluatedRun"], split: "Split", record: dict[str, Any]) -> int:
-        from capsnet.evaluation.ensemble import Ensemble
-        from capsnet.evaluation.statistics import McNemar, summarise
+        from capsnet.evaluation.statistics import McNemar
 
-        scores = (run.scores(split, shifts=self.shifts, batch_size=self.batch_size) for run in runs)
-        results = [Ensemble.of(each, split.labels) for each in scores]
         count = len(self.models)
-        ours, theirs = (_Side(runs[part], results[part]) for part in (slice(count), slice(count, None)))
+        ours, theirs = (_Part.of(side, split, self.shifts, self.batch_size) for side in (runs[:count], runs[count:]))
         test, reason = _test(ours, theirs)
         if self.json:
-            sides = {"runs": ours.to_dict(), "against": theirs.to_dict()}
+            sides = {
+                name: {"members": side.members(), "summary": side.summary().to_dict()}
+                for name, side in (("runs", ours), ("against", theirs))
+            }
             show_json({**record, "shifts": self.shifts, **sides, "reason": reason, "test": test.to_dict()})
             return 0
         for name, side in (("networks", ours), ("against", theirs)):
-            show(f"{name}:")
-            for run, result in zip(side.runs, side.results, strict=True):
-                show(f"  {run.name}: {result.summary()}")
-            if len(side.runs) > 1:
-                show(f"  {summarise(side.errors).summary()}")
+            show(f"{name}:", *(f"  {line}" for line in side.lines()))
         show(reason)
         show(test.summary(*(f"by {run.model}" for run in runs)) if isinstance(test, McNemar) else test.summary())
         return 0
@@ -153,12 +140,12 @@ class Evaluate:
 
 @dataclass(frozen=True)
 class _Part:
-    """Errors of several networks and of their ensemble, at one number of shifts."""
+    """What some networks get wrong, each alone and as an ensemble, at one number of shifts."""
 
     runs: list["_EvaluatedRun"]
     shifts: int
     alone: list["Ensemble"]
-    ensemble: "Ensemble | None"
+    ensemble: "Ensemble"
 
     @classmethod
     def of(cls, runs: list["_EvaluatedRun"], split: "Split", shifts: int, batch_size: int) -> "_Part":
@@ -168,49 +155,59 @@ class _Part:
 
         scores = [run.scores(split, shifts=shifts, batch_size=batch_size) for run in runs]
         alone = [Ensemble.of(each, split.labels) for each in scores]
-        return cls(
-            runs, shifts, alone, Ensemble.of(torch.stack(scores).mean(0), split.labels) if len(runs) > 1 else None
-        )
+        return cls(runs, shifts, alone, Ensemble.of(torch.stack(scores).mean(0), split.labels))
 
     @property
-    def whole(self) -> "Ensemble":
-        return self.ensemble or self.alone[0]
+    def errors(self) -> list[float]:
+        return [each.error_percent for each in self.alone]
 
     @property
-    def views(self) -> int:
-        return (2 * self.shifts + 1) ** 2
+    def seeds(self) -> list[int | None]:
+        return [run.seed for run in self.runs]
 
-    def summary(self) -> "Summary | None":
+    def by_seed(self) -> list[float]:
+        """Errors in the order of the seeds, which are known."""
+        order = sorted(zip(self.seeds, self.errors, strict=True), key=lambda pair: pair[0] or 0)
+        return [error for _, error in order]
+
+    def summary(self) -> "Summary":
         from capsnet.evaluation.statistics import summarise
 
-        return summarise([each.error_percent for each in self.alone]) if self.ensemble else None
+        return summarise(self.errors)
 
-    def against_first(self) -> "McNemar | None":
+    def against_first(self) -> "McNemar":
         from capsnet.evaluation.statistics import mcnemar
 
-        return mcnemar(self.ensemble.wrong, self.alone[0].wrong) if self.ensemble else None
+        return mcnemar(self.ensemble.wrong, self.alone[0].wrong)
+
+    def members(self) -> list[dict[str, Any]]:
+        return [run.to_dict(each) for run, each in zip(self.runs, self.alone, strict=True)]
 
     def to_dict(self) -> dict[str, Any]:
-        summary, against = self.summary(), self.against_first()
+        several = len(self.runs) > 1
         return {
             "shifts": self.shifts,
-            "views": self.views,
-            "members": [run.to_dict(each) for run, each in zip(self.runs, self.alone, strict=True)],
-            "summary": summary and summary.to_dict(),
-            "ensemble": self.ensemble and self.ensemble.to_dict(),
-            "ensemble_against_first": against and against.to_dict(),
+            "views": (2 * self.shifts + 1) ** 2,
+            "members": self.members(),
+            "summary": self.summary().to_dict() if several else None,
+            "ensemble": self.ensemble.to_dict() if several else None,
+            "ensemble_against_first": self.against_first().to_dict() if several else None,
         }
+
+    def lines(self) -> list[str]:
+        """The error of each network, and of several their mean."""
+        each = [f"{run.name}: {one.summary()}" for run, one in zip(self.runs, self.alone, strict=True)]
+        return [*each, self.summary().summary()] if len(each) > 1 else each
 
     def show(self) -> None:
         if self.shifts:
-            pixels = "1 pixel" if self.shifts == 1 else f"{self.shifts} pixels"
-            show(f"with shifts, the mean over {self.views} views of each image moved by up to {pixels}:")
-        show(*(f"{run.name}: {each.summary()}" for run, each in zip(self.runs, self.alone, strict=True)))
-        if self.ensemble and (summary := self.summary()) and (against := self.against_first()):
+            views, pixels = (2 * self.shifts + 1) ** 2, "1 pixel" if self.shifts == 1 else f"{self.shifts} pixels"
+            show(f"with shifts, the mean over {views} views of each image moved by up to {pixels}:")
+        show(*self.lines())
+        if len(self.runs) > 1:
             first = self.runs[0].model
-            show(summary.summary())
             show(f"ensemble of {len(self.runs)}: {self.ensemble.summary()}")
-            show(f"ensemble against {first}: {against.summary('by the ensemble', f'by {first}')}")
+            show(f"ensemble against {first}: {self.against_first().summary('by the ensemble', f'by {first}')}")
 
 
 class _EvaluatedRun:
@@ -225,7 +222,7 @@ class _EvaluatedRun:
 
     def __init__(self, model: str) -> None:
         self.model, self.trained = model, TrainedModel(model, several=True)
-        config = self.trained.trained() if self.trained.is_run or self.trained.card.config else None
+        config = self.trained.config
         self.seed = config.seed if config else None
         self.held_out = (config.data, config.data_seed, config.validation) if config else ()
 
@@ -259,52 +256,39 @@ def _evaluated_runs(models: Sequence[str]) -> list[_EvaluatedRun]:
     return runs
 
 
-def _same_split(runs: Sequence[_EvaluatedRun], options: Evaluate) -> tuple["Dataset", "Split"]:
-    """The split that all networks are judged on: that of the first one's data set. Moves them to the device.
+def _prepared(
+    trained: Sequence[TrainedModel], options: Evaluate, precision: Literal["auto", "32", "bf16"] | None
+) -> tuple["Dataset", "Split", str]:
+    """The split of the first network's data set, and the precision to compute in. Moves all networks to the device.
 
     Raises:
-        InputError: the data cannot be had, too little memory, or validation images that another network was trained on.
+        InputError: the data cannot be had, too little memory, or images of another number of objects.
     """
     from capsnet import devices, memory
 
-    first = runs[0].trained
-    for run in runs if options.split == "validation" else ():
-        if run.held_out != runs[0].held_out:
-            raise InputError(
-                f"--split must be test or train where {runs[0].model} and {run.model} held out other images; "
-                "got validation"
-            )
-    device = devices.resolve_device(replace(first.trained(options.data), device=options.device, devices=1))
+    first = trained[0]
+    config = first.trained(options.data)
+    config = replace(config, device=options.device, precision=precision or config.precision, devices=1)
+    device = devices.resolve_device(config)
+    resolved = devices.resolve_precision(config, device, first.network)
     dataset = first.dataset(options.data, options.data_dir, held_out=options.split == "validation")
     split = first.split(dataset, options.split)
-    _check_objects(first, split, f"{dataset.name} {options.split}")
-    memory.check_inference(
-        first.network,
-        min(options.batch_size, len(split)),
-        device,
-        task="evaluation",
-        copies=len(runs) - 1 if device.type == "cuda" else 0,
-    )
-    for run in runs:
-        run.trained.network.to(device)
-    return dataset, split
-
-
-def _check_objects(trained: TrainedModel, split: "Split", name: str) -> None:
-    """Raise InputError unless the images show as many objects each as the network looks for."""
-    wanted, there = trained.network.objects_per_image, split.labels[0].numel()
+    wanted, there = first.network.objects_per_image, split.labels[0].numel()
     if there != wanted:
-        raise InputError(f"images of {name} must show {wanted} of {trained.model}'s classes each; got {there}")
+        name = f"{dataset.name} {options.split}"
+        raise InputError(f"images of {name} must show {wanted} of {first.model}'s classes each; got {there}")
+    batch_size, copies = min(options.batch_size, len(split)), len(trained) - 1 if device.type == "cuda" else 0
+    memory.check_inference(first.network, batch_size, device, task="evaluation", precision=resolved, copies=copies)
+    for each in trained:
+        each.network.to(device)
+    return dataset, split, resolved
 
 
-def _losses(result: "Evaluation") -> str:
-    return (
+def _print_details(result: "Evaluation") -> None:
+    show(
         f"loss {result.loss:.5f}: classification {result.classification_loss:.5f}, "
         f"reconstruction {result.reconstruction_loss:.2f} (summed squared error an image, unweighted)"
     )
-
-
-def _print_tables(result: "Evaluation") -> None:
     show("per class:")
     show_table(
         ("class", "images", "wrong", "error %", "others taken for it"),
@@ -332,41 +316,12 @@ def _print_tables(result: "Evaluation") -> None:
     )
 
 
-@dataclass(frozen=True)
-class _Side:
-    """Some networks and what they get wrong."""
-
-    runs: list["_EvaluatedRun"]
-    results: list["Ensemble"]
-
-    @property
-    def errors(self) -> list[float]:
-        return [result.error_percent for result in self.results]
-
-    @property
-    def seeds(self) -> list[int | None]:
-        return [run.seed for run in self.runs]
-
-    def by_seed(self) -> list[float]:
-        """Errors in the order of the seeds, which are known."""
-        order = sorted(zip(self.seeds, self.errors, strict=True), key=lambda pair: pair[0] or 0)
-        return [error for _, error in order]
-
-    def to_dict(self) -> dict[str, object]:
-        from capsnet.evaluation.statistics import summarise
-
-        return {
-            "members": [run.to_dict(result) for run, result in zip(self.runs, self.results, strict=True)],
-            "summary": summarise(self.errors).to_dict(),
-        }
-
-
-def _test(ours: _Side, theirs: _Side) -> tuple["TTest | McNemar", str]:
+def _test(ours: _Part, theirs: _Part) -> tuple["TTest | McNemar", str]:
     """The test that these runs allow, and why it is this one."""
     from capsnet.evaluation.statistics import mcnemar, paired_t, welch_t
 
     if len(ours.runs) == 1:
-        return mcnemar(ours.results[0].wrong, theirs.results[0].wrong), "over the images: each side is one network"
+        return mcnemar(ours.alone[0].wrong, theirs.alone[0].wrong), "over the images: each side is one network"
     hindrance = _hindrance(ours, theirs)
     if hindrance is None:
         seeds = _listed(ours.seeds)
@@ -374,7 +329,7 @@ def _test(ours: _Side, theirs: _Side) -> tuple["TTest | McNemar", str]:
     return welch_t(ours.errors, theirs.errors), f"not paired, because {hindrance}"
 
 
-def _hindrance(ours: _Side, theirs: _Side) -> str | None:
+def _hindrance(ours: _Part, theirs: _Part) -> str | None:
     """Why runs cannot be paired by seed; None if they can."""
     for run in (*ours.runs, *theirs.runs):
         if run.seed is None:

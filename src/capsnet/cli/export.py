@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from capsnet.cli.parsing import BatchSize, Images, Model
+from capsnet.cli.parsing import BatchSize, DataDir, Images, Model
 from capsnet.cli.printing import say, show, show_json
 from capsnet.cli.trained_model import TrainedModel
 from capsnet.errors import InputError
@@ -29,7 +29,6 @@ class Export:
     """
 
     model: Model
-    """Run directory, folder with weights, or the name of weights that ship with the package."""
     to: Literal["onnx", "pt2", "safetensors"] = "onnx"
     """Format; onnx needs: pip install 'capsnet[onnx]'."""
     out: str | None = None
@@ -38,8 +37,7 @@ class Export:
     """Replace --out."""
     data: str | None = None
     """Another data set or folder to compare on, read as the network's own was."""
-    data_dir: str | None = None
-    """Directory of downloaded files."""
+    data_dir: DataDir = None
     images: Images = 256
     """Test images to compare on: the first ones."""
     check_all: bool = False

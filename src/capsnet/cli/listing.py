@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from tyro.conf import Positional
 
 from capsnet import config
+from capsnet.cli.parsing import DataDir
 from capsnet.cli.printing import show, show_json, show_table
 from capsnet.errors import InputError
 
@@ -28,8 +29,7 @@ class List:
 
     what: Positional[Literal["models", "weights", "data", "presets", "experiments", "cache"]]
     """What to list. cache: decoded images of folders (see CAPSNET_CACHE and CAPSNET_CACHE_LIMIT)."""
-    data_dir: str | None = None
-    """Directory of downloaded files."""
+    data_dir: DataDir = None
     clear: bool = False
     """Remove every cache file that no process uses, and list those."""
     json: bool = False
@@ -50,15 +50,13 @@ class List:
         rows = makers[self.what]()
         if self.json:
             show_json(rows)
-            return 0
-        if self.what == "data":
-            show_table(*_data_table(rows))
-            return 0
-        for row in rows:
-            name, *rest = row.items()
-            show(name[1] if name[0] not in ("total", "removed") else f"{name[0]}: {name[1]}")
-            for key, value in rest:
-                show(f"  {key}: {value}")
+        elif self.what == "data":
+            _show_data(rows)
+        else:
+            for row in rows:
+                (key, name), *rest = row.items()
+                show(f"{key}: {name}" if key in ("total", "removed") else name)
+                show(*(f"  {key}: {value}" for key, value in rest))
         return 0
 
 
@@ -118,19 +116,21 @@ def _data(data_dir: str | None) -> list[dict[str, Any]]:
     return rows
 
 
-def _data_table(rows: list[dict[str, Any]]) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
-    """Headings and cells."""
-    return ("data set", "train", "test", "image", "classes", "on this machine"), [
-        (
-            row["name"],
-            f"{row['train']:,}",
-            f"{row['test']:,}",
-            " x ".join(map(str, row["image_shape"])),
-            str(len(row["classes"])),
-            "no" if row["missing"] else "yes",
-        )
-        for row in rows
-    ]
+def _show_data(rows: list[dict[str, Any]]) -> None:
+    show_table(
+        ("data set", "train", "test", "image", "classes", "on this machine"),
+        [
+            (
+                row["name"],
+                f"{row['train']:,}",
+                f"{row['test']:,}",
+                " x ".join(map(str, row["image_shape"])),
+                str(len(row["classes"])),
+                "no" if row["missing"] else "yes",
+            )
+            for row in rows
+        ],
+    )
 
 
 def _cache() -> list[dict[str, Any]]:

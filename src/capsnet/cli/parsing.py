@@ -14,11 +14,14 @@ from capsnet.cli.printing import say, show
 from capsnet.config import Config, from_dict
 from capsnet.errors import InputError
 from capsnet.options import GROUPS, LARGEST_SEED
+from capsnet.options import Device as _Device
 from capsnet.options.schema import Range
 
 __all__ = [
     "BatchSize",
     "Command",
+    "DataDir",
+    "Device",
     "Group",
     "Images",
     "Model",
@@ -58,8 +61,12 @@ C = TypeVar("C")
 BatchSize = Annotated[int, Range(1, 10**6)]
 Images = Annotated[int, Range(1, 10**9)]
 Seed = Annotated[int, Range(0, LARGEST_SEED)]
-Model = Positional[Annotated[str, arg(metavar="MODEL")]]
-Models = Positional[Annotated[tuple[str, ...], arg(metavar="MODEL [MODEL ...]")]]
+_MODEL = "Run directory, folder with weights, or the name of weights that ship with the package."
+_MODELS = "Run directories, folders with weights, or names of weights that ship with the package."
+Model = Positional[Annotated[str, arg(metavar="MODEL", help=_MODEL)]]
+Models = Positional[Annotated[tuple[str, ...], arg(metavar="MODEL [MODEL ...]", help=_MODELS)]]
+DataDir = Annotated[str | None, arg(help="Directory of downloaded files.")]
+Device = Annotated[_Device, arg(help="auto: a CUDA GPU if there is one; mps (untested) on a Mac.")]
 
 
 def parse(group: Group, arguments: Sequence[str], *, prog: str) -> Command:
@@ -97,10 +104,7 @@ def parse(group: Group, arguments: Sequence[str], *, prog: str) -> Command:
 def with_options(kind: type[C], base: Config, **values: Any) -> C:
     """A command with the options of a run beside its own: a group for each of `GROUPS`, and one for the model.
 
-    Args:
-        kind: the dataclass of the command, whose fields have defaults.
-        base: the defaults of the options.
-        values: of fields of the command.
+    The defaults of the options are those of `base`; `values` are of the command's own fields.
     """
     groups = {"images": GROUPS["data"], "network": type(base.options)}  # as headings of the help
     groups |= {name: group for name, group in GROUPS.items() if name != "data"}

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 from capsnet.cli.analyse import pose_table, probe_poses
-from capsnet.cli.parsing import Group, Images, Model, Range
+from capsnet.cli.parsing import DataDir, Group, Images, Model, Range
 from capsnet.cli.printing import show, show_json
 from capsnet.cli.trained_model import TrainedModel, WritesFile
 from capsnet.errors import InputError
@@ -24,11 +24,9 @@ MOST_SHEETS = 100  # perturbation sheets in one figure
 @dataclass(frozen=True)
 class _FigureOptions(WritesFile):
     model: Model
-    """Run directory, folder with weights, or the name of weights that ship with the package."""
     data: str | None = None
     """Data set or folder; default: the network's own. It is read as the network's own was."""
-    data_dir: str | None = None
-    """Directory of downloaded files."""
+    data_dir: DataDir = None
     split: Literal["test", "validation", "train"] = "test"
     """Split of the data set."""
     format: Literal["png", "svg", "pdf"] = "png"
@@ -84,14 +82,11 @@ class _Reconstructions(_FigureOptions):
             raise InputError("--right and --wrong must not both be 0; got 0 and 0")
         import torch
 
-        from capsnet import plots
-        from capsnet.analysis.reconstruction import decoder_of, reconstruct
-        from capsnet.data.dataset import to_float
-        from capsnet.evaluation import predict_split
-        from capsnet.report import drawn_apart
+        from capsnet.analysis.reconstruction import decoder_of
+        from capsnet.report import reconstruction_figure
 
         trained = TrainedModel(self.model, several=True)
-        network, _ = decoder_of(trained.network)
+        decoder_of(trained.network)
         dataset = trained.dataset(self.data, self.data_dir, any_will_do=True)
         split = trained.split(dataset, self.split)
         found = trained.predictions(split)
@@ -99,14 +94,8 @@ class _Reconstructions(_FigureOptions):
         index = torch.cat([(~found.wrong).nonzero().flatten()[: self.right], wrong[: self.wrong]])
         if not len(index):
             raise InputError(f"data set {dataset.name} must have wrong images to draw with --right 0; all are right")
-        some = split.take(index)
-        if network.objects_per_image > 1:
-            parts = drawn_apart(network, some, predict_split(network, some), count=max(self.right, self.wrong))
-            figure = plots.separations(parts, network.classes)
-        else:
-            figure = plots.reconstructions(reconstruct(network, to_float(some.images), some.labels), network.classes)
-        errors = found.reconstruction_errors
-        means = {}
+        figure = reconstruction_figure(trained.network, split.take(index), count=max(self.right, self.wrong))
+        errors, means = found.reconstruction_errors, {}
         if errors is not None:
             means = {"right": _mean(errors[~found.wrong]), "wrong": _mean(errors[found.wrong])}
         return self.finish(
@@ -295,7 +284,9 @@ class _Pose(_FigureOptions):
     def work(self, line: str) -> int:
         from capsnet import plots
 
-        trained, numbers, found = probe_poses(self, self.against, line)
+        trained, numbers, found = probe_poses(
+            self.model, against=self.against, data=self.data, data_dir=self.data_dir, split=self.split, line=line
+        )
         numbers["figure"] = str(self.save(trained, "pose", plots.pose_explained(found), line))
         return self.finish(numbers, *pose_table(found))
 
@@ -305,7 +296,6 @@ class _Results(_FigureOptions):
     names: ClassVar[tuple[str, ...]]
 
     def work(self, line: str) -> int:
-        from capsnet.checkpoints import run_directory
         from capsnet.evaluation import calibration
         from capsnet.report import result_figures
 
@@ -315,7 +305,7 @@ class _Results(_FigureOptions):
         dataset = trained.dataset(self.data, self.data_dir)
         split = trained.split(dataset, self.split)
         found = trained.predictions(split)
-        makers = result_figures(found, split, trained.network.classes, run_directory.Run(trained.folder).metrics())
+        makers = result_figures(found, split, trained.network.classes, trained.run.metrics())
         if self.names == ("curves",) and "curves" not in makers:
             raise InputError(f"curves must be of a run directory with metrics.csv; {self.model} has none")
         paths = [self.save(trained, name, makers[name](), line) for name in self.names if name in makers]

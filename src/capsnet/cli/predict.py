@@ -9,12 +9,11 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from tyro.conf import Positional, arg
 
-from capsnet.cli.parsing import BatchSize, Model
+from capsnet.cli.parsing import BatchSize, Device, Model
 from capsnet.cli.printing import say, show, show_json
 from capsnet.cli.trained_model import TrainedModel
 from capsnet.errors import InputError
 from capsnet.files import visible
-from capsnet.options import Device
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -39,7 +38,6 @@ class Predict:
     """
 
     model: Model
-    """Run directory, folder with weights, or the name of weights that ship with the package."""
     files: Positional[Annotated[tuple[str, ...], arg(metavar="FILES")]]
     """Image files, folders of them (with sub-folders), or - for one image from standard input."""
     framing: Literal["off", "digits"] | None = None
@@ -54,7 +52,6 @@ class Predict:
     batch_size: BatchSize = 64
     """Images per batch; affects only memory and speed."""
     device: Device = "auto"
-    """auto: a CUDA GPU if there is one; mps (untested) on a Mac."""
     json: bool = False
     """Print a JSON list."""
     csv: bool = False
@@ -69,8 +66,6 @@ class Predict:
         names, passed = _names(self.files)
         for note in passed:
             say(f"capsnet predict: {note}")
-        from dataclasses import replace
-
         from capsnet import devices, memory
         from capsnet.analysis.reconstruction import decoder_of
         from capsnet.config import Config
@@ -80,7 +75,7 @@ class Predict:
         if self.save_reconstructions:
             decoder_of(trained.network)
             places = _places(names, Path(self.save_reconstructions), overwrite=self.overwrite)
-        device = devices.resolve_device(replace(Config(), device=self.device))
+        device = devices.resolve_device(Config(device=self.device))
         sources = ((name, sys.stdin.buffer.read() if name == "-" else Path(name)) for name in names)
         precision = trained.precision(device)
         batch_size = min(self.batch_size, len(names))
@@ -111,38 +106,34 @@ class Predict:
 
 
 class _Writer:
-    """Prints predictions as they come."""
+    """Prints predictions as they come; all JSON comes at the end."""
 
     def __init__(self, command: Predict, *, width: int, label: int) -> None:
-        self.command, self.rows, self.begun = command, list[dict[str, Any]](), False
+        self.command, self.rows, self.begun, self.ood = command, list[dict[str, Any]](), False, False
         self.width, self.label = min(width, 60), max(5, min(label, 30))
-        self.csv: csv.DictWriter[str] | None = None
-        self.ood = 0
 
     def __call__(self, found: "Prediction") -> None:
-        """Print one prediction; all JSON comes at the end."""
+        """Print one prediction."""
         row = found.to_dict()
         if self.command.json:
             self.rows.append(row)
         elif self.command.csv:
-            if self.csv is None:
-                self.csv = csv.DictWriter(sys.stdout, list(row), lineterminator="\n")
-                self.csv.writeheader()
             if sys.stdout.isatty():
                 row = {name: visible(value) if isinstance(value, str) else value for name, value in row.items()}
-            self.csv.writerow(row)
+            writer = csv.DictWriter(sys.stdout, list(row), lineterminator="\n")
+            if not self.begun:
+                writer.writeheader()
+            writer.writerow(row)
         else:
+            if not self.begun:
+                show(self._row("file", "class", "presence", "runner-up", "error", "notes"))
             self._line(found)
+        self.begun = True
 
     def _line(self, found: "Prediction") -> None:
-        if not self.begun:
-            show(self._row("file", "class", "presence", "runner-up", "error", "notes"))
-        self.begun = True
-        self.ood += bool(found.ood)
-        notes = [note for note, is_so in (("inverted", found.inverted), ("centred and scaled", found.framed)) if is_so]
-        notes += found.notes
-        if found.ood:
-            notes.insert(0, "OOD?")
+        self.ood |= bool(found.ood)
+        marks = {"OOD?": found.ood, "inverted": found.inverted, "centred and scaled": found.framed}
+        notes = [*(mark for mark, is_so in marks.items() if is_so), *found.notes]
         error = "-" if found.error is None else f"{found.error:.1f}"
         runner_up = f"{visible(found.runner_up)} {found.runner_up_presence:.2f}"
         name, label = visible(found.name), visible(found.label)

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from capsnet.cli.parsing import Model
+from capsnet.cli.parsing import DataDir, Model
 from capsnet.cli.printing import show
 from capsnet.cli.trained_model import TrainedModel
 
@@ -21,11 +21,9 @@ class Report:
     """
 
     model: Model
-    """Run directory, folder with weights, or the name of weights that ship with the package."""
     data: str | None = None
     """Data set or folder; default: the network's own. It is read as the network's own was."""
-    data_dir: str | None = None
-    """Directory of downloaded files."""
+    data_dir: DataDir = None
     out: str | None = None
     """File to write; default: report.html in the run directory, otherwise MODEL-report.html here."""
     overwrite: bool = False
@@ -33,7 +31,6 @@ class Report:
 
     def run(self, line: str) -> int:
         """Write the report, print where."""
-        from capsnet.checkpoints import run_directory
         from capsnet.files import write_atomically
         from capsnet.report import render
 
@@ -42,7 +39,6 @@ class Report:
         if self.out is None and trained.is_run:
             path = trained.folder / "report.html"
         dataset = trained.dataset(self.data, self.data_dir)
-        files = run_directory.Run(trained.folder)
         content = render(
             trained.network,
             dataset,
@@ -50,8 +46,8 @@ class Report:
             config=trained.trained(self.data),
             card=trained.card,
             title=trained.folder.resolve().name,
-            rows=files.metrics(),
-            result=files.result() if files.result_path.is_file() else None,
+            rows=trained.run.metrics(),
+            result=trained.run.result() if trained.run.result_path.is_file() else None,
         )
         write_atomically(path, lambda place: place.write_text(content, encoding="utf-8"))
         show(f"report: {path}")

@@ -6,9 +6,8 @@ from typing import Annotated, Literal
 
 from tyro.conf import Positional, arg
 
-from capsnet.cli.parsing import Range
+from capsnet.cli.parsing import DataDir, Device, Range
 from capsnet.cli.printing import say, show
-from capsnet.options import Device
 
 __all__ = ["Reproduce"]
 
@@ -43,10 +42,8 @@ class Reproduce:
     """Folder of the records."""
     runs: str = "runs/experiments"
     """Folder of the run directories."""
-    data_dir: str | None = None
-    """Directory of downloaded files."""
+    data_dir: DataDir = None
     device: Device = "auto"
-    """auto: a CUDA GPU if there is one; mps (untested) on a Mac."""
     threads: Annotated[int | None, Range(1, 1_024)] = None
     """Number of CPU threads; default: PyTorch's."""
 

@@ -15,52 +15,51 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from capsnet.checkpoints.model_card import Card
+    from capsnet.checkpoints.run_directory import Run
     from capsnet.data import Dataset, Split
     from capsnet.data.image_folder import ImageFolder
     from capsnet.data.manifest import Manifest
     from capsnet.evaluation import Predictions
     from capsnet.models import Network
 
-__all__ = ["TrainedModel", "WritesFile", "some"]
+__all__ = ["TrainedModel", "WritesFile"]
 
 
 class TrainedModel:
-    """A trained network as a command names it.
-
-    Args:
-        model: run directory, folder with weights, or name of weights that ship with the package.
-        several: whether its images may show several objects each.
+    """A trained network as a command names it; unless `several`, its images must show one object each.
 
     Attributes:
         model: as given.
         folder: where its weights are.
+        run: the same folder as a run directory, which it need not be.
         network: on the CPU, in evaluation mode.
         card: what is told of it; empty where nothing is.
+        config: that it was trained with; None where that is not known.
     """
 
     model: str
     folder: Path
+    run: "Run"
     network: "Network"
     card: "Card"
+    config: Config | None
 
     def __init__(self, model: str, *, several: bool = False) -> None:
         from capsnet.checkpoints import pretrained, run_directory
 
         self.model, self.folder = model, pretrained.folder_of(model)
+        self.run = run_directory.Run(self.folder)
         self.network, self.card = pretrained.load(model), pretrained.load_card(model)
         if self.network.objects_per_image > 1 and not several:
             raise InputError(
                 f"{model} must be of images that show one object each; it finds {self.network.objects_per_image}"
             )
-        run = run_directory.Run(self.folder)
-        self._config = run.config() if run.config_path.exists() else self.card.trained() if self.card.config else None
+        self.config = self.run.config() if self.is_run else self.card.trained() if self.card.config else None
 
     @property
     def is_run(self) -> bool:
         """Whether it is a run directory, where its figures then go."""
-        from capsnet.checkpoints import run_directory
-
-        return run_directory.Run(self.folder).config_path.exists()
+        return self.run.config_path.exists()
 
     def trained(self, data: str | None = None) -> Config:
         """The configuration it was trained with; for other weights, one that reads `data` in their images' shape.
@@ -68,8 +67,8 @@ class TrainedModel:
         Raises:
             InputError: it is not known, and `data` is not given.
         """
-        if self._config is not None:
-            return self._config
+        if self.config is not None:
+            return self.config
         if data is None:
             raise InputError(f"--data must be given for {self.model}, which does not say what it was trained on")
         channels, height, width = self.network.image_shape
@@ -78,13 +77,9 @@ class TrainedModel:
     def dataset(
         self, data: str | None = None, data_dir: str | None = None, *, held_out: bool = True, any_will_do: bool = False
     ) -> "Dataset":
-        """Its data set, or `data` read as its own was.
+        """Its data set, or `data` read as its own was; `held_out`, with the validation split of the run.
 
-        Args:
-            data: another data set or folder.
-            data_dir: where downloaded files are.
-            held_out: with the validation split of the run.
-            any_will_do: where its data cannot be had, and it knows digits of 28 x 28: `strokes`, and say so.
+        With `any_will_do`, where its own cannot be had and it knows digits of 28 x 28: `strokes`, and say so.
 
         Raises:
             InputError: the data cannot be had, or other classes.
@@ -92,7 +87,7 @@ class TrainedModel:
         from capsnet.data import describe, is_folder
         from capsnet.training import prepare
 
-        trained, recorded = self.trained(data), self.recorded()
+        trained, recorded = self.trained(data), self.run.manifest()
         options = replace(
             trained,
             data=data or trained.data,
@@ -104,10 +99,9 @@ class TrainedModel:
         if data is not None and is_folder(data) and not self._is_own(options, recorded):
             return self._of_others(options, recorded)
         own = data is None or is_folder(data)
+        shares = recorded is not None or self.card.preprocessing is not None  # neither was there in old runs
         try:
-            dataset = prepare.prepare_data(
-                options, recorded=recorded if own else None, shares=not self._is_old(recorded), tell=say
-            )
+            dataset = prepare.prepare_data(options, recorded=recorded if own else None, shares=shares, tell=say)
         except InputError as error:
             strokes = describe("strokes")
             known = (strokes.image_shape, strokes.classes)
@@ -122,7 +116,7 @@ class TrainedModel:
         if dataset.classes != self.network.classes and not unnamed:
             raise InputError(
                 f"data set {dataset.name} must have the {len(self.network.classes)} classes of the network, "
-                f"{some(self.network.classes)}; got {len(dataset.classes)}, {some(dataset.classes)}"
+                f"{_some(self.network.classes)}; got {len(dataset.classes)}, {_some(dataset.classes)}"
             )
         self.network.check_images(dataset.test.images[:1].float())
         return dataset
@@ -130,23 +124,13 @@ class TrainedModel:
     @property
     def _unnamed(self) -> bool:
         """Whether its classes have numbers for want of names: of weights that do not say what they were trained on."""
-        return self._config is None and self.network.classes == tuple(map(str, range(len(self.network.classes))))
-
-    def recorded(self) -> "Manifest | None":
-        """Which images its run used; None where that is not known."""
-        from capsnet.checkpoints import run_directory
-
-        return run_directory.Run(self.folder).manifest()
-
-    def _is_old(self, recorded: "Manifest | None") -> bool:
-        """Whether its validation images were held out as before there were manifests."""
-        return recorded is None and self.card.preprocessing is None
+        return self.config is None and self.network.classes == tuple(map(str, range(len(self.network.classes))))
 
     def precision(self, device: "torch.device") -> str:
         """The precision that it is run in on a device: that of its training, as far as the device has it."""
         from capsnet import devices
 
-        return devices.resolve_precision(replace(self._config or Config(), devices=1), device, self.network)
+        return devices.resolve_precision(replace(self.config or Config(), devices=1), device, self.network)
 
     def _is_own(self, options: Config, recorded: "Manifest | None") -> bool:
         """Whether a folder holds the images of the run, wherever it is."""
@@ -186,13 +170,8 @@ class TrainedModel:
                     say(f"capsnet: {folder.root}: {seen:,} of {len(folder.files):,} images were used {use}")
         every = splits.get("")  # of a folder that is not divided
         test = every or splits.get("test") or splits.get("validation") or splits["train"]
-        dataset = Dataset(
-            str(folder.root),
-            self.network.classes,
-            splits.get("train", test),
-            test,
-            every or splits.get("validation"),
-        )
+        validation = every or splits.get("validation")
+        dataset = Dataset(str(folder.root), self.network.classes, splits.get("train", test), test, validation)
         return dataset if reading.crop is None else dataset.cropped(reading.crop)
 
     def _scanned(self, data: str) -> "ImageFolder":
@@ -233,11 +212,10 @@ class TrainedModel:
 
     def predictions(self, split: "Split") -> "Predictions":
         """Predictions for a split: those of the run itself, as in its `result.json`, where it kept them."""
-        from capsnet.checkpoints import run_directory
         from capsnet.evaluation import predict_split
 
-        found = run_directory.Run(self.folder).predictions(split)
-        return predict_split(self.network, split, config=self._config) if found is None else found
+        found = self.run.predictions(split)
+        return predict_split(self.network, split, config=self.config) if found is None else found
 
     def images(self, files: tuple[str, ...], *, invert: Literal["auto", "yes", "no"] = "auto") -> "Tensor":
         """One's own image files as the network takes them, `float32 [n, channels, height, width]`.
@@ -290,6 +268,6 @@ def _check_free(path: Path, *, overwrite: bool) -> None:
         raise InputError(f"--out must be a new file, or be given with --overwrite; got {path}")
 
 
-def some(names: tuple[str, ...]) -> str:
+def _some(names: tuple[str, ...]) -> str:
     """The first names of many."""
     return ", ".join(names[:10]) + (", ..." if len(names) > 10 else "")

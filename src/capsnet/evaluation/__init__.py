@@ -4,12 +4,4 @@ from capsnet.evaluation.metrics import Calibration, Evaluation, calibration, eva
 from capsnet.evaluation.predictions import Predictions, predict_split
 from capsnet.evaluation.statistics import wilson_interval
 
-__all__ = [
-    "Calibration",
-    "Evaluation",
-    "Predictions",
-    "calibration",
-    "evaluate",
-    "predict_split",
-    "wilson_interval",
-]
+__all__ = ["Calibration", "Evaluation", "Predictions", "calibration", "evaluate", "predict_split", "wilson_interval"]

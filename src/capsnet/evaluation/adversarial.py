@@ -80,7 +80,7 @@ def fgsm(
     config: Config | None = None,
     batch_size: int = 128,
 ) -> Float[Tensor, "batch channels height width"]:
-    """One step of `epsilon` in every pixel along the sign of the loss's gradient.
+    """Images in [0, 1] after one step of `epsilon` in every pixel along the sign of the loss's gradient.
 
     Args:
         network: left as it is, without gradients in its weights; computed in evaluation mode.
@@ -90,9 +90,6 @@ def fgsm(
         margins: of the margin loss, `open` or `own`; see the head of this file.
         config: the weights of the loss; the paper's if not given.
         batch_size: images at a time; the result does not depend on it but by rounding.
-
-    Returns:
-        Images in [0, 1] within `epsilon` of the given ones.
 
     Raises:
         InputError: an argument outside its range, or images of another shape.
@@ -122,21 +119,9 @@ def pgd(
     """Projected gradient ascent: many small steps of FGSM from a random start, never farther than `epsilon`.
 
     Of the places on the way the one with the largest loss is kept, image by image; the last one is not always it.
-
-    Args:
-        network: see `fgsm`, as for all that is not told here.
-        images: intensities in [0, 1].
-        labels: the true classes.
-        epsilon: largest change of a pixel, in [0, 1].
-        steps: at least 1.
-        step_size: change of a pixel in a step; None for 2.5 `epsilon` / `steps`, which can cross the whole range.
-        seed: draws the start, uniform within `epsilon`.
-        margins: of the margin loss.
-        config: the weights of the loss.
-        batch_size: images at a time.
-
-    Returns:
-        Images in [0, 1] within `epsilon` of the given ones.
+    Arguments and result are those of `fgsm`, and: `steps`, at least 1; `step_size`, the change of a pixel in a step,
+    above 0, None for 2.5 `epsilon` / `steps`, which can cross the whole range; `seed`, which draws the start, uniform
+    within `epsilon`.
 
     Raises:
         InputError: an argument outside its range, or images of another shape.
@@ -196,22 +181,11 @@ def attack_rates(
     config: Config | None = None,
     batch_size: int = 128,
 ) -> Rates:
-    """Attack all images and count.
+    """Attack all images, at least one, and count.
 
-    Args:
-        network: see `fgsm` and `pgd`, as for all that is not told here.
-        images: at least one.
-        labels: the true classes.
-        attack: `fgsm` or `pgd`.
-        epsilon: largest change of a pixel, in [0, 1]; 0 changes nothing and gives the rates of the images as they are.
-        threshold: above which reconstruction error an image is flagged; nothing is flagged without one, or without a
-            decoder.
-        steps: of `pgd`.
-        step_size: of `pgd`.
-        seed: of `pgd`.
-        margins: of the margin loss.
-        config: the weights of the loss.
-        batch_size: images at a time.
+    `attack` is one of `ATTACKS`, and the other arguments are theirs. An `epsilon` of 0 changes nothing and gives the
+    rates of the images as they are. An attacked image is flagged when its reconstruction error is above `threshold`;
+    nothing is flagged without one, or without a decoder.
 
     Raises:
         InputError: an unknown attack, no images, or an argument outside its range.
@@ -230,8 +204,7 @@ def attack_rates(
     fooled = (before == labels) & (after != labels)
     flagged = None
     if threshold is not None and network.decoder is not None:
-        with _attacked(network, margins, config):
-            flagged = reconstruction_errors(network, attacked, batch_size=batch_size) > threshold.value
+        flagged = reconstruction_errors(network, attacked, batch_size=batch_size) > threshold.value
     return Rates(
         attack,
         epsilon,

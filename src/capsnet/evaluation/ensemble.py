@@ -15,7 +15,7 @@ from torch import Tensor
 from capsnet import functional as F
 from capsnet.data.dataset import Split
 from capsnet.errors import InputError
-from capsnet.evaluation import wilson_interval
+from capsnet.evaluation.metrics import error_line, percent_interval
 from capsnet.evaluation.predictions import predict_split
 from capsnet.models import Network
 
@@ -37,11 +37,7 @@ class Ensemble:
 
     @classmethod
     def of(cls, scores: Float[Tensor, "n classes"], labels: Int[Tensor, "n *objects"]) -> "Ensemble":
-        """What `scores` get wrong.
-
-        Args:
-            scores: the largest is the prediction, or the k largest.
-            labels: true classes `[n]`, or `[n, k]` for k different ones in each image.
+        """What `scores` get wrong, of which the largest is the prediction; the k largest where labels are `[n, k]`.
 
         Raises:
             InputError: no images, or as many labels as are not those of the scores.
@@ -67,9 +63,8 @@ class Ensemble:
 
     @property
     def interval(self) -> tuple[float, float]:
-        """95 % Wilson interval of the error in percent: what sampling this many images leaves open."""
-        low, high = wilson_interval(self.count, self.total)
-        return 100 * low, 100 * high
+        """95 % interval of the error, see `percent_interval`."""
+        return percent_interval(self.count, self.total)
 
     def to_dict(self) -> dict[str, Any]:
         """Error, counts and interval as JSON can hold them."""
@@ -81,30 +76,19 @@ class Ensemble:
         }
 
     def summary(self) -> str:
-        """One line: `error 0.41 % (41 of 10,000 wrong; 95 % interval 0.30 to 0.56 %)`."""
-        low, high = self.interval
-        counts = f"{self.count:,} of {self.total:,} wrong; 95 % interval {low:.2f} to {high:.2f} %"
-        return f"{'exact-set ' * (self.objects_per_image > 1)}error {self.error_percent:.2f} % ({counts})"
+        """See `error_line`."""
+        return "exact-set " * (self.objects_per_image > 1) + error_line(self.count, self.total)
 
 
 def ensemble_scores(
     networks: Sequence[Network], split: Split, *, shifts: int = 0, batch_size: int = 256
 ) -> Float[Tensor, "n classes"]:
-    """Mean score of each class over networks and over shifted views of each image.
+    """Mean score of each class over networks and over shifted views of each image, in [0, 1], on the CPU.
 
     A network's score is the length of its class capsule; without capsules the softmax, or where images show several
-    objects the sigmoid, of its logits.
-
-    Args:
-        networks: one or more that know the same classes in images of the same shape, each put in evaluation mode for
-            the time and run in float32 on the device where its weights are.
-        split: images of that shape.
-        shifts: each image is seen at all shifts by up to this many pixels along both axes, (2 shifts + 1)^2 views, with
-            zeros moving in; 0 sees it as it is.
-        batch_size: images at a time; the result does not depend on it but by rounding.
-
-    Returns:
-        `[n, classes]` in [0, 1], on the CPU.
+    objects the sigmoid, of its logits. Each is run in evaluation mode and float32, on the device where its weights are.
+    Each image is seen at all shifts by up to `shifts` pixels along both axes, (2 shifts + 1)^2 views, with zeros moving
+    in. The result does not depend on `batch_size` but by rounding.
 
     Raises:
         InputError: no networks, networks that differ in classes or image shape, images of another shape, a batch size

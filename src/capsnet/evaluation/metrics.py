@@ -14,7 +14,19 @@ from capsnet.evaluation.predictions import Predictions, predict_split
 from capsnet.evaluation.statistics import wilson_interval
 from capsnet.models import Network
 
-__all__ = ["Calibration", "Evaluation", "calibration", "evaluate"]
+__all__ = ["Calibration", "Evaluation", "calibration", "error_line", "evaluate", "percent_interval"]
+
+
+def percent_interval(wrong: int, total: int) -> tuple[float, float]:
+    """95 % Wilson interval of an error in percent: what sampling this many images leaves open."""
+    low, high = wilson_interval(wrong, total)
+    return 100 * low, 100 * high
+
+
+def error_line(wrong: int, total: int) -> str:
+    """An error in words: `error 0.41 % (41 of 10,000 wrong; 95 % interval 0.30 to 0.56 %)`."""
+    low, high = percent_interval(wrong, total)
+    return f"error {100 * wrong / total:.2f} % ({wrong:,} of {total:,} wrong; 95 % interval {low:.2f} to {high:.2f} %)"
 
 
 @dataclass(frozen=True)
@@ -70,27 +82,20 @@ class Evaluation:
 
     @property
     def interval(self) -> tuple[float, float]:
-        """95 % Wilson interval of the error in percent: what sampling this many test images leaves open."""
-        low, high = wilson_interval(self.wrong, self.total)
-        return 100 * low, 100 * high
+        """95 % interval of the error, see `percent_interval`."""
+        return percent_interval(self.wrong, self.total)
 
     def per_class(self) -> list[dict[str, Any]]:
         """For each class: images that show it, those where it was missed, error, and false claims of it."""
         rows: list[dict[str, Any]] = []
-        for k, name in enumerate(self.classes):
-            images = sum(self.confusion[k])
-            wrong = images - self.confusion[k][k]
-            mistaken = sum(row[k] for row in self.confusion) - self.confusion[k][k]
+        for k, (name, row, column) in enumerate(
+            zip(self.classes, self.confusion, zip(*self.confusion, strict=True), strict=True)
+        ):
+            images, wrong, mistaken = sum(row), sum(row) - row[k], sum(column) - row[k]
             error = 100 * wrong / images if images else None
-            rows.append(
-                {
-                    "class": name,
-                    "images": images,
-                    "wrong": wrong,
-                    "error_percent": error,
-                    "taken_for_it": mistaken,
-                }
-            )
+            rows += [
+                {"class": name, "images": images, "wrong": wrong, "error_percent": error, "taken_for_it": mistaken}
+            ]
         return rows
 
     def to_dict(self) -> dict[str, Any]:
@@ -110,15 +115,8 @@ class Evaluation:
         }
 
     def summary(self) -> str:
-        """One line: `error 0.41 % (41 of 10,000 wrong; 95 % interval 0.30 to 0.56 %)`.
-
-        Of images with several objects it names both measures: `exact-set error ...; missed objects 2.60 %`.
-        """
-        low, high = self.interval
-        line = (
-            f"error {self.error_percent:.2f} % ({self.wrong:,} of {self.total:,} wrong; "
-            f"95 % interval {low:.2f} to {high:.2f} %)"
-        )
+        """See `error_line`; of images with several objects both measures: `exact-set ...; missed objects 2.60 %`."""
+        line = error_line(self.wrong, self.total)
         return line if self.objects_per_image == 1 else f"exact-set {line}; missed objects {self.missed_percent:.2f} %"
 
 
@@ -130,15 +128,11 @@ def evaluate(
     batch_size: int | None = None,
     precision: str = "32",
 ) -> Evaluation:
-    """Run `network` over a whole split, on the device where its weights are.
+    """Run `network` over a whole split, on the device where its weights are and in evaluation mode.
 
-    Args:
-        network: put in evaluation mode for the time.
-        split: images of the shape it was built for, of as many objects each.
-        config: the weights of the losses; the paper's if not given.
-        batch_size: images at a time; the result does not depend on it but by rounding. Default: see
-            `models.inference_batch`.
-        precision: `32`, or `bf16` for convolutions and decoder.
+    `config` has the weights of the losses, the paper's if not given; `batch_size` is by default that of
+    `models.inference_batch`, and changes the result by no more than rounding. `precision` is `32`, or `bf16` for
+    convolutions and decoder.
 
     Raises:
         InputError: no images, images of another shape or of another number of objects, or an unknown precision.
@@ -173,17 +167,13 @@ class Calibration:
 
 
 def calibration(winning: Float[Tensor, "n"], right: Bool[Tensor, "n"], *, bins: int = 10) -> Calibration:
-    """Sort predictions by their winning score into equal bins and compare score and accuracy in each.
+    """Sort predictions by their winning score, in [0, 1], into equal bins and compare score and accuracy in each.
 
-    Args:
-        winning: largest score of each image, in [0, 1]; at least one.
-        right: whether its prediction is right.
-        bins: number of bins; a score on an edge belongs to the bin above it, 1 to the last.
+    A score on an edge belongs to the bin above it, 1 to the last. There is at least one prediction.
     """
     index = (winning.double() * bins).long().clamp(0, bins - 1)
-    counts = torch.bincount(index, minlength=bins).tolist()
-    scores = torch.zeros(bins, dtype=torch.float64).index_add_(0, index, winning.double()).tolist()
-    rights = torch.zeros(bins, dtype=torch.float64).index_add_(0, index, right.double()).tolist()
+    counts = index.bincount(minlength=bins).tolist()
+    scores, rights = (index.bincount(each.double(), minlength=bins).tolist() for each in (winning, right))
     gaps = sum(abs(ours - theirs) for ours, theirs in zip(rights, scores, strict=True))
     return Calibration(
         edges=tuple(k / bins for k in range(bins + 1)),

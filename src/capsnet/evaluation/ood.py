@@ -5,8 +5,7 @@ arXiv 1811.06969: an input is flagged when the distance between it and the recon
 above a threshold, set on validation images for a stated rate of false alarms.
 """
 
-from dataclasses import asdict, dataclass
-from typing import Any
+from dataclasses import dataclass
 
 import torch
 from jaxtyping import Float
@@ -38,9 +37,9 @@ class Threshold:
     images: int
     split: str
 
-    def to_dict(self) -> dict[str, Any]:
-        """Everything as JSON can hold it."""
-        return asdict(self)
+    def share_above(self, errors: Float[Tensor, "n"]) -> float:
+        """Share of these reconstruction errors that are flagged."""
+        return float((errors > self.value).double().mean())
 
 
 @torch.inference_mode()
@@ -49,28 +48,19 @@ def reconstruction_errors(
 ) -> Float[Tensor, "batch"]:
     """Sum of squared differences between each image and its reconstruction from the winning capsule.
 
-    Args:
-        network: with a decoder; in evaluation mode for the time.
-        images: intensities in [0, 1], on the network's device.
-        batch_size: images at a time.
+    Intensities are in [0, 1], and images on the network's device.
 
     Raises:
         InputError: no decoder, or images of another shape.
     """
     network, _ = decoder_of(network)
     with evaluation_mode(network), constant_weights():
-        return torch.cat(
-            [F.reconstruction_loss(network(part).reconstruction, part) for part in torch.split(images, batch_size)]
-        )
+        parts = torch.split(images, batch_size)
+        return torch.cat([F.reconstruction_loss(network(part).reconstruction, part) for part in parts])
 
 
 def threshold_for(errors: Float[Tensor, "n"], *, false_alarm_rate: float = 0.05, split: str) -> Threshold:
-    """The threshold that flags at most this share of known images.
-
-    Args:
-        errors: reconstruction errors of images of the known classes; at least one.
-        false_alarm_rate: in (0, 1).
-        split: which images they are, for the record.
+    """The threshold that flags at most this share, in (0, 1), of known images, at least one, with these errors.
 
     Raises:
         InputError: a rate outside (0, 1), or no errors.
@@ -87,12 +77,7 @@ def threshold_for(errors: Float[Tensor, "n"], *, false_alarm_rate: float = 0.05,
 def auroc(known: Float[Tensor, "n"], unknown: Float[Tensor, "m"]) -> float:
     """Area under the ROC curve: the chance that an unknown image's error is above a known one's, ties half.
 
-    Args:
-        known: errors of images of the known classes; at least one.
-        unknown: errors of out-of-distribution images; at least one.
-
-    Returns:
-        In [0, 1]; 0.5 is guessing.
+    In [0, 1]; 0.5 is guessing. Neither side may be empty.
     """
     order = known.double().sort().values
     unknown = unknown.double().contiguous()

@@ -115,10 +115,8 @@ def predict_split(
             with evaluation_mode(objective), torch.inference_mode():
                 answer, sure = _answer(objective, images, labels, single_images, shifts)
                 largest = sure if shifts else answer.output.scores  # which a sigmoid near 1 may round to the same
-                scores[mine], predictions[mine] = (
-                    sure.cpu(),
-                    _largest(largest, network.objects_per_image).view_as(labels).cpu(),
-                )
+                scores[mine] = sure.cpu()
+                predictions[mine] = _largest(largest, network.objects_per_image).view_as(labels).cpu()
                 losses[mine] = torch.stack(answer[:3], dim=-1).cpu()
     if reduced is not None and world_size > 1:
         scores, losses, predictions = (reduced(part).cpu() for part in (scores, losses, predictions))

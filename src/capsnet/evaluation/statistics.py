@@ -24,7 +24,6 @@ __all__ = [
     "mcnemar",
     "one_sample",
     "paired_t",
-    "sampling_error",
     "summarise",
     "welch_t",
     "wilson_interval",
@@ -124,10 +123,8 @@ class McNemar:
 
     def summary(self, first: str = "by the first", second: str = "by the second") -> str:
         """One line: `exact McNemar test: 12 images mistaken only by the first, 8 only by the second, p = 0.5`."""
-        images = "image" if self.b == 1 else "images"
-        return (
-            f"exact McNemar test: {self.b:,} {images} mistaken only {first}, {self.c:,} only {second}, p {_p(self.p)}"
-        )
+        ours = f"{self.b:,} image{'s' * (self.b != 1)} mistaken only {first}"
+        return f"exact McNemar test: {ours}, {self.c:,} only {second}, p {_p(self.p)}"
 
 
 def summarise(errors: Sequence[float]) -> Summary:
@@ -141,11 +138,7 @@ def summarise(errors: Sequence[float]) -> Summary:
 
 
 def paired_t(ours: Sequence[float], theirs: Sequence[float]) -> TTest:
-    """Paired t test (Student 1908) of runs that have their seeds in common.
-
-    Args:
-        ours: errors in percent, one for each seed.
-        theirs: those of the other runs, in the same order of seeds.
+    """Paired t test (Student 1908) of runs that have their seeds in common; both sides in the same order of seeds.
 
     Raises:
         InputError: fewer than 2 pairs, lists of different lengths, or an error that is not finite.
@@ -163,10 +156,6 @@ def paired_t(ours: Sequence[float], theirs: Sequence[float]) -> TTest:
 def welch_t(ours: Sequence[float], theirs: Sequence[float]) -> TTest:
     """Welch's t test (Welch 1947, Biometrika 34, 28-35) of runs that cannot be paired; their spreads may differ.
 
-    Args:
-        ours: errors in percent.
-        theirs: those of the other runs.
-
     Raises:
         InputError: fewer than 2 runs on a side, or an error that is not finite.
     """
@@ -180,21 +169,14 @@ def welch_t(ours: Sequence[float], theirs: Sequence[float]) -> TTest:
         if spread
         else len(ours) + len(theirs) - 2.0
     )
-    return _t_test(
-        f"Welch's t test over {len(ours)} and {len(theirs)} runs",
-        difference,
-        math.sqrt(spread),
-        df,
-        scale=_scale([*ours, *theirs]),
-    )
+    test, scale = f"Welch's t test over {len(ours)} and {len(theirs)} runs", _scale([*ours, *theirs])
+    return _t_test(test, difference, math.sqrt(spread), df, scale=scale)
 
 
 def one_sample(ours: Sequence[float], reference: float) -> TTest:
     """One-sample t test against a published number, taken as exact because its variance is not published.
 
-    Args:
-        ours: errors in percent; with one alone there is a difference, but no standard error.
-        reference: the published error in percent.
+    One run alone has a difference, but no standard error.
 
     Raises:
         InputError: no errors, or one that is not finite.
@@ -212,9 +194,7 @@ def one_sample(ours: Sequence[float], reference: float) -> TTest:
 def mcnemar(wrong_a: AbstractSet[int] | Bool[Tensor, "n"], wrong_b: AbstractSet[int] | Bool[Tensor, "n"]) -> McNemar:
     """Exact two-sided McNemar test (McNemar 1947, Psychometrika 12, 153-157): b ~ binomial(b + c, 1/2).
 
-    Args:
-        wrong_a: images that the first model gets wrong: their indices, or a mask of all images.
-        wrong_b: those of the second model, of the same images.
+    Images that either model gets wrong are given by their indices, or as a mask of all images.
 
     Raises:
         InputError: masks of different lengths.
@@ -228,31 +208,8 @@ def mcnemar(wrong_a: AbstractSet[int] | Bool[Tensor, "n"], wrong_b: AbstractSet[
     return McNemar(b, c, float(binomtest(b, b + c).pvalue) if b + c else 1.0)
 
 
-def sampling_error(wrong: int, total: int) -> float:
-    """Binomial standard error of an error rate, in points: what another test set of this size would change.
-
-    Args:
-        wrong: images given a wrong class.
-        total: all images, at least 1.
-
-    Raises:
-        InputError: no images, or more wrong ones than there are.
-    """
-    if total < 1:
-        raise InputError(f"total must be at least 1; got {total}")
-    if not 0 <= wrong <= total:
-        raise InputError(f"wrong must be 0 to the {total} images; got {wrong}")
-    p = wrong / total
-    return 100 * math.sqrt(p * (1 - p) / total)
-
-
 def wilson_interval(wrong: int, total: int) -> tuple[float, float]:
-    """95 % score interval of a proportion (Wilson 1927, JASA 22, 209-212), both ends in [0, 1].
-
-    Args:
-        wrong: successes.
-        total: trials, at least 1.
-    """
+    """95 % score interval of a proportion of at least one trial (Wilson 1927, JASA 22, 209-212), in [0, 1]."""
     from scipy.stats import binomtest
 
     low, high = binomtest(wrong, total).proportion_ci(method="wilson")
@@ -292,8 +249,7 @@ def _indices(wrong: AbstractSet[int] | Tensor) -> set[int]:
 
 def _check(name: str, errors: Sequence[float], *, at_least: int) -> None:
     if len(errors) < at_least:
-        raise InputError(
-            f"{name} must be the errors of at least {at_least} run{'s' * (at_least > 1)}; got {len(errors)}"
-        )
+        runs = f"{at_least} run{'s' * (at_least > 1)}"
+        raise InputError(f"{name} must be the errors of at least {runs}; got {len(errors)}")
     if not all(map(math.isfinite, errors)):
         raise InputError(f"{name} must be finite; got {', '.join(f'{error:g}' for error in errors)}")

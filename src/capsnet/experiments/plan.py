@@ -3,7 +3,7 @@
 A new experiment is a new file: its name is the experiment's, and its fields are those of `Experiment`.
 """
 
-from collections.abc import Sequence
+from collections.abc import Collection
 from dataclasses import dataclass, field, replace
 from functools import cache
 from pathlib import Path
@@ -94,15 +94,12 @@ class Experiment:
         Raises:
             InputError: there is none.
         """
-        return self.rows[_index(key, [row.key for row in self.rows], f"rows of {self.name} must be among")]
+        rows = {row.key: row for row in self.rows}
+        _check_known(key, rows, f"rows of {self.name} must be among")
+        return rows[key]
 
     def config(self, row: Row, budget: str, seed: int) -> Config:
-        """The configuration that a row is trained with.
-
-        Args:
-            row: of this experiment.
-            budget: one of `BUDGETS`.
-            seed: of weights, order and augmentation.
+        """The configuration that a row of this experiment is trained with; `budget` is one of `BUDGETS`.
 
         Raises:
             InputError: an unknown budget, or options that no training can have.
@@ -156,11 +153,11 @@ def experiment(name: str) -> Experiment:
     Raises:
         InputError: there is none.
     """
-    return list(_experiments().values())[_index(name, available(), "experiment must be one of")]
+    _check_known(name, available(), "experiment must be one of")
+    return _experiments()[name]
 
 
-def _index(name: str, names: Sequence[str], rule: str) -> int:
-    """Where `name` stands among `names`; an InputError that begins with `rule` if it is not there."""
+def _check_known(name: str, names: Collection[str], rule: str) -> None:
+    """Raise an InputError that begins with `rule` unless `name` is among `names`."""
     if name not in names:
         raise InputError(f"{rule} {', '.join(names)}; got {name!r}{did_you_mean(name, names)}")
-    return names.index(name)

@@ -12,7 +12,7 @@ from capsnet.checkpoints import pretrained, run_directory
 from capsnet.config import Config
 from capsnet.data import Split, describe
 from capsnet.errors import Diverged, InputError, Interrupted
-from capsnet.evaluation import Evaluation, Predictions, predict_split
+from capsnet.evaluation import Evaluation, predict_split
 from capsnet.evaluation.ensemble import Ensemble, ensemble_scores
 from capsnet.experiments import records
 from capsnet.experiments.plan import Experiment, Row
@@ -43,20 +43,10 @@ def reproduce(
 ) -> list[Record]:
     """Train and measure what is not in the records yet; every network is kept as soon as it is done.
 
-    The same call resumes a stopped training. Seeds come first: one of every row before the second of any.
-
-    Args:
-        experiment: what to train.
-        budget: how much of it, one of `plan.BUDGETS`.
-        seeds: trainings of each row, with seeds 0, 1, ...
-        rows: keys of the rows to train; all if empty.
-        folder: of the records.
-        runs_folder: of the run directories.
-        say: is told what begins.
-        machine_options: fields of Config without effect on the numbers: device, threads, data_dir.
-
-    Returns:
-        All records of the experiment at this budget.
+    The same call resumes a stopped training. All rows, or those with the keys `rows`, are trained with the seeds 0, 1,
+    ... below `seeds`, every row with one seed before any with the next. `budget` is one of `plan.BUDGETS`; `say` is
+    told what begins; `machine_options` are fields of Config without effect on the numbers: device, threads, data_dir.
+    Returns all records of the experiment at this budget.
 
     Raises:
         InputError: an unknown row, data that is not here, or a folder that cannot be written to.
@@ -135,17 +125,18 @@ def _measured(
     """The record of a finished training, measured on all test images of its own data set, the metric's and `also`."""
     run = run_directory.Run(directory)
     network, result = pretrained.load(directory), run.result()
-    device = devices.resolve_device(config)
-    precision = devices.resolve_precision(config, device, network)
-    network.to(device)
+    as_trained = _as_trained(config, network)
     results, wrong_images = dict[str, dict[str, float]](), dict[str, list[int]]()
+    counted = ["error_percent", "wrong", "total", *["missed", "missed_percent"] * (network.objects_per_image > 1)]
     for name in dict.fromkeys((config.data, experiment.metric, *also)):
         split = split_of(config, name) if experiment.split == "test" else _held_out(config)
         found = run.predictions(split)
         if found is None:
-            with torch.autocast(device.type, dtype=torch.bfloat16, enabled=precision == "bf16"):
+            with as_trained:
                 found = predict_split(network, split)
-        wrong_images[name], results[name] = _judged(found, network)
+        judged = Evaluation.of(found, network.classes)
+        wrong_images[name] = found.wrong.nonzero().flatten().tolist()
+        results[name] = {count: getattr(judged, count) for count in counted}
     return Record(
         experiment=experiment.name,
         row=row.key,
@@ -160,6 +151,15 @@ def _measured(
         config=records.effective(config),
         environment={name: result.get(name) for name in ENVIRONMENT},
     )
+
+
+def _as_trained(config: Config, *networks: Network) -> torch.autocast:
+    """Move networks to the device of a configuration; inside, they compute in its precision."""
+    device = devices.resolve_device(config)
+    precision = devices.resolve_precision(config, device, networks[0])
+    for network in networks:
+        network.to(device)
+    return torch.autocast(device.type, dtype=torch.bfloat16, enabled=precision == "bf16")
 
 
 def _together(
@@ -183,11 +183,8 @@ def _together(
     if gone:
         say(f"no ensemble of {seeds}, for these weights are not here: {', '.join(gone)}")
         return None
-    device = devices.resolve_device(configs[0])
-    networks = [pretrained.load(place).to(device) for place in places]
-    precision = devices.resolve_precision(configs[0], device, networks[0])
-    split = split_of(configs[0], experiment.metric)
-    with torch.autocast(device.type, dtype=torch.bfloat16, enabled=precision == "bf16"):
+    networks, split = [pretrained.load(place) for place in places], split_of(configs[0], experiment.metric)
+    with _as_trained(configs[0], *networks):
         judged = Ensemble.of(ensemble_scores(networks, split), split.labels)
     singles = [one for one in found if one.fingerprint == wanted and one.row == row.key and one.seed in members]
     return replace(
@@ -196,9 +193,7 @@ def _together(
         seed=None,
         members=members,
         parameters=sum(one.parameters for one in singles),
-        results={
-            experiment.metric: {"error_percent": judged.error_percent, "wrong": judged.count, "total": judged.total}
-        },
+        results={experiment.metric: {name: judged.to_dict()[name] for name in ("error_percent", "wrong", "total")}},
         wrong_images={experiment.metric: judged.wrong.nonzero().flatten().tolist()},
         seconds=sum(one.seconds for one in singles),
     )
@@ -220,15 +215,3 @@ def split_of(config: Config, data: str, data_dir: str | None = None) -> Split:
     """
     options = replace(config, data=data, data_dir=data_dir or config.data_dir, validation=0, train_images=None)
     return prepare.prepare_data(options).test
-
-
-def _judged(found: Predictions, network: Network) -> tuple[list[int], dict[str, float]]:
-    """Which images are wrong, and the counts; of several objects also how many were missed."""
-    result = Evaluation.of(found, network.classes)
-    names = (
-        "error_percent",
-        "wrong",
-        "total",
-        *(("missed", "missed_percent") if network.objects_per_image > 1 else ()),
-    )
-    return found.wrong.nonzero().flatten().tolist(), {name: getattr(result, name) for name in names}

@@ -19,47 +19,38 @@ SHOWN = ("full", "cpu")
 def render(one: Experiment, folder: Path, *, budgets: Sequence[str] = SHOWN) -> str:
     """The table of an experiment with everything that belongs under it.
 
-    Args:
-        one: the experiment.
-        folder: of the records.
-        budgets: of each row, the records of the first of these that has any.
+    Of each row the records of the first of `budgets` are shown that has any.
 
     Raises:
         InputError: a damaged record.
     """
     rows = {row.key: _found(one, row, folder, budgets) for row in one.rows}
     shown = [record for ours in rows.values() for record in ours]
-    others = [
-        name for name in dict.fromkeys((one.config(one.rows[0], "full", 0).data, *one.also)) if name != one.metric
-    ]
-    others = [name for name in others if any(name in record.results for record in shown)]
+    tested = {name for record in shown for name in record.results} - {one.metric}
+    others = [name for name in dict.fromkeys((one.config(one.rows[0], "full", 0).data, *one.also)) if name in tested]
     pairs = any("missed_percent" in record.results.get(one.metric, {}) for record in shown)
     mixed = len({record.budget for record in shown}) > 1
     heads = ["network", "paper", "here", "n", "wrong images", *(["missed digits"] if pairs else [])]
     heads += [*(f"on {name}" for name in others), *(["budget"] if mixed else [])]
     heads += ["epochs", "precision", "parameters", "difference to the paper"]
-    lines = [_line(heads), _line(["---"] * len(heads))]
-    for row in one.rows:
-        lines.append(_line([row.title, *_cells(one, row, rows[row.key], others, pairs=pairs, mixed=mixed)]))
+    measured = [(row, rows[row.key]) for row in one.rows]
     if one.ensemble:
         ours = _together(one, folder, budgets)
         row = replace(one.row(one.ensemble[0]), title=_of_ensemble(one, ours), paper=one.ensemble[1])
-        lines.append(_line([row.title, *_cells(one, row, ours, others, pairs=pairs, mixed=mixed)]))
+        measured.append((row, ours))
+    lines = [[row.title, *_cells(one, row, ours, others, pairs=pairs, mixed=mixed)] for row, ours in measured]
     told = [f"- {line}" for line in (*_beside_paper(one, rows), *comparisons(one, rows, folder, budgets))]
-    return "\n".join([*lines, "", *_said(one, shown), *([""] if told else []), *told]) + "\n"
+    return "\n".join([*_table(heads, lines), "", *_said(one, shown), *([""] if told else []), *told]) + "\n"
 
 
 def overview(folder: Path) -> str:
     """One table of the papers' experiments: the first row of each, its baseline, and its ensemble, as far as they ran.
 
-    Args:
-        folder: of the records.
-
     Raises:
         InputError: a damaged record.
     """
     heads = ["test images", "network", "paper", "here", "n", "epochs"]
-    lines = [_line(heads), _line(["---"] * len(heads))]
+    lines = []
     for one in filter(lambda one: one.short, map(experiment, available())):
         chosen = [row for row in one.rows if row is one.rows[0] or row.key == "baseline"]
         shown = [(row.title, row.paper, row.spread, _found(one, row, folder, SHOWN)) for row in chosen]
@@ -72,8 +63,8 @@ def overview(folder: Path) -> str:
             here, n, _ = _measured(ours, one.metric)
             narrower = " \\*" if ours and ours[0].budget == "cpu" and one.cpu_says else ""
             epochs = _range([record.epochs for record in ours])
-            lines.append(_line([one.short, title, _paper(one, paper, spread), here + narrower, n, epochs]))
-    return "\n".join(lines) + "\n"
+            lines.append([one.short, title, _paper(one, paper, spread), here + narrower, n, epochs])
+    return "\n".join(_table(heads, lines)) + "\n"
 
 
 def _beside_paper(one: Experiment, rows: dict[str, list[Record]]) -> Iterator[str]:
@@ -116,12 +107,7 @@ def _found(one: Experiment, row: Row, folder: Path, budgets: Sequence[str]) -> l
     """The records of a row as it is configured now, by seed."""
     for budget in budgets:
         now = fingerprint(one.config(row, budget, 0))
-        ours = [
-            record
-            for record in records.read(folder, one.name, budget)
-            if (record.row, record.fingerprint) == (row.key, now)
-        ]
-        if ours:
+        if ours := _of(one, row.key, now, folder, budget):
             return sorted(ours, key=lambda record: record.seed or 0)
     return []
 
@@ -129,13 +115,15 @@ def _found(one: Experiment, row: Row, folder: Path, budgets: Sequence[str]) -> l
 def _together(one: Experiment, folder: Path, budgets: Sequence[str]) -> list[Record]:
     """The record of the largest ensemble, or none."""
     assert one.ensemble is not None
-    single = _found(one, one.row(one.ensemble[0]), folder, budgets)
-    found = [
-        record
-        for record in (records.read(folder, one.name, single[0].budget) if single else [])
-        if (record.row, record.fingerprint) == (ENSEMBLE, single[0].fingerprint)
-    ]
+    single = _found(one, one.row(one.ensemble[0]), folder, budgets)[:1]
+    found = [record for first in single for record in _of(one, ENSEMBLE, first.fingerprint, folder, first.budget)]
     return sorted(found, key=lambda record: len(record.members))[-1:]
+
+
+def _of(one: Experiment, row: str, wanted: str, folder: Path, budget: str) -> list[Record]:
+    """The records of a row and fingerprint."""
+    found = records.read(folder, one.name, budget)
+    return [record for record in found if (record.row, record.fingerprint) == (row, wanted)]
 
 
 def _of_ensemble(one: Experiment, ours: list[Record]) -> str:
@@ -149,13 +137,8 @@ def _cells(one: Experiment, row: Row, ours: list[Record], others: list[str], *, 
     cells += [_spread([r.results[name]["error_percent"] for r in ours if name in r.results]) for name in others]
     cells += [", ".join(sorted({r.budget for r in ours}))] if mixed else []
     precision = ", ".join(sorted({{"32": "float32"}.get(p, p) for p in (r.environment["precision"] for r in ours)}))
-    return [
-        *cells,
-        _range([r.epochs for r in ours]),
-        precision,
-        _range([r.parameters for r in ours]),
-        _gap(one, row, ours),
-    ]
+    epochs, parameters = _range([r.epochs for r in ours]), _range([r.parameters for r in ours])
+    return [*cells, epochs, precision, parameters, _gap(one, row, ours)]
 
 
 def _measured(ours: list[Record], metric: str) -> list[str]:
@@ -221,12 +204,10 @@ def _command(one: Experiment, ours: list[Record]) -> str:
 
 
 def _paper(one: Experiment, value: float | None, spread: float | None = None) -> str:
-    told = _percent(value) if spread is None else f"{value:g} ± {spread:g} %"
-    return f"{told} (on {one.paper_data})" if told and one.paper_data not in ("", one.metric) else told
-
-
-def _percent(value: float | None) -> str:
-    return "" if value is None else f"{value:g} %"
+    if value is None:
+        return ""
+    told = f"{value:g} %" if spread is None else f"{value:g} ± {spread:g} %"
+    return told if one.paper_data in ("", one.metric) else f"{told} (on {one.paper_data})"
 
 
 def _range(values: list[int]) -> str:
@@ -240,5 +221,5 @@ def _lower(title: str) -> str:
     return title if title[:4] == "Caps" else title[0].lower() + title[1:]
 
 
-def _line(cells: list[str]) -> str:
-    return f"| {' | '.join(cells)} |"
+def _table(heads: list[str], rows: list[list[str]]) -> list[str]:
+    return [f"| {' | '.join(cells)} |" for cells in (heads, ["---"] * len(heads), *rows)]

@@ -1,7 +1,7 @@
 """Figures of what capsules hold: reconstructions, perturbations, couplings, pose factors."""
 
 import io
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
@@ -23,41 +23,44 @@ __all__ = ["couplings", "perturbations", "pose_explained", "reconstructions", "s
 
 FIRST, SECOND = (1.0, 0.62, 0.10), (0.12, 0.47, 1.0)
 """Colours of two objects drawn over each other, of different lightness; both together are nearly white."""
+PER_ROW = 10  # images side by side, at most
 
 
 @styled
-def reconstructions(found: Reconstruction, classes: tuple[str, ...], *, per_row: int = 10) -> "Figure":
-    """Images above what the decoder makes of them; wrong ones also as their true class (Figure 3 of the paper).
+def reconstructions(found: Reconstruction, classes: tuple[str, ...]) -> "Figure":
+    """Images above what the decoder makes of them, right and wrong ones apart (Figure 3 of the paper).
 
-    Args:
-        found: at least one image; right and wrong ones are drawn apart.
-        classes: names of the classes.
-        per_row: images side by side, at most.
+    Wrong ones are also drawn as their true class. `found` holds at least one image.
     """
-    parts = [(title, found.wrong == wrong) for title, wrong in (("Right", False), ("Wrong", True))]
+    right = {"input": found.images, "reconstruction": found.of_prediction}
+    wrong = {"input": found.images, "from predicted": found.of_prediction, "from true class": found.of_label}
     blocks = []
-    for title, chosen in parts:
+    for title, chosen, rows in (("Right", ~found.wrong, right), ("Wrong", found.wrong, wrong)):
         index = chosen.nonzero().flatten()
-        rows = [found.images, found.of_prediction, *([found.of_label] if title == "Wrong" else [])]
-        names = ["input", "reconstruction"] if title == "Right" else ["input", "from predicted", "from true class"]
-        for start in range(0, len(index), per_row):
-            some = index[start : start + per_row]
+        for start in range(0, len(index), PER_ROW):
+            some = index[start : start + PER_ROW]
             labels = [
                 _verdict(int(found.labels[k]), int(found.predictions[k]), classes, float(found.lengths[k].amax()))
                 for k in some
             ]
-            shown = torch.stack([each[some] for each in rows])
             heading = f"{title} ({len(index)} shown)" if start == 0 else ""
-            blocks.append((shown, names, labels, heading))
-    columns = max(shown.shape[1] for shown, *_ in blocks)
-    heights = [len(names) + 0.75 for _, names, *_ in blocks]
-    figure = new(1.0 * columns + 1.2, 0.95 * sum(heights) + 0.5)
-    grid = figure.subplots(len(blocks), 1, squeeze=False, gridspec_kw={"height_ratios": heights})[:, 0]
-    for axes, (shown, names, labels, heading) in zip(grid, blocks, strict=True):
-        blank = shown.new_ones(len(names), columns - shown.shape[1], *shown.shape[2:])
-        show_sheet(axes, torch.cat([shown, blank], 1), rows=names, columns=labels)
-        axes.set_title(heading, loc="left", weight="bold")
+            blocks.append((heading, {name: images[some] for name, images in rows.items()}, labels))
+    figure = _sheets(blocks, height=0.95 * sum(len(rows) + 0.75 for _, rows, _ in blocks) + 0.5)
     figure.suptitle("Inputs above their reconstructions: true class, and length of the longest capsule")
+    return figure
+
+
+def _sheets(blocks: Sequence[tuple[str, dict[str, Tensor], list[str]]], *, height: float) -> "Figure":
+    """Sheets one below the other: of each its heading, its rows of images by name, and the labels of its columns."""
+    columns = max(len(labels) for *_, labels in blocks)
+    figure = new(1.0 * columns + 1.2, height)
+    heights = [len(rows) + 0.75 for _, rows, _ in blocks]
+    grid = figure.subplots(len(blocks), 1, squeeze=False, gridspec_kw={"height_ratios": heights})[:, 0]
+    for axes, (heading, rows, labels) in zip(grid, blocks, strict=True):
+        images = torch.stack(list(rows.values()))
+        blank = images.new_ones(len(rows), columns - len(labels), *images.shape[2:])
+        show_sheet(axes, torch.cat([images, blank], 1), rows=list(rows), columns=labels)
+        axes.set_title(heading, loc="left", weight="bold")
     return figure
 
 
@@ -71,24 +74,19 @@ def _verdict(label: int, prediction: int, classes: tuple[str, ...], length: floa
 def separations(parts: Mapping[str, tuple[Separation, Tensor]], classes: tuple[str, ...]) -> "Figure":
     """Two overlapping objects, each drawn alone from its capsule, in two colours (Figure 5 of the paper).
 
-    Args:
-        parts: by their headings, images with the classes that are truly there, `[batch, 2]`. The name of a drawn
-            class that is not there gets a star.
-        classes: names of the classes.
+    `parts` are, by their headings, images with the classes that are truly there, `[batch, 2]`. The name of a drawn
+    class that is not there gets a star.
     """
-    parts = {heading: part for heading, part in parts.items() if len(part[1])}
-    columns = max(len(labels) for _, labels in parts.values())
-    figure = new(1.0 * columns + 1.2, 4.3 * len(parts) + 0.4)
-    grid = figure.subplots(len(parts), 1, squeeze=False)[:, 0]
-    names = ["input", "both drawn", "first", "second"]
-    for axes, (heading, (found, labels)) in zip(grid, parts.items(), strict=True):
+    blocks = []
+    for heading, (found, labels) in parts.items():
+        if not len(labels):
+            continue
         first, second = (_tinted(found.drawn[:, k], colour) for k, colour in enumerate((FIRST, SECOND)))
         grey = found.images.mean(1, keepdim=True).expand(-1, 3, -1, -1)
-        shown = torch.stack([grey, (first + second).clamp(max=1), first, second])
-        blank = shown.new_ones(len(names), columns - shown.shape[1], *shown.shape[2:])
+        rows = {"input": grey, "both drawn": (first + second).clamp(max=1), "first": first, "second": second}
         told = [_pair_told(*one, classes) for one in zip(labels.tolist(), found.classes.tolist(), strict=True)]
-        show_sheet(axes, torch.cat([shown, blank], 1), rows=names, columns=told)
-        axes.set_title(heading, loc="left", weight="bold")
+        blocks.append((heading, rows, told))
+    figure = _sheets(blocks, height=4.3 * len(blocks) + 0.4)
     figure.suptitle("Overlapping objects drawn apart, under each input what is there (T) and what is drawn (D)")
     return figure
 
@@ -105,12 +103,7 @@ def _pair_told(labels: list[int], drawn: list[int], classes: tuple[str, ...]) ->
 
 @styled
 def perturbations(found: Perturbation, classes: tuple[str, ...]) -> "Figure":
-    """Each dimension in a row, each change in a column, unchanged in the middle; a sheet for each image (Figure 4).
-
-    Args:
-        found: at least one image.
-        classes: names of the classes.
-    """
+    """Each dimension in a row, each change in a column, unchanged in the middle; a sheet for each image (Figure 4)."""
     count, dim, steps = found.images.shape[:3]
     across = min(count, 2)
     down = -(-count // across)
@@ -126,24 +119,16 @@ def perturbations(found: Perturbation, classes: tuple[str, ...]) -> "Figure":
     return figure
 
 
-def sweep(found: Perturbation, *, milliseconds: int = 80, zoom: int = 3) -> bytes:
-    """An animated GIF: all dimensions of each image swing through their range and back at the same time.
+def sweep(found: Perturbation, *, zoom: int = 3) -> bytes:
+    """An animated GIF, as bytes: all dimensions of each image swing through their range and back at the same time.
 
-    Args:
-        found: one image or several; each is a row, each dimension a column.
-        milliseconds: time of a frame.
-        zoom: side of a pixel of the images.
-
-    Returns:
-        The content of the file.
+    Each image is a row, each dimension a column; a pixel becomes `zoom` x `zoom`.
     """
     steps = found.images.shape[2]
     forth = list(range(steps // 2, steps)) + list(range(steps - 2, -1, -1)) + list(range(1, steps // 2))
     frames = [picture(found.images[:, :, step], zoom=zoom) for step in forth]
     content = io.BytesIO()
-    frames[0].save(
-        content, format="GIF", save_all=True, append_images=frames[1:], duration=milliseconds, loop=0, optimize=True
-    )
+    frames[0].save(content, format="GIF", save_all=True, append_images=frames[1:], duration=80, loop=0, optimize=True)
     return content.getvalue()
 
 
@@ -158,12 +143,8 @@ def couplings(
 ) -> "Figure":
     """Where the winning capsules' evidence comes from, and how sure routing is, by iteration.
 
-    Args:
-        found: of `images`.
-        images: intensities in [0, 1].
-        labels: true classes, told above the images.
-        classes: names of the classes.
-        show: how many of the images are drawn; the curves are of all.
+    `found` is of `images`, whose intensities are in [0, 1]. So many as `show` are drawn, under their true class where
+    it is not the winning one; the curves are of all.
     """
     iterations, count = found.entropy.shape
     shown = min(show, count)
@@ -178,22 +159,21 @@ def couplings(
     seen = ratio[:, :shown].nan_to_num(1.0)
     low, high = float(seen.min()), max(float(seen.max()), 1 + 1e-6)
     top = float(support[:, :shown].max())
+    for axes in grid.flat:
+        axes.set_axis_off()
     for k in range(shown):
-        for axes in grid[k]:
-            axes.set_axis_off()
         grid[k, 0].imshow(pixels(images[k]), cmap="gray", vmin=0, vmax=1)
         truth, answer = classes[int(labels[k])], classes[int(winners[k])]
         told = short(answer) if truth == answer else f"{short(answer)}\n({short(truth)})"
         grid[k, 0].set_title(told, fontsize="small")
-        for t in range(1, iterations):
-            coupled = grid[k, t].imshow(ratio[t, k].numpy(), cmap="cividis", vmin=low, vmax=high)
         for t in range(iterations):
+            if t:
+                coupled = grid[k, t].imshow(ratio[t, k].numpy(), cmap="cividis", vmin=low, vmax=high)
             supported = grid[k, iterations + t].imshow(support[t, k].numpy(), cmap="cividis", vmin=0, vmax=top)
-        if k == 0:
-            for t in range(1, iterations):
-                grid[0, t].set_title(f"coupling, {t + 1}")
-            for t in range(iterations):
-                grid[0, iterations + t].set_title(f"support, {t + 1}")
+    for t in range(iterations):
+        if t:
+            grid[0, t].set_title(f"coupling, {t + 1}")
+        grid[0, iterations + t].set_title(f"support, {t + 1}")
     if iterations > 1:
         left.colorbar(coupled, ax=list(grid[:, 1:iterations].flat), shrink=0.9, location="bottom", aspect=30).set_label(
             "coupling x activation\n(1: as with uniform couplings)"
@@ -240,13 +220,10 @@ def _agreement(axes: "Axes", found: Evidence, winners: Tensor) -> None:
 
 @styled
 def pose_explained(found: dict[str, PoseExplained]) -> "Figure":
-    """Held-out R2 of each pose factor for each network, and for each dimension of those with few.
-
-    Args:
-        found: by the network's name; the heat map is of networks with at most 32 dimensions.
-    """
+    """Held-out R2 of each pose factor for each network by name, and for each dimension of those with at most 32."""
     narrow = {name: one for name, one in found.items() if one.dim <= 32}
-    names = next(iter(found.values())).factors
+    first = next(iter(found.values()))
+    names = first.factors
     told = [name.replace("_", " ") for name in names]
     figure = new(5.2 + 5.0 * len(narrow), 0.42 * len(names) + 2.0)
     grid = figure.subplots(1, 1 + len(narrow), squeeze=False, width_ratios=[1, *([1.1] * len(narrow))])[0]
@@ -263,7 +240,6 @@ def pose_explained(found: dict[str, PoseExplained]) -> "Figure":
             capsize=2,
             label=f"{visible(name)}: {one.dim} dimensions",
         )
-    first = next(iter(found.values()))
     bars.set_yticks(range(len(names)), told)
     bars.invert_yaxis()
     bars.set_xlim(min(0.0, *(one.mean(factor) for one in found.values() for factor in names)), 1)

@@ -1,6 +1,6 @@
 """Figures and tables of each class: its error, and what it is taken for; of many classes those that are worst."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -11,6 +11,7 @@ from capsnet.evaluation import Predictions
 from capsnet.plots.style import ORDER, new, short, styled
 
 if TYPE_CHECKING:
+    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
 __all__ = ["MOST", "class_errors", "class_rows", "confused", "confusion"]
@@ -22,8 +23,7 @@ MOST = 30
 def confused(found: Predictions) -> list[tuple[int, int, int]]:
     """Pairs of classes that were confused: true class, predicted class, number of images, the most frequent first.
 
-    Args:
-        found: of images of one object each. Nothing here grows with the square of the number of classes.
+    Of images of one object each. Nothing here grows with the square of the number of classes.
     """
     classes = found.scores.shape[-1]
     pairs, counts = torch.unique((found.labels * classes + found.predictions)[found.wrong], return_counts=True)
@@ -56,13 +56,9 @@ def class_errors(found: Predictions, classes: tuple[str, ...]) -> "Figure":
     if len(classes) > MOST:
         order = share.argsort(descending=True, stable=True)[:MOST]
     percent = share[order].tolist()
-    figure = new(6.4, 0.28 * len(order) + 1.1)
-    axes = figure.subplots()
-    axes.barh(range(len(order)), percent, color=ORDER[0])
+    figure, axes = _bars(percent, [short(classes[k], 24) for k in order.tolist()])
     for k, (value, bad, total) in enumerate(zip(percent, wrong[order].tolist(), totals[order].tolist(), strict=True)):
         axes.annotate(f"{bad} of {total:,}", (value, k), (4, 0), textcoords="offset points", va="center", fontsize=8)
-    axes.set_yticks(range(len(order)), [short(classes[k], 24) for k in order.tolist()])
-    axes.invert_yaxis()
     axes.set_xlim(0, 1.25 * max([*percent, 0.01]))
     axes.set_xlabel("wrong images of the class, %")
     which = "each class" if len(classes) <= MOST else f"the {MOST} worst of {len(classes):,} classes"
@@ -91,34 +87,32 @@ def confusion(found: Predictions, classes: tuple[str, ...]) -> "Figure":
     axes.set_yticks(range(len(names)), names)
     if len(classes) <= 20:
         darkest = float(share.max()) or 1.0
-        for row, column in np.ndindex(*share.shape):
-            if matrix[row, column]:
-                dark = share[row, column] > 0.55 * darkest
-                axes.text(
-                    column,
-                    row,
-                    str(int(matrix[row, column])),
-                    ha="center",
-                    va="center",
-                    fontsize=7,
-                    color="white" if dark else "black",
-                    weight="bold" if row == column else "normal",
-                )
+        for row, column in matrix.nonzero().tolist():
+            colour = "white" if share[row, column] > 0.55 * darkest else "black"
+            weight = "bold" if row == column else "normal"
+            count = str(int(matrix[row, column]))
+            axes.text(column, row, count, ha="center", va="center", fontsize=7, color=colour, weight=weight)
     axes.set_xlabel("predicted class")
     axes.set_ylabel("true class")
     axes.set_title(f"Confusion: number of images, n = {len(found.labels):,}")
     return figure
 
 
+def _bars(values: Sequence[float], labels: Sequence[str]) -> "tuple[Figure, Axes]":
+    """Horizontal bars from top to bottom."""
+    figure = new(6.4, 0.28 * max(len(values), 1) + 1.1)
+    axes = figure.subplots()
+    axes.barh(range(len(values)), values, color=ORDER[0])
+    axes.set_yticks(range(len(values)), labels)
+    axes.invert_yaxis()
+    return figure, axes
+
+
 def _most_confused(found: Predictions, classes: tuple[str, ...]) -> "Figure":
     pairs, wrong = confused(found), int(found.wrong.sum())
     shown = pairs[:MOST]
-    figure = new(6.4, 0.28 * max(len(shown), 1) + 1.1)
-    axes = figure.subplots()
-    axes.barh(range(len(shown)), [count for *_, count in shown], color=ORDER[0])
     told = [f"{short(classes[true], 20)}, taken for {short(classes[said], 20)}" for true, said, _ in shown]
-    axes.set_yticks(range(len(shown)), told)
-    axes.invert_yaxis()
+    figure, axes = _bars([count for *_, count in shown], told)
     axes.locator_params(axis="x", integer=True)
     axes.set_xlabel("images")
     axes.set_title(

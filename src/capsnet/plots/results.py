@@ -22,11 +22,7 @@ __all__ = ["curves", "errors_by_factor", "gallery", "lengths", "reliability"]
 
 @styled
 def curves(rows: Sequence[Mapping[str, Any]]) -> "Figure":
-    """Losses and errors by epoch, of training and, where images were held out, of validation.
-
-    Args:
-        rows: of `metrics.csv`, at least one.
-    """
+    """Losses and errors by epoch, rows of `metrics.csv`, of training and, where images were held out, of validation."""
     epochs = [row["epoch"] for row in rows]
     figure = new(10.0, 3.2)
     panels = (
@@ -54,10 +50,8 @@ def curves(rows: Sequence[Mapping[str, Any]]) -> "Figure":
 def errors_by_factor(wrong: Mapping[str, Tensor], factors: Mapping[str, Tensor], *, bins: int = 8) -> "Figure":
     """Error of several networks against each true pose factor of the same images, with 95 % intervals.
 
-    Args:
-        wrong: by name of a network, whether each image is wrong, `bool [n]`.
-        factors: by name with its unit, values of the images `[n]`; a factor that does not vary is left out.
-        bins: of equal width over each factor's range.
+    `wrong` says by network whether each image is wrong, `bool [n]`; `factors` are values `[n]` by name with unit, in
+    `bins` of equal width. A factor that does not vary is left out.
     """
     varying = {name: values for name, values in factors.items() if float(values.max() - values.min()) > 0}
     across = min(3, len(varying))
@@ -71,15 +65,13 @@ def errors_by_factor(wrong: Mapping[str, Tensor], factors: Mapping[str, Tensor],
         counts = index.bincount(minlength=bins).tolist()
         for k, (title, mask) in enumerate(wrong.items()):
             bad = index[mask].bincount(minlength=bins).tolist()
-            kept = [(x, b, n) for x, b, n in zip(centres, bad, counts, strict=True) if n]
-            middle = [100 * b / n for _, b, n in kept]
-            ends = [wilson_interval(b, n) for _, b, n in kept]
+            kept = [(x, 100 * b / n, wilson_interval(b, n)) for x, b, n in zip(centres, bad, counts, strict=True) if n]
+            where, middle = [x for x, _, _ in kept], [y for _, y, _ in kept]
             spread = [  # at 0 and 100 %, rounding may leave the middle outside
-                [max(y - 100 * end[0], 0.0) for y, end in zip(middle, ends, strict=True)],
-                [max(100 * end[1] - y, 0.0) for y, end in zip(middle, ends, strict=True)],
+                [max(y - 100 * lower, 0.0) for _, y, (lower, _) in kept],
+                [max(100 * upper - y, 0.0) for _, y, (_, upper) in kept],
             ]
             style = ("o-", "s--", "^:", "d-.")[k % 4]
-            where = [x for x, _, _ in kept]
             axes.errorbar(
                 where, middle, spread, fmt=style, color=ORDER[k % 4], label=visible(title), markersize=3, capsize=2
             )
@@ -98,14 +90,7 @@ def errors_by_factor(wrong: Mapping[str, Tensor], factors: Mapping[str, Tensor],
 
 @styled
 def gallery(found: Predictions, split: Split, classes: tuple[str, ...], *, most: int = 100) -> "Figure":
-    """Wrong images, the surest first, with the two largest scores.
-
-    Args:
-        found: of `split`.
-        split: the images.
-        classes: names of the classes.
-        most: images that are drawn; how many there are is told.
-    """
+    """Wrong images of a split, the surest first, at most `most`, with the two largest scores."""
     wrong = found.wrong.nonzero().flatten()
     shown = wrong[found.winning[wrong].argsort(descending=True)][:most]
     columns = min(10, max(len(shown), 4))
@@ -116,10 +101,8 @@ def gallery(found: Predictions, split: Split, classes: tuple[str, ...], *, most:
         each.set_axis_off()
     for each, index in zip(axes.flat, shown.tolist(), strict=False):
         each.imshow(pixels(to_float(split.images[index])), cmap="gray", vmin=0, vmax=1)
-        scores, order = found.scores[index].sort(descending=True)
-        lines = [
-            f"{short(classes[k], 9)} {score:.2f}" for k, score in list(zip(order.tolist(), scores, strict=True))[:2]
-        ]
+        scores, order = (part[:2].tolist() for part in found.scores[index].sort(descending=True))
+        lines = [f"{short(classes[k], 9)} {score:.2f}" for k, score in zip(order, scores, strict=True)]
         each.set_title("\n".join([f"true {short(classes[int(found.labels[index])], 9)}", *lines]), fontsize=7)
     told = f"All {len(wrong)}" if len(shown) == len(wrong) else f"The surest {len(shown)} of {len(wrong):,}"
     figure.suptitle(
@@ -166,14 +149,8 @@ def lengths(found: Predictions) -> "Figure":
     for (values, label, style), colour in zip(kinds, ORDER, strict=False):
         if len(values):
             counts = torch.histogram(values.double().clamp(0, 1), torch.from_numpy(bins)).hist
-            axes.stairs(
-                counts.numpy(),
-                bins,
-                color=colour,
-                linestyle=style,
-                linewidth=1.6,
-                label=f"{label}, n = {len(values):,}",
-            )
+            named = f"{label}, n = {len(values):,}"
+            axes.stairs(counts.numpy(), bins, color=colour, linestyle=style, linewidth=1.6, label=named)
     _count(axes)
     axes.set_xlabel("score (length of the class capsule)")
     axes.set_title("Lengths of the longest capsules")

@@ -79,16 +79,9 @@ def new(width: int | float, height: int | float) -> "Figure":
 
 
 def save(figure: "Figure", path: Path, *, format: str = "png", command: str = "") -> Path:
-    """Write a figure, whole or not at all.
+    """Write a figure, whole or not at all, in one of `FORMATS`, whatever the name of `path` ends with; returns `path`.
 
-    Args:
-        figure: made by a function of this package.
-        path: of the file; its folder is made.
-        format: one of `FORMATS`, whatever the name ends with.
-        command: that makes the figure again; kept in the file's metadata.
-
-    Returns:
-        `path`.
+    Its folder is made. `command`, which makes the figure again, is kept in the file's metadata.
 
     Raises:
         InputError: an unknown format, or the file cannot be written.

@@ -27,7 +27,7 @@ from capsnet.plots.classes import MOST
 if TYPE_CHECKING:
     from capsnet.plots.style import Figure
 
-__all__ = ["Section", "draw_reconstructions", "drawn_apart", "render", "result_figures", "write"]
+__all__ = ["draw_reconstructions", "drawn_apart", "reconstruction_figure", "render", "result_figures", "write"]
 
 REGRESSED = 3_000  # training images for the regression of pose factors: enough for 192 dimensions in each of 10 classes
 ROUTED = 48  # images whose routing is followed
@@ -58,11 +58,7 @@ def result_figures(
 ) -> "dict[str, Callable[[], Figure]]":
     """Figures of how a run went and how good its network is, by name; each is drawn when called.
 
-    Args:
-        found: of `split`.
-        split: the images.
-        classes: names of the classes.
-        rows: of `metrics.csv`; without them there are no curves.
+    Without `rows`, those of `metrics.csv`, there are no curves.
     """
     makers: dict[str, Callable[[], Figure]] = {
         "class-errors": lambda: plots.class_errors(found, classes),
@@ -85,17 +81,10 @@ def render(
     rows: Sequence[Mapping[str, Any]] = (),
     result: Mapping[str, Any] | None = None,
 ) -> str:
-    """The report as one HTML page.
+    """The report as one HTML page, titled with the name of the run.
 
-    Args:
-        network: trained, on the CPU.
-        dataset: what it was trained on; its test split is what all is measured on.
-        found: the predictions for the test split.
-        config: of the run.
-        card: of the weights.
-        title: of the page: the run's name.
-        rows: of `metrics.csv`.
-        result: of `result.json`, for versions, hardware and times.
+    All is measured on the test split of `dataset`, which `found` are the predictions for, by the network on the CPU.
+    `rows` are those of `metrics.csv`; versions, hardware and times are those of `result`, from `result.json`.
 
     Raises:
         InputError: images of another shape than the network's.
@@ -182,11 +171,19 @@ def draw_reconstructions(network: Network, split: Split, path: Path, *, count: i
         InputError: no decoder, or the file cannot be written.
     """
     some = split.take(torch.arange(min(count, len(split))))
+    plots.save(reconstruction_figure(network, some, count=count), path)
+
+
+def reconstruction_figure(network: Network, split: Split, *, count: int = SHOWN) -> "Figure":
+    """Images with their reconstructions; of several objects, at most `count` of each kind, drawn apart.
+
+    Raises:
+        InputError: no decoder.
+    """
     if network.objects_per_image > 1:
-        parts = drawn_apart(network, some, predict_split(network, some), count=count)
-        plots.save(plots.separations(parts, network.classes), path)
-        return
-    plots.save(plots.reconstructions(reconstruct(network, to_float(some.images), some.labels), network.classes), path)
+        parts = drawn_apart(network, split, predict_split(network, split), count=count)
+        return plots.separations(parts, network.classes)
+    return plots.reconstructions(reconstruct(network, to_float(split.images), split.labels), network.classes)
 
 
 def drawn_apart(
@@ -194,14 +191,7 @@ def drawn_apart(
 ) -> dict[str, tuple[Separation, torch.Tensor]]:
     """Overlapping objects drawn apart: right images, wrong ones, and some told of a class that is not there.
 
-    Args:
-        network: with a decoder.
-        split: images of two objects.
-        found: predictions for these images.
-        count: images of each kind, at most: the first ones.
-
-    Returns:
-        For `plots.separations`.
+    Of each kind the first `count` at most, for `plots.separations`. The images show two objects each.
     """
     wrong, right = found.wrong.nonzero().flatten()[:count], (~found.wrong).nonzero().flatten()[:count]
     true, said = split.labels, found.predictions
@@ -227,20 +217,17 @@ def _numbers(found: Predictions, card: Card, result: Mapping[str, Any]) -> Itera
         yield "validation error", f"{validation['error_percent']:.2f} % of {validation['total']:,} images"
     errors, limit = found.reconstruction_errors, card.threshold
     if errors is not None:
-        yield (
-            "reconstruction",
-            f"{float(errors.mean()):.2f}, mean summed squared error per test image",
-        )
+        yield "reconstruction", f"{float(errors.mean()):.2f}, mean summed squared error per test image"
     if limit and errors is not None:
-        share = 100 * float((errors > limit.value).double().mean())
+        share = 100 * limit.share_above(errors)
         yield (
             "flagged as out of distribution",
             f"{share:.2f} % of the test images: reconstruction error above {limit.value:.2f}, which "
             f"{100 * limit.false_alarm_rate:g} % of {limit.images:,} {limit.split} images exceed",
         )
     for key, name in (("epochs", "epochs"), ("train_images", "training images")):
-        if result.get(key) or getattr(card, key):
-            yield name, f"{result.get(key) or getattr(card, key):,}"
+        if count := result.get(key) or getattr(card, key):
+            yield name, f"{count:,}"
     if result.get("seconds"):
         yield "training time", f"{result['seconds'] / 60:.1f} minutes"
     for key in ("seed", "precision", "device", "threads", "torch", "capsnet", "commit"):
@@ -252,12 +239,11 @@ def _capsules(network: CapsuleNetwork, split: Split, found: Predictions) -> Iter
     """What the capsules hold."""
     wrong, right = found.wrong.nonzero().flatten(), (~found.wrong).nonzero().flatten()
     if network.decoder is not None:
-        index = torch.cat([right[:SHOWN], wrong[:SHOWN]])
-        drawn = reconstruct(network, to_float(split.images[index]), split.labels[index])
+        figure = reconstruction_figure(network, split.take(torch.cat([right[:SHOWN], wrong[:SHOWN]])))
         yield Section(
             "Reconstructions",
             "What the decoder makes of the longest class capsule, and for wrong images also of that of the true class.",
-            [[_picture(plots.reconstructions(drawn, network.classes), "Inputs above their reconstructions", "png")]],
+            [[_picture(figure, "Inputs above their reconstructions", "png")]],
         )
         changed = perturb(network, to_float(split.images[(right if len(right) else wrong)[:1]]))
         yield Section(
