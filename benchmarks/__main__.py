@@ -80,6 +80,7 @@ def _run(arguments: list[str]) -> int:
         raise InputError("only one of --preset and --config can be given; got both")
     model = start.model or "capsnet"
     base = config.preset(start.preset or "paper", model=model) if start.config is None else config.read(start.config)
+    base = base if start.model in (None, base.model) else base.changed(model=start.model)
     default = with_options(Command, base, preset=base.preset, model=base.model)
     command = tyro.cli(type(default), args=arguments, prog=PROG, description=__doc__, default=default)
     options, plan = config_of(command), sections.QUICK if command.quick else sections.FULL

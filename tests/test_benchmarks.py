@@ -26,6 +26,7 @@ from benchmarks.timing import Spread, Stopwatch, interleaved, timed
 from benchmarks.training_workload import TrainingWorkload
 from capsnet import create
 from capsnet.config import Config
+from capsnet.config import write as write_config
 from capsnet.errors import InputError
 from capsnet.layers import ClassCapsules, PrimaryCapsules
 from capsnet.models import available, options_of
@@ -231,6 +232,14 @@ def test_the_gate_is_red_for_a_network_with_a_wrong_part(
     monkeypatch.setattr(PrimaryCapsules, "forward", wrong)
     with pytest.raises(Incorrect, match=r"^capsnet: .* must be within .* of float64 .*, so no speed is reported$"):
         run(config, ["step"], classes=3, plan=PLAN)
+
+
+def test_another_model_than_that_of_the_file_has_its_own_options(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_config(TINY, tmp_path / "config.yaml")
+    assert main(["routing", "--config", str(tmp_path / "config.yaml"), "--model", "baseline"]) == 2
+    assert "model must be one with capsules to route; got baseline" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("changes", [{"routing_iterations": 2}, {"detach_routing": True}])

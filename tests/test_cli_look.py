@@ -219,6 +219,7 @@ def test_nothing_is_overwritten_unasked(run: Path, capsys: Capture) -> None:
         code, out, err = typed(capsys, line)
         assert (code, out) == (2, ""), line
         assert "--overwrite" in err
+        assert ("--gif must be a new file" in err) == ("--gif" in line)
     assert Path("mine.png").read_text(encoding="utf-8") == Path("seen/0.png").read_text(encoding="utf-8") == "mine"
     told(capsys, "plot couplings run --images 1 --out mine.png --overwrite")
     assert kind("mine.png") == "PNG"

@@ -160,7 +160,7 @@ class _Perturbations(_FigureOptions):
         if self.gif is not None:
             if self.out is not None and Path(self.gif).resolve() == Path(self.out).resolve():
                 raise InputError(f"--gif must be another file than --out; got {self.gif} for both")
-            animation = trained.place("perturbations", self.gif, suffix="gif", overwrite=self.overwrite)
+            animation = trained.place("perturbations", self.gif, suffix="gif", overwrite=self.overwrite, option="--gif")
         chosen = None
         if own:
             inputs = trained.images(self.image)

@@ -31,8 +31,8 @@ class Reproduce:
     """Name of the experiment."""
     seeds: Annotated[int | None, Range(1, 1_000)] = None
     """Trainings of each row, with seeds 0, 1, ...; default: as many as the paper's, or 3; 1 with --budget quick."""
-    budget: Literal["quick", "cpu", "full"] = "full"
-    """full: the published sizes, for a GPU. cpu: fewer epochs, and smaller layers where the table says so.
+    budget: Literal["quick", "cpu", "full"] | None = None
+    """full, the default: the published sizes, for a GPU. cpu: fewer epochs, and smaller layers where the table says so.
     quick: tiny, in a minute or two, to see that it works; its numbers mean nothing."""
     rows: tuple[str, ...] = ()
     """Only these rows of the experiment; default: all."""
@@ -54,9 +54,9 @@ class Reproduce:
         from capsnet.experiments.tables import SHOWN, render
 
         experiment = plan.experiment(self.name)
-        folder, budget = Path(self.results), self.budget
+        folder, budget = Path(self.results), self.budget or "full"
         if self.list:
-            budgets = [budget] if "--budget" in line else SHOWN
+            budgets = SHOWN if self.budget is None else [budget]
             show(experiment.title, "", *render(experiment, folder, budgets=budgets).splitlines())
             return 0
         seeds = self.seeds if self.seeds is not None else 1 if budget == "quick" else experiment.seeds

@@ -230,7 +230,7 @@ class TrainedModel:
         reading = self.card.reading(self.network.image_shape)
         return to_float(torch.stack([reading(Path(file), invert=invert).image for file in files]))
 
-    def place(self, name: str, out: str | None, *, suffix: str, overwrite: bool) -> Path:
+    def place(self, name: str, out: str | None, *, suffix: str, overwrite: bool, option: str = "--out") -> Path:
         """Where a figure goes: `out`, or `figures/` of the run, or the working directory.
 
         Only a figure in its run's own directory is replaced unasked, as the same command made it.
@@ -241,7 +241,7 @@ class TrainedModel:
         if out is None and self.is_run:
             return self.folder / "figures" / f"{name}.{suffix}"
         path = Path(out) if out else Path(f"{self.folder.name}-{name}.{suffix}")
-        _check_free(path, overwrite=overwrite)
+        _check_free(path, overwrite=overwrite, option=option)
         return path
 
 
@@ -262,10 +262,10 @@ class WritesFile(ABC):
         """Compute, print and write; `line` is the command as it was typed. Returns the exit code."""
 
 
-def _check_free(path: Path, *, overwrite: bool) -> None:
+def _check_free(path: Path, *, overwrite: bool, option: str = "--out") -> None:
     """Raise InputError where a file must not be written."""
     if path.is_dir() or (path.exists() and not overwrite):
-        raise InputError(f"--out must be a new file, or be given with --overwrite; got {path}")
+        raise InputError(f"{option} must be a new file, or be given with --overwrite; got {path}")
 
 
 def _some(names: tuple[str, ...]) -> str:
