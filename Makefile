@@ -1,5 +1,5 @@
-# make train                       train on the embedded data set, in a few minutes on two cores
-# make train ARGS="--data mnist"   the same command with options
+# make train                       train on the embedded data set, in a few minutes on two cores: capsnet train --preset fast
+# make train ARGS="--data mnist"   capsnet train with these options instead
 # make test                        the tests
 # make check                       lint, format, types
 # make bench                       speed, memory and exactness on this machine
@@ -10,7 +10,7 @@ ARGS ?=
 
 .PHONY: train test check bench tables
 train: .venv/.stamp
-	.venv/bin/capsnet train $(ARGS)
+	.venv/bin/capsnet train $(or $(ARGS),--preset fast)
 
 test: .venv/.dev-stamp
 	OMP_NUM_THREADS=1 .venv/bin/python -m pytest -n auto $(ARGS)
