@@ -1,4 +1,4 @@
-"""The proof of the house: the network of docs/extending.md, one new file, which every verb takes without another edit."""
+"""The proof of the house: the network of docs/extending.md, one new file, which every verb takes as it is."""
 
 import json
 import sys
