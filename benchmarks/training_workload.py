@@ -65,7 +65,7 @@ class TrainingWorkload:
         for group in self.optimizer.param_groups:
             group["capturable"] = config.cuda_graph
         self.update = GraphedStep(self._update, batch_size=self.images) if config.cuda_graph else self._update
-        self.feed = BatchLoader(dataset, config, self.device)
+        self.batches = BatchLoader(dataset, config, self.device)
         self.flops = Flops.of(outline)
         self.flop = self.images * (self.flops.forward() + self.flops.backward())
         self.threads = config.threads or torch.get_num_threads()
@@ -75,7 +75,7 @@ class TrainingWorkload:
     def data(self) -> Batch:
         """The next batch: drawn, gathered, converted to float, augmented."""
         order = torch.randperm(self.images, generator=self.draw)
-        return self.feed(order, torch.arange(self.images), generator=self.draw)
+        return self.batches(order, torch.arange(self.images), generator=self.draw)
 
     def step(self) -> float:
         """One training step; its loss."""

@@ -113,15 +113,15 @@ def train_epochs(
                 share = len(mine) * fabric.world_size / len(batch)  # DDP takes the mean over the processes
                 if len(mine) == 0:  # this process has no image of a small last batch: any image, with no weight
                     mine = torch.zeros(1, dtype=torch.int64)
-                fed = batches(batch, mine, generator=generator(config.seed, at.epoch, at.step))
+                images = batches(batch, mine, generator=generator(config.seed, at.epoch, at.step))
                 rate = learning_rate(config, at.epoch * steps + at.step, steps)
                 for group in optimizer.param_groups:
                     group["lr"] = rate_here.fill_(rate) if graphed else rate
                     group["capturable"] = bool(graphed)
                 torch.manual_seed(seed_of(config.seed, at.epoch, at.step, fabric.global_rank))  # of dropout
 
-                losses = graphed(fed) if graphed else step(fed, share)
-                state.record(losses, fed.labels, counted=share > 0)
+                losses = graphed(images) if graphed else step(images, share)
+                state.record(losses, images.labels, counted=share > 0)
                 at.epoch_seconds = time.perf_counter() - clock
                 told = at.step % config.log_every == 0 or at.step == steps
                 saved = bool(config.checkpoint_steps) and at.step % config.checkpoint_steps == 0
