@@ -36,9 +36,10 @@ CLASSES = ("zero", "one", "two")
 
 def network(name: str, **options: Any) -> Network:
     """A network of a few thousand weights, the same at each call."""
-    sizes = {**tiny.SIZES, **options} if name == "capsnet" else options
+    few = {"conv_channels": (4, 4), "conv_kernel_sizes": (3, 3), "primary_dim": 2, "decoder_sizes": (8,)}
+    sizes = {**{"capsnet": tiny.SIZES, "efficient-capsnet": few}.get(name, {}), **options}
     torch.manual_seed(0)
-    shape = SHAPE if name == "capsnet" else SMALL
+    shape = SMALL if name == "baseline" else SHAPE
     return create(name, image_shape=shape, num_classes=3, classes=CLASSES, **sizes).eval()
 
 
@@ -51,6 +52,10 @@ KINDS: dict[str, Network] = {
     "capsnet, winograd": network("capsnet", convolution="winograd"),
     "capsnet, fused kernel": network("capsnet", routing_kernel="fused"),
     "capsnet, all options": network("capsnet", routing_bias=True, leaky=True, padding="same", reconstruction=False),
+    "efficient-capsnet": network("efficient-capsnet"),
+    "efficient-capsnet, all options": network(
+        "efficient-capsnet", primary_kernel_size=2, padding="same", normalization="instance", negative_slope=0.1
+    ),
     "baseline": network("baseline"),
 }
 

@@ -262,6 +262,10 @@ def test_what_a_run_predicted_is_read_for_the_same_images_only(photos: Path) -> 
         run.predictions_path.write_bytes(content)
         with pytest.raises(InputError, match=r"^file run/predictions.npz must be one that capsnet wrote; it is da"):
             run.predictions(split)
+    run.predictions_path.write_bytes(whole)
+    assert run.predictions(split) is not None
+    pretrained.save_pretrained(create(**pretrained.load("run").config), "run")  # other weights than those trained
+    assert run.predictions(split) is None
     run.predictions_path.unlink()
     assert run.predictions(split) is None
 

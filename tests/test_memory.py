@@ -306,6 +306,16 @@ def test_bfloat16_takes_less_than_float32() -> None:
     assert one < 0.9 * other
 
 
+def test_averaged_weights_take_memory_twice() -> None:
+    with torch.device("meta"):
+        network = models.create("capsnet")
+    one, other = (
+        memory.training(network, Config.of(primary_scale=1.0, ema=ema), CPU, MANY, precision="32", batch_size=1)
+        for ema in (0.9, 0.0)
+    )
+    assert 4 * network.parameter_count() <= one - other < 9 * network.parameter_count()  # and once in a checkpoint
+
+
 def test_larger_images_go_through_in_smaller_batches() -> None:
     sizes = [(28, 28), (40, 40), (64, 64), (300, 224), (5000, 5000)]
     with torch.device("meta"):

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from capsnet import functional as F
 from capsnet import reference
+from capsnet.analysis.routing_trace import evidence
 from capsnet.config import Config
 from capsnet.errors import Interrupted
 from capsnet.layers import Convolution
@@ -58,7 +59,7 @@ def test_squash_in_closed_form() -> None:
     torch.testing.assert_close(jacobian, torch.eye(3, dtype=torch.float64))
 
 
-@pytest.mark.parametrize("length", [1e-30, 1e-8, 1e-3, 1.0, 30.0, 88.8, 1000.0])
+@pytest.mark.parametrize("length", [1e-30, 1e-8, 1e-3, 1.0, 30.0, 88.8, 1000.0, 1e30])
 def test_squash_and_its_gradient_are_finite_and_right_at_any_length(length: float) -> None:
     s = torch.tensor([0.6 * length, -0.8 * length], requires_grad=True)
     reached = F.exponential_squash(s).double().norm()
@@ -262,12 +263,38 @@ def test_the_receptive_field_is_where_a_capsule_sees(kernel: int | None, padding
             {"primary_kernel_size": 9},
             "primary_kernel_size must be at most the 2x3 places of the last .*; got 9",
         ),
+        ({"conv_channels": (), "conv_kernel_sizes": ()}, "conv_channels must be one number or more; got none"),
         ({"image_shape": (1, 4, 4)}, "convolution 2 of 3: its 2x2 kernel|convolution 3 of 3: its 3x3 kernel"),
     ],
 )
 def test_options_that_exclude_each_other(options: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         built(**options)
+
+
+def test_a_batch_of_one_value_a_channel_is_normalised_by_the_running_statistics() -> None:
+    sizes: dict[str, Any] = {"conv_channels": (4, 4), "conv_kernel_sizes": (5, 4), "conv_strides": (2, 1)}
+    network = built((1, 11, 11), **sizes).train()
+    assert convolutions_of(network)[-1].out_size == (1, 1)
+    images = torch.rand(3, 1, 11, 11)
+    for count in (3, 1, 2):
+        torch.autograd.backward(network(images[:count], torch.zeros(count, dtype=torch.int64)).scores.sum())
+    for name, parameter in network.named_parameters():
+        assert name.startswith("decoder") or (parameter.grad is not None and parameter.grad.isfinite().all()), name
+    with pytest.raises(ValueError, match=r"^normalization must be batch for one place, as of convolution 2; got inst"):
+        built((1, 11, 11), **sizes, normalization="instance")
+
+
+def test_evidence_of_couplings_that_are_negative_is_finite() -> None:
+    network = built().eval()
+    with torch.no_grad():
+        network.class_capsules.prior.fill_(-0.4)
+    found = evidence(network, torch.rand(4, *network.image_shape))
+    assert bool((found.couplings[1] < 0).any())
+    assert torch.allclose(found.couplings[0], torch.tensor(1 / 3))
+    assert ((found.entropy >= 0) & (found.entropy <= math.log2(3) + 1e-6)).all()
+    assert (found.agreement.abs() <= 1 + 1e-6).all()
+    assert all(tensor.isfinite().all() for tensor in found)
 
 
 @pytest.mark.parametrize(("side", "first"), [(28, 1), (32, 1), (55, 1), (64, 2), (96, 3)])

@@ -15,6 +15,10 @@ from typing import Any
 
 import pytest
 
+from capsnet.checkpoints import pretrained
+from capsnet.checkpoints.run_directory import Run
+from capsnet.evaluation import predict_split
+from capsnet.training import prepare
 from capsnet.training.fit import fit
 from tiny import KEPT, files, metrics, options, photos, same_weights, tiny, weights
 
@@ -177,6 +181,20 @@ def test_torchrun(photos: Path) -> None:
     assert difference("two", "one") < 2e-6
     told = json.loads(Path("two/result.json").read_text(encoding="utf-8"))
     assert (told["processes"], told["test"]["total"]) == (2, 15)
+
+
+@pytest.mark.slow
+def test_two_processes_measure_the_network_that_is_kept(photos: Path) -> None:
+    """Batch statistics are those of each process's images; those of the first are kept, and so must be measured."""
+    sizes = ["--conv-channels", "4", "4", "--conv-kernel-sizes", "3", "3", "--primary-dim", "2", "--no-reconstruction"]
+    words = ["--data", str(photos), "--model", "efficient-capsnet", "--batch-size", "16", "--precision", "32", *sizes]
+    for averaged in ("0", "0.9"):
+        out = f"run-{averaged}"
+        code, _, err = run("train", *words, "--epochs", "2", "--ema", averaged, "--devices", "2", "--out", out)
+        assert code == 0, err
+        kept = predict_split(pretrained.load(out), prepare.prepare_data(Run(out).config()).test)
+        result = json.loads(Path(out, "result.json").read_text(encoding="utf-8"))["test"]
+        assert result["loss"] == pytest.approx(float(kept.losses[:, 0].mean()), rel=1e-6)
 
 
 @pytest.mark.slow

@@ -87,7 +87,9 @@ class Config(OutputOptions, MachineOptions, OptimisationOptions, LossOptions, Da
         """The same with other values of some options; another `model` has its own defaults."""
         kept = self.flat()
         if options.get("model", self.model) != self.model:
-            kept = {name: value for name, value in kept.items() if not hasattr(self.options, name)}
+            recipe = recipe_of(self.preset, self.model)  # whose values may be others of another model
+            own = {name for name, value in kept.items() if hasattr(self.options, name) or recipe.get(name) == value}
+            kept = {name: value for name, value in kept.items() if name not in own}
         return from_dict({**kept, **options})
 
     def flat(self) -> dict[str, Any]:

@@ -109,7 +109,12 @@ def exponential_squash(s: Float[Tensor, "*batch dim"]) -> Float[Tensor, "*batch 
     """
     x = at_least_float32(s)
     n = torch.linalg.vector_norm(x, dim=-1, keepdim=True).clamp(min=torch.finfo(x.dtype).tiny)
-    squashed: Tensor = x * (-torch.expm1(-n) / n)
+    if _may_overflow(n):
+        largest = torch.linalg.vector_norm(x.detach(), torch.inf, dim=-1, keepdim=True)
+        scale = largest.clamp(min=LARGE) / LARGE  # 1 unless squares may overflow
+        x = x / scale
+        n = torch.linalg.vector_norm(x, dim=-1, keepdim=True).clamp(min=torch.finfo(x.dtype).tiny)
+    squashed: Tensor = x * (-torch.expm1(-n) / n)  # of vectors that long the length is 1 all the same
     return squashed.to(s.dtype)
 
 

@@ -40,8 +40,8 @@ __all__ = [
 
 LIBRARIES = 120 * 2**20
 """Bytes of PyTorch's code and working memory that are first touched by computing."""
-CHECKPOINT = 3 * 9 / 8
-"""Size of a checkpoint in weights: these and two moments, in a buffer that grows by eighths."""
+GROWTH = 9 / 8
+"""Size of the buffer of a checkpoint, which grows by eighths, in what it holds."""
 CPU = torch.device("cpu")
 PLAIN = {"routing_kernel": "plain", "convolution": "direct"}
 """How other programs compute an exported network."""
@@ -75,11 +75,12 @@ def training(
             losses = objective(*_batch(network, batch_size))
             losses.total.mean().backward()
             moments = moments or [torch.empty_like(each) for each in objective.parameters() for _ in range(2)]
-        saving = watch.now + int(CHECKPOINT * weights)
+        average = weights if config.ema else 0
+        saving = watch.now + int(GROWTH * (3 * weights + average))  # these, two moments and their average
         _infer(objective, network, min(evaluated, inference_batch(network)))
         augmented = 4 * _batch(network, batch_size)[0].nbytes  # and its temporary arrays
         del losses
-        return max(watch.peak, saving) + augmented + LIBRARIES
+        return max(watch.peak, saving) + average + augmented + LIBRARIES
 
 
 def inference(network: Network, batch_size: int, device: torch.device, *, precision: str = "32", **options: str) -> int:

@@ -19,17 +19,17 @@ class Evidence(NamedTuple):
 
     Attributes:
         maps: coupling times activation of the primary capsules, folded back onto the image,
-            `[iterations, batch, classes, height, width]`. A map sums to the class capsule's whole evidence; all maps
-            of an image together sum to the same at every iteration, as couplings only share it out (with a leaky
-            slot, to no more than that).
+            `[iterations, batch, classes, height, width]`. A map sums to the class capsule's whole evidence; where
+            couplings are shares, all maps of an image together sum to the same at every iteration (with a leaky slot,
+            to no more than that).
         support: what the primary capsules' weighted votes add along the class capsule's direction, `c_ij u_hat_ij . v_j
             / |v_j|`, folded back likewise, of the same shape. A map sums to `|s_j|`, the length before the squash
             (without biases); below 0 are votes against. 0 where a class capsule is of length 0.
         couplings: `c` `[iterations, batch, in, classes]`; uniform at the first iteration.
         entropy: of the couplings of a primary capsule, in bits, mean over the capsules weighted by their activation,
             `[iterations, batch]`; from 0 (each sends its vote to one class) to log2(classes), or log2(classes + 1)
-            with a leaky slot.
-        agreement: `sum_i c_ij u_hat_ij . v_j / |v_j|` as a share of `sum_i c_ij |u_hat_ij|`: the cosine between votes
+            with a leaky slot. Of couplings that are no shares, and can be negative: of the shares of their sizes.
+        agreement: `sum_i c_ij u_hat_ij . v_j / |v_j|` as a share of `sum_i |c_ij| |u_hat_ij|`: the cosine between votes
             and outcome, weighted by couplings and lengths, `[iterations, batch, classes]` in [-1, 1]; 0 where a class
             capsule is of length 0.
         pose: the class capsules' vectors after the iteration `[iterations, batch, classes, dim]`.
@@ -69,13 +69,14 @@ def evidence(network: Network, images: Float[Tensor, "batch channels height widt
     for c, pose in zip(couplings, poses, strict=True):
         direction = torch.nn.functional.normalize(pose, dim=-1)
         support = c * torch.einsum("bijd,bjd->bij", u_hat, direction)  # [batch, in, classes]
-        at_most = (c * vote_lengths).sum(1)
+        at_most = (c.abs() * vote_lengths).sum(1)
+        shares = c if network.couplings_sum_to_one else torch.nn.functional.normalize(c, p=1, dim=-1).abs()
         parts.append(
             Evidence(
                 maps=fold(network, c * activation[..., None]),
                 support=fold(network, support),
                 couplings=c,
-                entropy=_entropy_bits(c, leaky=network.leaky).mul(activation).sum(-1) / activation.sum(-1),
+                entropy=_entropy_bits(shares, leaky=network.leaky).mul(activation).sum(-1) / activation.sum(-1),
                 agreement=support.sum(1) / at_most.clamp(min=torch.finfo(at_most.dtype).tiny),
                 pose=pose,
             )

@@ -6,6 +6,7 @@ tensors and plain containers only.
 
 import contextlib
 import csv
+import hashlib
 import io
 import json
 import os
@@ -295,14 +296,19 @@ class Run:
         write_atomically(self.result_path, lambda path: path.write_text(text, encoding="utf-8"))
 
     def write_predictions(self, found: Predictions, split: Split) -> None:
-        """Write `predictions.npz`: the fields of `Predictions`, and which `images` they are of."""
+        """Write `predictions.npz`: the fields of `Predictions`, of which images they are, and of which weights."""
         arrays = {name: tensor.numpy() for name, tensor in found._asdict().items() if tensor is not None}
         content = io.BytesIO()
-        np.savez(content, images=np.array(manifest.hash_of(split)), **arrays)
+        np.savez(content, images=np.array(manifest.hash_of(split)), weights=np.array(self._weights()), **arrays)
         write_atomically(self.predictions_path, lambda path: path.write_bytes(content.getbuffer()))
 
+    def _weights(self) -> str:
+        """BLAKE2b of the file of weights, 32 hexadecimal digits; empty where there is none."""
+        path = self.directory / "model.safetensors"
+        return hashlib.blake2b(path.read_bytes(), digest_size=16).hexdigest() if path.is_file() else ""
+
     def predictions(self, split: Split) -> Predictions | None:
-        """What the run itself predicted for the images of `split`; None where it kept nothing, or of other images.
+        """What the run itself predicted for the images of `split`; None of others, or where its weights are others now.
 
         Raises:
             InputError: the file is not one that capsnet wrote.
@@ -313,9 +319,10 @@ class Run:
         try:
             _check_archive(path)
             with np.load(path, allow_pickle=False) as arrays:
-                if str(arrays["images"]) != manifest.hash_of(split):
+                if (str(arrays["images"]), str(arrays["weights"])) != (manifest.hash_of(split), self._weights()):
                     return None
-                tensors = {name: torch.from_numpy(arrays[name]) for name in arrays.files if name != "images"}
+                names = (name for name in arrays.files if name not in ("images", "weights"))
+                tensors = {name: torch.from_numpy(arrays[name]) for name in names}
             drawn = tensors.pop("reconstruction_errors", None)
             found = Predictions(**tensors, reconstruction_errors=drawn)
         except Exception:  # a damaged file raises anything from BadZipFile to TypeError

@@ -19,7 +19,7 @@ from capsnet.models.network import CapsuleNetwork, Output, RoutingTrace
 from capsnet.options.schema import AT_LEAST_1, FRACTION, LARGEST, Range
 from capsnet.routing import RoutingResult, attention_routing
 
-__all__ = ["RECIPES", "ClassCapsules", "EfficientCapsNet", "Options", "PrimaryCapsules", "build"]
+__all__ = ["RECIPES", "BatchNorm", "ClassCapsules", "EfficientCapsNet", "Options", "PrimaryCapsules", "build"]
 
 RECIPES = {"fast": {"lr": 0.005}}
 SIDE = 28
@@ -57,6 +57,19 @@ class Options:
     """Widths of the decoder's hidden layers."""
     standardize: bool = False
     """Give each input image mean 0 and standard deviation 1."""
+
+
+class BatchNorm(nn.BatchNorm2d):
+    """Batch normalisation, by the running statistics where a batch has but one value for each channel."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """`x [batch, channels, rows, columns]`, normalised."""
+        if self.training and x[:, 0].numel() == 1:
+            assert self.running_mean is not None
+            return nn.functional.batch_norm(
+                x, self.running_mean, self.running_var, self.weight, self.bias, eps=self.eps
+            )
+        return super().forward(x)
 
 
 class PrimaryCapsules(nn.Module):
@@ -107,9 +120,9 @@ class PrimaryCapsules(nn.Module):
             x = F.at_least_float32(x)
             if self.out_size == (1, 1):  # a sum of products; PyTorch's depthwise convolution is slow on a CPU
                 grid = (x * self.weight[:, 0]).sum((-2, -1)) + self.bias
-                return F.exponential_squash(grid.view(len(x), -1, self.dim))
+                return F.exponential_squash(grid.view(x.shape[0], -1, self.dim))
             grid = nn.functional.conv2d(x, self.weight, self.bias, self.stride, groups=x.shape[1])
-            return F.exponential_squash(grid.permute(0, 2, 3, 1).reshape(len(x), -1, self.dim))
+            return F.exponential_squash(grid.permute(0, 2, 3, 1).reshape(x.shape[0], -1, self.dim))
 
     def windows(self, axis: int) -> Float[Tensor, "out in"]:
         """1 where a place of the input is in the window of a place of the output; rows (0) or columns (1)."""
@@ -148,6 +161,8 @@ class EfficientCapsNet(CapsuleNetwork):
     """Convolutions, each with activation and normalisation; primary and class capsules; a decoder if there is one."""
 
     narrower = "fewer --conv-channels, or larger --conv-strides"
+    couplings_sum_to_one = False
+    routing_iterations = 2  # of which the first is uniform
 
     def __init__(
         self,
@@ -191,12 +206,15 @@ class EfficientCapsNet(CapsuleNetwork):
         return self.primary.capsules
 
     def trace_routing(self, images: Float[Tensor, "batch channels height width"]) -> RoutingTrace:
-        """Votes of the primary capsules, and their one routing."""
+        """Votes of the primary capsules; then, in two steps, the uniform couplings they start from, and the routed."""
         self.check_images(images)
         u = self.primary_poses(images).float()
         u_hat = F.votes(u, self.class_capsules.weight)
         routed = attention_routing(u_hat, prior=self.class_capsules.prior)
-        return RoutingTrace(F.lengths(u), u_hat, routed.couplings[None], routed.pose[None])
+        uniform = torch.full_like(routed.couplings, 1 / len(self.classes))
+        mean = F.exponential_squash(u_hat.sum(1) / len(self.classes))
+        couplings, pose = torch.stack([uniform, routed.couplings]), torch.stack([mean, routed.pose])
+        return RoutingTrace(F.lengths(u), u_hat, couplings, pose)
 
     def receptive_fields(self) -> tuple[Float[Tensor, "rows height"], Float[Tensor, "columns width"]]:
         """The share of a pixel is the number of paths from it through all convolutions to the capsule."""
@@ -221,6 +239,8 @@ def build(image_shape: tuple[int, int, int], num_classes: int, options: Options)
         InputError: an image too small for the kernels, or options that exclude each other.
     """
     count, strides = len(options.conv_channels), options.conv_strides
+    if not count:
+        raise InputError("conv_channels must be one number or more; got none")
     if strides is None:
         first = max(1, min(image_shape[1:]) // SIDE)
         strides = (first, *(1 for _ in range(count - 2)), 2)[-count:] if count > 1 else (2 * first,)
@@ -239,8 +259,10 @@ def build(image_shape: tuple[int, int, int], num_classes: int, options: Options)
         assert layer.bias is not None
         nn.init.zeros_(layer.bias)
         if options.normalization == "batch":
-            norm: nn.Module = nn.BatchNorm2d(width, eps=1e-3)  # at Keras's momentum a short run never forgets its start
+            norm: nn.Module = BatchNorm(width, eps=1e-3)  # at Keras's momentum a short run never forgets its start
         else:
+            if layer.out_size == (1, 1):
+                raise InputError(f"normalization must be batch for one place, as of convolution {k}; got instance")
             norm = nn.InstanceNorm2d(width, eps=1e-3, affine=True)
         stem.extend([layer, nn.LeakyReLU(options.negative_slope) if options.negative_slope else nn.ReLU(), norm])
         channels, size = width, layer.out_size

@@ -143,9 +143,11 @@ class CapsuleNetwork(Network):
         in_capsules: number of capsules below the class capsules.
         routing_iterations: number of routing iterations.
         leaky: whether the couplings of a capsule may sum to less than 1, the rest going to "none of the above".
+        couplings_sum_to_one: whether they are shares; else they may be negative.
     """
 
     leaky: bool = False
+    couplings_sum_to_one: bool = True
     routing_iterations: int = 1
 
     @property

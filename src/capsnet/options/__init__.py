@@ -90,9 +90,9 @@ class DataOptions:
     crop: Annotated[int | None, AT_LEAST_1] = None
     """Cut a random square of this many pixels out of each training image, and the central one elsewhere."""
     augment: Literal["paper", "none", "affine", "photo"] = "paper"
-    """What is done to training images, in one word. paper: shift. affine: shift, rotation 15, scale 0.1, shear 0.1.
-    photo: shift, flip, rotation 10, scale 0.1, brightness 0.2, contrast 0.2. An option below that is given, and not 0,
-    takes the place of the word's."""
+    """What is done to training images, in one word. none: nothing. paper: shift. affine: shift, rotation 15, scale 0.1,
+    shear 0.1. photo: shift, flip, rotation 10, scale 0.1, brightness 0.2, contrast 0.2. Options below take the place of
+    the word's, but for 0 and no, which leave it as it is (of `shift` 0 counts)."""
     shift: Annotated[int | None, AT_LEAST_0] = None
     """Move training images by up to this many pixels in each direction. Default: that of the data set, which is 2
     (Section 5 of the paper), 4 in `multimnist` and 6 where digits are placed on 40 x 40 pixels."""
@@ -142,7 +142,7 @@ class OptimisationOptions:
     batch_size: Annotated[int, AT_LEAST_1] = 128
     """Images of one step over all devices together (first author's code: 128)."""
     lr: Annotated[float, POSITIVE] = 0.001
-    """Learning rate of Adam at the start (TensorFlow's default, Section 4)."""
+    """Learning rate of Adam at the start, or after the warm-up (TensorFlow's default, Section 4)."""
     schedule: Literal["exponential", "linear", "cosine"] = "exponential"
     """How the learning rate falls. exponential: by `lr_decay`. linear, cosine: to `lr_floor` at the end of the run."""
     warmup: Annotated[float, FRACTION] = 0.0
@@ -153,7 +153,7 @@ class OptimisationOptions:
     lr_decay_steps: Annotated[int, AT_LEAST_0] = 0
     """Steps for one factor; 0 means one epoch."""
     lr_floor: Annotated[float, FINITE] = 1e-6
-    """The learning rate never falls below this (first author's code)."""
+    """The learning rate never falls below this once it has risen (first author's code)."""
     weight_decay: Annotated[float, FINITE] = 0.0
     """Share of every weight, times the learning rate, that each step takes away (AdamW); 0 is Adam."""
     ema: Annotated[float, FRACTION] = 0.0

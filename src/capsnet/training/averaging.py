@@ -24,8 +24,8 @@ def averaged(network: Network, decay: float) -> AveragedModel:
     """
 
     @torch.no_grad()
-    def update(average: Sequence[Tensor], weights: Sequence[Tensor], count: Any) -> None:
-        n = int(count)
+    def update(average: Sequence[Tensor], weights: Sequence[Tensor], _: Any) -> None:
+        n = int(copy.n_averaged)  # which is on the CPU: no waiting for a GPU
         if average[0].is_floating_point():
             torch._foreach_lerp_(list(average), list(weights), 1 - min(decay, (1 + n) / (10 + n)))
         else:  # how many batches were seen

@@ -38,7 +38,7 @@ def resolved(config: Config, dataset: Dataset) -> Config:
         steps = math.ceil(len(dataset.train) / config.batch_size)
         epochs = max(OPEN["epochs"], math.ceil(FEWEST_STEPS / steps))
         chosen["epochs"] = epochs
-        if epochs > OPEN["epochs"] and not config.lr_decay_steps:
+        if epochs > OPEN["epochs"] and not config.lr_decay_steps and config.schedule == "exponential":
             chosen["lr_decay_steps"] = math.ceil(epochs * steps / OPEN["epochs"])
     if getattr(config.options, "primary_scale", 1) is None:
         chosen["primary_scale"] = 0.0 if _votes(config, dataset) > MOST_VOTES else OPEN["primary_scale"]

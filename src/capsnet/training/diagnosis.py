@@ -57,15 +57,16 @@ class Chance:
         if losses is not None and losses.output.pose is not None:
             scores = losses.output.scores.detach().float().cpu()
             if float(scores.min()) > config.m_pos:
-                scale = "" if getattr(config.options, "primary_scale", 1) == 0 else "--primary-scale 0, "
+                scale = "--primary-scale 0, " if getattr(config.options, "primary_scale", 0) != 0 else ""
                 causes.append(
                     f"every class capsule is longer than m+ = {config.m_pos:g} for every image, where squash has "
                     f"hardly a gradient ({scale}a smaller --lr)"
                 )
             elif float(scores.max()) < config.m_neg:
+                scale = "--primary-scale 1, " if hasattr(config.options, "primary_scale") else ""
                 causes.append(
                     f"every class capsule is shorter than m- = {config.m_neg:g} for every image, as routing divides "
-                    f"among {scores.shape[-1]} classes (more --epochs, --primary-scale 1, a larger --lr)"
+                    f"among {scores.shape[-1]} classes (more --epochs, {scale}a larger --lr)"
                 )
             elif len(scores) > 1 and float(scores.std(0).max()) < ALIKE:
                 causes.append("all images look alike to the class capsules (more --epochs, --standardize)")

@@ -3,7 +3,7 @@
 Every random number of step t is a function of the seed and t alone (order of the epoch, augmentation, dropout), and a
 step's images are those of the global batch whatever the number of processes: a run that was killed and resumed ends
 with the same weights, bit for bit on a CPU, and two processes train what one would (but for dropout, which each
-process draws for itself).
+process draws for itself, and batch statistics, which are those of each process's share).
 """
 
 import math
@@ -151,6 +151,7 @@ def train_epochs(
 def predict_checked(state: TrainingState, dataset: Dataset, name: str) -> Predictions:
     """Predictions for the split `name`, divided over all processes; stops where the training would."""
     fabric = state.fabric
+    state.agree()
     with fabric.autocast():
         found = predict_split(
             state.result,

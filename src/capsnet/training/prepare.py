@@ -71,6 +71,8 @@ def _with_splits(config: Config, dataset: Dataset, *, shares: bool, divided: boo
     """The same cropped and, unless it is divided already, with the validation and training images of `config`."""
     if config.crop is not None:
         dataset = dataset.cropped(config.crop)
+    if config.erase >= (side := min(dataset.image_shape[1:])):
+        raise InputError(f"erase must be less than the {side} pixels of the images; got {config.erase}")
     if divided:
         return dataset
     if config.validation is not None or dataset.validation is None:

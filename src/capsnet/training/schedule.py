@@ -14,19 +14,16 @@ def learning_rate(config: Config, step: int, steps_per_epoch: int) -> float:
     """Learning rate of step `step` (from 0) of a run of `config.epochs`.
 
     It rises linearly over the first `warmup` of all steps. Then it falls: exponentially, by `lr_decay` every
-    `lr_decay_steps` counted from step 0; or linearly, or as half a cosine, to `lr_floor` after the last step.
+    `lr_decay_steps`; or linearly, or as half a cosine, to `lr_floor` after the last step.
     """
-    decay_steps = config.lr_decay_steps or steps_per_epoch
-    exponential = max(config.lr_floor, config.lr * math.pow(config.lr_decay, step / decay_steps))
-    if config.schedule == "exponential" and not config.warmup:
-        return exponential
-    assert config.epochs is not None
-    total = config.epochs * steps_per_epoch
+    total = (config.epochs or 0) * steps_per_epoch
     rising = config.warmup * total
     if step + 1 < rising:
         return config.lr * (step + 1) / rising
     if config.schedule == "exponential":
-        return exponential
+        decay_steps = config.lr_decay_steps or steps_per_epoch
+        return max(config.lr_floor, config.lr * math.pow(config.lr_decay, (step - rising) / decay_steps))
+    assert config.epochs is not None
     done = min(max(0.0, (step - rising) / max(1.0, total - rising)), 1.0)
     left = 1 - done if config.schedule == "linear" else (1 + math.cos(math.pi * done)) / 2
     return config.lr_floor + (config.lr - config.lr_floor) * left

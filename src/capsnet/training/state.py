@@ -254,6 +254,12 @@ class TrainingState:
         if fault:
             raise InputError(fault)
 
+    def agree(self) -> None:
+        """Give all processes the batch statistics of the first, which are those that are kept."""
+        if self.fabric.world_size > 1:
+            for buffer in (*self.network.buffers(), *self.result.buffers()):
+                torch.distributed.broadcast(buffer, 0)
+
     def save(self) -> None:
         """Write the checkpoint.
 
@@ -262,7 +268,8 @@ class TrainingState:
             Diverged: a weight is not finite; the one before is kept.
         """
         begun, total = time.perf_counter(), self.reduced(self._sums)
-        if not all(parameter.isfinite().all() for parameter in self.network.parameters()):
+        kept = (*self.network.state_dict().values(), *self.result.state_dict().values())
+        if not all(tensor.isfinite().all() for tensor in kept):
             raise self.diverged(
                 f"weights became NaN or infinite in epoch {self.at.epoch + 1} at step {self.at.step} of {self.steps}"
             )
