@@ -17,7 +17,7 @@ from capsnet.data.dataset import Dataset, Split
 from capsnet.data.download import DataDir
 from capsnet.data.preprocessing import Framing
 from capsnet.errors import InputError
-from capsnet.options.schema import did_you_mean
+from capsnet.options.schema import brief, did_you_mean
 
 __all__ = ["DataDir", "Entry", "available", "checksums", "entry"]
 
@@ -112,7 +112,7 @@ def entry(name: str | os.PathLike[str]) -> Entry:
     if name not in available():
         near = did_you_mean(Path(name).name.lower(), available())
         raise InputError(
-            f"data must be one of {', '.join(available())}, or the path of a directory of images; got {name}{near}"
+            f"data must be one of {', '.join(available())}, or the path of a directory of images; got {brief(str(name))}{near}"
         )
     return cast(Entry, _file(str(name)).ENTRY)
 

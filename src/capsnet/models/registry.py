@@ -12,7 +12,7 @@ from typing import Any
 
 from capsnet.errors import InputError
 from capsnet.models.network import Network
-from capsnet.options.schema import did_you_mean, joined, out_of_range
+from capsnet.options.schema import did_you_mean, joined, out_of_range, shown
 
 __all__ = ["available", "create", "options_of", "recipes", "summary"]
 
@@ -28,7 +28,7 @@ def _file(name: str) -> Any:
     """The module of the network `name`."""
     if name not in available():
         names = available()
-        raise InputError(f"model must be one of {', '.join(names)}; got {name!r}{did_you_mean(str(name), names)}")
+        raise InputError(f"model must be one of {', '.join(names)}; got {shown(name)}{did_you_mean(str(name), names)}")
     return import_module(f"capsnet.models.{name.replace('-', '_')}")
 
 
