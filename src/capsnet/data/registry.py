@@ -110,9 +110,9 @@ def entry(name: str | os.PathLike[str]) -> Entry:
         InputError: an unknown name.
     """
     if name not in available():
-        near = did_you_mean(Path(name).name.lower(), available())
+        near, names = did_you_mean(Path(name).name.lower(), available()), ", ".join(available())
         raise InputError(
-            f"data must be one of {', '.join(available())}, or the path of a directory of images; got {brief(str(name))}{near}"
+            f"data must be one of {names}, or the path of a directory of images; got {brief(str(name))}{near}"
         )
     return cast(Entry, _file(str(name)).ENTRY)
 
