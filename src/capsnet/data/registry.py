@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from functools import cache
 from importlib import import_module
 from pathlib import Path
-from typing import Any, Protocol, cast
+from typing import Any, Protocol, cast, runtime_checkable
 
 from capsnet.data.dataset import Dataset, Split
 from capsnet.data.download import DataDir
@@ -22,6 +22,7 @@ from capsnet.options.schema import brief, did_you_mean
 __all__ = ["DataDir", "Entry", "available", "checksums", "entry"]
 
 
+@runtime_checkable
 class Reader(Protocol):
     """Reads or draws one split of a data set."""
 
