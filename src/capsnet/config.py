@@ -201,6 +201,8 @@ def from_dict(values: Mapping[str, Any], *, source: str = "") -> Config:
             f"{source and source + ': '}preset must be one of {', '.join(PRESETS)}; got {shown(name)}"
             f"{did_you_mean(str(name), PRESETS)}"
         )
+    if not isinstance(model, str):
+        raise InputError(f"{source and source + ': '}model must be text; got {shown(model)}")
     kind = _model_options(model)
     hints = get_type_hints(Config) | get_type_hints(kind)
     hints.pop("options")

@@ -96,9 +96,9 @@ def create(
             f"options of model {name} must be among {', '.join(known)}; got {', '.join(unknown)}"
             f"{did_you_mean(unknown[0], known)}"
         )
-    chosen = kind(**options)
-    if faults := out_of_range(vars(chosen), kind):
+    if faults := out_of_range(options, kind):
         raise InputError(joined(faults))
+    chosen = kind(**options)
     if num_classes < 1 or (classes is not None and len(classes) != num_classes):
         raise InputError(f"num_classes must be at least 1 and the number of names in classes; got {num_classes}")
     if not 1 <= objects_per_image <= num_classes:

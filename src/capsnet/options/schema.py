@@ -81,7 +81,13 @@ class Range(Rule):
     """
 
     def __init__(
-        self, low: int | float, high: int | float = LARGEST, *, above: bool = False, below: bool = False, words: str = ""
+        self,
+        low: int | float,
+        high: int | float = LARGEST,
+        *,
+        above: bool = False,
+        below: bool = False,
+        words: str = "",
     ) -> None:
         self.low, self.high, self.above, self.below, self.words = low, high, above, below, words
 

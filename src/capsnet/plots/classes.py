@@ -98,7 +98,7 @@ def confusion(found: Predictions, classes: tuple[str, ...]) -> "Figure":
     return figure
 
 
-def _bars(values: Sequence[float], labels: Sequence[str]) -> "tuple[Figure, Axes]":
+def _bars(values: Sequence[int | float], labels: Sequence[str]) -> "tuple[Figure, Axes]":
     """Horizontal bars from top to bottom."""
     figure = new(6.4, 0.28 * max(len(values), 1) + 1.1)
     axes = figure.subplots()
