@@ -92,7 +92,7 @@ def test_links_lead_somewhere(link: str) -> None:
 
 
 def test_the_number_of_make_train_is_that_of_the_record() -> None:
-    folder = ROOT / "results" / "strokes-paper-3-epochs-seed0"
+    folder = ROOT / "results" / "strokes-fast-3-epochs-seed0"
     test = json.loads((folder / "result.json").read_text(encoding="utf-8"))["test"]
     assert f"{test['error_percent']:.2f} % ({test['wrong']} of {test['total']:,}) wrong" in " ".join(README.split())
     assert read(folder / "config.yaml").epochs == with_defaults(Config()).epochs
