@@ -90,8 +90,7 @@ class _Ood(_Record, _OodOptions):
         assert known is not None
         rows: list[dict[str, Any]] = []
         for name, images in sets.items():
-            parts = torch.split(images, 256)
-            errors = torch.cat([reconstruction_errors(network, part.float() / 255) for part in parts])
+            errors = reconstruction_errors(network, images)
             rows.append(
                 {
                     "data": name,

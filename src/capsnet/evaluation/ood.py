@@ -8,11 +8,12 @@ above a threshold, set on validation images for a stated rate of false alarms.
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Shaped
 from torch import Tensor
 
 from capsnet import functional as F
 from capsnet.analysis.reconstruction import decoder_of
+from capsnet.data.dataset import to_float
 from capsnet.errors import InputError
 from capsnet.kernels.stem import constant_weights
 from capsnet.models import Network, evaluation_mode
@@ -44,19 +45,22 @@ class Threshold:
 
 @torch.inference_mode()
 def reconstruction_errors(
-    network: Network, images: Float[Tensor, "batch channels height width"], *, batch_size: int = 256
+    network: Network, images: Shaped[Tensor, "batch channels height width"], *, batch_size: int = 256
 ) -> Float[Tensor, "batch"]:
     """Sum of squared differences between each image and its reconstruction from the winning capsule.
 
-    Intensities are in [0, 1], and images on the network's device.
+    Images are on the network's device, of intensities in [0, 1], or 0..255 where they are `uint8`.
 
     Raises:
         InputError: no decoder, or images of another shape.
     """
     network, _ = decoder_of(network)
     with evaluation_mode(network), constant_weights():
-        parts = torch.split(images, batch_size)
-        return torch.cat([F.reconstruction_loss(network(part).reconstruction, part) for part in parts])
+        errors = []
+        for part in torch.split(images, batch_size):
+            seen = to_float(part) if part.dtype == torch.uint8 else part
+            errors.append(F.reconstruction_loss(network(seen).reconstruction, seen))
+        return torch.cat(errors)
 
 
 def threshold_for(errors: Float[Tensor, "n"], *, false_alarm_rate: float = 0.05, split: str) -> Threshold:

@@ -7,7 +7,7 @@ from functools import partial
 from typing import Annotated, Literal
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from torch import Tensor, nn
 
 from capsnet import functional as F
@@ -15,9 +15,9 @@ from capsnet.kernels.select import is_bare, resolve_convolution, resolve_routing
 from capsnet.kernels.stem import winograd_stem
 from capsnet.kernels.winograd import saving
 from capsnet.layers import ClassCapsules, Convolution, Decoder, PrimaryCapsules
-from capsnet.models.network import CapsuleNetwork, Output, RoutingTrace
+from capsnet.models.network import CapsuleNetwork, RoutingTrace
 from capsnet.options.schema import AT_LEAST_1, FINITE, LARGEST, Range
-from capsnet.routing import MOST_ITERATIONS, dynamic_routing
+from capsnet.routing import MOST_ITERATIONS, RoutingResult, dynamic_routing
 
 __all__ = ["CapsNet", "Options", "build"]
 
@@ -104,21 +104,10 @@ class CapsNet(CapsuleNetwork):
         bare = all(is_bare(module, kind) for module, kind in kinds)
         return resolve_convolution(self.convolution, images, saved=saved, bare=bare)
 
-    def forward(
-        self, images: Float[Tensor, "batch channels height width"], labels: Int[Tensor, "batch *objects"] | None = None
-    ) -> Output:
-        """Recognise `images` and draw them again.
-
-        Args:
-            images: intensities in [0, 1].
-            labels: the capsules to reconstruct from, as in training, `[batch]` or several for each image,
-                `[batch, k]`; None takes the longest, as many as an image shows objects.
-
-        Raises:
-            InputError: images of another shape than the network was built for.
-        """
-        self.check_images(images)
-        return self.recognised(self.class_capsules(self.primary_poses(images)), labels)
+    def route(self, images: Float[Tensor, "batch channels height width"]) -> RoutingResult:
+        """The class capsules, routed from the primary capsules."""
+        routed: RoutingResult = self.class_capsules(self.primary_poses(images))
+        return routed
 
     def primary_poses(
         self, images: Float[Tensor, "batch channels height width"]

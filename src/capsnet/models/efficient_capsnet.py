@@ -9,13 +9,13 @@ from dataclasses import dataclass
 from typing import Annotated, Literal
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from torch import Tensor, nn
 
 from capsnet import functional as F
 from capsnet.errors import InputError
 from capsnet.layers import Convolution, Decoder
-from capsnet.models.network import CapsuleNetwork, Output, RoutingTrace
+from capsnet.models.network import CapsuleNetwork, RoutingTrace
 from capsnet.options.schema import AT_LEAST_1, FRACTION, LARGEST, Range
 from capsnet.routing import RoutingResult, attention_routing
 
@@ -178,20 +178,10 @@ class EfficientCapsNet(CapsuleNetwork):
         self.image_shape, self.standardize = image_shape, standardize
         self.stem, self.primary, self.class_capsules, self.decoder = stem, primary, class_capsules, decoder
 
-    def forward(
-        self, images: Float[Tensor, "batch channels height width"], labels: Int[Tensor, "batch *objects"] | None = None
-    ) -> Output:
-        """Recognise `images` and draw them again.
-
-        Args:
-            images: intensities in [0, 1].
-            labels: see `CapsuleNetwork.recognised`.
-
-        Raises:
-            InputError: images of another shape than the network was built for.
-        """
-        self.check_images(images)
-        return self.recognised(self.class_capsules(self.primary_poses(images)), labels)
+    def route(self, images: Float[Tensor, "batch channels height width"]) -> RoutingResult:
+        """The class capsules, routed from the primary capsules."""
+        routed: RoutingResult = self.class_capsules(self.primary_poses(images))
+        return routed
 
     def primary_poses(
         self, images: Float[Tensor, "batch channels height width"]

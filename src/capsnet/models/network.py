@@ -167,21 +167,31 @@ class CapsuleNetwork(Network):
         sum to 1 over the pixels.
         """
 
-    def recognised(self, routed: RoutingResult, labels: Int[Tensor, "batch *objects"] | None) -> Output:
-        """The output of routed class capsules, drawn by the decoder if there is one.
+    @abstractmethod
+    def route(self, images: Float[Tensor, "batch channels height width"]) -> RoutingResult:
+        """The class capsules of images: pose, activation and couplings."""
+
+    def forward(
+        self, images: Float[Tensor, "batch channels height width"], labels: Int[Tensor, "batch *objects"] | None = None
+    ) -> Output:
+        """Recognise `images` and, with a decoder, draw them again.
 
         Args:
-            routed: pose, activation and couplings of the class capsules.
+            images: intensities in [0, 1].
             labels: the capsules to reconstruct from, as in training, `[batch]` or several for each image,
                 `[batch, k]`; None takes the most active, as many as an image shows objects.
+
+        Raises:
+            InputError: images of another shape than the network was built for.
         """
-        activation, reconstruction = routed.activation, None
-        if self.decoder is not None:
-            if labels is None:
-                single = self.objects_per_image == 1
-                labels = activation.argmax(-1) if single else activation.topk(self.objects_per_image).indices
-            reconstruction = self.decoder(routed.pose, labels)
-        return Output(activation, reconstruction, routed.pose, routed.couplings)
+        self.check_images(images)
+        pose, activation, couplings = self.route(images)
+        if self.decoder is None:
+            return Output(activation, None, pose, couplings)
+        if labels is None:
+            single = self.objects_per_image == 1
+            labels = activation.argmax(-1) if single else activation.topk(self.objects_per_image).indices
+        return Output(activation, self.decoder(pose, labels), pose, couplings)
 
     def presence(self, output: Output) -> Float[Tensor, "batch classes"]:
         """The activations of the class capsules."""

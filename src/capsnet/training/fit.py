@@ -143,7 +143,7 @@ def _launch(config: Config, dataset: Dataset | None, resumed: Run | None) -> Res
     fabric = make_fabric(config, device, precision)
     with ExitStack() as held:
         if first:
-            run = _claimed(config, run, held, given=bool(resumed or config.out or config.overwrite))
+            run = _locked_run(config, run, held, given=bool(resumed or config.out or config.overwrite))
         checkpoint = _checkpoint(run, config, network, dataset) if resumed else None
         if first:
             if resumed:
@@ -181,21 +181,21 @@ def _check_memory(config: Config, dataset: Dataset, device: torch.device) -> Non
     )
 
 
-def _claimed(config: Config, run: Run, held: ExitStack, *, given: bool) -> Run:
+def _locked_run(config: Config, run: Run, held: ExitStack, *, given: bool) -> Run:
     """The run with its directory kept to this process while `held` is open.
 
     Where another process took it meanwhile, it is the next free one, or InputError if the user named (`given`) it.
     """
     while True:
-        with ExitStack() as claim:
+        with ExitStack() as lock:
             try:
-                claim.enter_context(run.locked())
+                lock.enter_context(run.locked())
             except InputError:
                 if given:
                     raise
             else:
                 if given or not run.exists():
-                    held.push(claim.pop_all())
+                    held.push(lock.pop_all())
                     return run
         run = Run(_free_directory(config))
 
