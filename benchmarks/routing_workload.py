@@ -51,7 +51,7 @@ class RoutingWorkload:
         """The class capsules of the network of `config`, with random weights."""
         layer = getattr(self._network(config), "class_capsules", None)
         if not isinstance(layer, ClassCapsules):
-            raise InputError(f"model must be one with capsules to route; got {config.model}")
+            raise InputError(f"model must be one with dynamic routing; got {config.model}")
         layer = layer.to_empty(device="cpu")
         for parameter in layer.parameters():
             nn.init.normal_(parameter, std=0.1)

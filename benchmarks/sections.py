@@ -53,8 +53,8 @@ def measured(section: str, model: str) -> set[str]:
     network = {"model", "image_size", "channels"} | options | machine_options
     unrouted = {"channels", "conv_channels", "primary_scale", "convolution"}
     unrouted |= {"reconstruction", "decoder_sizes", "standardize"}
-    augmentation = {"crop", "shift", "flip", "rotation", "scale", "shear", "brightness", "contrast"}
-    parts = network | augmentation | {"batch_size", "precision", "mask"}
+    augmentation = {"augment", "crop", "shift", "flip", "rotation", "scale", "shear", "brightness", "contrast", "erase"}
+    parts = network | augmentation | {"batch_size", "precision", "mask", "weight_decay"}
     scaled = {"batch_size", "image_size", "capsule_types", "routing_iterations"}
     routing = network - unrouted | {"batch_size"}
     return {
@@ -63,7 +63,7 @@ def measured(section: str, model: str) -> set[str]:
         "inference": network - {"detach_routing", "dropout"} | {"precision"},
         "parts": parts,
         "routing": routing,
-        "scaling": (routing if _has_capsules(model) else parts) - scaled,
+        "scaling": (routing if _has_dynamic_routing(model) else parts) - scaled,
     }[section]
 
 
@@ -127,7 +127,7 @@ class Benchmark:
 
     def routing(self) -> None:
         """Votes and routing alone: every kernel of this device, with and without a gradient through the couplings."""
-        named = self.variants if self.compared or not _has_capsules(self.config.model) else self._kernels()
+        named = self.variants if self.compared or not _has_dynamic_routing(self.config.model) else self._kernels()
         made = [self._checked(RoutingWorkload, config, label) for label, config in named]
         self.say("routing: votes and routing alone ...")
         name = f"votes + routing, {self.config.batch_size} images"
@@ -138,7 +138,7 @@ class Benchmark:
         batch = self.config.batch_size
         few, some = {"batch_size": min(4, batch)}, {"batch_size": min(16, batch)}
         self._scale("batch", self.plan.batches, TrainingWorkload, "batch_size", {})
-        if _has_capsules(self.config.model):
+        if _has_dynamic_routing(self.config.model):
             self._scale("image size", self.plan.image_sizes, TrainingWorkload, "image_size", few)
             self._scale("primary capsules", self.plan.capsule_types, RoutingWorkload, "capsule_types", some)
             self._scale("output capsules", self.plan.output_capsules, RoutingWorkload, "classes", few)
@@ -230,7 +230,7 @@ class Benchmark:
         return row
 
 
-def _has_capsules(model: str) -> bool:
+def _has_dynamic_routing(model: str) -> bool:
     return hasattr(options_of(model), "routing_iterations")
 
 

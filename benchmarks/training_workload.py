@@ -21,6 +21,7 @@ from capsnet.options import size_of
 from capsnet.training import prepare
 from capsnet.training.batches import BatchLoader
 from capsnet.training.cuda_graph import GraphedStep, check_graph
+from capsnet.training.schedule import optimizer_of
 
 __all__ = ["TrainingWorkload", "random_images"]
 
@@ -60,8 +61,8 @@ class TrainingWorkload:
         if config.cuda_graph:
             check_graph(config, self.device, self.network)
         self.fabric = devices.make_fabric(config, self.device, precision)
-        adam = torch.optim.Adam(self.network.parameters(), lr=config.lr, fused=True)
-        self.objective, self.optimizer = self.fabric.setup(Objective(self.network, config), adam)
+        optimizer = optimizer_of(self.network, config)
+        self.objective, self.optimizer = self.fabric.setup(Objective(self.network, config), optimizer)
         for group in self.optimizer.param_groups:
             group["capturable"] = config.cuda_graph
         self.update = GraphedStep(self._update, batch_size=self.images) if config.cuda_graph else self._update

@@ -239,7 +239,7 @@ def test_another_model_than_that_of_the_file_has_its_own_options(
 ) -> None:
     write_config(TINY, tmp_path / "config.yaml")
     assert main(["routing", "--config", str(tmp_path / "config.yaml"), "--model", "baseline"]) == 2
-    assert "model must be one with capsules to route; got baseline" in capsys.readouterr().err
+    assert "model must be one with dynamic routing; got baseline" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("changes", [{"routing_iterations": 2}, {"detach_routing": True}])
@@ -336,6 +336,8 @@ def test_what_the_sections_depend_on_are_options() -> None:
         every = {field.name for field in (*fields(Config), *fields(options_of(model)))}
         for section in sections.SECTIONS:
             assert sections.measured(section, model) <= every
+        changing_images = {"augment", "crop", "shift", "flip", "rotation", "scale", "shear", "brightness", "contrast"}
+        assert {*changing_images, "erase", "weight_decay"} <= sections.measured("step", model)
 
 
 def test_variants_have_ratios_to_the_first_and_their_own_threads(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -363,7 +365,7 @@ def test_models_without_capsules() -> None:
     config = Config.of(model="baseline", batch_size=2, image_size=8, precision="32", device="cpu")
     told = run(config, ["inference", "parts"], classes=3, plan=PLAN)
     assert [row["name"] for row in told["rows"][2:5]] == ["data", "layers forward", "layers backward"]
-    with pytest.raises(InputError, match="model must be one with capsules to route; got baseline"):
+    with pytest.raises(InputError, match="model must be one with dynamic routing; got baseline"):
         run(config, ["routing"], plan=PLAN)
 
 

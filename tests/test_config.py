@@ -105,6 +105,21 @@ def test_every_option_has_one_group() -> None:
         assert {*names, "preset", "model"} == set(Config.of(model=model).flat())
 
 
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"epochs": 2.5}, "epochs must be a whole number or nothing; got 2.5"),
+        ({"lr": True}, "lr must be a number; got True"),
+        ({"lr": None}, "lr must be a number; got None"),
+        ({"batch_size": True}, "batch_size must be a whole number; got True"),
+        ({"flip": 1}, "flip must be true or false; got 1"),
+    ],
+)
+def test_a_value_of_another_type_is_refused_in_python_too(values: dict[str, Any], message: str) -> None:
+    with pytest.raises(InputError, match=rf"^{message}"):
+        Config(**values)
+
+
 def test_an_option_of_another_model_is_refused_whatever_its_value() -> None:
     for value in (256, 3):
         with pytest.raises(InputError, match=r"^conv_channels is an option of model capsnet, not of baseline$"):

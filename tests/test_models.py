@@ -485,8 +485,13 @@ def test_the_width_is_a_factor_on_every_layer_of_a_baseline() -> None:
             assert tuple(len(layer.weight) for layer in layers) == (*sizes, 10)
         least = create("baseline-multimnist", image_shape=(1, 8, 8), width=1e-6)
         assert min(len(parameter) for parameter in least.parameters()) == 1
-    for width in (0.0, -1.0, math.inf, math.nan):
-        with pytest.raises(InputError, match=rf"^width must be above 0; got {width}$"):
+    for width, rule in (
+        (0.0, "above 0"),
+        (-1.0, "above 0"),
+        (math.inf, "a finite number"),
+        (math.nan, "a finite number"),
+    ):
+        with pytest.raises(InputError, match=rf"^width must be {rule}; got {width}$"):
             create("baseline-multimnist", width=width)
     with pytest.raises(InputError, match=r"^dropout must be in \[0, 1\); got -0.1$"):
         create("baseline-multimnist", dropout=-0.1)

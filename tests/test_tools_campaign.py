@@ -70,6 +70,10 @@ def test_records_of_another_clone_are_added_once(tmp_path: Path, capsys: pytest.
         assert campaign.main(["--results", str(ours), "--merge", str(theirs)]) == 0
         assert capsys.readouterr().out == f"{added} records added\n"
     assert [one.seed for one in read(ours, "table1", "cpu")] == [0, 1]
+    records.add(theirs, replace(record("table1", "capsnet-3", "cpu", 0), seconds=1.0))  # trained there too: ours stays
+    assert campaign.main(["--results", str(ours), "--merge", str(theirs)]) == 0
+    assert capsys.readouterr().out == "0 records added\n"
+    assert all(one.seconds != 1.0 for one in read(ours, "table1", "cpu"))
 
 
 def test_what_stops_it_is_one_line(

@@ -1,7 +1,7 @@
 """Work through `campaign.yaml`, trainings in order of worth, one after the other on one thread; or merge its records.
 
     python -m tools.campaign                 train what has no record yet; stopped or killed, the same command goes on
-    python -m tools.campaign --list          what is done, and the hours that the rest takes
+    python -m tools.campaign --list          what is done, and the hours that each item takes
     python -m tools.campaign --merge FOLDER  add the records of another clone (its results/experiments)
 
 Then `make tables` rewrites the tables.
@@ -43,8 +43,9 @@ def items(path: Path = CAMPAIGN) -> list[Item]:
     """
     found: list[Item] = checked(read_yaml(path, what="campaign"), list[Item], source=f"campaign {path}")
     for one in found:
+        plan = experiment(one.experiment)
         for row in one.rows:
-            experiment(one.experiment).config(experiment(one.experiment).row(row), one.budget, one.seeds - 1)
+            plan.config(plan.row(row), one.budget, one.seeds - 1)
     return found
 
 
@@ -61,7 +62,7 @@ def missing(one: Item, folder: Path) -> list[tuple[str, int]]:
 
 
 def merge(others: Path, folder: Path) -> int:
-    """Add the records in the folder `others` that are not in `folder`, and say how many those were.
+    """Add the records in the folder `others` of networks that have none in `folder`, and say how many those were.
 
     Raises:
         InputError: a file of records is damaged, or cannot be written.
@@ -69,9 +70,9 @@ def merge(others: Path, folder: Path) -> int:
     added = 0
     for name in available():
         for budget in BUDGETS:
-            there = records.read(folder, name, budget)
+            known = {records.identity(record) for record in records.read(folder, name, budget)}
             for record in records.read(others, name, budget):
-                if record not in there:
+                if records.identity(record) not in known:
                     records.add(folder, record)
                     added += 1
     return added
@@ -94,7 +95,9 @@ def main(arguments: Sequence[str]) -> int:
         for one in items():
             left = missing(one, given.results)
             what = f"{one.experiment} {', '.join(one.rows)} ({one.budget}), {one.seeds} seeds: "
-            print(what + (f"{len(left)} to train, about {one.hours:g} h in all" if left else "done"), flush=True)
+            print(
+                what + (f"{len(left)} to train (the item takes about {one.hours:g} h)" if left else "done"), flush=True
+            )
             if left and not given.list:
                 reproduce(
                     experiment(one.experiment),
@@ -106,12 +109,9 @@ def main(arguments: Sequence[str]) -> int:
                     say=print,
                     threads=1,
                 )
-    except InputError as error:
+    except (InputError, Diverged) as error:
         print(f"tools.campaign: error: {error}", file=sys.stderr)
-        return 2
-    except Diverged as error:
-        print(f"tools.campaign: error: {error}", file=sys.stderr)
-        return 1
+        return 2 if isinstance(error, InputError) else 1
     except Interrupted as stop:
         print(f"tools.campaign: {stop}", file=sys.stderr)
         return 128 + stop.signal_number

@@ -66,7 +66,7 @@ class Config(OutputOptions, MachineOptions, OptimisationOptions, LossOptions, Da
 
     def _follows_preset(self, kind: Any) -> bool:
         """Whether any option has the value that the preset gives it."""
-        recipe, flat = recipe_of(self.preset, self.model), self.flat()
+        recipe, flat = preset_options(self.preset, self.model), self.flat()
         defaults = {each.name: each.default for each in (*fields(Config), *fields(kind))}
         return any(flat[name] == value != defaults[name] for name, value in recipe.items() if name in flat)
 
@@ -87,7 +87,7 @@ class Config(OutputOptions, MachineOptions, OptimisationOptions, LossOptions, Da
         """The same with other values of some options; another `model` has its own defaults."""
         kept = self.flat()
         if options.get("model", self.model) != self.model:
-            recipe = recipe_of(self.preset, self.model)  # whose values may be others of another model
+            recipe = preset_options(self.preset, self.model)  # whose values may be others of another model
             own = {name for name, value in kept.items() if hasattr(self.options, name) or recipe.get(name) == value}
             kept = {name: value for name, value in kept.items() if name not in own}
         return from_dict({**kept, **options})
@@ -126,16 +126,15 @@ PRESETS: dict[str, dict[str, Any]] = {
 
 `authors` is https://github.com/Sarasra/models/tree/master/research/capsules. Its margin loss is averaged over classes,
 ten in all its MNIST experiments; with another number of classes give `margin_scale` as 0.5 divided by that number.
-`fast` is ours, chosen on held-out training images (`docs/experiments.md`). A model may have values of its own, in the
-`RECIPES` of its file.
+`fast` is ours. A model may have values of its own for a preset, in the `PRESETS` of its file.
 """
 
 
-def recipe_of(name: str, model: str) -> dict[str, Any]:
+def preset_options(name: str, model: str) -> dict[str, Any]:
     """The options in which preset `name` differs from the defaults of a model."""
-    from capsnet.models.registry import recipes
+    from capsnet.models.registry import presets
 
-    return {**PRESETS[name], **recipes(model).get(name, {})}
+    return {**PRESETS[name], **presets(model).get(name, {})}
 
 
 RENAMED = {
@@ -223,7 +222,7 @@ def from_dict(values: Mapping[str, Any], *, source: str = "") -> Config:
         except InputError as error:
             faults.append(str(error))
     faults += out_of_range(clean, Config, kind)
-    merged = {**{key: value for key, value in recipe_of(name, model).items() if key in hints}, **clean}
+    merged = {**{key: value for key, value in preset_options(name, model).items() if key in hints}, **clean}
     options = {each.name: merged.pop(each.name) for each in fields(kind) if each.name in merged}
     if faults:
         raise InputError(f"{source and source + ': '}{joined(faults)}")

@@ -16,8 +16,7 @@ __all__ = ["Reproduce"]
 class Reproduce:
     """Train and evaluate an experiment of the papers: the rows and seeds that the records do not have yet.
 
-    Experiments: table1 (MNIST with and without reconstruction, by routing iterations), recipes (the paper's text, its
-    authors' code, and every difference alone), multimnist, affnist, cifar10, fashion-mnist, svhn, smallnorb.
+    Experiments: see `capsnet list experiments`.
 
     The same command continues an interrupted one. Records go to results/experiments/NAME-BUDGET.jsonl, run directories
     to runs/experiments.

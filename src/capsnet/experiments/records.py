@@ -12,7 +12,7 @@ from capsnet.files import parse_json, read_text, write_atomically
 from capsnet.options import LOCAL
 from capsnet.options.schema import checked
 
-__all__ = ["Record", "add", "effective", "fingerprint", "path_of", "read", "write"]
+__all__ = ["Record", "add", "effective", "fingerprint", "identity", "path_of", "read", "write"]
 
 
 @dataclass(frozen=True)
@@ -106,6 +106,11 @@ def read(folder: Path, experiment: str, budget: str) -> list[Record]:
     return records
 
 
+def identity(record: Record) -> tuple[object, ...]:
+    """What the records of one network have in common, wherever and however often it was trained."""
+    return record.row, record.fingerprint, record.seed, tuple(record.members)
+
+
 def add(folder: Path, record: Record) -> list[Record]:
     """Add a record to its file, in place of one of the same network; what others wrote there in the meantime stays.
 
@@ -115,12 +120,8 @@ def add(folder: Path, record: Record) -> list[Record]:
     Raises:
         InputError: it cannot be written, or a line is no record.
     """
-
-    def network(one: Record) -> tuple[object, ...]:
-        return one.row, one.fingerprint, one.seed, tuple(one.members)
-
     there = read(folder, record.experiment, record.budget)
-    kept = [*(one for one in there if network(one) != network(record)), record]
+    kept = [*(one for one in there if identity(one) != identity(record)), record]
     write(folder, kept)
     return kept
 

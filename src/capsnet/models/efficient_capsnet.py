@@ -19,11 +19,11 @@ from capsnet.models.network import CapsuleNetwork, RoutingTrace
 from capsnet.options.schema import AT_LEAST_1, FRACTION, LARGEST, Range
 from capsnet.routing import RoutingResult, attention_routing
 
-__all__ = ["RECIPES", "BatchNorm", "ClassCapsules", "EfficientCapsNet", "Options", "PrimaryCapsules", "build"]
+__all__ = ["PRESETS", "BatchNorm", "ClassCapsules", "EfficientCapsNet", "Options", "PrimaryCapsules", "build"]
 
-RECIPES = {"fast": {"lr": 0.005}}
+PRESETS = {"fast": {"lr": 0.005}}
 SIDE = 28
-"""Pixels of the shorter side for which the first convolution has one step a pixel."""
+"""Pixels of the shorter side for each pixel of the first convolution's stride."""
 
 
 @dataclass(frozen=True)
@@ -202,8 +202,8 @@ class EfficientCapsNet(CapsuleNetwork):
         u_hat = F.votes(u, self.class_capsules.weight)
         routed = attention_routing(u_hat, prior=self.class_capsules.prior)
         uniform = torch.full_like(routed.couplings, 1 / len(self.classes))
-        mean = F.exponential_squash(u_hat.sum(1) / len(self.classes))
-        couplings, pose = torch.stack([uniform, routed.couplings]), torch.stack([mean, routed.pose])
+        first = F.exponential_squash(u_hat.sum(1) / len(self.classes))
+        couplings, pose = torch.stack([uniform, routed.couplings]), torch.stack([first, routed.pose])
         return RoutingTrace(F.lengths(u), u_hat, couplings, pose)
 
     def receptive_fields(self) -> tuple[Float[Tensor, "rows height"], Float[Tensor, "columns width"]]:

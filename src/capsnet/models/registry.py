@@ -1,7 +1,7 @@
 """The networks by name: each file of this package but this one and `network` is one, named as the network is.
 
 Such a file holds `Options`, a frozen dataclass whose fields say their default, range and help, and
-`build(image_shape, num_classes, options)`; and `RECIPES`, the options of presets that it has other than all networks.
+`build(image_shape, num_classes, options)`; and `PRESETS`, the options of presets that it has other than all networks.
 """
 
 import fnmatch
@@ -14,7 +14,7 @@ from capsnet.errors import InputError
 from capsnet.models.network import Network
 from capsnet.options.schema import did_you_mean, joined, out_of_range, shown
 
-__all__ = ["available", "create", "options_of", "recipes", "summary"]
+__all__ = ["available", "create", "options_of", "presets", "summary"]
 
 
 def available(pattern: str = "*") -> list[str]:
@@ -41,13 +41,13 @@ def options_of(name: str) -> Any:
     return _file(name).Options
 
 
-def recipes(name: str) -> dict[str, dict[str, Any]]:
+def presets(name: str) -> dict[str, dict[str, Any]]:
     """The options of each preset that the network `name` has other than all networks.
 
     Raises:
         InputError: an unknown name.
     """
-    return getattr(_file(name), "RECIPES", {})
+    return getattr(_file(name), "PRESETS", {})
 
 
 def summary(name: str) -> str:
@@ -98,7 +98,7 @@ def create(
         )
     if faults := out_of_range(options, kind):
         raise InputError(joined(faults))
-    chosen = kind(**options)
+    chosen = kind(**{name: tuple(value) if isinstance(value, list) else value for name, value in options.items()})
     if num_classes < 1 or (classes is not None and len(classes) != num_classes):
         raise InputError(f"num_classes must be at least 1 and the number of names in classes; got {num_classes}")
     if not 1 <= objects_per_image <= num_classes:

@@ -10,7 +10,7 @@ import reprlib
 import sys
 from collections.abc import Callable, Iterable, Mapping
 from types import NoneType, UnionType
-from typing import Any, Literal, Union, get_args, get_origin, get_type_hints, is_typeddict
+from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints, is_typeddict
 
 from capsnet.errors import InputError
 
@@ -109,29 +109,30 @@ FRACTION = Range(0, 1, below=True, words="in [0, 1)")
 
 
 def out_of_range(values: Mapping[str, Any], *kinds: type) -> list[str]:
-    """What is wrong with the values of options, each of which is of the right type.
+    """What is wrong with the values of options: their types, and their ranges.
 
     Args:
         values: options by name.
-        kinds: the dataclasses that they are fields of, whose annotations hold the rules.
+        kinds: the dataclasses that they are fields of, whose annotations hold types and rules.
     """
-    faults, hints, plain = list[str](), dict[str, Any](), dict[str, Any]()
+    faults, hints = list[str](), dict[str, Any]()
     for kind in kinds:
         hints |= get_type_hints(kind, include_extras=True)
-        plain |= get_type_hints(kind)
     for name, value in values.items():
-        if value is None or name not in hints:
+        if name not in hints:
             continue
-        if isinstance(value, str):
-            try:
-                checked(value, plain[name], name=name)
-            except InputError as error:
-                faults.append(str(error))
-                continue
-            if "\0" in value:
-                faults.append(f"{name} must be text without a NUL character; got {shown(value)}")
-        rules = (rule for rule in getattr(hints[name], "__metadata__", ()) if isinstance(rule, Rule))
-        faults += [f"{name} must be {words}; got {shown(value)}" for rule in rules if (words := rule.fault(value))]
+        try:
+            checked(value, hints[name], name=name)
+        except InputError as error:
+            faults.append(str(error))
+            continue
+        if isinstance(value, str) and "\0" in value:
+            faults.append(f"{name} must be text without a NUL character; got {shown(value)}")
+        rules = () if value is None else getattr(hints[name], "__metadata__", ())
+        found = (
+            rule.fault(tuple(value) if isinstance(value, list) else value) for rule in rules if isinstance(rule, Rule)
+        )
+        faults += [f"{name} must be {words}; got {shown(value)}" for words in found if words]
     return faults
 
 
@@ -194,6 +195,8 @@ def _checked(value: Any, kind: Any, place: str) -> Any:
     origin, parts = get_origin(kind), get_args(kind)
     if kind is Any:
         return value
+    if origin is Annotated:
+        return _checked(value, parts[0], place)
     if origin in (Union, UnionType):
         return _one_of(value, kind, place)
     if origin is Literal and isinstance(value, str) and value in parts:

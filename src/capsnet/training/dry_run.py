@@ -11,7 +11,6 @@ from capsnet.checkpoints import pretrained
 from capsnet.config import Config
 from capsnet.data import Dataset, outline
 from capsnet.kernels import native
-from capsnet.layers import ClassCapsules
 from capsnet.models import Network
 from capsnet.training import defaults, prepare
 
@@ -64,7 +63,7 @@ def layer_table(network: Network) -> str:
 
     copy = pretrained.outline(**network.config)
     for name, layer in copy.named_modules():
-        whole = isinstance(layer, ClassCapsules) or name == "primary" or not list(layer.children())
+        whole = name == "primary" or not list(layer.children())
         if name and whole and not name.startswith("primary."):
             layer.register_forward_hook(partial(note, name))
     with copy.plain(), torch.no_grad():

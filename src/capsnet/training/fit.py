@@ -24,7 +24,7 @@ from capsnet.evaluation.ood import threshold_for
 from capsnet.kernels.buffers import pool
 from capsnet.models import Network
 from capsnet.options import LOCAL, RESUMABLE
-from capsnet.options.schema import checked, shown
+from capsnet.options.schema import checked, joined, shown
 from capsnet.training import defaults
 from capsnet.training.console import Progress
 from capsnet.training.cuda_graph import check_graph
@@ -89,8 +89,8 @@ def resume(directory: str | Path, dataset: Dataset | None = None, **changes: Any
     Args:
         directory: of the run.
         dataset: the one that `fit` was given, if it was.
-        changes: options to change, of those that leave it the same run: more `epochs`, `devices`, `log_every`,
-            `checkpoint_steps`, `tensorboard`, `threads`, `data_dir`, and `data` where the same images have moved.
+        changes: options to change, of those with the role `RESUMABLE` (see `capsnet.options`), which leave it the same
+            run: more `epochs`, for instance, or `data` where the same images have moved.
 
     Raises:
         InputError: no run or checkpoint there, another process trains in it, or another option is to change; otherwise
@@ -105,7 +105,7 @@ def resume(directory: str | Path, dataset: Dataset | None = None, **changes: Any
         if name not in resumable and value != before.get(name)
     ]
     if faults:
-        raise InputError(f"{'; and '.join(faults)} (only {', '.join(sorted(resumable))} may change)")
+        raise InputError(f"{joined(faults)} (only {', '.join(sorted(resumable))} may change)")
     if changes.get("data", saved.data) != saved.data and run.manifest() is None:
         raise InputError(f"data of a resumed run must stay {saved.data}, for it has no manifest; got {changes['data']}")
     config = saved.changed(**{name: value for name, value in changes.items() if name in resumable})

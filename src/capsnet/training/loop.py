@@ -9,7 +9,6 @@ process draws for itself, and batch statistics, which are those of each process'
 import math
 import time
 from contextlib import ExitStack
-from functools import partial
 
 import torch
 from lightning_fabric import Fabric
@@ -24,7 +23,7 @@ from capsnet.training.batches import BatchLoader
 from capsnet.training.console import Progress
 from capsnet.training.cuda_graph import GraphedStep
 from capsnet.training.diagnosis import Chance
-from capsnet.training.schedule import generator, learning_rate, seed_of
+from capsnet.training.schedule import generator, learning_rate, optimizer_of, seed_of
 from capsnet.training.state import TrainingState
 from capsnet.training.tensorboard import tensorboard
 
@@ -66,10 +65,7 @@ def train_epochs(
     """
     assert config.epochs is not None
     network.to(fabric.device)
-    adam = partial(torch.optim.AdamW, weight_decay=config.weight_decay) if config.weight_decay else torch.optim.Adam
-    objective, optimizer = fabric.setup(
-        Objective(network, config), adam(network.parameters(), lr=config.lr, fused=True)
-    )
+    objective, optimizer = fabric.setup(Objective(network, config), optimizer_of(network, config))
 
     def step(batch: Batch, share: float = 1.0) -> Losses:
         optimizer.zero_grad(set_to_none=not config.cuda_graph)
@@ -96,8 +92,8 @@ def train_epochs(
 
     with ExitStack() as stack:
         progress = stack.enter_context(Progress(epochs=config.epochs, steps=steps, quiet=not fabric.is_global_zero))
-        for note in filter(None, notes):
-            progress.note(note)
+        for said in filter(None, notes):
+            progress.note(said)
         write_row = None
         if config.tensorboard and fabric.is_global_zero:
             write_row = stack.enter_context(tensorboard(run.directory / "tensorboard", first_epoch=state.at.epoch + 1))

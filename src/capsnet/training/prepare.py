@@ -76,7 +76,7 @@ def _with_splits(config: Config, dataset: Dataset, *, shares: bool, divided: boo
     if divided:
         return dataset
     if config.validation is not None or dataset.validation is None:
-        count = min(5000, len(dataset.train) // 10) if config.validation is None else config.validation
+        count = _validation_images(len(dataset.train)) if config.validation is None else config.validation
         dataset = dataset.with_validation(count, seed=config.data_seed, shares=shares)
     if config.train_images is not None:
         dataset = dataset.with_train(config.train_images, seed=config.data_seed, shares=shares)
@@ -117,10 +117,15 @@ def _divided(folder: ImageFolder, config: Config, recorded: Manifest | None, *, 
         return folder
     count = config.validation
     if count is None and not folder.of("validation"):
-        count = min(5000, len(folder.of("train")) // 10)
+        count = _validation_images(len(folder.of("train")))
     if count is not None:
         folder = folder.with_validation(count, seed=config.data_seed)
     return folder if config.train_images is None else folder.with_train(config.train_images, seed=config.data_seed)
+
+
+def _validation_images(train_images: int) -> int:
+    """How many are held out unless it is said: a tenth, at most 5,000."""
+    return min(5000, train_images // 10)
 
 
 def as_read(config: Config, dataset: Dataset) -> Config:

@@ -1,13 +1,14 @@
-"""What follows from the step alone: learning rate and random numbers."""
+"""The optimiser, and what follows from the step alone: learning rate and random numbers."""
 
 import hashlib
 import math
 
 import torch
+from torch import nn
 
 from capsnet.config import Config
 
-__all__ = ["generator", "learning_rate", "seed_of"]
+__all__ = ["generator", "learning_rate", "optimizer_of", "seed_of"]
 
 
 def learning_rate(config: Config, step: int, steps_per_epoch: int) -> float:
@@ -27,6 +28,13 @@ def learning_rate(config: Config, step: int, steps_per_epoch: int) -> float:
     done = min(max(0.0, (step - rising) / max(1.0, total - rising)), 1.0)
     left = 1 - done if config.schedule == "linear" else (1 + math.cos(math.pi * done)) / 2
     return config.lr_floor + (config.lr - config.lr_floor) * left
+
+
+def optimizer_of(network: nn.Module, config: Config) -> torch.optim.Optimizer:
+    """Adam, or AdamW where there is weight decay."""
+    if config.weight_decay:
+        return torch.optim.AdamW(network.parameters(), lr=config.lr, weight_decay=config.weight_decay, fused=True)
+    return torch.optim.Adam(network.parameters(), lr=config.lr, fused=True)
 
 
 def seed_of(*numbers: int) -> int:

@@ -174,10 +174,8 @@ class TrainingState:
             told.append(
                 f"computed by {self.kernels} from here on, before by {brief(before)}: results differ in rounding"
             )
-        old, step = (
-            self.config.changed(epochs=checkpoint["config"].get("epochs")),
-            self.at.epoch * self.steps + self.at.step,
-        )
+        old = self.config.changed(epochs=checkpoint["config"].get("epochs"))
+        step = self.at.epoch * self.steps + self.at.step
         rates = [learning_rate(config, step, self.steps) for config in (old, self.config)]
         if rates[0] != rates[1]:
             told.append(
