@@ -71,7 +71,7 @@ def test_help(capsys: pytest.CaptureFixture[str]) -> None:
         ("--lr 0 --seed -1", "lr must be above 0; got 0.0; and seed must be at least 0; got -1"),
         ("--batch-size 0", "batch_size must be at least 1; got 0"),
         ("--routing-iterations 0", "routing_iterations must be at least 1; got 0"),
-        ("--decoder-sizes 3 0", "decoder_sizes must be widths of 1 to 2,147,483,647; got (3, 0)"),
+        ("--decoder-sizes 3 0", "decoder_sizes must be numbers of 1 to 2,147,483,647; got (3, 0)"),
         ("--devices 999 --device cpu", "devices must be at most the "),
         ("--image-size 4", "first convolution"),
         ("--data nope", "data must be one of affnist, affnist-generated, "),

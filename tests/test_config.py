@@ -246,7 +246,7 @@ def test_a_value_of_the_wrong_type_is_refused(values: dict[str, Any], message: s
         ("m_neg", 1.0, r"in \[0, 1\)"),
         ("m_pos", 0.0, r"in \(0, 1\]"),
         ("channels", 2, "1 or 3"),
-        ("decoder_sizes", (8, 0), "widths of 1 to 2,147,483,647"),
+        ("decoder_sizes", (8, 0), "numbers of 1 to 2,147,483,647"),
         ("validation", -1, "at least 0"),
         ("device", "tpu", "one of auto, cpu, cuda, mps"),
     ],
@@ -325,7 +325,7 @@ MOST = {"seed": 2**62 - 1, "data_seed": 2**62 - 1, "routing_iterations": 100, "i
 @pytest.mark.parametrize("name", WHOLE_NUMBERS)
 def test_whole_numbers_have_a_largest_value(name: str) -> None:
     most = MOST.get(name, 2**31 - 1)
-    rule = rf"(at most {most:,}|1 or 3|8 to 32|pixels, 1 to {most:,}, .*|widths of 1 to {most:,})"
+    rule = rf"(at most {most:,}|1 or 3|8 to 32|pixels, 1 to {most:,}, .*|numbers of 1 to {most:,})"
     wrong: Any
     for value in (most + 1, 10**26, 10**5000):
         wrong = (value,) if name == "decoder_sizes" else value

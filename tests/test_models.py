@@ -351,7 +351,7 @@ def test_an_image_too_small_is_told_which_layer_needs_what() -> None:
     [
         ({"capsule_types": 0}, "^capsule_types must be at least 1; got 0$"),
         ({"conv_kernel_size": -1}, "^conv_kernel_size must be at least 1; got -1$"),
-        ({"decoder_sizes": (8, 0)}, "^decoder_sizes must be widths of 1 to"),
+        ({"decoder_sizes": (8, 0)}, "^decoder_sizes must be numbers of 1 to"),
         ({"routing_iterations": 0}, "^routing_iterations must be at least 1; got 0$"),
         ({"padding": "full"}, "^padding must be one of valid, same; got 'full'$"),
         ({"routing_kernel": "fast"}, "^routing_kernel must be one of auto, plain, fused; got 'fast'$"),

@@ -13,7 +13,7 @@ from typing import Any, Literal, get_type_hints
 from capsnet.errors import InputError
 from capsnet.files import is_directory, read_yaml
 from capsnet.options import GROUPS, DataOptions, LossOptions, MachineOptions, OptimisationOptions, OutputOptions, Role
-from capsnet.options.schema import brief, checked, did_you_mean, joined, out_of_range, shown
+from capsnet.options.schema import brief, check_known, checked, did_you_mean, joined, out_of_range, shown
 
 __all__ = [
     "OPEN",
@@ -194,14 +194,10 @@ def from_dict(values: Mapping[str, Any], *, source: str = "") -> Config:
     """
     given, old = _flattened(values)
     base: dict[str, Any] = {"preset": "paper", "model": "capsnet", **given}
-    model, name = base["model"], base["preset"]
-    if not isinstance(name, str) or name not in PRESETS:
-        raise InputError(
-            f"{source and source + ': '}preset must be one of {', '.join(PRESETS)}; got {shown(name)}"
-            f"{did_you_mean(str(name), PRESETS)}"
-        )
+    model, name, where = base["model"], base["preset"], f"{source}: " if source else ""
+    check_known(name, PRESETS, f"{where}preset must be one of")
     if not isinstance(model, str):
-        raise InputError(f"{source and source + ': '}model must be text; got {shown(model)}")
+        raise InputError(f"{where}model must be text; got {shown(model)}")
     kind = _model_options(model)
     hints = get_type_hints(Config) | get_type_hints(kind)
     hints.pop("options")
@@ -225,11 +221,11 @@ def from_dict(values: Mapping[str, Any], *, source: str = "") -> Config:
     merged = {**{key: value for key, value in preset_options(name, model).items() if key in hints}, **clean}
     options = {each.name: merged.pop(each.name) for each in fields(kind) if each.name in merged}
     if faults:
-        raise InputError(f"{source and source + ': '}{joined(faults)}")
+        raise InputError(f"{where}{joined(faults)}")
     try:
         return Config(**merged, options=kind(**options))
     except InputError as error:
-        raise InputError(f"{source and source + ': '}{error}") from None
+        raise InputError(f"{where}{error}") from None
 
 
 def read(path: str | Path) -> Config:

@@ -12,8 +12,9 @@ import numpy as np
 import torch
 
 from capsnet.data.dataset import Dataset, Split, check_memory
+from capsnet.data.download import DataDir
 from capsnet.data.photo import channels_first
-from capsnet.data.registry import DataDir, Entry, available, entry
+from capsnet.data.registry import Entry, available, entry
 from capsnet.errors import InputError
 from capsnet.files import is_directory
 from capsnet.options import size_of

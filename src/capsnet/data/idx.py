@@ -39,7 +39,8 @@ def read(
     data_dir: DataDir = None,
     shape: tuple[int, ...] | None = None,
     of_each: int | None = None,
-    **_: object,
+    side: int = 0,
+    seed: int = 0,
 ) -> Split:
     """One split of MNIST or its kind, `train` or `test`, downloaded where need be.
 

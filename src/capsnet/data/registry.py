@@ -19,7 +19,7 @@ from capsnet.data.preprocessing import Framing
 from capsnet.errors import InputError
 from capsnet.options.schema import brief, did_you_mean
 
-__all__ = ["DataDir", "Entry", "available", "checksums", "entry"]
+__all__ = ["Entry", "available", "checksums", "entry"]
 
 
 @runtime_checkable

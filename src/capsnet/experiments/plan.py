@@ -3,7 +3,6 @@
 A new experiment is a new file: its name is the experiment's, and its fields are those of `Experiment`.
 """
 
-from collections.abc import Collection
 from dataclasses import dataclass, field, replace
 from functools import cache
 from pathlib import Path
@@ -12,7 +11,7 @@ from typing import Any, Literal
 from capsnet.config import Config, from_dict
 from capsnet.errors import InputError
 from capsnet.files import read_yaml
-from capsnet.options.schema import checked, did_you_mean
+from capsnet.options.schema import check_known, checked
 
 __all__ = ["BUDGETS", "Experiment", "Row", "available", "experiment", "read"]
 
@@ -95,7 +94,7 @@ class Experiment:
             InputError: there is none.
         """
         rows = {row.key: row for row in self.rows}
-        _check_known(key, rows, f"rows of {self.name} must be among")
+        check_known(key, rows, f"rows of {self.name} must be among")
         return rows[key]
 
     def config(self, row: Row, budget: str, seed: int) -> Config:
@@ -153,11 +152,5 @@ def experiment(name: str) -> Experiment:
     Raises:
         InputError: there is none.
     """
-    _check_known(name, available(), "experiment must be one of")
+    check_known(name, available(), "experiment must be one of")
     return _experiments()[name]
-
-
-def _check_known(name: str, names: Collection[str], rule: str) -> None:
-    """Raise an InputError that begins with `rule` unless `name` is among `names`."""
-    if name not in names:
-        raise InputError(f"{rule} {', '.join(names)}; got {name!r}{did_you_mean(name, names)}")

@@ -1,4 +1,4 @@
-"""Which of several ways a layer computes by, and why: the routing, the convolutions, and the sweeps over votes."""
+"""Choice of kernels for routing, convolutions and votes."""
 
 from collections.abc import Callable
 

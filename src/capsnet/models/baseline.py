@@ -46,7 +46,7 @@ class ConvNet(Network):
             InputError: images of another shape than the network was built for.
         """
         self.check_images(images)
-        logits: Tensor = self.layers(F.per_image_standardize(images) if self.standardize else images)
+        logits: Tensor = self.layers(self.standardized(images))
         return Output(F.at_least_float32(logits))
 
     def presence(self, output: Output) -> Float[Tensor, "batch classes"]:
@@ -68,7 +68,7 @@ class ConvNet(Network):
     ) -> Float[Tensor, "batch dim"]:
         """The last hidden layer."""
         self.check_images(images)
-        features: Tensor = self.layers[:-1](F.per_image_standardize(images) if self.standardize else images)
+        features: Tensor = self.layers[:-1](self.standardized(images))
         return features.float()
 
 

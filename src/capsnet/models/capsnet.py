@@ -16,7 +16,7 @@ from capsnet.kernels.stem import winograd_stem
 from capsnet.kernels.winograd import saving
 from capsnet.layers import ClassCapsules, Convolution, Decoder, PrimaryCapsules
 from capsnet.models.network import CapsuleNetwork, RoutingTrace
-from capsnet.options.schema import AT_LEAST_1, FINITE, LARGEST, Range
+from capsnet.options.schema import AT_LEAST_1, FINITE, SIZES, Range
 from capsnet.routing import MOST_ITERATIONS, RoutingResult, dynamic_routing
 
 __all__ = ["CapsNet", "Options", "build"]
@@ -66,7 +66,7 @@ class Options:
     Above 0 routing is computed plainly."""
     reconstruction: bool = True
     """Train a decoder and add its loss."""
-    decoder_sizes: Annotated[tuple[int, ...], Range(1, words=f"widths of 1 to {LARGEST:,}")] = (512, 1024)
+    decoder_sizes: Annotated[tuple[int, ...], SIZES] = (512, 1024)
     """Widths of the decoder's hidden layers."""
     init: Literal["pytorch", "authors"] = "pytorch"
     """Initial weights. authors: truncated normal 0.1 (0.05 in the first convolution), biases 0.1."""
@@ -114,7 +114,7 @@ class CapsNet(CapsuleNetwork):
     ) -> Float[Tensor, "batch capsules dim"]:
         """Poses of the primary capsules: both convolutions and the squash."""
         first, second = self.conv, self.primary.conv
-        images = F.per_image_standardize(images) if self.standardize else images
+        images = self.standardized(images)
         if self.resolved_convolution(images) == "direct":
             u: Tensor = self.primary(torch.relu(first(images)))
             return u

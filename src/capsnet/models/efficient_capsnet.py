@@ -16,7 +16,7 @@ from capsnet import functional as F
 from capsnet.errors import InputError
 from capsnet.layers import Convolution, Decoder
 from capsnet.models.network import CapsuleNetwork, RoutingTrace
-from capsnet.options.schema import AT_LEAST_1, FRACTION, LARGEST, Range
+from capsnet.options.schema import AT_LEAST_1, FRACTION, SIZES
 from capsnet.routing import RoutingResult, attention_routing
 
 __all__ = ["PRESETS", "BatchNorm", "ClassCapsules", "EfficientCapsNet", "Options", "PrimaryCapsules", "build"]
@@ -30,11 +30,11 @@ SIDE = 28
 class Options:
     """Options of Efficient-CapsNet."""
 
-    conv_channels: Annotated[tuple[int, ...], Range(1, words=f"numbers of 1 to {LARGEST:,}")] = (32, 64, 64, 128)
+    conv_channels: Annotated[tuple[int, ...], SIZES] = (32, 64, 64, 128)
     """Number of channels of each convolution."""
-    conv_kernel_sizes: Annotated[tuple[int, ...], Range(1, words=f"numbers of 1 to {LARGEST:,}")] = (5, 3, 3, 3)
+    conv_kernel_sizes: Annotated[tuple[int, ...], SIZES] = (5, 3, 3, 3)
     """Kernel size of each convolution, in pixels."""
-    conv_strides: Annotated[tuple[int, ...] | None, Range(1, words=f"numbers of 1 to {LARGEST:,}")] = None
+    conv_strides: Annotated[tuple[int, ...] | None, SIZES] = None
     """Stride of each convolution, in pixels. Default: 2 in the last; and in the first 1, but 2, 3, ... for images of
     two, three, ... times 28 pixels."""
     padding: Literal["valid", "same"] = "valid"
@@ -53,7 +53,7 @@ class Options:
     """Dimension of a class capsule."""
     reconstruction: bool = True
     """Train a decoder and add its loss."""
-    decoder_sizes: Annotated[tuple[int, ...], Range(1, words=f"widths of 1 to {LARGEST:,}")] = (512, 1024)
+    decoder_sizes: Annotated[tuple[int, ...], SIZES] = (512, 1024)
     """Widths of the decoder's hidden layers."""
     standardize: bool = False
     """Give each input image mean 0 and standard deviation 1."""
@@ -187,7 +187,7 @@ class EfficientCapsNet(CapsuleNetwork):
         self, images: Float[Tensor, "batch channels height width"]
     ) -> Float[Tensor, "batch capsules dim"]:
         """Poses of the primary capsules."""
-        u: Tensor = self.primary(self.stem(F.per_image_standardize(images) if self.standardize else images))
+        u: Tensor = self.primary(self.stem(self.standardized(images)))
         return u
 
     @property

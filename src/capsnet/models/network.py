@@ -1,4 +1,4 @@
-"""What every network of the package says and can do: the interface that all other rooms rely on."""
+"""The interface of every network: `Network`, `CapsuleNetwork`, and their `Output`."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
@@ -26,7 +26,7 @@ LARGE_IMAGE = 40 * 40
 
 
 class Output(NamedTuple):
-    """What a network says of a batch.
+    """Output of a network for a batch.
 
     Attributes:
         scores: `[batch, classes]`; the largest is the prediction, or the k largest where images show k objects.
@@ -67,6 +67,7 @@ class Network(nn.Module, ABC):
         classes: names of the classes, in the order of the scores.
         image_shape: channels, height and width.
         objects_per_image: number of objects, of different classes, that an image shows.
+        standardize: whether each image is given mean 0 and standard deviation 1 first.
         decoder: reconstructs images from class capsules, or None.
         narrower: the options that make the network smaller, for errors.
     """
@@ -75,6 +76,7 @@ class Network(nn.Module, ABC):
     classes: tuple[str, ...]
     image_shape: tuple[int, int, int]
     objects_per_image: int = 1
+    standardize: bool = False
     decoder: "Decoder | None"
     narrower: str
 
@@ -109,6 +111,10 @@ class Network(nn.Module, ABC):
     def plain(self) -> AbstractContextManager[None]:
         """Inside, every layer is computed by its own `forward`, which hooks and tracers see."""
         return nullcontext()
+
+    def standardized(self, images: Tensor) -> Tensor:
+        """Images as the first layer sees them, see `standardize`."""
+        return F.per_image_standardize(images) if self.standardize else images
 
     def multi_hot(self, labels: Int[Tensor, "batch *objects"]) -> Bool[Tensor, "batch classes"]:
         """Whether each class is among the true classes of an image."""

@@ -12,7 +12,7 @@ from typing import Any
 
 from capsnet.errors import InputError
 from capsnet.models.network import Network
-from capsnet.options.schema import did_you_mean, joined, out_of_range, shown
+from capsnet.options.schema import check_known, did_you_mean, joined, out_of_range
 
 __all__ = ["available", "create", "options_of", "presets", "summary"]
 
@@ -26,9 +26,7 @@ def available(pattern: str = "*") -> list[str]:
 
 def _file(name: str) -> Any:
     """The module of the network `name`."""
-    if name not in available():
-        names = available()
-        raise InputError(f"model must be one of {', '.join(names)}; got {shown(name)}{did_you_mean(str(name), names)}")
+    check_known(name, available(), "model must be one of")
     return import_module(f"capsnet.models.{name.replace('-', '_')}")
 
 

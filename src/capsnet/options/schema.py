@@ -105,6 +105,7 @@ AT_LEAST_0 = Range(0)
 AT_LEAST_1 = Range(1)
 FINITE = Range(0, sys.float_info.max, words="at least 0 and finite")
 POSITIVE = Range(0, sys.float_info.max, above=True, words="above 0")
+SIZES = Range(1, words=f"numbers of 1 to {LARGEST:,}")
 FRACTION = Range(0, 1, below=True, words="in [0, 1)")
 
 
@@ -140,6 +141,13 @@ def did_you_mean(name: str, names: Iterable[str]) -> str:
     """` (did you mean ...?)` with the nearest of `names`; nothing where none is near."""
     near = difflib.get_close_matches(name, list(names), n=1)
     return f" (did you mean {near[0]}?)" if near else ""
+
+
+def check_known(name: object, names: Iterable[str], rule: str) -> None:
+    """Raise InputError, which begins with `rule`, unless `name` is one of `names`; it suggests the nearest."""
+    known = list(names)
+    if name not in known:
+        raise InputError(f"{rule} {', '.join(known)}; got {shown(name)}{did_you_mean(str(name), known)}")
 
 
 def shown(value: object) -> str:

@@ -13,6 +13,7 @@ from capsnet.checkpoints import pretrained
 from capsnet.config import OPEN, Config, with_defaults
 from capsnet.data import Dataset, available
 from capsnet.models import CapsuleNetwork
+from capsnet.training.schedule import steps_of
 
 __all__ = ["resolved", "told"]
 
@@ -35,7 +36,7 @@ def resolved(config: Config, dataset: Dataset) -> Config:
         return with_defaults(config)
     chosen = dict[str, Any]()
     if config.epochs is None:
-        steps = math.ceil(len(dataset.train) / config.batch_size)
+        steps = steps_of(config, len(dataset.train))
         epochs = max(OPEN["epochs"], math.ceil(FEWEST_STEPS / steps))
         chosen["epochs"] = epochs
         if epochs > OPEN["epochs"] and not config.lr_decay_steps and config.schedule == "exponential":

@@ -13,6 +13,7 @@ from capsnet.data import Dataset, outline
 from capsnet.kernels import native
 from capsnet.models import Network
 from capsnet.training import defaults, prepare
+from capsnet.training.schedule import steps_of
 
 __all__ = ["dry_run", "layer_table"]
 
@@ -31,7 +32,7 @@ def dry_run(config: Config) -> str:
     assert config.epochs is not None
     network = prepare.layout(config, dataset)
     precision = devices.resolve_precision(config, device, network)
-    steps = math.ceil(len(dataset.train) / config.batch_size)
+    steps = steps_of(config, len(dataset.train))
     kernels = network.kernels(device, precision)
     validation = 0 if dataset.validation is None else len(dataset.validation)
     return "\n".join(

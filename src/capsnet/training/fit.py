@@ -1,6 +1,5 @@
 """A run from its configuration to its report: prepare, launch, train, measure, save, report."""
 
-import math
 from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
@@ -8,7 +7,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from lightning_fabric import Fabric
 
 from capsnet import environment, memory, report
 from capsnet.checkpoints import pretrained
@@ -30,8 +28,8 @@ from capsnet.training.console import Progress
 from capsnet.training.cuda_graph import check_graph
 from capsnet.training.loop import predict_checked, train_epochs
 from capsnet.training.prepare import as_read, build, how_read, layout, prepare_data, reading_of, same_images
-from capsnet.training.schedule import generator
-from capsnet.training.state import fitting_checkpoint
+from capsnet.training.schedule import generator, steps_of
+from capsnet.training.state import TrainingState, fitting_checkpoint
 from capsnet.training.tensorboard import check_tensorboard
 
 __all__ = ["Result", "describe", "fit", "resume"]
@@ -158,7 +156,11 @@ def _launch(config: Config, dataset: Dataset | None, resumed: Run | None) -> Res
             run = Run(fabric.broadcast(str(run.directory)))
             with signals() as received, torch.random.fork_rng(devices=[]):
                 note = "; ".join(filter(None, (*dataset.notes, how_read(given, dataset), defaults.told(given, config))))
-                return _train(fabric, config, dataset, network, run, received, checkpoint, precision, note)
+                about = environment.describe(fabric.device)  # of the code that runs, not of what is on disk at the end
+                state, validation = train_epochs(
+                    fabric, config, dataset, network, run, received=received, checkpoint=checkpoint, note=note
+                )
+                return _finished(state, dataset, validation, precision=precision, about=about)
         except (Interrupted, Diverged, InputError):
             if fabric.is_global_zero:
                 raise
@@ -218,7 +220,7 @@ def _checkpoint(run: Run, config: Config, network: Network, dataset: Dataset) ->
             f"data {config.data} must be the {shown(checkpoint['train_images'])} training images that the run began "
             f"with; got {len(dataset.train)}"
         )
-    steps = math.ceil(len(dataset.train) / config.batch_size)
+    steps = steps_of(config, len(dataset.train))
     validated = dataset.validation is not None
     checkpoint = fitting_checkpoint(
         checkpoint, network, steps=steps, validated=validated, ema=bool(config.ema), source=f"checkpoint {path}"
@@ -229,22 +231,11 @@ def _checkpoint(run: Run, config: Config, network: Network, dataset: Dataset) ->
     return checkpoint
 
 
-def _train(
-    fabric: Fabric,
-    config: Config,
-    dataset: Dataset,
-    network: Network,
-    run: Run,
-    received: list[int],
-    checkpoint: Checkpoint | None,
-    precision: str,
-    note: str,
+def _finished(
+    state: TrainingState, dataset: Dataset, validation: Evaluation | None, *, precision: str, about: dict[str, Any]
 ) -> Result:
-    """Train, measure, save, report."""
-    about = environment.describe(fabric.device)  # of the code that runs, not of what is on disk at the end
-    state, validation = train_epochs(
-        fabric, config, dataset, network, run, received=received, checkpoint=checkpoint, note=note
-    )
+    """Measure, save, report."""
+    fabric, config, run = state.fabric, state.config, state.run
     found = predict_checked(state, dataset, "test")
     test = Evaluation.of(found, dataset.classes)
     if dataset.validation is not None and validation is None:  # resumed after the last epoch

@@ -8,7 +8,7 @@ from torch import nn
 
 from capsnet.config import Config
 
-__all__ = ["generator", "learning_rate", "optimizer_of", "seed_of"]
+__all__ = ["generator", "learning_rate", "optimizer_of", "seed_of", "steps_of"]
 
 
 def learning_rate(config: Config, step: int, steps_per_epoch: int) -> float:
@@ -28,6 +28,11 @@ def learning_rate(config: Config, step: int, steps_per_epoch: int) -> float:
     done = min(max(0.0, (step - rising) / max(1.0, total - rising)), 1.0)
     left = 1 - done if config.schedule == "linear" else (1 + math.cos(math.pi * done)) / 2
     return config.lr_floor + (config.lr - config.lr_floor) * left
+
+
+def steps_of(config: Config, train_images: int) -> int:
+    """Steps of an epoch; the last one may be smaller."""
+    return math.ceil(train_images / config.batch_size)
 
 
 def optimizer_of(network: nn.Module, config: Config) -> torch.optim.Optimizer:

@@ -1,4 +1,4 @@
-"""What surrounds the arithmetic of a training: where it stands, agreement between processes, checkpoints, stopping."""
+"""Training state: position, agreement between processes, checkpoints, stopping."""
 
 import math
 import time
@@ -21,7 +21,7 @@ from capsnet.objective import Batch, Losses
 from capsnet.options.schema import brief, checked, shown
 from capsnet.training.averaging import averaged
 from capsnet.training.diagnosis import first_not_finite
-from capsnet.training.schedule import learning_rate
+from capsnet.training.schedule import learning_rate, steps_of
 
 __all__ = ["Position", "TrainingState", "fitting_checkpoint"]
 
@@ -139,7 +139,7 @@ class TrainingState:
     ) -> None:
         self.fabric, self.config, self.run, self.network, self.optimizer = fabric, config, run, network, optimizer
         self.train_images, self.received = train_images, received
-        self.steps = math.ceil(train_images / config.batch_size)
+        self.steps = steps_of(config, train_images)
         self.at, self.rows = Position(), list[dict[str, Any]]()
         place = torch.device("cpu") if fabric.device.type == "mps" else fabric.device  # which has no float64
         self._sums = torch.zeros(4, dtype=torch.float64, device=place)  # of this epoch and process

@@ -22,9 +22,8 @@ from torch import Tensor
 
 from capsnet.data import download, idx
 from capsnet.data.dataset import Split
-from capsnet.data.download import Source
+from capsnet.data.download import DataDir, Source
 from capsnet.data.matlab import variables
-from capsnet.data.registry import DataDir
 from capsnet.data.sets import expanded_mnist, mnist
 from capsnet.data.sets.expanded_mnist import SIZE
 from capsnet.errors import InputError
@@ -38,7 +37,7 @@ SOURCE = Source(name="affnist", files={FILE: None}, mirrors=())  # no checksum i
 _BATCHES = "test_batches"
 
 
-def read(split: str, *, data_dir: DataDir = None, **_: object) -> Split:
+def read(split: str, *, data_dir: DataDir = None, side: int = 0, seed: int = 0) -> Split:
     """The split `train` of expanded-mnist, or affNIST's test images."""
     if split == "train":
         return expanded_mnist.read(split, data_dir=data_dir)

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from capsnet.data.dataset import Split
-from capsnet.data.registry import DataDir
+from capsnet.data.download import DataDir
 from capsnet.data.sets import expanded_mnist, mnist
 from capsnet.data.sets.expanded_mnist import SHIFTS, SIZE
 from capsnet.errors import InputError
@@ -27,7 +27,7 @@ _CHUNK = 1000  # images transformed at a time
 _TEST_SEED = 0
 
 
-def read(split: str, *, data_dir: DataDir = None, **_: object) -> Split:
+def read(split: str, *, data_dir: DataDir = None, side: int = 0, seed: int = 0) -> Split:
     """The split `train` of expanded-mnist, or MNIST's test images transformed."""
     if split == "train":
         return expanded_mnist.read(split, data_dir=data_dir)

@@ -24,8 +24,8 @@ from torch import Tensor
 
 from capsnet.data import download
 from capsnet.data.dataset import Split
-from capsnet.data.download import Source
-from capsnet.data.registry import DataDir, Entry
+from capsnet.data.download import DataDir, Source
+from capsnet.data.registry import Entry
 from capsnet.errors import InputError
 from capsnet.files import Readable, cache_dir, read_bytes
 
@@ -79,7 +79,7 @@ def find_archive(places: Sequence[Path]) -> Path | None:
     return None
 
 
-def read(split: str, *, data_dir: DataDir = None, **_: object) -> Split:
+def read(split: str, *, data_dir: DataDir = None, side: int = 0, seed: int = 0) -> Split:
     """The split `train` or `test`, unpacked or downloaded where need be.
 
     Raises:

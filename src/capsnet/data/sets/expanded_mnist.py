@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 from capsnet.data.augment import Augmentation, move
 from capsnet.data.dataset import Split
-from capsnet.data.registry import DataDir
+from capsnet.data.download import DataDir
 from capsnet.data.sets import mnist
 from capsnet.errors import InputError
 
@@ -27,7 +27,7 @@ SHIFTS = ("shift_x_pixels", "shift_y_pixels")
 _TEST_SEED = 0
 
 
-def read(split: str, *, data_dir: DataDir = None, **_: object) -> Split:
+def read(split: str, *, data_dir: DataDir = None, side: int = 0, seed: int = 0) -> Split:
     """The digits of `train` in the middle, as a training moves them anew in every step, those of `test` placed once."""
     whole = mnist.read(split, data_dir=data_dir)
     return replace(whole, images=padded(whole.images)) if split == "train" else placed(whole, seed=_TEST_SEED)

@@ -4,8 +4,8 @@ from functools import partial
 
 from capsnet.data import idx
 from capsnet.data.dataset import Split
-from capsnet.data.download import Source, here
-from capsnet.data.registry import DataDir, Entry
+from capsnet.data.download import DataDir, Source, here
+from capsnet.data.registry import Entry
 
 __all__ = ["ENTRY", "SOURCE", "read"]
 
@@ -30,7 +30,7 @@ SOURCE = Source(
 )
 
 
-def read(split: str, *, data_dir: DataDir = None, **_: object) -> Split:
+def read(split: str, *, data_dir: DataDir = None, side: int = 0, seed: int = 0) -> Split:
     """The split `train` or `test`, see `idx.read`."""
     count = ENTRY.counts[split]
     shape, of_each = (count, *ENTRY.image_shape), count // len(ENTRY.classes)

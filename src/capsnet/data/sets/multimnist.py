@@ -10,7 +10,7 @@ from dataclasses import replace
 from torch.nn import functional as F
 
 from capsnet.data.dataset import Split
-from capsnet.data.registry import DataDir
+from capsnet.data.download import DataDir
 from capsnet.data.sets import mnist
 from capsnet.errors import InputError
 
@@ -21,7 +21,7 @@ SHIFT = 4
 _TEST_SEED = 0
 
 
-def read(split: str, *, data_dir: DataDir = None, **_: object) -> Split:
+def read(split: str, *, data_dir: DataDir = None, side: int = 0, seed: int = 0) -> Split:
     """The digits of `train` with a margin, one an image, or the pairs of `test`."""
     singles = mnist.read(split, data_dir=data_dir)
     singles = replace(singles, images=F.pad(singles.images, (SHIFT,) * 4))

@@ -20,8 +20,8 @@ from torch import Tensor
 
 from capsnet.data import download
 from capsnet.data.dataset import Split
-from capsnet.data.download import Source
-from capsnet.data.registry import DataDir, Entry
+from capsnet.data.download import DataDir, Source
+from capsnet.data.registry import Entry
 from capsnet.errors import InputError
 
 __all__ = ["CLASSES", "ENTRY", "FILES", "PAIRS", "SOURCE", "parse_factors", "parse_images", "parse_labels", "read"]
@@ -58,7 +58,7 @@ _MAGIC = {np.dtype(np.uint8): 0x1E3D4C55, np.dtype("<i4"): 0x1E3D4C54}
 _LEAST_SIZES = 3
 
 
-def read(split: str, *, data_dir: DataDir = None, **_: object) -> Split:
+def read(split: str, *, data_dir: DataDir = None, side: int = 0, seed: int = 0) -> Split:
     """The split `train` or `test`, 24,300 pairs of images each, of different toys, downloaded where need be.
 
     Returns:

@@ -17,6 +17,7 @@ from jaxtyping import Float, Int64, UInt8
 from torch import Tensor
 
 from capsnet.data.dataset import Dataset, Split, check_memory
+from capsnet.data.download import DataDir
 from capsnet.data.registry import Entry
 from capsnet.errors import InputError
 from capsnet.options.schema import shown
@@ -129,7 +130,7 @@ def strokes(
     return ENTRY.dataset(splits)
 
 
-def read(split: str, *, side: int, seed: int, **_: object) -> Split:
+def read(split: str, *, data_dir: DataDir = None, side: int, seed: int) -> Split:
     """The same split as that of `strokes(image_size=side, seed=seed)`."""
     return _split(ENTRY.counts[split], side, _stream(seed, split))
 

@@ -17,9 +17,9 @@ from torch import Tensor
 
 from capsnet.data import download
 from capsnet.data.dataset import Split
-from capsnet.data.download import Source
+from capsnet.data.download import DataDir, Source
 from capsnet.data.matlab import variables
-from capsnet.data.registry import DataDir, Entry
+from capsnet.data.registry import Entry
 from capsnet.errors import InputError
 from capsnet.files import cache_dir
 
@@ -40,7 +40,7 @@ SOURCE = Source(
 _CLASSES = 10
 
 
-def read(split: str, *, data_dir: DataDir = None, **_: object) -> Split:
+def read(split: str, *, data_dir: DataDir = None, side: int = 0, seed: int = 0) -> Split:
     """The split `train` or `test`, downloaded where need be.
 
     Raises:
