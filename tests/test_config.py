@@ -115,6 +115,7 @@ def test_every_option_has_one_group() -> None:
         ({"flip": 1}, "flip must be true or false; got 1"),
     ],
 )
+@pytest.mark.usefixtures("unchecked")
 def test_a_value_of_another_type_is_refused_in_python_too(values: dict[str, Any], message: str) -> None:
     with pytest.raises(InputError, match=rf"^{message}"):
         Config(**values)
