@@ -15,7 +15,7 @@ from benchmarks.flops import Flops
 from benchmarks.sections import FULL, SECTIONS, Benchmark, Plan, measured
 from benchmarks.training_workload import random_images
 from capsnet import devices, environment
-from capsnet.config import Config, from_dict
+from capsnet.config import Config
 from capsnet.errors import InputError
 from capsnet.files import parse_yaml, write_atomically
 from capsnet.options.schema import did_you_mean
@@ -126,7 +126,10 @@ def parse_compare(text: str, config: Config, what: Sequence[str]) -> list[tuple[
         for name, value in chosen.items():
             if get_origin(kinds[name]) is not Literal and kinds[name] is not str:
                 chosen[name] = parse_yaml(value, source="compare")
-        variants.append((label, from_dict({**config.flat(), **chosen}, source="--compare")))
+        try:
+            variants.append((label, config.changed(**chosen)))
+        except InputError as error:
+            raise InputError(f"--compare: {error}") from None
         check_measured(names, what, variants[-1][1].model, compared=True)
     if any(one == other for (_, one), (_, other) in combinations(variants, 2)):
         raise InputError(f"compare must name different values; got {text!r}")

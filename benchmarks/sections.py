@@ -54,7 +54,7 @@ def measured(section: str, model: str) -> set[str]:
     unrouted = {"channels", "conv_channels", "primary_scale", "convolution"}
     unrouted |= {"reconstruction", "decoder_sizes", "standardize"}
     augmentation = {"augment", "crop", "shift", "flip", "rotation", "scale", "shear", "brightness", "contrast", "erase"}
-    parts = network | augmentation | {"batch_size", "precision", "mask", "weight_decay"}
+    parts = network | augmentation | {"batch_size", "precision", "mask", "weight_decay", "ema"}
     scaled = {"batch_size", "image_size", "capsule_types", "routing_iterations"}
     routing = network - unrouted | {"batch_size"}
     return {

@@ -19,6 +19,7 @@ from capsnet.models import Network, Output, create, evaluation_mode
 from capsnet.objective import Batch, Losses, Objective
 from capsnet.options import size_of
 from capsnet.training import prepare
+from capsnet.training.averaging import averaged
 from capsnet.training.batches import BatchLoader
 from capsnet.training.cuda_graph import GraphedStep, check_graph
 from capsnet.training.schedule import optimizer_of
@@ -61,6 +62,7 @@ class TrainingWorkload:
         if config.cuda_graph:
             check_graph(config, self.device, self.network)
         self.fabric = devices.make_fabric(config, self.device, precision)
+        self.average = averaged(self.network, config.ema) if config.ema else None
         optimizer = optimizer_of(self.network, config)
         self.objective, self.optimizer = self.fabric.setup(Objective(self.network, config), optimizer)
         for group in self.optimizer.param_groups:
@@ -80,7 +82,9 @@ class TrainingWorkload:
 
     def step(self) -> float:
         """One training step; its loss."""
-        return float(self.update(self.data()).total.mean().item())
+        losses = self.update(self.data())
+        self._averaged()
+        return float(losses.total.mean().item())
 
     def _update(self, batch: Batch) -> Losses:
         self.optimizer.zero_grad(set_to_none=not self.config.cuda_graph)
@@ -88,6 +92,11 @@ class TrainingWorkload:
         self.fabric.backward(losses.total.mean())
         self.optimizer.step()
         return losses
+
+    def _averaged(self) -> None:
+        """Add the weights to their average, if there is one."""
+        if self.average is not None:
+            self.average.update_parameters(self.network)
 
     def task(self) -> Task:
         """One training step at a time."""

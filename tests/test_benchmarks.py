@@ -283,6 +283,8 @@ def test_compare_is_parsed() -> None:
         "routing_kernel=fused, batch_size=20",
     ]
     assert [(c.options.routing_kernel, c.batch_size) for _, c in several] == [("plain", 1), ("fused", 20)]
+    networks = [c for _, c in parse_compare("model+ema=capsnet+0,efficient-capsnet+0.9", TINY, ["step"])]
+    assert networks == [TINY.changed(ema=0.0), TINY.changed(model="efficient-capsnet", ema=0.9)]
 
 
 @pytest.mark.parametrize(
@@ -337,7 +339,7 @@ def test_what_the_sections_depend_on_are_options() -> None:
         for section in sections.SECTIONS:
             assert sections.measured(section, model) <= every
         changing_images = {"augment", "crop", "shift", "flip", "rotation", "scale", "shear", "brightness", "contrast"}
-        assert {*changing_images, "erase", "weight_decay"} <= sections.measured("step", model)
+        assert {*changing_images, "erase", "weight_decay", "ema"} <= sections.measured("step", model)
 
 
 def test_variants_have_ratios_to_the_first_and_their_own_threads(monkeypatch: pytest.MonkeyPatch) -> None:
