@@ -1,12 +1,16 @@
-"""Figures of the experiments, beside their records: overlapping digits drawn apart, errors by a transformation's size.
+"""Figures of the experiments, beside their records: digits drawn apart, errors by a transformation's size or by time.
 
 python -m tools.figures multimnist --budget cpu
 """
 
 import argparse
+import json
 import sys
-from collections.abc import Iterator, Sequence
+from collections import defaultdict
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from statistics import fmean, stdev
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -16,14 +20,24 @@ from capsnet.checkpoints import pretrained, run_directory
 from capsnet.data import Split
 from capsnet.errors import InputError
 from capsnet.experiments import records
-from capsnet.experiments.plan import BUDGETS, Experiment, experiment
-from capsnet.experiments.records import Record, fingerprint
+from capsnet.experiments.plan import BUDGETS, Experiment, available, experiment
+from capsnet.experiments.records import Record, effective, fingerprint
 from capsnet.experiments.reproduce import RECORDS, RUNS, place_of, split_of
+from capsnet.experiments.tables import SHOWN
+from capsnet.plots.style import ORDER, new, styled
 from capsnet.report import reconstruction_figure
 
-__all__ = ["draw", "main"]
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+__all__ = ["draw", "error_by_time", "main"]
 
 LOOKED_AT = 400  # test images among which right and wrong ones to draw are looked for
+SPEED = Path(__file__).parents[1] / "results/bench/one-core.json"
+"""Record of `python -m benchmarks step --threads 1`, with a variant for each network of the experiment `cost`."""
+CLAIMED = {"CapsNet-Keras, its own claim": ("CapsNet", 50, 0.34)}
+"""Network, epochs and error in percent that others state: https://github.com/XifengGuo/CapsNet-Keras, whose validation
+images are the test images."""
 
 
 def draw(
@@ -53,6 +67,79 @@ def draw(
         split = split_of(next(iter(configs.values())), one.metric, data_dir)
         masks = {title: _mask(kept, one.metric, split) for title, kept in ours.items() if kept}
         yield plots.save(plots.errors_by_factor(masks, split.factors), path, command=command)
+    if one.name == "cost":
+        yield plots.save(error_by_time(one, budget, folder), path, command=command)
+
+
+@styled
+def error_by_time(one: Experiment, budget: str, folder: Path, *, speed: Path = SPEED) -> "Figure":
+    """Error on the test images against minutes of one core, a curve for each network of the experiment `one`.
+
+    A curve is of all records in `folder` that differ in epochs and seed only, of whatever experiment. Minutes are those
+    of the training steps, at the speed that the benchmark of the record `speed` measured on one thread.
+    """
+    curves: dict[str, dict[int, dict[int | None, float]]] = {}
+    found = [
+        record
+        for name in available()
+        for kind in ("quick",) * (budget == "quick") or SHOWN
+        for record in records.read(folder, name, kind)
+        if experiment(name).split == "test" and experiment(name).metric == one.metric and not record.members
+    ]
+    minutes = dict[str, float]()
+    for row in one.rows:
+        config = one.config(row, budget, 0)
+        label, alike = row.title.partition(",")[0], _but_for_epochs(effective(config))
+        errors = curves.setdefault(label, defaultdict(dict))
+        for record in found:
+            if _but_for_epochs(record.config) == alike:
+                errors[record.epochs][record.seed] = record.error(one.metric)
+        minutes[label] = _minutes_an_epoch(config.flat(), speed)
+    from matplotlib.ticker import LogLocator, NullLocator
+
+    figure = new(6.4, 3.8)
+    axes = figure.add_subplot()
+    for k, (label, errors) in enumerate(curves.items()):
+        if not errors:
+            continue
+        epochs = sorted(errors)
+        values = [list(errors[epoch].values()) for epoch in epochs]
+        where, means = [minutes[label] * epoch for epoch in epochs], [fmean(each) for each in values]
+        spread = [stdev(each) if len(each) > 1 else 0.0 for each in values]
+        style = ("o-", "s--", "^:", "d-.")[k % 4]
+        axes.errorbar(where, means, spread, fmt=style, color=ORDER[k % 4], label=label, markersize=4, capsize=2)
+        for x, y, epoch in zip(where, means, epochs, strict=True):
+            axes.annotate(f"{epoch}", (x, y), (4, 4), textcoords="offset points", fontsize=7, color=ORDER[k % 4])
+    for label, (network, epoch, error) in CLAIMED.items():
+        if network in minutes:
+            axes.plot(minutes[network] * epoch, error, "kx", markersize=6, label=label)
+    paper = experiment("table1").rows[0].paper
+    assert paper is not None
+    axes.axhline(paper, color="k", linewidth=0.8, linestyle=":", label="Sabour et al. 2017, epochs unknown")
+    axes.set_xscale("log")
+    axes.set_yscale("log")
+    axes.set_xlabel("minutes of one core; beside each point its epochs")
+    axes.set_ylabel("test error on MNIST, %")
+    for axis in (axes.xaxis, axes.yaxis):
+        axis.set_major_formatter("{x:g}")
+        axis.set_minor_formatter("{x:g}")
+    axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axes.xaxis.set_minor_locator(NullLocator())
+    axes.legend()
+    return figure
+
+
+def _but_for_epochs(options: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in options.items() if name != "epochs"}
+
+
+def _minutes_an_epoch(options: Mapping[str, Any], speed: Path) -> float:
+    """Minutes for the 60,000 training images of MNIST at the speed of the variant that has these options."""
+    for row in json.loads(speed.read_text())["rows"]:
+        variant = dict(part.split("=") for part in row["variant"].split(", "))
+        if all(str(options[name]) == value for name, value in variant.items()):
+            return float(60_000 / row["images_per_second"] / 60)
+    raise InputError(f"{speed} must have a variant of each network; got none of {options['model']}")
 
 
 def _mask(record: Record, data: str, split: Split) -> Tensor:
