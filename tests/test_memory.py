@@ -306,12 +306,13 @@ def test_bfloat16_takes_less_than_float32() -> None:
     assert one < 0.9 * other
 
 
-def test_averaged_weights_take_memory_twice() -> None:
+@pytest.mark.parametrize("options", [{"ema": 0.9}, {"keep": "best"}], ids=str)
+def test_averaged_and_best_weights_take_memory_twice(options: dict[str, Any]) -> None:
     with torch.device("meta"):
         network = models.create("capsnet")
     one, other = (
-        memory.training(network, Config.of(primary_scale=1.0, ema=ema), CPU, MANY, precision="32", batch_size=1)
-        for ema in (0.9, 0.0)
+        memory.training(network, Config.of(primary_scale=1.0, **more), CPU, MANY, precision="32", batch_size=1)
+        for more in (options, {})
     )
     assert 4 * network.parameter_count() <= one - other < 9 * network.parameter_count()  # and once in a checkpoint
 

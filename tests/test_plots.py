@@ -140,6 +140,10 @@ def test_curves_of_training_and_validation() -> None:
     told = texts(plots.curves([row(1, train_reconstruction_loss=0, **held_out)]))
     assert "validation" in told
     assert "Reconstruction loss" not in told  # there was none
+    assert "kept" not in told
+    marked = plots.curves([row(1), row(2)], kept_epoch=1)
+    assert "kept: epoch 1" in texts(marked)
+    assert all(np.array_equal(axes.lines[-1].get_xdata(), [1, 1]) for axes in marked.axes)
 
 
 @pytest.mark.parametrize("wrong", [0, 1, 14])

@@ -65,6 +65,19 @@ def test_the_report_holds_everything_and_loads_nothing(dataset: Dataset) -> None
     assert '<meta name="viewport"' in told
 
 
+def test_the_epoch_that_validation_chose_is_said(dataset: Dataset) -> None:
+    one = network("baseline", width=0.03)
+    told = page(one, dataset, result={**RESULT, "selection": "none: weights after the last epoch, and so on"})
+    assert " %. Weights after the last epoch, and so on.</p>" in told
+    assert "1.50 % of 77 images</td>" in told
+    about = {**RESULT, "selection": "weights after epoch 1 of 2; and so on", "kept_epoch": 1}
+    told = page(one, dataset, rows=ROWS, result=about)
+    assert " %. Weights after epoch 1 of 2; and so on.</p>" in told
+    assert "1.50 % of 77 images, which chose the epoch</td>" in told
+    (curves,) = re.findall(r'base64,([^"]+)" alt="Losses and error by epoch"', told)
+    assert "kept: epoch 1" in base64.b64decode(curves).decode()
+
+
 def test_its_numbers_are_those_of_the_test_split(dataset: Dataset) -> None:
     one = network()
     with torch.no_grad():

@@ -453,7 +453,7 @@ def test_a_run_with_averaged_weights_resumes_to_the_same(photos: Path, monkeypat
     assert same_weights("whole", "run")
     assert metrics("whole") == metrics("run")
     result = json.loads(Path("run/result.json").read_text(encoding="utf-8"))
-    assert result["selection"].startswith("none: weights averaged over the steps (decay 0.9) after the last epoch, and")
+    assert result["selection"].startswith("weights averaged over the steps (decay 0.9) after epoch ")
 
 
 def test_what_is_kept_and_measured_is_the_average(photos: Path) -> None:
@@ -789,9 +789,9 @@ def selection(run: str) -> str:
 
 
 def test_a_run_stops_at_the_first_epoch_that_is_good_enough(photos: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    fit(tiny(photos, out="three", epochs=3, validation=10))
+    fit(tiny(photos, out="three", epochs=3, validation=10, keep="last"))
     left = script(monkeypatch, 8, 4, 3, 9)  # three epochs, then the test images
-    result = fit(tiny(photos, out="run", epochs=6, validation=10, stop_at=30.0))
+    result = fit(tiny(photos, out="run", epochs=6, validation=10, stop_at=30.0, keep="last"))
     assert left == []
     assert result.epochs == 3
     assert (result.validation and result.validation.wrong, result.test.wrong) == (3, 9)

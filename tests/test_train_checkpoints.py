@@ -136,6 +136,10 @@ CHANGES: dict[str, tuple[Change, str]] = {
     "another configuration": (put("config", "lr", to=0.5), "its lr is 0.5, not 0.001"),
     "images of text": (put("train_images", to="68"), "train_images must be a whole number; got '68'"),
     "other images": (put("train_images", to=69), "must be the 69 training images that the run began with; got 68"),
+    "no best weights": (drop("best"), "best: weights must hold conv.weight of shape .*; it is missing"),
+    "best weights of another shape": (put("best", "conv.bias", to=torch.zeros(3)), "best: weight conv.bias must be of"),
+    "best weights of NaN": (put("best", "conv.bias", to=filled(math.nan)), "best: weight conv.bias must be finite in"),
+    "best weights of text": (put("best", to="x"), "best must be a mapping of names to values; got 'x'"),
     "no rows": (drop("rows"), "must hold rows; it is missing"),
     "no sums": (drop("sums"), "must hold sums; it is missing"),
 }

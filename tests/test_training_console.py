@@ -22,12 +22,14 @@ def test_plain_lines_where_there_is_no_terminal(
         shown.update(0, 10, [0.5, 0.4, 12.0, 0.25], 1000.0)
         shown.epoch(ROW)
         shown.epoch({**ROW, "validation_error_percent": 3.456})
+        shown.epoch({**ROW, "validation_error_percent": 3.456}, best=True)
     out, err = capsys.readouterr()
     assert out == ""
     assert err.splitlines() == [
         "epoch 1/3 step 5/10: loss 0.5000 (classification 0.4000, reconstruction 12.0), error 25.00 %, 1,000 images/s",
         "epoch 1/3: loss 0.5000, train error 12.00 %, 1,234 images/s, 7 s",
         "epoch 1/3: loss 0.5000, train error 12.00 %, validation error 3.46 %, 1,234 images/s, 7 s",
+        "epoch 1/3: loss 0.5000, train error 12.00 %, validation error 3.46 % (best so far), 1,234 images/s, 7 s",
     ]
 
 

@@ -60,7 +60,9 @@ def test_what_is_chosen(
     assert chosen.flat().get("primary_scale", 1.0) == scale
     assert resolved(chosen, dataset(2)) == chosen  # a resumed run stays as it began
     open_options = {
-        name: config.flat()[name] for name in ("epochs", "lr_decay_steps", "primary_scale") if name in config.flat()
+        name: config.flat()[name]
+        for name in ("epochs", "keep", "lr_decay_steps", "primary_scale")
+        if name in config.flat()
     }
     assert chosen.changed(**open_options) == config
     line = told(config, chosen)
@@ -72,6 +74,21 @@ def test_published_sets_are_trained_as_ever() -> None:
     chosen = resolved(Config(), dataset(2, name="mnist"))
     assert (chosen.epochs, chosen.lr_decay_steps, chosen.options.primary_scale) == (3, 0, 1.0)
     assert told(Config(), chosen) is None
+
+
+def test_the_best_weights_are_kept_where_other_images_are_tested() -> None:
+    own = dataset(2)
+    judged = replace(own, validation=own.test)
+    for made, keep in (
+        (judged, "best"),
+        (replace(judged, tested="validation"), "last"),
+        (own, "last"),
+        (replace(judged, name="mnist"), "last"),
+    ):
+        assert resolved(Config(), made).keep == keep
+        assert resolved(Config.of(keep="last"), made).keep == "last"
+        if made.validation is not None:
+            assert resolved(Config.of(keep="best"), made).keep == "best"
 
 
 def leaves_chance(data: Path, classes: int, *options: str, capsys: pytest.CaptureFixture[str]) -> None:

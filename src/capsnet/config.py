@@ -106,7 +106,7 @@ class Config(OutputOptions, MachineOptions, OptimisationOptions, LossOptions, Da
         return {"preset": self.preset, "data": groups.pop("data"), "model": model, **groups}
 
 
-OPEN: dict[str, Any] = {"epochs": 3, "primary_scale": 1.0}
+OPEN: dict[str, Any] = {"epochs": 3, "keep": "last", "primary_scale": 1.0}
 """Options that may be left open (None), with their values for published data sets."""
 
 PRESETS: dict[str, dict[str, Any]] = {

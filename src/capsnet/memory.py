@@ -75,12 +75,12 @@ def training(
             losses = objective(*_batch(network, batch_size))
             losses.total.mean().backward()
             moments = moments or [torch.empty_like(each) for each in objective.parameters() for _ in range(2)]
-        average = weights if config.ema else 0
-        saving = watch.now + int(GROWTH * (3 * weights + average))  # these, two moments and their average
+        copies = weights * (bool(config.ema) + (config.keep == "best"))  # their average, and the best ones
+        saving = watch.now + int(GROWTH * (3 * weights + copies))  # these, two moments and their copies
         _infer(objective, network, min(evaluated, inference_batch(network)))
         augmented = 4 * _batch(network, batch_size)[0].nbytes  # and its temporary arrays
         del losses
-        return max(watch.peak, saving) + average + augmented + LIBRARIES
+        return max(watch.peak, saving) + copies + augmented + LIBRARIES
 
 
 def inference(network: Network, batch_size: int, device: torch.device, *, precision: str = "32", **options: str) -> int:

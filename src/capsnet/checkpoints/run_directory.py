@@ -48,7 +48,7 @@ DRAWN = (
     "reliability",
 )
 RESULTS = ("result.json", "predictions.npz", *PRETRAINED, "report.html", *(f"figures/{name}.*" for name in DRAWN))
-"""What is made from the weights of the last epoch."""
+"""What is made from the weights that are kept."""
 WRITTEN = ("last.ckpt", "metrics.csv", manifest.FILE, "tensorboard/events.out.tfevents.*", *RESULTS)
 """What a run writes beside its config.yaml; `--overwrite` removes these and nothing else."""
 
@@ -74,7 +74,9 @@ class RunResult(TypedDict):
     """What is read again of `result.json`; it holds more."""
 
     epochs: int
+    kept_epoch: NotRequired[int]
     seconds: float
+    selection: NotRequired[str]
     test: Tested
     train_images: int
     validation: NotRequired[Tested | None]
@@ -98,6 +100,7 @@ class Checkpoint(TypedDict):
     sums: Tensor
     kernels: NotRequired[str]
     average: NotRequired[dict[str, Tensor]]
+    best: NotRequired[dict[str, Tensor]]
 
 
 class Run:

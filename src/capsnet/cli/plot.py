@@ -305,7 +305,9 @@ class _Results(_FigureOptions):
         dataset = trained.dataset(self.data, self.data_dir)
         split = trained.split(dataset, self.split)
         found = trained.predictions(split)
-        makers = result_figures(found, split, trained.network.classes, trained.run.metrics())
+        kept = trained.run.result().get("kept_epoch") if trained.run.result_path.is_file() else None
+        rows = trained.run.metrics()
+        makers = result_figures(found, split, trained.network.classes, rows, kept_epoch=kept)
         if self.names == ("curves",) and "curves" not in makers:
             raise InputError(f"curves must be of a run directory with metrics.csv; {self.model} has none")
         paths = [self.save(trained, name, makers[name](), line) for name in self.names if name in makers]

@@ -84,11 +84,14 @@ class Train:
         paths = {"directory": result.directory, "figure": result.figure, "report": result.report}
         if self.json:
             show_json(
-                {"tested": result.tested, **result.test.to_dict()}
+                {"tested": result.tested, "kept_epoch": result.kept_epoch, "selection": result.selection}
+                | result.test.to_dict()
                 | {name: None if path is None else str(path) for name, path in paths.items()}
             )
             return 0
         show(f"{result.tested} {result.test.summary()}")
+        if not result.selection.startswith("none"):
+            show(result.selection)
         labels = {"directory": "run directory", "figure": "reconstructions", "report": "report"}
         show(*(f"{labels[name]}: {path}" for name, path in paths.items() if path is not None))
         return 0

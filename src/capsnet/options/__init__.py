@@ -139,6 +139,12 @@ class OptimisationOptions:
     which the learning rate then decays as over 3 epochs."""
     stop_at: Annotated[float | None, Range(0, 100, words="0 to 100 percent")] = None
     """Stop early, once the error on the validation images is at most this many percent."""
+    patience: Annotated[int | None, AT_LEAST_1] = None
+    """Stop early, after this many epochs without a new best one on the validation images, as `keep` judges."""
+    keep: Literal["last", "best"] | None = None
+    """Keep the weights of the last epoch, or of the best: that of the lowest validation error, of equal ones the lowest
+    loss. Default: best for images of your own; last for published sets, without validation images, and for train/ and
+    val/ without test/, where the reported error is that of the images that would choose, and so would be too low."""
     batch_size: Annotated[int, AT_LEAST_1] = 128
     """Images of one step over all devices together (first author's code: 128)."""
     lr: Annotated[float, POSITIVE] = 0.001

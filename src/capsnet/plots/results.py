@@ -21,8 +21,11 @@ __all__ = ["curves", "errors_by_factor", "gallery", "lengths", "reliability"]
 
 
 @styled
-def curves(rows: Sequence[Mapping[str, Any]]) -> "Figure":
-    """Losses and errors by epoch, rows of `metrics.csv`, of training and, where images were held out, of validation."""
+def curves(rows: Sequence[Mapping[str, Any]], *, kept_epoch: int | None = None) -> "Figure":
+    """Losses and errors by epoch, rows of `metrics.csv`, of training and, where images were held out, of validation.
+
+    A vertical line marks the epoch whose weights are kept, from 1, if it is given.
+    """
     epochs = [row["epoch"] for row in rows]
     figure = new(10.0, 3.2)
     panels = (
@@ -37,6 +40,8 @@ def curves(rows: Sequence[Mapping[str, Any]]) -> "Figure":
             if f"{kind}_{column}" in rows[0]:
                 values = [row[f"{kind}_{column}"] for row in rows]
                 axes.plot(epochs, values, style, color=colour, label=kind, markersize=3)
+        if kept_epoch:
+            axes.axvline(kept_epoch, color=ORDER[2], linestyle=":", label=f"kept: epoch {kept_epoch}")
         axes.set_title(title)
         axes.set_ylabel(unit)
         axes.set_xlabel("epoch")

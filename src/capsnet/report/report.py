@@ -54,11 +54,16 @@ class Section:
 
 
 def result_figures(
-    found: Predictions, split: Split, classes: tuple[str, ...], rows: Sequence[Mapping[str, Any]] = ()
+    found: Predictions,
+    split: Split,
+    classes: tuple[str, ...],
+    rows: Sequence[Mapping[str, Any]] = (),
+    *,
+    kept_epoch: int | None = None,
 ) -> "dict[str, Callable[[], Figure]]":
     """Figures of how a run went and how good its network is, by name; each is drawn when called.
 
-    Without `rows`, those of `metrics.csv`, there are no curves.
+    Without `rows`, those of `metrics.csv`, there are no curves; `kept_epoch` is marked in them.
     """
     makers: dict[str, Callable[[], Figure]] = {
         "class-errors": lambda: plots.class_errors(found, classes),
@@ -67,7 +72,7 @@ def result_figures(
         "reliability": lambda: plots.reliability(calibration(found.winning, ~found.wrong)),
         "gallery": lambda: plots.gallery(found, split, classes),
     }
-    return {**({"curves": lambda: plots.curves(rows)} if rows else {}), **makers}
+    return {**({"curves": lambda: plots.curves(rows, kept_epoch=kept_epoch)} if rows else {}), **makers}
 
 
 def render(
@@ -91,7 +96,7 @@ def render(
     """
     import jinja2
 
-    split = dataset.test
+    split, about = dataset.test, result or {}
     wrong, total = int(found.wrong.sum()), len(split)
     template = files("capsnet.report").joinpath("report.html.j2").read_text(encoding="utf-8")
     page = jinja2.Environment(
@@ -109,8 +114,9 @@ def render(
         wrong=wrong,
         total=total,
         interval=[100 * end for end in wilson_interval(wrong, total)],
-        numbers=list(_numbers(found, card, result or {})),
-        sections=list(_sections(network, dataset, found, rows)),
+        selection=_sentence(about.get("selection", "").removeprefix("none: ")),
+        numbers=list(_numbers(found, card, about)),
+        sections=list(_sections(network, dataset, found, rows, about.get("kept_epoch"))),
         most=MOST,
         command=command_of(config),
         options=[(name, _shown(value)) for name, value in config.flat().items()],
@@ -118,10 +124,14 @@ def render(
 
 
 def _sections(
-    network: Network, dataset: Dataset, found: Predictions, rows: Sequence[Mapping[str, Any]]
+    network: Network,
+    dataset: Dataset,
+    found: Predictions,
+    rows: Sequence[Mapping[str, Any]],
+    kept_epoch: int | None,
 ) -> Iterator[Section]:
     split, classes, single = dataset.test, network.classes, network.objects_per_image == 1
-    figures = result_figures(found, split, classes, rows)
+    figures = result_figures(found, split, classes, rows, kept_epoch=kept_epoch)
     if rows:
         yield Section("Training", pictures=[[_picture(figures["curves"](), "Losses and error by epoch", "svg")]])
     if isinstance(network, CapsuleNetwork) and single:
@@ -214,7 +224,8 @@ def drawn_apart(
 def _numbers(found: Predictions, card: Card, result: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     validation = result.get("validation")
     if validation:
-        yield "validation error", f"{validation['error_percent']:.2f} % of {validation['total']:,} images"
+        chose = "" if result.get("selection", "none").startswith("none") else ", which chose the epoch"
+        yield "validation error", f"{validation['error_percent']:.2f} % of {validation['total']:,} images{chose}"
     errors, limit = found.reconstruction_errors, card.threshold
     if errors is not None:
         yield "reconstruction", f"{float(errors.mean()):.2f}, mean summed squared error per test image"
@@ -291,6 +302,10 @@ def _picture(figure: "Figure", alt: str, format: str) -> dict[str, Any]:
     kind = {"svg": "image/svg+xml", "png": "image/png"}[format]
     content = base64.b64encode(plots.rendered(figure, format=format)).decode("ascii")
     return {"source": f"data:{kind};base64,{content}", "alt": alt, "width": round(96 * figure.get_size_inches()[0])}
+
+
+def _sentence(text: str) -> str:
+    return f"{text[0].upper()}{text[1:]}." if text else ""
 
 
 def _shown(value: object) -> str:

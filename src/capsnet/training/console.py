@@ -69,12 +69,12 @@ class Progress:
         if not self.quiet:
             _say(visible(text))
 
-    def epoch(self, row: dict[str, Any]) -> None:
-        """Tell of a finished epoch; `row` is its row of `metrics.csv`."""
+    def epoch(self, row: dict[str, Any], *, best: bool = False) -> None:
+        """Tell of a finished epoch; `row` is its row of `metrics.csv`, and `best` whether it is the best so far."""
         if self.quiet:
             return
         error = row.get("validation_error_percent")
-        held_out = "" if error is None else f", validation error {error:.2f} %"
+        held_out = "" if error is None else f", validation error {error:.2f} %{' (best so far)' * best}"
         line = (
             f"epoch {row['epoch']}/{self.epochs}: loss {row['train_loss']:.4f}, "
             f"train error {row['train_error_percent']:.2f} %{held_out}, "

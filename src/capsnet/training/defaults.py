@@ -4,18 +4,23 @@ Three epochs are enough for tens of thousands of images, and are three steps for
 capsules fit 1,152 votes for ten classes: the first step of Adam moves all of them by the same sign, and where a class
 capsule adds up more votes, its length is then 1 for every image, where squash has no gradient. Uniform couplings over
 the capsule types, as in the first author's code, keep the primary capsules short.
+
+Of images of one's own the best weights on the validation images are kept. Not where the same images are tested at the
+end: the smallest of many errors is too low an estimate of any.
 """
 
 import math
+from dataclasses import replace
 from typing import Any
 
 from capsnet.checkpoints import pretrained
 from capsnet.config import OPEN, Config, with_defaults
 from capsnet.data import Dataset, available
+from capsnet.errors import InputError
 from capsnet.models import CapsuleNetwork
 from capsnet.training.schedule import steps_of
 
-__all__ = ["resolved", "told"]
+__all__ = ["as_begun", "resolved", "told"]
 
 FEWEST_STEPS = 200
 """Steps after which 2 to 100 classes of 10 images each were well above chance (`tests/test_training_defaults.py`)."""
@@ -30,11 +35,19 @@ def resolved(config: Config, dataset: Dataset) -> Config:
     Images of a published name get what such sets always got.
 
     Raises:
-        InputError: see `pretrained.outline`.
+        InputError: an option that needs validation images, of which there are none; or see `pretrained.outline`.
     """
+    if dataset.validation is None:
+        for name in ("stop_at", "patience"):
+            if (value := getattr(config, name)) is not None:
+                raise InputError(f"{name} must be given with validation images to judge by; got {value} without any")
+        if config.keep == "best":
+            raise InputError("keep must be last without validation images to judge by; got best")
     if dataset.name in available():
         return with_defaults(config)
     chosen = dict[str, Any]()
+    if config.keep is None:
+        chosen["keep"] = "last" if dataset.validation is None or dataset.tested == "validation" else "best"
     if config.epochs is None:
         steps = steps_of(config, len(dataset.train))
         epochs = max(OPEN["epochs"], math.ceil(FEWEST_STEPS / steps))
@@ -44,6 +57,11 @@ def resolved(config: Config, dataset: Dataset) -> Config:
     if getattr(config.options, "primary_scale", 1) is None:
         chosen["primary_scale"] = 0.0 if _votes(config, dataset) > MOST_VOTES else OPEN["primary_scale"]
     return config.changed(**chosen)
+
+
+def as_begun(config: Config) -> Config:
+    """The configuration of a run that goes on: one that does not say which weights it keeps keeps the last ones."""
+    return config if config.keep else replace(config, keep="last")
 
 
 def told(config: Config, chosen: Config) -> str | None:

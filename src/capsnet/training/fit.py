@@ -43,10 +43,12 @@ class Result:
 
     Attributes:
         directory: the run directory.
-        test: on the test split, read once, after the last epoch.
+        test: on the test split, read once, after the last epoch, of the weights that are kept.
         tested: what that split is: "validation" of a folder with train/ and val/ but no test/.
-        validation: on the validation split after the last epoch, or None.
+        validation: of the same weights on the validation split, or None; too good where it chose them.
         epochs: passes over the training images.
+        kept_epoch: that whose weights are kept.
+        selection: how it was chosen; begins with "none" where validation had no part in it.
         seconds: of training, over all sessions of the run, validation included.
         figure: inputs beside their reconstructions, or None without a decoder.
         report: the page with everything, or None where it was not asked for.
@@ -58,6 +60,8 @@ class Result:
     tested: Literal["test", "validation"]
     validation: Evaluation | None
     epochs: int
+    kept_epoch: int
+    selection: str
     seconds: float
     figure: Path | None
     report: Path | None
@@ -95,7 +99,7 @@ def resume(directory: str | Path, dataset: Dataset | None = None, **changes: Any
             as `fit`.
     """
     run = Run(directory)
-    saved, resumable = run.config(), roles(RESUMABLE)
+    saved, resumable = defaults.as_begun(run.config()), roles(RESUMABLE)
     before = saved.flat()
     faults = [
         f"{name} of a resumed run must stay {before.get(name)!r}; got {value!r}"
@@ -130,8 +134,6 @@ def _launch(config: Config, dataset: Dataset | None, resumed: Run | None) -> Res
     )
     if recorded is not None:
         same_images(dataset, recorded, config)
-    if config.stop_at is not None and dataset.validation is None:
-        raise InputError(f"stop_at must be given with validation images to judge by; got {config.stop_at} without any")
     given, config = config, defaults.resolved(as_read(config, dataset), dataset)
     with torch.random.fork_rng(devices=[]):
         network = build(config, dataset)
@@ -207,8 +209,9 @@ def _checkpoint(run: Run, config: Config, network: Network, dataset: Dataset) ->
     if not run.checkpoint_path.exists() and not run.result_path.exists():
         return None
     weights = sum(tensor.nbytes for tensor in network.state_dict().values())
-    checkpoint, path = run.load_checkpoint(most=4 * weights + 2**26), run.checkpoint_path  # with two moments and rows
-    theirs = from_dict(checkpoint["config"], source=f"checkpoint {path}").flat()
+    most = 5 * weights + 2**26  # with two moments, the average, the best ones and rows
+    checkpoint, path = run.load_checkpoint(most=most), run.checkpoint_path
+    theirs = defaults.as_begun(from_dict(checkpoint["config"], source=f"checkpoint {path}")).flat()
     for name, ours in config.flat().items():
         if ours != theirs[name] and name not in {*roles(RESUMABLE), "out", "overwrite"}:
             raise InputError(
@@ -221,9 +224,14 @@ def _checkpoint(run: Run, config: Config, network: Network, dataset: Dataset) ->
             f"with; got {len(dataset.train)}"
         )
     steps = steps_of(config, len(dataset.train))
-    validated = dataset.validation is not None
     checkpoint = fitting_checkpoint(
-        checkpoint, network, steps=steps, validated=validated, ema=bool(config.ema), source=f"checkpoint {path}"
+        checkpoint,
+        network,
+        steps=steps,
+        validated=dataset.validation is not None,
+        ema=bool(config.ema),
+        best=config.keep == "best",
+        source=f"checkpoint {path}",
     )
     begun = checkpoint["state"]["epoch"] + (checkpoint["state"]["step"] > 0)
     if config.epochs is not None and config.epochs < begun:
@@ -236,18 +244,19 @@ def _finished(
 ) -> Result:
     """Measure, save, report."""
     fabric, config, run = state.fabric, state.config, state.run
-    found = predict_checked(state, dataset, "test")
+    found = predict_checked(state, state.kept, dataset, "test")
     test = Evaluation.of(found, dataset.classes)
-    if dataset.validation is not None and validation is None:  # resumed after the last epoch
-        validation = Evaluation.of(predict_checked(state, dataset, "validation"), dataset.classes)
-    network = state.result.requires_grad_(True)
+    if dataset.validation is not None and validation is None:  # resumed after the epoch that is kept
+        validation = Evaluation.of(predict_checked(state, state.kept, dataset, "validation"), dataset.classes)
+    selection = _selection(state, dataset.tested)
+    network = state.kept.requires_grad_(True)
     network = network.to("cpu", memory_format=torch.contiguous_format).eval()  # type: ignore[call-overload]
     figure = run.figures / "reconstructions.png" if network.decoder is not None else None
     page = run.directory / "report.html" if config.report else None
     result = {
         "test": test.to_dict(),
         "validation": validation.to_dict() if validation else None,
-        "selection": _selection(config, dataset.tested),
+        "selection": selection,
         "tested": dataset.tested,
         "data": dataset.name,
         "train_images": len(dataset.train),
@@ -257,6 +266,7 @@ def _finished(
         "parameters": network.parameter_count(),
         "seed": config.seed,
         "epochs": state.at.epoch,
+        "kept_epoch": state.kept_epoch,
         "seconds": round(state.at.seconds, 1),
         "processes": fabric.world_size,
         "precision": precision,
@@ -265,7 +275,8 @@ def _finished(
 
     def finish() -> None:
         pretrained.save_pretrained(network, run.directory)
-        card = describe(network, dataset, config, test.to_dict(), epochs=state.at.epoch)
+        tested = {**test.to_dict(), "selection": selection}
+        card = describe(network, dataset, config, tested, epochs=state.at.epoch)
         pretrained.save_card(card, run.directory)
         run.write_predictions(found, dataset.test)
         run.write_result(result)
@@ -277,7 +288,17 @@ def _finished(
     state.by_first(finish)
     pool.clear()
     return Result(
-        run.directory, test, dataset.tested, validation, state.at.epoch, state.at.seconds, figure, page, network
+        run.directory,
+        test,
+        dataset.tested,
+        validation,
+        state.at.epoch,
+        state.kept_epoch,
+        selection,
+        state.at.seconds,
+        figure,
+        page,
+        network,
     )
 
 
@@ -285,7 +306,7 @@ def describe(network: Network, dataset: Dataset, config: Config, test: dict[str,
     """The card of trained weights, with the threshold above which an image is no object of the known classes.
 
     That is set on the validation images, or, where none were held out, on training images, which the card says. Places
-    are left out of the configuration; `test` is that of `Evaluation.to_dict`.
+    are left out of the configuration; `test` is that of `Evaluation.to_dict`, and the `selection` of the weights.
     """
     threshold = None
     if network.decoder is not None and network.objects_per_image == 1:
@@ -302,22 +323,36 @@ def describe(network: Network, dataset: Dataset, config: Config, test: dict[str,
         config=replace(config, data_dir=None, out=None, overwrite=False).flat(),
         epochs=epochs,
         train_images=len(dataset.train),
-        test=checked({name: test[name] for name in Tested.__annotations__}, Tested),
+        test=checked({name: test[name] for name in (*Tested.__annotations__, "selection")}, Tested),
         preprocessing=reading_of(network, dataset, config),
         threshold=threshold,
     )
 
 
-def _selection(config: Config, tested: str) -> str:
+def _selection(state: TrainingState, tested: str) -> str:
     """How the epoch was chosen whose weights were tested."""
-    images = "no choice was made on the test images" if tested == "test" else "there are no test images"
+    config, rows = state.config, state.rows
     weights = f"weights averaged over the steps (decay {config.ema:g})" if config.ema else "weights"
-    if config.stop_at is None:
+    ends = [f"after {config.epochs} epochs"]
+    if config.patience is not None:
+        ends.insert(0, f"after {config.patience} epochs in a row without a new best one")
+    if config.stop_at is not None:
+        ends.insert(0, f"after the first epoch with a validation error of at most {config.stop_at:g} %")
+    best = state.best is not None and bool(rows)
+    chosen = best or len(ends) > 1
+    if tested == "test":
+        images = "no choice was made on the test images"
+    elif chosen:
+        images = "validation chose the epoch, so this number is too good: there are no test images"
+    else:
+        images = "there are no test images"
+    if not chosen:
         return f"none: {weights} after the last epoch, and {images}"
-    return (
-        f"{weights} after the first epoch with a validation error of at most {config.stop_at:g} %, or after "
-        f"{config.epochs} epochs; {images}"
-    )
+    if best:
+        which = f"after epoch {state.kept_epoch} of {len(rows)}, which had the lowest validation error"
+    else:
+        which = ", or ".join(ends)
+    return f"{weights} {which}; {images}"
 
 
 def _free_directory(config: Config) -> Path:

@@ -56,8 +56,8 @@ def train_epochs(
         note: shown first.
 
     Returns:
-        The state at the end, and the evaluation of the validation split after the last epoch: None without one, or
-        where no epoch was left.
+        The state at the end, and the evaluation of the validation split with the weights that are kept: None without
+        one, or where no epoch of this session reached them.
 
     Raises:
         Interrupted: a signal; a checkpoint was written.
@@ -81,7 +81,7 @@ def train_epochs(
     batches = BatchLoader(dataset, config, fabric.device)
     state = TrainingState(fabric, config, run, network, optimizer, train_images=count, received=received)
     notes = [note, state.restore(checkpoint) if checkpoint else None]
-    steps, validation, losses = state.steps, None, None
+    steps, kept, losses = state.steps, None, None
     chance = Chance(
         dataset.train.labels,
         classes=len(dataset.classes),
@@ -98,7 +98,7 @@ def train_epochs(
         if config.tensorboard and fabric.is_global_zero:
             write_row = stack.enter_context(tensorboard(run.directory / "tensorboard", first_epoch=state.at.epoch + 1))
         state.by_first(lambda: run.write_metrics(state.rows))
-        while state.at.epoch < config.epochs and not state.reached():
+        while state.at.epoch < config.epochs and state.reached() is None:
             at = state.at
             order = torch.randperm(count, generator=generator(config.seed, at.epoch, -1))
             clock = time.perf_counter() - at.epoch_seconds
@@ -129,28 +129,36 @@ def train_epochs(
                 if saved and at.step < steps:
                     state.save()
 
-            held_out: dict[str, float] = {}
+            held_out, validation = dict[str, float](), None
             if dataset.validation is not None:
-                validation = Evaluation.of(predict_checked(state, dataset, "validation"), dataset.classes)
+                found = predict_checked(state, state.result, dataset, "validation")
+                validation = Evaluation.of(found, dataset.classes)
                 held_out = {f"validation_{name}": getattr(validation, name) for name in VALIDATION_COLUMNS}
             rate = learning_rate(config, (at.epoch + 1) * steps - 1, steps)
             row = state.row(rate, time.perf_counter() - clock, held_out)
             if write_row:
                 write_row(row, state.result, dataset)
             state.finish_epoch(row)
-            progress.epoch(row)
+            if state.kept_epoch == state.at.epoch:
+                kept = validation
+            progress.epoch(row, best=state.improved)
             if line := chance.line(row, losses):
                 progress.note(line)
-    return state, validation
+        if state.at.epoch < config.epochs:
+            progress.note(f"stopped after epoch {state.at.epoch} of {config.epochs}: {state.reached()}")
+    return state, kept
 
 
-def predict_checked(state: TrainingState, dataset: Dataset, name: str) -> Predictions:
-    """Predictions for the split `name`, divided over all processes; stops where the training would."""
+def predict_checked(state: TrainingState, network: Network, dataset: Dataset, name: str) -> Predictions:
+    """Predictions for the split `name`, divided over all processes; stops where the training would.
+
+    `network` is one of the training: `state.result`, or `state.kept`.
+    """
     fabric = state.fabric
     state.agree()
     with fabric.autocast():
         found = predict_split(
-            state.result,
+            network,
             getattr(dataset, name),
             config=state.config,
             rank=fabric.global_rank,

@@ -1,8 +1,9 @@
 """Training state: position, agreement between processes, checkpoints, stopping."""
 
+import copy
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any, cast
 
@@ -23,7 +24,7 @@ from capsnet.training.averaging import averaged
 from capsnet.training.diagnosis import first_not_finite
 from capsnet.training.schedule import learning_rate, steps_of
 
-__all__ = ["Position", "TrainingState", "fitting_checkpoint"]
+__all__ = ["Position", "TrainingState", "best_epoch", "fitting_checkpoint"]
 
 
 @dataclass
@@ -36,13 +37,22 @@ class Position:
     epoch_seconds: float = 0.0  # of the running epoch's training
 
 
+def best_epoch(rows: Sequence[Mapping[str, Any]]) -> int:
+    """The epoch with the lowest validation error, of equal ones the lowest loss, and of those the first.
+
+    `rows` are those of `metrics.csv`, one for each epoch, from 1; 0 without any.
+    """
+    judged = [(row["validation_error_percent"], row["validation_loss"]) for row in rows]
+    return 1 + judged.index(min(judged)) if judged else 0
+
+
 def fitting_checkpoint(
-    checkpoint: Checkpoint, network: Network, *, steps: int, validated: bool, ema: bool, source: str
+    checkpoint: Checkpoint, network: Network, *, steps: int, validated: bool, ema: bool, best: bool, source: str
 ) -> Checkpoint:
     """A checkpoint, of the right form already, whose every part fits a training of `steps` an epoch.
 
     Where images are held out (`validated`), each row tells of them; where weights are averaged (`ema`), there is their
-    average. `source` names the file in errors.
+    average; where the best ones are kept (`best`), there are those. `source` names the file in errors.
 
     Raises:
         InputError: weights, moments, position, rows or sums that no such training can have.
@@ -80,6 +90,8 @@ def fitting_checkpoint(
         inside = {name.removeprefix("module."): tensor for name, tensor in average.items()}
         kept = fitted(network, inside, source=f"{source}: average")
         fine["average"] = {"n_averaged": count, **{f"module.{name}": tensor for name, tensor in kept.items()}}
+    if best:
+        fine["best"] = fitted(network, checkpoint.get("best", {}), source=f"{source}: best")
     return fine
 
 
@@ -124,6 +136,7 @@ class TrainingState:
         rows: of `metrics.csv`, one for each finished epoch.
         steps: of each epoch.
         average: of the network's weights over all steps, or None.
+        best: a copy of `result` as it was after the best epoch so far, or None where the last weights are kept.
     """
 
     def __init__(
@@ -147,12 +160,29 @@ class TrainingState:
         self._saved, self._saving = -math.inf, 0.0  # when, and how long it took
         self._images: Tensor | None = None  # of the last step
         self.average = averaged(network, config.ema) if config.ema else None
+        self.best = copy.deepcopy(self.result) if config.keep == "best" else None
         self.kernels = native.status() if fabric.device.type == "cpu" else "PyTorch"
 
     @property
     def result(self) -> Network:
-        """The network that is evaluated and kept: the one that is trained, or the average of its weights."""
+        """The network that is judged after an epoch: the one that is trained, or the average of its weights."""
         return self.network if self.average is None else cast(Network, self.average.module)
+
+    @property
+    def kept(self) -> Network:
+        """The network that a run ends with: `result`, or as it was after the best epoch."""
+        return self.result if self.best is None else self.best
+
+    @property
+    def kept_epoch(self) -> int:
+        """After how many epochs the weights of `kept` were reached."""
+        return self.at.epoch if self.best is None else best_epoch(self.rows)
+
+    @property
+    def improved(self) -> bool:
+        """Whether validation judges, and the last epoch is the best so far."""
+        judges = self.best is not None or self.config.patience is not None
+        return judges and best_epoch(self.rows) == self.at.epoch > 0
 
     def restore(self, checkpoint: Checkpoint) -> str | None:
         """Go back to where `checkpoint`, which `fitting_checkpoint` has checked, was saved.
@@ -164,6 +194,8 @@ class TrainingState:
         self.network.load_state_dict(checkpoint["network"])
         if self.average is not None:
             self.average.load_state_dict(checkpoint["average"])
+        if self.best is not None:
+            self.best.load_state_dict(checkpoint["best"])
         groups = self.optimizer.state_dict()["param_groups"]  # its options are those of the configuration
         self.optimizer.load_state_dict({**checkpoint["optimizer"], "param_groups": groups})
         self.at, self.rows = Position(**checkpoint["state"]), [dict(row) for row in checkpoint["rows"]]
@@ -197,10 +229,14 @@ class TrainingState:
         if self.average is not None:
             self.average.update_parameters(self.network)
 
-    def reached(self) -> bool:
-        """Whether the last epoch's validation error is as low as `stop_at` asks for."""
-        limit = self.config.stop_at
-        return limit is not None and bool(self.rows) and self.rows[-1]["validation_error_percent"] <= limit
+    def reached(self) -> str | None:
+        """Why validation ends the training here, by `stop_at` or `patience`; None where it does not."""
+        limit, patience = self.config.stop_at, self.config.patience
+        if limit is not None and self.rows and self.rows[-1]["validation_error_percent"] <= limit:
+            return f"the validation error is at most {limit:g} %"
+        if patience is not None and len(self.rows) - best_epoch(self.rows) >= patience:
+            return f"none of the last {patience} was a new best one on the validation images"
+        return None
 
     def mean_here(self) -> list[float]:
         """Loss, classification loss, reconstruction loss and share of wrong images of the epoch so far.
@@ -230,7 +266,9 @@ class TrainingState:
         self.rows.append(row)
         self.at = Position(epoch=self.at.epoch + 1, seconds=self.at.seconds + row["seconds"])
         self._sums.zero_()
-        over = self.at.epoch == self.config.epochs or self.reached()
+        if self.best is not None and self.improved:
+            self.best.load_state_dict(self.result.state_dict())
+        over = self.at.epoch == self.config.epochs or self.reached() is not None
         due = self._saving < CHEAP or time.perf_counter() - self._saved >= self._saving / SHARE
         if self.fabric.broadcast(over or due):
             self.save()
@@ -281,6 +319,7 @@ class TrainingState:
             "sums": total.cpu(),
             "kernels": self.kernels,
             **({} if self.average is None else {"average": self.average.state_dict()}),
+            **({} if self.best is None else {"best": self.best.state_dict()}),
         }
         self.by_first(lambda: self.run.save_checkpoint(content))
         self._saved = time.perf_counter()
