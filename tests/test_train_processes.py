@@ -122,6 +122,25 @@ def test_two_processes_train_what_one_does(photos: Path) -> None:
     assert files("two") == files("one")
 
 
+def test_two_processes_keep_the_same_best_weights(photos: Path) -> None:
+    """The second epoch of three is the best by far. Both measure its weights, and it is chosen again after a stop."""
+    config = tiny(photos, epochs=3, batch_size=17, lr=0.03, validation=24)
+    one = fit(replace(config, out="one"))
+    words = ("--lr", "0.03", "--validation", "24", "--devices", "2", "--out", "two")
+    code, _, err = run("train", *options(replace(config, epochs=2)), *words)
+    assert code == 0, err
+    code, out, err = run("train", "--resume", "two", "--epochs", "3")
+    assert code == 0, err
+    assert (one.epochs, one.kept_epoch) == (3, 2)
+    assert out.splitlines()[1] == one.selection
+    assert difference("two", "one") < 2e-6
+    told, expected = (json.loads(Path(name, "result.json").read_text(encoding="utf-8")) for name in ("two", "one"))
+    assert (told["processes"], told["epochs"], told["kept_epoch"]) == (2, 3, 2)
+    for split in ("validation", "test"):
+        assert told[split]["confusion"] == expected[split]["confusion"]
+        assert told[split]["loss"] == pytest.approx(expected[split]["loss"], rel=1e-5)
+
+
 def test_terminated_it_saves_and_resumed_it_ends_the_same(photos: Path) -> None:
     config = tiny(photos)
     fit(replace(config, out="whole"))
