@@ -165,6 +165,7 @@ def test_train_prints_its_result(capsys: pytest.CaptureFixture[str], photos: Pat
     assert code == 0
     assert re.fullmatch(
         r"test error [\d.]+ % \(\d+ of 15 wrong; 95 % interval [\d.]+ to [\d.]+ %\)\n"
+        r"weights after epoch \d of 2, which had the lowest validation error; no choice was made on the test images\n"
         r"run directory: run\nreconstructions: run/figures/reconstructions.png\nreport: run/report.html\n",
         out,
     )
