@@ -149,7 +149,11 @@ RENAMED = {
 def renamed(options: Mapping[str, Any]) -> dict[str, Any]:
     """Options from a file under their names of today."""
     today = {RENAMED.get(name, name): value for name, value in options.items()}
-    return {**today, "convolution": "winograd"} if today.get("convolution") == "minimal" else today
+    if today.get("convolution") == "minimal":
+        today["convolution"] = "winograd"
+    if {"image_size", "data_seed", "log_every"} <= today.keys() and today["image_size"] is not None:  # of a whole run
+        today.setdefault("resize", "squash")
+    return today
 
 
 def preset(name: str, *, model: str = "capsnet") -> Config:

@@ -68,8 +68,11 @@ class DataOptions:
     data_dir: Annotated[str | None, LOCAL, RESUMABLE] = None
     """The only directory to look for the files of `data` in; without it CAPSNET_DATA, the cache, then the mirrors."""
     image_size: Annotated[int | str | None, IMAGE_SIZE] = None
-    """Resize images to this many pixels square, or to HEIGHTxWIDTH, without regard to their proportions. Default: as
-    they are; of a folder 32, unless all are of one size of at most 40 pixels a side."""
+    """Resize images to this many pixels square, or to HEIGHTxWIDTH. Default: as they are; of a folder 32, unless all
+    are of one size of at most 40 pixels a side."""
+    resize: Literal["pad", "crop", "squash"] | None = None
+    """What becomes of their proportions. pad: kept, with the colour of the image's edge around it. crop: kept, and the
+    middle cut out. squash: lost. Default: pad for a folder, squash for published sets."""
     channels: Annotated[int | None, Rule(lambda x: x in (1, 3), "1 or 3")] = None
     """Turn images to 1 (grey) or 3 (colour) channels."""
     bit_depth: Annotated[int | None, Range(8, 32, words="8 to 32")] = None
