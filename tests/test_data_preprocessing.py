@@ -102,7 +102,7 @@ def test_what_is_chosen_of_proportions_is_told_and_stored(capsys: pytest.Capture
     for name, how in (("padded", "pad"), ("cropped", "crop")):
         run = run_directory.Run(Path(name))
         assert run.config().resize == how
-        assert json.loads((run.directory / "card.json").read_text())["preprocessing"]["resize"] == how
+        assert json.loads((run.directory / "config.json").read_text())["preprocessing"]["resize"] == how
     whole = run_directory.Run(Path("cropped")).config().flat()
     before = Config.of(**{**whole, "resize": "crop"}), {key: value for key, value in whole.items() if key != "resize"}
     assert Config.of(**before[1]).resize == "squash", "runs from before there was a choice"

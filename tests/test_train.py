@@ -594,7 +594,8 @@ def test_the_card_tells_the_run_and_the_threshold(photos: Path) -> None:
     assert (card.data, card.epochs, card.train_images) == (str(photos), 2, 55)
     told = {name: result.test.to_dict()[name] for name in ("error_percent", "wrong", "total")}
     assert card.test == {**told, "interval": result.test.interval}
-    assert card.preprocessing == Preprocessing(12, 13, 3, resize="pad")
+    assert result.network.preprocessing == Preprocessing(12, 13, 3, resize="pad")
+    assert pretrained.load("run").preprocessing == result.network.preprocessing
     assert card.threshold is not None
     assert (card.threshold.images, card.threshold.split) == (20, "validation")
     dataset = prepare.prepare_data(card.trained())

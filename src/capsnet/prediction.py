@@ -82,8 +82,8 @@ def predict(
     Args:
         network: trained, in evaluation mode.
         sources: name of each image, and its place or content.
-        card: of the network, see `load_card`; without one, images are only resized, and none is out of distribution.
-        framing: in place of the card's; see `data.preprocessing`.
+        card: of the network, see `load_card`; without one, none is out of distribution.
+        framing: in place of the network's; see `data.preprocessing`.
         invert: see `data.preprocessing`.
         batch_size: images at a time; only memory and speed depend on it.
         precision: `32`, or `bf16` for convolutions and decoder.
@@ -96,7 +96,7 @@ def predict(
             f"network must be of images that show one object each; got one that finds {network.objects_per_image}"
         )
     card = card or Card()
-    reading = card.reading(network.image_shape).with_framing(framing)
+    reading = (network.preprocessing or card.reading(network.image_shape)).with_framing(framing)
     waiting = iter(sources)
     while batch := list(islice(waiting, batch_size)):
         prepared = [_prepared(reading, name, source, invert) for name, source in batch]
@@ -136,7 +136,7 @@ def _answers(
     network: Network, images: Tensor, precision: str
 ) -> list[tuple[Tensor, Tensor, Tensor | None, float | None]]:
     """For each image: itself, the scores, its reconstruction and the error of that."""
-    device = next(network.parameters()).device
+    device = next((parameter.device for parameter in network.parameters()), torch.device("cpu"))
     inputs = to_float(images).to(device)
     with evaluation_mode(network), torch.autocast(device.type, dtype=torch.bfloat16, enabled=precision == "bf16"):
         output = network(inputs)

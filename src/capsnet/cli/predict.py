@@ -29,11 +29,13 @@ class Predict:
 
     Images of any size, grey or colour, are preprocessed as the network's training images were; every further change is
     reported. A network of digits framed as in MNIST finds the digit on a photograph, dark on light or light on dark.
-    Images with a reconstruction error above the network's threshold are marked as out of distribution.
+    Images with a reconstruction error above the network's threshold are marked as out of distribution. MODEL may also
+    be an ONNX or PT2 file of `capsnet export`, which tells its own preprocessing.
 
     Examples:
       capsnet predict capsnet-mnist photo-of-a-digit.jpg
       capsnet predict runs/mine images/ --csv > predictions.csv
+      capsnet predict mine.onnx images/
       cat digit.png | capsnet predict capsnet-mnist - --json
     """
 
@@ -68,18 +70,24 @@ class Predict:
             say(f"capsnet predict: {note}")
         from capsnet import devices, memory
         from capsnet.analysis.reconstruction import decoder_of
+        from capsnet.checkpoints.exported import ExportedNetwork
         from capsnet.config import Config
         from capsnet.prediction import Prediction, predict
 
-        trained = TrainedModel(self.model)
+        trained = TrainedModel(self.model, exported=True)
+        exported = isinstance(trained.network, ExportedNetwork)
         if self.save_reconstructions:
-            decoder_of(trained.network)
+            if not (isinstance(trained.network, ExportedNetwork) and trained.network.reconstructs):
+                decoder_of(trained.network)
             places = _places(names, Path(self.save_reconstructions), overwrite=self.overwrite)
-        device = devices.resolve_device(Config(device=self.device))
+        if exported and self.device not in ("auto", "cpu"):
+            raise InputError(f"--device must be cpu for an exported file; got {self.device}")
+        device = devices.resolve_device(Config(device="cpu" if exported else self.device))
         sources = ((name, sys.stdin.buffer.read() if name == "-" else Path(name)) for name in names)
-        precision = trained.precision(device)
+        precision = "32" if exported else trained.precision(device)
         batch_size = min(self.batch_size, len(names))
-        memory.check_inference(trained.network, batch_size, device, task="prediction", precision=precision)
+        if not exported:
+            memory.check_inference(trained.network, batch_size, device, task="prediction", precision=precision)
         network = trained.network.to(device)
         predictions = predict(
             network,

@@ -241,6 +241,7 @@ def _finished(
     if dataset.validation is not None and validation is None:  # resumed after the last epoch
         validation = Evaluation.of(predict_checked(state, dataset, "validation"), dataset.classes)
     network = state.result.requires_grad_(True)
+    network.preprocessing = reading_of(network, dataset, config)
     network = network.to("cpu", memory_format=torch.contiguous_format).eval()  # type: ignore[call-overload]
     figure = run.figures / "reconstructions.png" if network.decoder is not None else None
     page = run.directory / "report.html" if config.report else None
@@ -303,7 +304,6 @@ def describe(network: Network, dataset: Dataset, config: Config, test: dict[str,
         epochs=epochs,
         train_images=len(dataset.train),
         test=checked({name: test[name] for name in Tested.__annotations__}, Tested),
-        preprocessing=reading_of(network, dataset, config),
         threshold=threshold,
     )
 
