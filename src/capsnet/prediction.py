@@ -1,6 +1,6 @@
 """Predictions for images as people have them: files, prepared like the training images, through a trained network."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -29,6 +29,7 @@ class Prediction:
         presence: length of its capsule, in [0, 1); for a network without capsules its softmax.
         runner_up: name of the second class; the same as `label` if there is only one.
         runner_up_presence: the same of it.
+        scores: presence of every class, by name.
         error: sum of squared differences between the image and its reconstruction, None without a decoder.
         ood: whether `error` is above the card's threshold; None without either.
         inverted: whether dark and light were swapped.
@@ -43,6 +44,7 @@ class Prediction:
     presence: float
     runner_up: str
     runner_up_presence: float
+    scores: Mapping[str, float]
     error: float | None
     ood: bool | None
     inverted: bool
@@ -51,8 +53,12 @@ class Prediction:
     image: Tensor
     reconstruction: Tensor | None
 
+    def top(self, count: int) -> list[tuple[str, float]]:
+        """The `count` classes of the largest scores with these, the largest first."""
+        return sorted(self.scores.items(), key=lambda one: -one[1])[:count]
+
     def to_dict(self) -> dict[str, Any]:
-        """All but the images, as JSON can hold it."""
+        """All but the images and the other classes' scores, as JSON can hold it."""
         return {
             "file": self.name,
             "class": self.label,
@@ -114,6 +120,7 @@ def predict(
                 presence=float(values[0]),
                 runner_up=network.classes[int(order[-1])],
                 runner_up_presence=float(values[-1]),
+                scores=dict(zip(network.classes, scores.tolist(), strict=True)),
                 error=error,
                 ood=None if card.threshold is None or error is None else error > card.threshold.value,
                 inverted=one.inverted,
