@@ -671,7 +671,15 @@ def test_the_callers_random_numbers_are_left_alone(photos: Path) -> None:
 def test_what_differs_from_the_preset_is_in_the_result(photos: Path) -> None:
     fit(tiny(photos, out="run", epochs=1, leaky=True))
     told = json.loads(Path("run/result.json").read_text())["differs_from_preset"]
-    given = {"data": str(photos), "epochs": 1, "primary_scale": 1.0, "batch_size": 16, "precision": "32", "leaky": True}
+    given = {
+        "data": str(photos),
+        "augment": "paper",
+        "epochs": 1,
+        "primary_scale": 1.0,
+        "batch_size": 16,
+        "precision": "32",
+        "leaky": True,
+    }
     given |= {"image_size": "12x13", "resize": "pad", "channels": 3, "framing": "off"}  # as they were read
     assert told == given | {name: list(value) if isinstance(value, tuple) else value for name, value in SIZES.items()}
 

@@ -1,7 +1,7 @@
 """Predictions for images as people have them: files, prepared like the training images, through a trained network."""
 
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -44,14 +44,14 @@ class Prediction:
     presence: float
     runner_up: str
     runner_up_presence: float
-    scores: Mapping[str, float]
+    scores: Mapping[str, float] = field(repr=False)
     error: float | None
     ood: bool | None
     inverted: bool
     framed: bool
     notes: tuple[str, ...]
-    image: Tensor
-    reconstruction: Tensor | None
+    image: Tensor = field(repr=False)
+    reconstruction: Tensor | None = field(repr=False)
 
     def top(self, count: int) -> list[tuple[str, float]]:
         """The `count` classes of the largest scores with these, the largest first."""

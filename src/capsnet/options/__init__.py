@@ -92,26 +92,27 @@ class DataOptions:
     """Seed of what is drawn or split: strokes, validation images, the test images of a folder without test/."""
     crop: Annotated[int | None, AT_LEAST_1] = None
     """Cut a random square of this many pixels out of each training image, and the central one elsewhere."""
-    augment: Literal["paper", "none", "affine", "photo"] = "paper"
+    augment: Literal["paper", "none", "affine", "photo"] | None = None
     """What is done to training images, in one word. none: nothing. paper: shift. affine: shift, rotation 15, scale 0.1,
-    shear 0.1. photo: shift, flip, rotation 10, scale 0.1, brightness 0.2, contrast 0.2. Options below take the place of
-    the word's, but for 0 and no, which leave it as it is (of `shift` 0 counts)."""
+    shear 0.1. photo: shift by a tenth, rotation 10, scale 0.1, brightness 0.2, contrast 0.2, and flip where images are
+    in colour. Default: photo for a folder of images in colour, else paper. Options below take the place of the
+    word's."""
     shift: Annotated[int | None, AT_LEAST_0] = None
     """Move training images by up to this many pixels in each direction. Default: that of the data set, which is 2
     (Section 5 of the paper), 4 in `multimnist` and 6 where digits are placed on 40 x 40 pixels."""
-    flip: bool = False
+    flip: bool | None = None
     """Mirror half of the training images left to right."""
-    rotation: Annotated[float, Range(0, 180, words="0 to 180 degrees")] = 0.0
+    rotation: Annotated[float | None, Range(0, 180, words="0 to 180 degrees")] = None
     """Turn training images by up to this many degrees."""
-    scale: Annotated[float, FRACTION] = 0.0
+    scale: Annotated[float | None, FRACTION] = None
     """Enlarge or shrink training images by up to this share: 0.1 is 0.9 to 1.1."""
-    shear: Annotated[float, FINITE] = 0.0
+    shear: Annotated[float | None, FINITE] = None
     """Shear training images by up to this much."""
-    brightness: Annotated[float, Range(0, 1, words="in [0, 1]")] = 0.0
+    brightness: Annotated[float | None, Range(0, 1, words="in [0, 1]")] = None
     """Add up to this much to all intensities of a training image, or take it away; they are in [0, 1]."""
-    contrast: Annotated[float, Range(0, 1, words="in [0, 1]")] = 0.0
+    contrast: Annotated[float | None, Range(0, 1, words="in [0, 1]")] = None
     """Change the contrast of training images by up to this share: 0.8 is 0.2 to 1.8."""
-    erase: Annotated[int, AT_LEAST_0] = 0
+    erase: Annotated[int | None, AT_LEAST_0] = None
     """Set a random square of this many pixels of each training image to 0."""
 
 

@@ -27,7 +27,16 @@ from capsnet.training import defaults
 from capsnet.training.console import Progress
 from capsnet.training.cuda_graph import check_graph
 from capsnet.training.loop import predict_checked, train_epochs
-from capsnet.training.prepare import as_read, build, how_read, layout, prepare_data, reading_of, same_images
+from capsnet.training.prepare import (
+    as_read,
+    augmentation_of,
+    build,
+    how_read,
+    layout,
+    prepare_data,
+    reading_of,
+    same_images,
+)
 from capsnet.training.schedule import generator, steps_of
 from capsnet.training.state import TrainingState, fitting_checkpoint
 from capsnet.training.tensorboard import check_tensorboard
@@ -155,7 +164,9 @@ def _launch(config: Config, dataset: Dataset | None, resumed: Run | None) -> Res
         try:
             run = Run(fabric.broadcast(str(run.directory)))
             with signals() as received, torch.random.fork_rng(devices=[]):
-                note = "; ".join(filter(None, (*dataset.notes, how_read(given, dataset), defaults.told(given, config))))
+                note = "; ".join(
+                    filter(None, (*dataset.notes, how_read(given, dataset), defaults.told(given, config, dataset)))
+                )
                 about = environment.describe(fabric.device)  # of the code that runs, not of what is on disk at the end
                 state, validation = train_epochs(
                     fabric, config, dataset, network, run, received=received, checkpoint=checkpoint, note=note
@@ -254,6 +265,7 @@ def _finished(
         "train_images": len(dataset.train),
         "model": config.model,
         "preset": config.preset,
+        "augmentation": str(augmentation_of(config, dataset)),
         "differs_from_preset": {key: x for key, x in preset_differences(config).items() if key not in roles(LOCAL)},
         "parameters": network.parameter_count(),
         "seed": config.seed,

@@ -10,6 +10,7 @@ from capsnet.checkpoints import pretrained
 from capsnet.config import Config, with_defaults
 from capsnet.data import Dataset, available, is_folder, load, outline
 from capsnet.data import describe as describe_data
+from capsnet.data.augment import Augmentation
 from capsnet.data.image_folder import ImageFolder, Unreadable, scan
 from capsnet.data.manifest import Manifest
 from capsnet.data.photo import frame_of
@@ -18,7 +19,7 @@ from capsnet.errors import InputError
 from capsnet.models import Network
 from capsnet.options import size_of
 
-__all__ = ["as_read", "build", "how_read", "layout", "prepare_data", "reading_of", "same_images"]
+__all__ = ["as_read", "augmentation_of", "build", "how_read", "layout", "prepare_data", "reading_of", "same_images"]
 
 RESIZED = {
     "pad": " in proportion, with the colour of their edge around them",
@@ -77,7 +78,7 @@ def _with_splits(config: Config, dataset: Dataset, *, shares: bool, divided: boo
     """The same cropped and, unless it is divided already, with the validation and training images of `config`."""
     if config.crop is not None:
         dataset = dataset.cropped(config.crop)
-    if config.erase >= (side := min(dataset.image_shape[1:])):
+    if config.erase is not None and config.erase >= (side := min(dataset.image_shape[1:])):
         raise InputError(f"erase must be less than the {side} pixels of the images; got {config.erase}")
     if divided:
         return dataset
@@ -166,6 +167,11 @@ def how_read(given: Config, dataset: Dataset) -> str | None:
         if options
         else None
     )
+
+
+def augmentation_of(config: Config, dataset: Dataset) -> Augmentation:
+    """What a training of `config` does to the images of `dataset`."""
+    return Augmentation.of(config, shift=dataset.shift, crop=dataset.crop, image_shape=dataset.image_shape)
 
 
 def same_images(dataset: Dataset, recorded: Manifest, config: Config) -> None:
