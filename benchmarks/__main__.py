@@ -24,7 +24,7 @@ from benchmarks import record, sections
 from benchmarks.correctness import Incorrect
 from benchmarks.show import show
 from capsnet import config
-from capsnet.cli.parsing import config_of, with_options
+from capsnet.cli.parsing import config_of, spelled_out, with_options
 from capsnet.errors import InputError
 
 __all__ = ["main"]
@@ -82,7 +82,7 @@ def _run(arguments: list[str]) -> int:
     base = config.preset(start.preset or "paper", model=model) if start.config is None else config.read(start.config)
     base = base if start.model in (None, base.model) else base.changed(model=start.model)
     default = with_options(Command, base, preset=base.preset, model=base.model)
-    command = tyro.cli(type(default), args=arguments, prog=PROG, description=__doc__, default=default)
+    command = tyro.cli(type(default), args=spelled_out(arguments), prog=PROG, description=__doc__, default=default)
     options, plan = config_of(command), sections.QUICK if command.quick else sections.FULL
     given = [name for name, value in options.flat().items() if value != base.flat().get(name)]
     record.check_measured({*given} - {"out", "overwrite"}, command.what, options.model)

@@ -9,18 +9,22 @@ from typing import Any
 
 import pytest
 import torch
+from PIL import Image
 from torch import Tensor
 
 import tiny
 from capsnet import cli, environment
 from capsnet.checkpoints import export as module
+from capsnet.checkpoints import exported as exported_files
 from capsnet.checkpoints import pretrained
 from capsnet.checkpoints.export import FORMATS, Export, compare, export
 from capsnet.checkpoints.model_card import Card
 from capsnet.data.dataset import to_float
 from capsnet.data.photo import Frame
+from capsnet.data.preprocessing import Preprocessing
 from capsnet.data.sets import strokes
 from capsnet.errors import InputError
+from capsnet.evaluation.ood import Threshold
 from capsnet.kernels.buffers import pool
 from capsnet.models import Network, create
 from tiny import reading
@@ -135,6 +139,86 @@ def test_pt2_says_the_same(exported: Exported) -> None:
     assert facts["model"] == "baseline"
 
 
+@pytest.fixture
+def pictures(tmp_path: Path) -> list[str]:
+    """Photographs of a stroke on paper, and a file that is no image."""
+    paths = []
+    for number in range(5):
+        paper = Image.new("RGB", (120, 90 + 10 * number), "white")
+        paper.paste((20, 20, 60), (30 + 10 * number, 20, 40 + 12 * number, 70))
+        paths.append(tmp_path / f"{number}.png")
+        paper.save(paths[-1])
+    paths.insert(2, tmp_path / "no.png")
+    paths[2].write_bytes(b"no image")
+    return list(map(str, paths))
+
+
+@pytest.mark.parametrize(("kind", "format"), [("capsnet", "onnx"), ("baseline", "pt2"), ("efficient-capsnet", "pt2")])
+@pytest.mark.parametrize("framing", ["digits", "off"])
+def test_a_file_predicts_for_photographs_what_its_network_does(
+    kind: str, format: str, framing: Any, pictures: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shape = (1, 12, 13)
+    options = {"conv_channels": (4, 4), "conv_kernel_sizes": (3, 3), "primary_dim": 2, "decoder_sizes": (8,)}
+    sizes = {"capsnet": tiny.SIZES, "efficient-capsnet": options, "baseline": {"width": 0.1}}[kind]
+    torch.manual_seed(0)
+    one = create(kind, image_shape=shape, num_classes=3, classes=CLASSES, **sizes).eval()
+    one.preprocessing = Preprocessing(12, 13, 1, resize="pad").with_framing(framing)
+    with torch.no_grad():
+        error = None if one.decoder is None else 40.0
+    card = Card(config={"data": "strokes"}, threshold=None if error is None else Threshold(error, 0.05, 100, "train"))
+    pretrained.save_pretrained(one, tmp_path / "net")
+    pretrained.save_card(card, tmp_path / "net")
+    export(one, tmp_path / f"x.{format}", format=format, images=images(4, shape), card=card)
+
+    def told(model: str) -> Any:
+        assert cli.main(["predict", str(tmp_path / model), *pictures, "--json"]) == 2
+        captured = capsys.readouterr()
+        assert "no.png must be a readable image" in captured.err
+        return json.loads(captured.out)
+
+    numbers = {"presence", "runner_up_presence", "reconstruction_error"}
+    for ours, theirs in zip(told("net"), told(f"x.{format}"), strict=True):
+        assert {k: v for k, v in ours.items() if k not in numbers} == {
+            k: v for k, v in theirs.items() if k not in numbers
+        }
+        assert all(ours[name] == pytest.approx(theirs[name], rel=0.01, abs=1e-3) for name in numbers if ours[name])
+        assert ours["framed"] == (framing == "digits")
+    words = ["predict", str(tmp_path / f"x.{format}"), pictures[0], "--save-reconstructions", str(tmp_path / "seen")]
+    assert cli.main(words) == (2 if one.decoder is None else 0)
+    assert (tmp_path / "seen/0.png").is_file() == (one.decoder is not None)
+
+
+def test_files_that_are_none_of_ours_are_refused(
+    exported: Exported, pictures: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def refused(path: Path, *words: str) -> str:
+        assert cli.main([*words, str(path), *pictures[: words[0] == "predict"]]) == 2
+        err = capsys.readouterr().err
+        assert err.count("\n") == 1
+        return err
+
+    path, _ = exported("baseline", "onnx")
+    assert "x.onnx must be one that `capsnet export` wrote; it does not tell its" in refused(
+        stripped(path, tmp_path / "x.onnx"), "predict"
+    )
+    assert "preprocessing" in refused(Path(path), "predict"), "of a network that was not trained"
+    assert "got the file" in refused(Path(path), "evaluate")
+    for name in ("junk.onnx", "junk.pt2"):
+        (tmp_path / name).write_bytes(b"junk")
+        assert f"{name} must be a readable {name[5:]} file" in refused(tmp_path / name, "predict")
+        (tmp_path / name).write_bytes(b"")
+        assert f"{name} must be a readable {name[5:]} file" in refused(tmp_path / name, "predict")
+
+
+def stripped(path: str | Path, to: Path) -> Path:
+    """An ONNX file without what it tells."""
+    model = onnx.load(path)
+    del model.metadata_props[:]
+    onnx.save(model, to)
+    return to
+
+
 def test_the_network_is_left_as_it_was(tmp_path: Path) -> None:
     one = network("baseline").train()
     before = {name: tensor.clone() for name, tensor in one.state_dict().items()}
@@ -153,8 +237,16 @@ def test_nothing_of_the_tracing_stays_in_the_kernels(exported: Exported) -> None
     assert type(scores) is Tensor
 
 
-def test_a_card_goes_along(tmp_path: Path) -> None:
-    card = Card(config={"data": "mnist"}, preprocessing=reading((1, 12, 13), Frame(0.0, 0.5)))
+def test_a_card_and_the_preprocessing_go_along(tmp_path: Path) -> None:
+    card, one = Card(config={"data": "mnist"}), network("baseline")
+    one.preprocessing = reading(SMALL, Frame(0.0, 0.5))
+    export(one, tmp_path / "z", format="safetensors", images=images(2))
+    assert pretrained.load(tmp_path / "z").preprocessing == one.preprocessing
+    told = json.loads((tmp_path / "z/config.json").read_text())
+    told["preprocessing"]["height"] = 7
+    (tmp_path / "z/config.json").write_text(json.dumps(told))
+    with pytest.raises(InputError, match=r"preprocessing must make images of \(2, 3, 5\); it makes \(2, 7, 5\)$"):
+        pretrained.load(tmp_path / "z")
     export(KINDS["baseline"], tmp_path / "x", format="safetensors", images=images(2), card=card)
     assert pretrained.load_card(tmp_path / "x") == card
     export(KINDS["baseline"], tmp_path / "y", format="safetensors", images=images(2))
@@ -175,7 +267,9 @@ def test_what_is_there_is_not_overwritten_unasked(tmp_path: Path, format: str, m
     assert held.read_text() == "mine"
     if format == "onnx":
         return
-    monkeypatch.setattr(module, "_pt2", lambda one: (b"new", lambda file: lambda batch: module._outputs(one, batch)))
+    monkeypatch.setattr(module, "_pt2", lambda one, _: b"new")
+    one = KINDS["baseline"]
+    monkeypatch.setattr(exported_files, "opened", lambda *_: (lambda batch: module._outputs(one, batch), {}))
     export(KINDS["baseline"], path, format=format, images=images(2), overwrite=True)
     assert held.read_bytes() != b"mine"
 
@@ -192,23 +286,27 @@ def test_a_path_of_the_wrong_kind_is_refused(tmp_path: Path) -> None:
 def test_a_file_that_does_not_agree_is_not_written(fault: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Whatever the exporter may do wrong: the file never stands in its place, and an older one is kept."""
 
-    def made(one: Network) -> tuple[bytes, Any]:
-        def run(batch: Tensor) -> dict[str, Tensor]:
-            found = module._outputs(one, batch)
-            scores, pose = found["scores"], found["pose"]
-            wrong = {
-                "predictions": {"scores": scores + 1e-4 * torch.randn(scores.shape) + 1e-3 * scores.flip(-1)},
-                "values": {"pose": pose + 0.01 * (len(batch) > 7)},
-                "nan": {"pose": pose * torch.nan},
-                "shape": {"scores": scores[:, :2]},
-                "missing": {},
-            }[fault]
-            kept = {name: tensor for name, tensor in found.items() if fault != "missing" or name != "pose"}
-            return {**kept, **wrong}
+    held: list[Network] = []
 
-        return b"new", lambda file: run
+    def made(one: Network, _: object) -> bytes:
+        held.append(one)
+        return b"new"
+
+    def run(batch: Tensor) -> dict[str, Tensor]:
+        found = module._outputs(held[0], batch)
+        scores, pose = found["scores"], found["pose"]
+        wrong = {
+            "predictions": {"scores": scores + 1e-4 * torch.randn(scores.shape) + 1e-3 * scores.flip(-1)},
+            "values": {"pose": pose + 0.01 * (len(batch) > 7)},
+            "nan": {"pose": pose * torch.nan},
+            "shape": {"scores": scores[:, :2]},
+            "missing": {},
+        }[fault]
+        kept = {name: tensor for name, tensor in found.items() if fault != "missing" or name != "pose"}
+        return {**kept, **wrong}
 
     monkeypatch.setattr(module, "_pt2", made)
+    monkeypatch.setattr(exported_files, "opened", lambda *_: (run, {}))
     path = tmp_path / "x.pt2"
     path.write_text("mine")
     flat = network("capsnet")
@@ -236,7 +334,7 @@ def test_batches_of_1_2_7_and_the_rest_are_compared() -> None:
 
 def test_packages_that_are_missing_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     find = importlib.util.find_spec
-    monkeypatch.setattr(module, "find_spec", lambda name: None if name == "onnxscript" else find(name))
+    monkeypatch.setattr(exported_files, "find_spec", lambda name: None if name == "onnxscript" else find(name))
     with pytest.raises(InputError, match=r"onnxscript is not installed \(pip install 'capsnet\[onnx\]'\)$"):
         export(KINDS["baseline"], tmp_path / "x.onnx", format="onnx", images=images(2))
 

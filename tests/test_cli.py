@@ -290,8 +290,8 @@ def test_list(capsys: pytest.CaptureFixture[str], what: str) -> None:
         ],
         "presets": ["paper", "authors", "fast"],
         "experiments": [
-            *("table1", "efficient-capsnet", "recipes", "multimnist", "affnist", "cifar10", "fashion-mnist", "svhn"),
-            *("smallnorb", "what-matters"),
+            *("table1", "efficient-capsnet", "cost", "what-matters", "recipes", "multimnist", "affnist", "cifar10"),
+            *("fashion-mnist", "svhn", "smallnorb"),
         ],
     }
     assert names == expected[what]

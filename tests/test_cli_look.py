@@ -195,6 +195,23 @@ def test_predict_files_folders_and_standard_input(
         assert both.size == (2 * 28 + 2, 28)
 
 
+def test_predict_prints_as_many_classes_as_are_asked_for(run: Path, capsys: Capture) -> None:
+    image = "images/0.png"
+    plain = json.loads(told(capsys, f"predict run {image} --json"))[0]
+    asked = json.loads(told(capsys, f"predict run {image} --json --top 2 --scores"))[0]
+    names = [plain["class"], plain["runner_up"]]
+    assert [one["class"] for one in asked["top"]] == names
+    assert [one["presence"] for one in asked["top"]] == [plain["presence"], plain["runner_up_presence"]]
+    assert (len(asked["scores"]), max(asked["scores"], key=asked["scores"].get)) == (10, plain["class"])
+    assert {name: value for name, value in asked.items() if name not in ("top", "scores")} == plain
+    (row,) = csv.DictReader(io.StringIO(told(capsys, f"predict run {image} --csv --top 2 --scores")))
+    assert [row["top_1"], row["top_2"]] == names
+    assert float(row[f"presence of {names[1]}"]) == float(row["top_2_presence"]) == plain["runner_up_presence"]
+    head, line = told(capsys, f"predict run {image} --top 3").splitlines()[:2]
+    assert ("runners-up" in head, line.count(", ")) == (True, 1)
+    assert [word for word in line.split() if word in asked["scores"]][:2] == names
+
+
 def test_predict_goes_on_after_a_bad_file(run: Path, capsys: Capture) -> None:
     Path("images/0.png").write_text("no image", encoding="utf-8")
     code, out, err = typed(capsys, "predict run images")

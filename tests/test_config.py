@@ -58,11 +58,12 @@ def test_every_field_of_authors_can_be_switched_alone(name: str) -> None:
 
 
 def test_an_open_option_that_is_given_its_default_differs_from_the_preset_only_in_a_folder(tmp_path: Path) -> None:
-    given = Config.of(epochs=3, primary_scale=1.0)
+    given = Config.of(epochs=3, primary_scale=1.0, augment="paper")
     assert with_defaults(Config()) == given
     assert preset_differences(given) == preset_differences(Config()) == {}
     folder = replace(given, data=str(tmp_path))
-    assert preset_differences(folder) == {"data": str(tmp_path), "epochs": 3, "primary_scale": 1.0}
+    told = {"data": str(tmp_path), "epochs": 3, "primary_scale": 1.0, "augment": "paper"}
+    assert preset_differences(folder) == told
     assert preset_differences(replace(Config(), data=str(tmp_path))) == {"data": str(tmp_path)}
 
 
@@ -112,7 +113,7 @@ def test_every_option_has_one_group() -> None:
         ({"lr": True}, "lr must be a number; got True"),
         ({"lr": None}, "lr must be a number; got None"),
         ({"batch_size": True}, "batch_size must be a whole number; got True"),
-        ({"flip": 1}, "flip must be true or false; got 1"),
+        ({"flip": 1}, "flip must be true or false or nothing; got 1"),
     ],
 )
 @pytest.mark.usefixtures("unchecked")
@@ -219,7 +220,7 @@ def test_a_file_that_cannot_be_read_is_refused(tmp_path: Path) -> None:
         ({"lr": True}, "lr must be a number; got True"),
         ({"lr": 10**400}, "lr must be a finite number; got a whole number of about 401 digits$"),
         ({"lr": float("nan")}, "lr must be a finite number; got nan$"),
-        ({"flip": 1}, "flip must be true or false; got 1"),
+        ({"flip": 1}, "flip must be true or false or nothing; got 1"),
         ({"data": 3}, "data must be text; got 3"),
         ({"channels": "1"}, "channels must be a whole number or nothing; got '1'"),
         ({"decoder_sizes": 512}, "decoder_sizes must be a list of whole numbers; got 512"),

@@ -222,18 +222,27 @@ def test_a_square_is_erased_anywhere_inside_and_nothing_else_changes() -> None:
 
 
 def test_one_word_for_an_augmentation() -> None:
-    def made(**options: Any) -> Augmentation:
-        return Augmentation.of(DataOptions(**options), shift=4, crop=None)
+    def made(*, channels: int = 1, **options: Any) -> Augmentation:
+        return Augmentation.of(DataOptions(**options), shift=4, crop=None, image_shape=(channels, 64, 48))
 
-    assert set(WORDS) == set(get_args(get_type_hints(DataOptions)["augment"]))
+    words, _ = get_args(get_type_hints(DataOptions)["augment"])
+    assert set(WORDS) == set(get_args(words))
     assert made() == Augmentation(shift=4)
     assert made(augment="none") == Augmentation(shift=0)
     assert made(augment="affine") == Augmentation(shift=4, rotation=15.0, scale=0.1, shear=0.1)
     assert made(augment="affine", shift=0, rotation=5.0, erase=2) == Augmentation(
         shift=0, rotation=5.0, scale=0.1, shear=0.1, erase=2
     )
-    assert made(augment="photo").flip
+    photo = Augmentation(shift=5, rotation=10.0, scale=0.1, brightness=0.2, contrast=0.2)  # a tenth of 48 pixels
+    assert made(augment="photo") == photo, "grey images are not mirrored"
+    assert made(augment="photo", channels=3) == replace(photo, flip=True)
+    assert made(augment="photo", flip=True, shift=1) == replace(photo, flip=True, shift=1)
+    assert str(replace(photo, flip=True)) == (
+        "shift 5 pixels, flip, rotation 10 degrees, scale 0.1, brightness 0.2, contrast 0.2"
+    )
+    assert str(made(augment="none")) == "nothing"
     assert made(augment="none", flip=True) == Augmentation(shift=0, flip=True)
+    assert made(augment="photo", channels=3, flip=False, rotation=0.0) == replace(photo, rotation=0.0), "no is no"
 
 
 def test_one_change_switched_off_leaves_the_others() -> None:

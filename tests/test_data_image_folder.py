@@ -144,7 +144,7 @@ def test_resizing_is_plain_and_antialiased(tmp_path: Path) -> None:
 
 def test_large_jpeg_is_read_at_a_fraction_to_the_same_end(tmp_path: Path) -> None:
     ramp = Image.fromarray(np.tile(np.arange(256, dtype=np.uint8).repeat(4), (512, 1)))  # [512, 1024]
-    image = first(tmp_path, ramp, "x.jpg", image_size=16)[0].float()
+    image = first(tmp_path, ramp, "x.jpg", image_size=16)[0, 4:12].float()
     assert (image - (torch.arange(16) * 16 + 7.5)).abs().max() < 3
 
 

@@ -44,11 +44,69 @@ KINDS: dict[str, dict[str, Any]] = {
     "mnist, larger and in colour": {"image_size": 36, "channels": 3},
     "mnist, cropped": {"crop": 24},
     "mnist, neither square": {"image_size": "20x30"},
+    "mnist, padded": {"image_size": "20x30", "resize": "pad"},
     "fashion-mnist": {},
     "expanded-mnist": {},
     "cifar10": {"crop": 24},
     "cifar10, smaller and grey": {"image_size": 20, "channels": 1},
 }
+
+
+def test_proportions_are_kept_or_lost_as_it_is_said(tmp_path: Path) -> None:
+    wide = torch.full((3, 20, 40), 200, dtype=torch.uint8)
+    wide[:, 4:16, 14:26] = torch.tensor([250, 0, 10], dtype=torch.uint8)[:, None, None]  # a square in the middle
+    path = saved(wide, tmp_path / "wide.png")
+    read = {how: Preprocessing(20, 20, 3, resize=how)(path).image.int() for how in ("pad", "crop", "squash")}
+    ink = {how: ((image - 200).abs().amax(0) > 25).nonzero() for how, image in read.items()}
+    size = {how: tuple((found.amax(0) - found.amin(0) + 1).tolist()) for how, found in ink.items()}
+    assert size == {"pad": (6, 6), "crop": (12, 12), "squash": (12, 6)}  # rows and columns
+    assert all((found.float().mean(0) - 9.5).abs().max() < 0.6 for found in ink.values()), "in the middle"
+    around = read["pad"][:, :4]
+    assert set(around.flatten().tolist()) == {200}, "the colour of its edge"
+    tall = saved(wide.transpose(1, 2).contiguous(), tmp_path / "tall.png")
+    turned = Preprocessing(20, 20, 3, resize="pad")(tall).image.transpose(1, 2)
+    assert (turned.int() - read["pad"]).abs().max() <= 4, "but for rounding between rows and columns"
+
+
+@pytest.mark.parametrize("how", ["pad", "crop", "squash"])
+@pytest.mark.parametrize("size", [(1, 500), (500, 1), (1, 1), (7, 7), (1000, 3)])
+def test_an_image_of_any_proportions_becomes_one_of_the_size(how: Any, size: tuple[int, int], tmp_path: Path) -> None:
+    path = saved(torch.full((1, *size), 77, dtype=torch.uint8), tmp_path / "x.png")
+    image = Preprocessing(12, 9, 1, resize=how)(path).image
+    assert (image.shape, set(image.flatten().tolist())) == ((1, 12, 9), {77})
+
+
+def test_an_image_of_the_size_stays_as_it_is_and_one_in_proportion_gets_no_edge(tmp_path: Path) -> None:
+    draw = torch.Generator().manual_seed(0)
+    exact = torch.randint(256, (3, 10, 14), dtype=torch.uint8, generator=draw)
+    twice = exact.repeat_interleave(2, 1).repeat_interleave(2, 2)
+    paths = saved(exact, tmp_path / "exact.png"), saved(twice, tmp_path / "twice.png")
+    for how in ("pad", "crop", "squash"):
+        assert torch.equal(Preprocessing(10, 14, 3, resize=how)(paths[0]).image, exact)
+    read = [Preprocessing(10, 14, 3, resize=how)(paths[1]).image.int() for how in ("pad", "crop", "squash")]
+    assert all((one - read[2]).abs().max() <= 1 for one in read)
+
+
+@pytest.mark.usefixtures("workplace")
+def test_what_is_chosen_of_proportions_is_told_and_stored(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    for name in ("red", "blue"):
+        for number in range(4):
+            saved(torch.full((3, 10, 20 + number), 90, dtype=torch.uint8), Path("photos") / name / f"{number}.png")
+    asked = {"data": "photos", "image_size": 16, "epochs": 1, "batch_size": 4, **SIZES, "report": False}
+    training.fit(Config.of(**asked, out="padded"))
+    told = capsys.readouterr().err
+    assert "images resized to 16 x 16 pixels in proportion, with the colour of their edge around them" in told
+    assert "(--resize changes it)" in told
+    training.fit(Config.of(**asked, out="cropped", resize="crop"))
+    assert "images resized" not in capsys.readouterr().err
+    for name, how in (("padded", "pad"), ("cropped", "crop")):
+        run = run_directory.Run(Path(name))
+        assert run.config().resize == how
+        assert json.loads((run.directory / "config.json").read_text())["preprocessing"]["resize"] == how
+    whole = run_directory.Run(Path("cropped")).config().flat()
+    before = Config.of(**{**whole, "resize": "crop"}), {key: value for key, value in whole.items() if key != "resize"}
+    assert Config.of(**before[1]).resize == "squash", "runs from before there was a choice"
+    assert Config.of(image_size=20, data_seed=1).resize is None
 
 
 @pytest.fixture
@@ -176,7 +234,7 @@ def test_digits_of_a_folder_are_framed_if_asked_for(workplace: Path) -> None:
             sheet.save(workplace / "sheets" / name / f"{number}.png")
     config = Config.of(data="sheets", image_size=28, validation=0, framing="digits")
     whole, plain = prepare.prepare_data(config), prepare.prepare_data(replace(config, framing=None))
-    assert whole.preprocessing == Preprocessing(28, 28, 1, framing="digits", frame=MNIST_FRAME)
+    assert whole.preprocessing == Preprocessing(28, 28, 1, framing="digits", frame=MNIST_FRAME, resize="pad")
     ink = whole.train.images.float()
     columns = (ink.sum(2) * torch.arange(28)).sum(-1) / ink.sum((2, 3))
     assert (columns - 14).abs().max() < 1, "in the middle wherever they were"

@@ -49,12 +49,18 @@ def test_by_hand() -> None:
     assert (result.total, result.wrong, result.error_percent) == (10, 3, 30.0)
     assert result.interval == pytest.approx([100 * x for x in wilson_interval(3, 10)])
     cat, dog, cow = result.per_class()
-    assert cat == {"class": "cat", "images": 4, "wrong": 1, "error_percent": 25.0, "taken_for_it": 2}
-    assert dog == {"class": "dog", "images": 6, "wrong": 2, "error_percent": pytest.approx(100 / 3), "taken_for_it": 1}
-    assert cow["error_percent"] is None
+    counts = ("class", "images", "wrong", "error_percent", "taken_for_it")
+    assert [cat[name] for name in counts] == ["cat", 4, 1, 25.0, 2]
+    assert [dog[name] for name in counts] == ["dog", 6, 2, pytest.approx(100 / 3), 1]
+    assert (cat["precision"], cat["recall"], cat["f1"]) == pytest.approx((3 / 5, 3 / 4, 2 / 3))
+    assert (dog["precision"], dog["recall"], dog["f1"]) == pytest.approx((4 / 5, 2 / 3, 8 / 11))
+    assert {cow[name] for name in ("error_percent", "precision", "recall", "f1")} == {None}
+    assert result.macro == pytest.approx({"precision": 0.7, "recall": 17 / 24, "f1": 23 / 33})
+    never = Evaluation(((2, 0), (3, 0)), ("cat", "dog"), 0.5, 0.4, 200.0, wrong=3).per_class()[1]
+    assert (never["precision"], never["recall"], never["f1"]) == (0.0, 0.0, 0.0)
     assert result.summary() == "error 30.00 % (3 of 10 wrong; 95 % interval 10.78 to 60.32 %)"
     told = result.to_dict()
-    assert {"error_percent", "wrong", "total", "interval", "per_class", "confusion"} <= told.keys()
+    assert {"error_percent", "wrong", "total", "interval", "macro", "per_class", "confusion"} <= told.keys()
     assert told["confusion"] == [[3, 1, 0], [2, 4, 0], [0, 0, 0]]
 
 
@@ -202,6 +208,9 @@ def test_objects_found_are_on_the_diagonal_and_each_missed_one_beside_one_claime
         "wrong": 1,
         "error_percent": pytest.approx(100 / 3),
         "taken_for_it": 0,
+        "precision": 1.0,
+        "recall": pytest.approx(2 / 3),
+        "f1": pytest.approx(0.8),
     }
     assert rows["b"]["taken_for_it"] == 1
     assert result.summary() == (

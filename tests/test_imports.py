@@ -128,7 +128,7 @@ def test_the_leaves_are_leaves() -> None:
         ("scipy", {"data.matlab", "data.photo", "evaluation.statistics"}),
         ("jinja2", {"report.report"}),
         ("onnx", {"checkpoints.export"}),
-        ("onnxruntime", {"checkpoints.export"}),
+        ("onnxruntime", {"checkpoints.exported"}),
         ("starlette", {"cli.demo", "demo.app", "demo.guard"}),
         ("uvicorn", {"cli.demo", "demo.serving"}),
         ("PIL", {"data", "data.image_file", "data.photo", "demo.viewer", "plots.style"}),

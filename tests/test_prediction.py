@@ -45,6 +45,9 @@ def test_predictions_are_the_networks(network: Network, files: list[Path], batch
         assert (one.label, one.runner_up) == ("abc"[order[0]], "abc"[order[1]])
         assert one.presence == pytest.approx(float(values[0]), abs=1e-6)
         assert one.runner_up_presence == pytest.approx(float(values[1]), abs=1e-6)
+        assert one.scores == pytest.approx(dict(zip("abc", scores.tolist(), strict=True)), abs=1e-6)
+        assert one.top(2) == [(one.label, one.presence), (one.runner_up, one.runner_up_presence)]
+        assert len(one.top(9)) == 3
         assert one.error == pytest.approx(float((image - drawn).square().sum()), rel=1e-4)
         assert one.reconstruction is not None
         torch.testing.assert_close(one.reconstruction, drawn, atol=1e-5, rtol=1e-4)

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from capsnet.checkpoints import pretrained
+from capsnet.checkpoints import exported, pretrained
 from capsnet.cli import main
 from capsnet.config import Config, read, with_defaults
 from capsnet.training import fit as training
@@ -64,9 +64,11 @@ def test_commands_parse(
     monkeypatch.setattr(training, "fit", stop)
     monkeypatch.setattr(training, "resume", stop)
     monkeypatch.setattr(pretrained, "load", stop)
+    monkeypatch.setattr(exported, "load", stop)
     monkeypatch.chdir(tmp_path)
     (tmp_path / "scans").mkdir()
-    for file in ("photo.jpg", "photo-of-a-digit.jpg", "scans/1.png"):
+    (tmp_path / "photos").mkdir()
+    for file in ("photo.jpg", "photo-of-a-digit.jpg", "scans/1.png", "photos/1.png", "capsnet-mnist.onnx"):
         (tmp_path / file).touch()
     arguments = shlex.split(command)[1:]
     if "--resume" in arguments:

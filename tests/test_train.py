@@ -590,11 +590,12 @@ def test_the_card_tells_the_run_and_the_threshold(photos: Path) -> None:
     result = fit(tiny(photos, out="run", validation=20))
     card = pretrained.load_card("run")
     given = tiny(photos).changed(validation=20, primary_scale=1.0)
-    assert card.trained() == replace(given, image_size="12x13", channels=3, framing="off")
+    assert card.trained() == replace(given, image_size="12x13", resize="pad", channels=3, framing="off")
     assert (card.data, card.epochs, card.train_images) == (str(photos), 2, 55)
     told = {name: result.test.to_dict()[name] for name in ("error_percent", "wrong", "total")}
     assert card.test == {**told, "interval": result.test.interval}
-    assert card.preprocessing == Preprocessing(12, 13, 3)
+    assert result.network.preprocessing == Preprocessing(12, 13, 3, resize="pad")
+    assert pretrained.load("run").preprocessing == result.network.preprocessing
     assert card.threshold is not None
     assert (card.threshold.images, card.threshold.split) == (20, "validation")
     dataset = prepare.prepare_data(card.trained())
@@ -670,8 +671,16 @@ def test_the_callers_random_numbers_are_left_alone(photos: Path) -> None:
 def test_what_differs_from_the_preset_is_in_the_result(photos: Path) -> None:
     fit(tiny(photos, out="run", epochs=1, leaky=True))
     told = json.loads(Path("run/result.json").read_text())["differs_from_preset"]
-    given = {"data": str(photos), "epochs": 1, "primary_scale": 1.0, "batch_size": 16, "precision": "32", "leaky": True}
-    given |= {"image_size": "12x13", "channels": 3, "framing": "off"}  # as they were read
+    given = {
+        "data": str(photos),
+        "augment": "paper",
+        "epochs": 1,
+        "primary_scale": 1.0,
+        "batch_size": 16,
+        "precision": "32",
+        "leaky": True,
+    }
+    given |= {"image_size": "12x13", "resize": "pad", "channels": 3, "framing": "off"}  # as they were read
     assert told == given | {name: list(value) if isinstance(value, tuple) else value for name, value in SIZES.items()}
 
 

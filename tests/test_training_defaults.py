@@ -12,7 +12,7 @@ from PIL import Image
 from capsnet.cli import main
 from capsnet.config import Config, read
 from capsnet.data import Dataset, Split
-from capsnet.training import defaults
+from capsnet.training import defaults, prepare
 from capsnet.training import fit as training
 from capsnet.training.defaults import resolved, told
 
@@ -55,25 +55,54 @@ def patterns(root: Path, classes: int, images: int = 10, size: int = 28) -> Path
 def test_what_is_chosen(
     config: Config, classes: int, images: int, size: int, epochs: int, decay: int, scale: float
 ) -> None:
-    chosen = resolved(config, dataset(classes, images, size=size))
+    given = dataset(classes, images, size=size)
+    chosen = resolved(config, given)
     assert (chosen.epochs, chosen.lr_decay_steps) == (epochs, decay)
     assert chosen.flat().get("primary_scale", 1.0) == scale
     assert resolved(chosen, dataset(2)) == chosen  # a resumed run stays as it began
     open_options = {
         name: config.flat()[name]
-        for name in ("epochs", "keep", "lr_decay_steps", "primary_scale")
+        for name in ("epochs", "keep", "lr_decay_steps", "primary_scale", "augment")
         if name in config.flat()
     }
     assert chosen.changed(**open_options) == config
-    line = told(config, chosen)
+    line = told(config, chosen, given)
     assert (line is not None and "--epochs" in line) == (config.epochs is None and epochs != 3)
     assert (line is not None and "--primary-scale 0" in line) == (scale == 0)
+    assert chosen.augment == "paper"
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_photographs_in_colour_are_augmented_as_such_and_grey_ones_keep_their_sides(
+    channels: int, workplace: Path
+) -> None:
+    for name in "ab":
+        for number in range(4):
+            (workplace / "photos" / name).mkdir(parents=True, exist_ok=True)
+            colour = (10, 90 + number, 200) if channels == 3 else (90 + number,) * 3
+            Image.new("RGB", (20, 20), colour).save(workplace / "photos" / name / f"{number}.png")
+    given = prepare.prepare_data(Config.of(data="photos"))
+    chosen = resolved(Config.of(data="photos"), given)
+    assert chosen.augment == ("photo" if channels == 3 else "paper")
+    line = told(Config.of(data="photos"), chosen, given) or ""
+    parts = "--augment photo, for images in colour: shift 2 pixels, flip, rotation 10 degrees"
+    assert (parts in line) == (channels == 3)
+    asked = Config.of(data="photos", augment="photo")
+    line = told(asked, resolved(asked, given), given) or ""
+    assert ("--augment photo without flip, for images in grey (--flip mirrors them)" in line) == (channels == 1)
+    whole = chosen.flat()
+    before = {name: value for name, value in whole.items() if name not in ("augment", "resize")}
+    old = Config.of(**before)
+    assert (old.augment, old.flip) == ("paper", None), "runs from before there was a choice"
+    old = Config.of(**{**before, "augment": "affine", "flip": False, "rotation": 0.0, "scale": 0.3})
+    assert (old.augment, old.flip, old.rotation, old.scale) == ("affine", None, None, 0.3), "whose 0 left the word's"
 
 
 def test_published_sets_are_trained_as_ever() -> None:
     chosen = resolved(Config(), dataset(2, name="mnist"))
     assert (chosen.epochs, chosen.lr_decay_steps, chosen.options.primary_scale) == (3, 0, 1.0)
-    assert told(Config(), chosen) is None
+    assert told(Config(), chosen, dataset(2, name="mnist")) is None
+    assert chosen.augment == "paper"
 
 
 def test_the_best_weights_are_kept_where_other_images_are_tested() -> None:

@@ -80,14 +80,14 @@ def pairs(train: int = 60, test: int = 15, *, shift: int = 1) -> Dataset:
 
 def tiny(data: Path, **changes: Any) -> Config:
     """A run of 2 epochs of 5 steps on `photos`; the last batch is smaller."""
-    fixed = {"data": str(data), "epochs": 2, "batch_size": 16, "precision": "32", **SIZES}
+    fixed = {"data": str(data), "augment": "paper", "epochs": 2, "batch_size": 16, "precision": "32", **SIZES}
     return Config.of(**{**fixed, **changes})
 
 
 def options(config: Config) -> list[str]:
     """The same as options of `capsnet train`."""
     sizes = [(name, " ".join(map(str, value)) if isinstance(value, tuple) else value) for name, value in SIZES.items()]
-    others = [(name, getattr(config, name)) for name in ("data", "epochs", "batch_size", "precision")]
+    others = [(name, getattr(config, name)) for name in ("data", "augment", "epochs", "batch_size", "precision")]
     return [word for name, value in sizes + others for word in (f"--{name.replace('_', '-')}", *str(value).split())]
 
 

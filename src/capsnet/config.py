@@ -106,7 +106,7 @@ class Config(OutputOptions, MachineOptions, OptimisationOptions, LossOptions, Da
         return {"preset": self.preset, "data": groups.pop("data"), "model": model, **groups}
 
 
-OPEN: dict[str, Any] = {"epochs": 3, "keep": "last", "primary_scale": 1.0}
+OPEN: dict[str, Any] = {"epochs": 3, "keep": "last", "primary_scale": 1.0, "augment": "paper"}
 """Options that may be left open (None), with their values for published data sets."""
 
 PRESETS: dict[str, dict[str, Any]] = {
@@ -146,10 +146,19 @@ RENAMED = {
 """Names of options as files of earlier versions have them."""
 
 
+WORDED = ("flip", "rotation", "scale", "shear", "brightness", "contrast", "erase")
+"""What `--augment` says in one word."""
+
+
 def renamed(options: Mapping[str, Any]) -> dict[str, Any]:
     """Options from a file under their names of today."""
     today = {RENAMED.get(name, name): value for name, value in options.items()}
-    return {**today, "convolution": "winograd"} if today.get("convolution") == "minimal" else today
+    if today.get("convolution") == "minimal":
+        today["convolution"] = "winograd"
+    if {"image_size", "data_seed", "log_every"} <= today.keys() and "resize" not in today:  # of a whole run
+        today = {"augment": "paper", **today, "resize": None if today["image_size"] is None else "squash"}
+        today |= {name: None for name in WORDED if not today.get(name)}  # which left the word as it was
+    return today
 
 
 def preset(name: str, *, model: str = "capsnet") -> Config:

@@ -1,7 +1,7 @@
 """Predictions for images as people have them: files, prepared like the training images, through a trained network."""
 
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -29,6 +29,7 @@ class Prediction:
         presence: length of its capsule, in [0, 1); for a network without capsules its softmax.
         runner_up: name of the second class; the same as `label` if there is only one.
         runner_up_presence: the same of it.
+        scores: presence of every class, by name.
         error: sum of squared differences between the image and its reconstruction, None without a decoder.
         ood: whether `error` is above the card's threshold; None without either.
         inverted: whether dark and light were swapped.
@@ -43,16 +44,21 @@ class Prediction:
     presence: float
     runner_up: str
     runner_up_presence: float
+    scores: Mapping[str, float] = field(repr=False)
     error: float | None
     ood: bool | None
     inverted: bool
     framed: bool
     notes: tuple[str, ...]
-    image: Tensor
-    reconstruction: Tensor | None
+    image: Tensor = field(repr=False)
+    reconstruction: Tensor | None = field(repr=False)
+
+    def top(self, count: int) -> list[tuple[str, float]]:
+        """The `count` classes of the largest scores with these, the largest first."""
+        return sorted(self.scores.items(), key=lambda one: -one[1])[:count]
 
     def to_dict(self) -> dict[str, Any]:
-        """All but the images, as JSON can hold it."""
+        """All but the images and the other classes' scores, as JSON can hold it."""
         return {
             "file": self.name,
             "class": self.label,
@@ -82,8 +88,8 @@ def predict(
     Args:
         network: trained, in evaluation mode.
         sources: name of each image, and its place or content.
-        card: of the network, see `load_card`; without one, images are only resized, and none is out of distribution.
-        framing: in place of the card's; see `data.preprocessing`.
+        card: of the network, see `load_card`; without one, none is out of distribution.
+        framing: in place of the network's; see `data.preprocessing`.
         invert: see `data.preprocessing`.
         batch_size: images at a time; only memory and speed depend on it.
         precision: `32`, or `bf16` for convolutions and decoder.
@@ -96,7 +102,7 @@ def predict(
             f"network must be of images that show one object each; got one that finds {network.objects_per_image}"
         )
     card = card or Card()
-    reading = card.reading(network.image_shape).with_framing(framing)
+    reading = (network.preprocessing or card.reading(network.image_shape)).with_framing(framing)
     waiting = iter(sources)
     while batch := list(islice(waiting, batch_size)):
         prepared = [_prepared(reading, name, source, invert) for name, source in batch]
@@ -114,6 +120,7 @@ def predict(
                 presence=float(values[0]),
                 runner_up=network.classes[int(order[-1])],
                 runner_up_presence=float(values[-1]),
+                scores=dict(zip(network.classes, scores.tolist(), strict=True)),
                 error=error,
                 ood=None if card.threshold is None or error is None else error > card.threshold.value,
                 inverted=one.inverted,
@@ -136,7 +143,7 @@ def _answers(
     network: Network, images: Tensor, precision: str
 ) -> list[tuple[Tensor, Tensor, Tensor | None, float | None]]:
     """For each image: itself, the scores, its reconstruction and the error of that."""
-    device = next(network.parameters()).device
+    device = next((parameter.device for parameter in network.parameters()), torch.device("cpu"))
     inputs = to_float(images).to(device)
     with evaluation_mode(network), torch.autocast(device.type, dtype=torch.bfloat16, enabled=precision == "bf16"):
         output = network(inputs)

@@ -5,19 +5,14 @@ Each file takes any number of images: input `images`, `float32 [batch, channels,
 Before a file is put in place it is read again, run on images and compared with the network it was made from.
 """
 
-import contextlib
 import copy
 import io
 import itertools
 import json
-import logging
 import tempfile
-import warnings
-from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from functools import partial
 from importlib.metadata import version
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +20,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from capsnet.checkpoints import pretrained
+from capsnet.checkpoints import exported, pretrained
+from capsnet.checkpoints.exported import Runner
 from capsnet.checkpoints.model_card import Card
 from capsnet.errors import InputError
 from capsnet.files import write_atomically
@@ -36,8 +32,6 @@ __all__ = ["FORMATS", "Export", "compare", "export"]
 FORMATS = {"onnx": ".onnx", "pt2": ".pt2", "safetensors": ""}
 """Format and the ending of its files; safetensors is a folder."""
 TOLERANCE = 1e-3  # largest difference, relative to the largest value: rounding is 1e-6 to 1e-4, a wrong graph 1e-1
-ONNX_PACKAGES = ("onnx", "onnxscript", "onnxruntime")
-Runner = Callable[[Tensor], dict[str, Tensor]]
 
 
 @dataclass(frozen=True)
@@ -83,7 +77,7 @@ def export(
         images: intensities in [0, 1] to compare on; at least one. They go through in batches of 1, 2, 7 and then
             `batch_size`, as the number must be free.
         batch_size: images at a time; at least 1.
-        card: what is told of the weights, written beside them as safetensors.
+        card: what is told of the weights: written beside safetensors; its threshold into the other files.
         overwrite: replace what is at `path`.
 
     Returns:
@@ -100,12 +94,8 @@ def export(
         raise InputError(f"images and batch_size must be at least 1; got {len(images)} and {batch_size}")
     network.check_images(images)
     _check_free(path, format, overwrite=overwrite)
-    missing = [name for name in ONNX_PACKAGES if format == "onnx" and find_spec(name) is None]
-    if missing:
-        raise InputError(
-            f"format onnx must have {', '.join(ONNX_PACKAGES)}; "
-            f"{missing[0]} is not installed (pip install 'capsnet[onnx]')"
-        )
+    if format == "onnx":
+        exported.check_installed("onnx", "onnxscript", "onnxruntime")
     network = copy.deepcopy(network).cpu().eval()
     results: list[Export] = []
 
@@ -121,13 +111,14 @@ def export(
         if card is not None:
             pretrained.save_card(card, path)
     else:
-        with _quiet():
+        with exported.quiet():
+            facts = _facts(network, card)
             with network.plain():
-                content, read = (_onnx if format == "onnx" else _pt2)(network)
+                content = (_onnx if format == "onnx" else _pt2)(network, facts)
 
             def write(temporary: Path) -> None:
                 temporary.write_bytes(content)
-                checked(read(temporary))
+                checked(exported.opened(temporary, format)[0])
 
             write_atomically(path, write)
     return results[0]
@@ -216,29 +207,32 @@ def _program(network: Network) -> torch.export.ExportedProgram:
     return graph
 
 
-def _facts(network: Network) -> dict[str, str]:
-    """What a user of the file needs to know."""
+def _facts(network: Network, card: Card | None) -> dict[str, str]:
+    """What a user of the file needs to know: how an image file becomes its input, and what its outputs mean."""
+    with torch.no_grad():
+        output = network(torch.zeros(1, *network.image_shape))
+    softmax = not torch.equal(network.presence(output), output.scores)
+    threshold = None if card is None or card.threshold is None else asdict(card.threshold)
     return {
         "model": str(network.config["name"]),
         "classes": json.dumps(network.classes),
         "image_shape": json.dumps(network.image_shape),
+        "objects_per_image": json.dumps(network.objects_per_image),
         "intensities": "float32 in [0, 1]",
+        "preprocessing": json.dumps(None if network.preprocessing is None else asdict(network.preprocessing)),
+        "presence": "softmax of scores" if softmax else "scores",
+        "threshold": json.dumps(threshold),
         "capsnet": version("capsnet"),
     }
 
 
-def _pt2(network: Network) -> tuple[bytes, Callable[[Path], Runner]]:
+def _pt2(network: Network, facts: dict[str, str]) -> bytes:
     file = io.BytesIO()
-    torch.export.save(_program(network), file, extra_files={"capsnet.json": json.dumps(_facts(network))})
-
-    def read(path: Path) -> Runner:
-        module: Runner = torch.export.load(io.BytesIO(path.read_bytes())).module()
-        return module
-
-    return file.getvalue(), read
+    torch.export.save(_program(network), file, extra_files={exported.FACTS: json.dumps(facts)})
+    return file.getvalue()
 
 
-def _onnx(network: Network) -> tuple[bytes, Callable[[Path], Runner]]:
+def _onnx(network: Network, facts: dict[str, str]) -> bytes:
     import onnx
 
     names = list(_outputs(network, torch.zeros(1, *network.image_shape)))
@@ -252,33 +246,7 @@ def _onnx(network: Network) -> tuple[bytes, Callable[[Path], Runner]]:
         for size in value.type.tensor_type.shape.dim:
             if size.dim_param == batch:
                 size.dim_param = "batch"
-    onnx.helper.set_model_props(model, _facts(network))
+    onnx.helper.set_model_props(model, facts)
     onnx.checker.check_model(model)
-
-    def read(path: Path) -> Runner:
-        import onnxruntime
-
-        options = onnxruntime.SessionOptions()
-        options.log_severity_level = 3
-        session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
-
-        def run(images: Tensor) -> dict[str, Tensor]:
-            values = session.run(names, {"images": images.numpy()})
-            return {name: torch.from_numpy(value) for name, value in zip(names, values, strict=True)}
-
-        return run
-
-    return model.SerializeToString(), read
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Without the exporters' talk of their own affairs."""
-    before = logging.root.manager.disable
-    with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
-        warnings.simplefilter("ignore")
-        logging.disable(logging.ERROR)
-        try:
-            yield
-        finally:
-            logging.disable(before)
+    content: bytes = model.SerializeToString()
+    return content

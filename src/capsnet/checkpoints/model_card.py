@@ -40,7 +40,7 @@ class Card:
         epochs: passes over the training images.
         train_images: number of them.
         test: `error_percent`, `wrong`, `total` and 95 % `interval` on all test images.
-        preprocessing: how image files become what the network sees; see `reading`.
+        preprocessing: how image files become what the network sees, of cards from before `config.json` told it.
         frame: how the ink lies in the training images, of cards from before `preprocessing`.
         threshold: above which reconstruction error an input is no object of the known classes; None without a decoder.
     """

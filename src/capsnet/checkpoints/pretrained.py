@@ -1,11 +1,14 @@
 """Trained weights: `model.safetensors` and `config.json` in a folder, with the model card beside them.
 
+`config.json` tells how the network is built and how image files become what it sees.
+
 Nothing is unpickled and no code is run: weights are safetensors.
 """
 
 import json
 from collections.abc import Mapping
 from collections.abc import Set as AbstractSet
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Literal, get_type_hints
 
@@ -16,6 +19,7 @@ from capsnet import memory, models
 from capsnet.checkpoints import model_card
 from capsnet.checkpoints.model_card import Card
 from capsnet.config import renamed
+from capsnet.data.preprocessing import Preprocessing
 from capsnet.errors import InputError
 from capsnet.files import read_bytes, read_json, write_atomically
 from capsnet.models import Network
@@ -54,7 +58,8 @@ def save_pretrained(network: Network, directory: str | Path) -> None:
     weights = {name: tensor.detach().cpu().contiguous() for name, tensor in network.state_dict().items()}
     content = save(weights, metadata={"format": "pt"})
     write_atomically(directory / "model.safetensors", lambda path: path.write_bytes(content))
-    text = json.dumps(network.config, indent=2) + "\n"
+    reading = {} if network.preprocessing is None else {"preprocessing": asdict(network.preprocessing)}
+    text = json.dumps({**network.config, **reading}, indent=2) + "\n"
     write_atomically(directory / "config.json", lambda path: path.write_text(text, encoding="utf-8"))
 
 
@@ -97,7 +102,7 @@ def load(path: str | Path) -> Network:
             (`capsnet-mnist`; a model card lies beside them).
 
     Returns:
-        The network on the CPU, in evaluation mode.
+        The network on the CPU, in evaluation mode, with its `preprocessing`.
 
     Raises:
         InputError: a file is missing or damaged, or the weights do not fit: the first wrong key and both shapes are
@@ -120,6 +125,8 @@ def load(path: str | Path) -> Network:
     except (SafetensorError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
         raise InputError(f"file {file} must be safetensors; got: {brief(str(error))}") from None
     network.load_state_dict(fitted(network, weights, source=str(file), stored=STORED), assign=True)
+    if network.preprocessing is None:  # of an earlier version
+        network.preprocessing = load_card(folder).reading(network.image_shape)
     return network.eval()
 
 
@@ -129,6 +136,7 @@ def _described(path: Path) -> Network:
     options = renamed(checked(read_json(path), dict[str, Any], source=source))
     if "objects" in options:  # as it was called in earlier files
         options["objects_per_image"] = options.pop("objects")
+    reading = checked(options.pop("preprocessing", None), Preprocessing | None, name="preprocessing", source=source)
     name = checked(options.get("name"), Literal[tuple(models.available())], name="name", source=source)
     kinds = get_type_hints(models.create) | get_type_hints(models.options_of(name))
     for key, value in options.items():
@@ -139,6 +147,9 @@ def _described(path: Path) -> Network:
         network, remedy = outline(**options), "it must be loaded where there is more"
         count = network.parameter_count()
         memory.check(8 * count, memory.CPU, task=f"model {name}, of {count:,} parameters,", remedy=remedy)
+        if reading is not None and reading.image_shape != network.image_shape:
+            raise InputError(f"preprocessing must make images of {network.image_shape}; it makes {reading.image_shape}")
+        network.preprocessing = reading
         return network
     except InputError as error:
         raise InputError(f"{source}: {error}") from None

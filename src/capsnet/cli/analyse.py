@@ -84,7 +84,7 @@ class _Ood(_Record, _OodOptions):
                 f"{self.model} must be of images in grey or colour; its own have {network.image_shape[0]} channels"
             )
         dataset = trained.dataset(self.data, self.data_dir)
-        reading = trained.card.reading(network.image_shape)
+        reading = network.preprocessing
         sets = {name: _out_of_distribution(name, reading, self.data_dir) for name in self.against}
         known, threshold = trained.predictions(dataset.test).reconstruction_errors, trained.card.threshold
         assert known is not None

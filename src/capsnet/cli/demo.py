@@ -48,7 +48,7 @@ class Demo:
         card = pretrained.load_card(self.model)
         network = pretrained.load(self.model)
         memory.check_demo(network)
-        reading = card.reading(network.image_shape).with_framing(self.framing)
+        reading = network.preprocessing.with_framing(self.framing)
         viewer = Viewer(network, self.model, reading=reading, threshold=card.threshold)
         try:
             serve(

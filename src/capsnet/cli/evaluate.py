@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Evaluate:
-    """Error with its 95 % interval, per-class table, confusion matrix and losses of a trained network.
+    """Error with its 95 % interval, precision, recall and F1, confusion matrix and losses of a trained network.
 
     Of several networks: the error of each, mean and standard deviation, the error of their ensemble (mean of the
     scores), and McNemar's test of the ensemble against the first network.
@@ -291,7 +291,7 @@ def _print_details(result: "Evaluation") -> None:
     )
     show("per class:")
     show_table(
-        ("class", "images", "wrong", "error %", "others taken for it"),
+        ("class", "images", "wrong", "error %", "others taken for it", "precision", "recall", "F1"),
         [
             (
                 row["class"],
@@ -299,10 +299,13 @@ def _print_details(result: "Evaluation") -> None:
                 str(row["wrong"]),
                 "-" if row["error_percent"] is None else f"{row['error_percent']:.2f}",
                 str(row["taken_for_it"]),
+                *("-" if row[name] is None else f"{row[name]:.3f}" for name in ("precision", "recall", "f1")),
             )
             for row in result.per_class()
         ],
     )
+    macro = result.macro
+    show(f"macro means: precision {macro['precision']:.3f}, recall {macro['recall']:.3f}, F1 {macro['f1']:.3f}")
     if len(result.classes) > 30:
         show(f"confusion matrix: {len(result.classes)} classes are too many to print; see --json")
         return

@@ -1,5 +1,6 @@
 """The verb `list`."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import datetime
 from typing import TYPE_CHECKING, Any, Literal
@@ -175,6 +176,23 @@ def _presets() -> list[dict[str, Any]]:
         "authors": "the first author's published code, https://github.com/Sarasra/models",
     }
     return [
-        {"name": name, "what": about[name], **{f"--{key.replace('_', '-')}": v for key, v in changes.items()}}
+        {"name": name, "what": about[name], "options": _words(changes), **_of_models(name)}
         for name, changes in config.PRESETS.items()
     ]
+
+
+def _of_models(preset: str) -> dict[str, str]:
+    """What a preset means to single networks beside its options."""
+    from capsnet.models import registry
+
+    own = {model: registry.presets(model).get(preset) for model in registry.available()}
+    return {f"with --model {model}": _words(changes) for model, changes in own.items() if changes}
+
+
+def _words(changes: Mapping[str, Any]) -> str:
+    """Options as they are typed."""
+    typed = {f"--{name.replace('_', '-')}": value for name, value in changes.items()}
+    return " ".join(
+        name if value is True else f"{name} {value:g}" if isinstance(value, float) else f"{name} {value}"
+        for name, value in typed.items()
+    )

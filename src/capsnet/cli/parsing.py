@@ -1,11 +1,14 @@
 """Parse the command line with tyro, which prints its own help and its own usage errors."""
 
+import ast
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, redirect_stderr, redirect_stdout
-from dataclasses import dataclass, fields, is_dataclass, make_dataclass
-from inspect import cleandoc, getdoc
+from contextlib import contextmanager, redirect_stderr, redirect_stdout, suppress
+from dataclasses import MISSING, dataclass, field, fields, is_dataclass, make_dataclass
+from inspect import cleandoc, getdoc, getsource
 from io import StringIO
-from typing import Annotated, Any, Protocol, TypeVar, Union, get_type_hints, runtime_checkable
+from itertools import pairwise
+from textwrap import dedent
+from typing import Annotated, Any, Protocol, TypeVar, Union, cast, get_type_hints, runtime_checkable
 
 import tyro
 from tyro.conf import OmitArgPrefixes, Positional, arg, subcommand
@@ -29,7 +32,9 @@ __all__ = [
     "Range",
     "Seed",
     "config_of",
+    "helped",
     "parse",
+    "spelled_out",
     "with_options",
 ]
 
@@ -83,15 +88,17 @@ def parse(group: Group, arguments: Sequence[str], *, prog: str) -> Command:
         )
         with _printed(code=None if arguments else 2):
             tyro.cli(Union[every], args=arguments or ["--help"], prog=prog, description=cleandoc(group.help))  # type: ignore[call-overload]  # noqa: UP007
-    prog = f"{prog} {arguments[0]}"
+    prog, rest = f"{prog} {arguments[0]}", arguments[1:]
     if isinstance(kind, Group):
-        return parse(kind, arguments[1:], prog=prog)
+        return parse(kind, rest, prog=prog)
     description, default = getdoc(kind), tyro.MISSING_NONPROP
     if hasattr(kind, "starting_from"):  # whose options depend on some of its arguments
-        default = kind.starting_from(arguments[1:])
+        default, rest = kind.starting_from(rest), spelled_out(rest)
         kind = type(default)
+    else:
+        kind = helped(kind)
     with _printed():
-        command: Command = tyro.cli(kind, args=arguments[1:], prog=prog, default=default, description=description)
+        command: Command = tyro.cli(kind, args=rest, prog=prog, default=default, description=description)
     for name, hint in get_type_hints(kind, include_extras=True).items():
         value = getattr(command, name)
         for within in filter(lambda one: isinstance(one, Range), getattr(hint, "__metadata__", ())):
@@ -108,12 +115,42 @@ def with_options(kind: type[C], base: Config, **values: Any) -> C:
     """
     groups = {"images": GROUPS["data"], "network": type(base.options)}  # as headings of the help
     groups |= {name: group for name, group in GROUPS.items() if name != "data"}
+    groups, kind = {name: helped(group) for name, group in groups.items()}, helped(kind)
     named = [(name, OmitArgPrefixes[group]) for name, group in groups.items()]  # type: ignore[misc, valid-type]
     whole = make_dataclass(kind.__name__, named, bases=(kind,), frozen=True, kw_only=True)
     flat = base.flat()
     defaults = {name: group(**{each.name: flat[each.name] for each in fields(group)}) for name, group in groups.items()}
     command: C = whole(**values, **defaults)
     return command
+
+
+def helped(kind: Any) -> Any:
+    """A dataclass like `kind` whose fields have their docstrings as help in one line; tyro keeps their line breaks."""
+    texts = dict[str, str]()
+    for one in reversed(kind.__mro__[:-1]):
+        with suppress(OSError):  # of a class that was made there is no source
+            body = cast(ast.ClassDef, ast.parse(dedent(getsource(one))).body[0]).body
+            for field_, text in pairwise(body):
+                if isinstance(field_, ast.AnnAssign) and isinstance(text, ast.Expr):
+                    texts[ast.unparse(field_.target)] = " ".join(ast.literal_eval(text.value).split())
+    hints, named = get_type_hints(kind, include_extras=True), list[Any]()
+    for each in fields(kind):
+        hint = hints[each.name]
+        hint = Annotated[hint, arg(help=texts[each.name])] if each.name in texts else hint
+        named.append((each.name, hint) if each.default is MISSING else (each.name, hint, field(default=each.default)))
+    return make_dataclass(kind.__name__, named, bases=(kind,), frozen=True, kw_only=True)
+
+
+def spelled_out(arguments: Sequence[str]) -> list[str]:
+    """The options of a run that may be yes, no or left open, as tyro takes them: `--flip` is `--flip True`."""
+    hints = {name: hint for group in GROUPS.values() for name, hint in get_type_hints(group).items()}
+    open_flags = [name.replace("_", "-") for name, hint in hints.items() if hint == bool | None]
+    words = {f"--{name}": ["True"] for name in open_flags} | {f"--no-{name}": ["False"] for name in open_flags}
+    spelled = list[str]()
+    for word, following in zip(arguments, [*arguments[1:], ""], strict=False):
+        value = [] if following in ("True", "False", "None") else words.get(word, [])
+        spelled += [word.replace("--no-", "--", 1) if word in words else word, *value]
+    return spelled
 
 
 def config_of(command: Any) -> Config:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from tyro.conf import Positional, arg
 
-from capsnet.cli.parsing import BatchSize, Device, Model
+from capsnet.cli.parsing import BatchSize, Device, Model, Range
 from capsnet.cli.printing import say, show, show_json
 from capsnet.cli.trained_model import TrainedModel
 from capsnet.errors import InputError
@@ -29,11 +29,13 @@ class Predict:
 
     Images of any size, grey or colour, are preprocessed as the network's training images were; every further change is
     reported. A network of digits framed as in MNIST finds the digit on a photograph, dark on light or light on dark.
-    Images with a reconstruction error above the network's threshold are marked as out of distribution.
+    Images with a reconstruction error above the network's threshold are marked as out of distribution. MODEL may also
+    be an ONNX or PT2 file of `capsnet export`, which tells its own preprocessing.
 
     Examples:
       capsnet predict capsnet-mnist photo-of-a-digit.jpg
       capsnet predict runs/mine images/ --csv > predictions.csv
+      capsnet predict mine.onnx images/
       cat digit.png | capsnet predict capsnet-mnist - --json
     """
 
@@ -45,6 +47,10 @@ class Predict:
     the network."""
     invert: Literal["auto", "yes", "no"] = "auto"
     """Swap dark and light. auto: with framing digits, if the background is the opposite of the training images'."""
+    top: Annotated[int | None, Range(1, 10**6)] = None
+    """Print this many classes of the largest presence, and theirs."""
+    scores: bool = False
+    """Print the presence of every class."""
     save_reconstructions: str | None = None
     """Write each image as the network saw it beside its reconstruction to this directory."""
     overwrite: bool = False
@@ -68,18 +74,24 @@ class Predict:
             say(f"capsnet predict: {note}")
         from capsnet import devices, memory
         from capsnet.analysis.reconstruction import decoder_of
+        from capsnet.checkpoints.exported import ExportedNetwork
         from capsnet.config import Config
         from capsnet.prediction import Prediction, predict
 
-        trained = TrainedModel(self.model)
+        trained = TrainedModel(self.model, exported=True)
+        exported = isinstance(trained.network, ExportedNetwork)
         if self.save_reconstructions:
-            decoder_of(trained.network)
+            if not (isinstance(trained.network, ExportedNetwork) and trained.network.reconstructs):
+                decoder_of(trained.network)
             places = _places(names, Path(self.save_reconstructions), overwrite=self.overwrite)
-        device = devices.resolve_device(Config(device=self.device))
+        if exported and self.device not in ("auto", "cpu"):
+            raise InputError(f"--device must be cpu for an exported file; got {self.device}")
+        device = devices.resolve_device(Config(device="cpu" if exported else self.device))
         sources = ((name, sys.stdin.buffer.read() if name == "-" else Path(name)) for name in names)
-        precision = trained.precision(device)
+        precision = "32" if exported else trained.precision(device)
         batch_size = min(self.batch_size, len(names))
-        memory.check_inference(trained.network, batch_size, device, task="prediction", precision=precision)
+        if not exported:
+            memory.check_inference(trained.network, batch_size, device, task="prediction", precision=precision)
         network = trained.network.to(device)
         predictions = predict(
             network,
@@ -90,7 +102,7 @@ class Predict:
             batch_size=batch_size,
             precision=precision,
         )
-        write = _Writer(self, width=_width(names), label=_width(network.classes))
+        write = _Writer(self, width=_width(names), label=_width(network.classes), classes=len(network.classes))
         faults = 0
         for number, found in enumerate(predictions):
             if not isinstance(found, Prediction):
@@ -108,16 +120,24 @@ class Predict:
 class _Writer:
     """Prints predictions as they come; all JSON comes at the end."""
 
-    def __init__(self, command: Predict, *, width: int, label: int) -> None:
+    def __init__(self, command: Predict, *, width: int, label: int, classes: int) -> None:
         self.command, self.rows, self.begun, self.ood = command, list[dict[str, Any]](), False, False
-        self.width, self.label = min(width, 60), max(5, min(label, 30))
+        self.width, self.label, self.longest = min(width, 60), max(5, min(label, 30)), min(label, 30)
+        self.others = min(classes, classes if command.scores else command.top or 2) - 1  # beside the first
 
     def __call__(self, found: "Prediction") -> None:
         """Print one prediction."""
         row = found.to_dict()
         if self.command.json:
+            if self.command.top:
+                row["top"] = [{"class": name, "presence": score} for name, score in found.top(self.command.top)]
+            if self.command.scores:
+                row["scores"] = dict(found.scores)
             self.rows.append(row)
         elif self.command.csv:
+            for place, (name, score) in enumerate(found.top(self.command.top or 0), 1):
+                row |= {f"top_{place}": name, f"top_{place}_presence": score}
+            row |= {f"presence of {name}": score for name, score in found.scores.items() if self.command.scores}
             if sys.stdout.isatty():
                 row = {name: visible(value) if isinstance(value, str) else value for name, value in row.items()}
             writer = csv.DictWriter(sys.stdout, list(row), lineterminator="\n")
@@ -126,7 +146,8 @@ class _Writer:
             writer.writerow(row)
         else:
             if not self.begun:
-                show(self._row("file", "class", "presence", "runner-up", "error", "notes"))
+                others = "runner-up" if self.others == 1 else "runners-up"
+                show(self._row("file", "class", "presence", others, "error", "notes"))
             self._line(found)
         self.begun = True
 
@@ -135,12 +156,14 @@ class _Writer:
         marks = {"OOD?": found.ood, "inverted": found.inverted, "centred and scaled": found.framed}
         notes = [*(mark for mark, is_so in marks.items() if is_so), *found.notes]
         error = "-" if found.error is None else f"{found.error:.1f}"
-        runner_up = f"{visible(found.runner_up)} {found.runner_up_presence:.2f}"
+        others = found.top(self.others + 1)[1:] or [(found.runner_up, found.runner_up_presence)] * bool(self.others)
+        listed = ", ".join(f"{visible(name)} {score:.2f}" for name, score in others)
         name, label = visible(found.name), visible(found.label)
-        show(self._row(name, label, f"{found.presence:.2f}", runner_up, error, ", ".join(notes)))
+        show(self._row(name, label, f"{found.presence:.2f}", listed, error, ", ".join(notes)))
 
-    def _row(self, name: str, label: str, presence: str, runner_up: str, error: str, notes: str) -> str:
-        start = f"{name:{self.width}}  {label:{self.label}}  {presence:>8}  {runner_up:{self.label + 5}}"
+    def _row(self, name: str, label: str, presence: str, others: str, error: str, notes: str) -> str:
+        width = max(10, self.others * (self.longest + 7) - 2)
+        start = f"{name:{self.width}}  {label:{self.label}}  {presence:>8}  {others:{width}}"
         return f"{start}  {error:>7}  {notes}".rstrip()
 
     def close(self) -> None:

@@ -28,6 +28,8 @@ __all__ = ["TrainedModel", "WritesFile"]
 class TrainedModel:
     """A trained network as a command names it; unless `several`, its images must show one object each.
 
+    It may be an `exported` file where the command needs no more than what goes in and comes out.
+
     Attributes:
         model: as given.
         folder: where its weights are.
@@ -44,12 +46,21 @@ class TrainedModel:
     card: "Card"
     config: Config | None
 
-    def __init__(self, model: str, *, several: bool = False) -> None:
+    def __init__(self, model: str, *, several: bool = False, exported: bool = False) -> None:
+        from capsnet.checkpoints import exported as exported_files
         from capsnet.checkpoints import pretrained, run_directory
 
         self.model, self.folder = model, pretrained.folder_of(model)
         self.run = run_directory.Run(self.folder)
-        self.network, self.card = pretrained.load(model), pretrained.load_card(model)
+        if exported_files.is_exported(self.folder):
+            if not exported:
+                raise InputError(
+                    f"MODEL must be a run directory or a folder with weights; got the file {model}, which "
+                    "`capsnet predict` takes"
+                )
+            self.network, self.card = exported_files.load(self.folder)
+        else:
+            self.network, self.card = pretrained.load(model), pretrained.load_card(model)
         if self.network.objects_per_image > 1 and not several:
             raise InputError(
                 f"{model} must be of images that show one object each; it finds {self.network.objects_per_image}"
@@ -99,7 +110,8 @@ class TrainedModel:
         if data is not None and is_folder(data) and not self._is_own(options, recorded):
             return self._of_others(options, recorded)
         own = data is None or is_folder(data)
-        shares = recorded is not None or self.card.preprocessing is not None  # neither was there in old runs
+        now = "resize" in self.card.config or self.card.preprocessing is not None  # neither was there in old runs
+        shares = recorded is not None or now
         try:
             dataset = prepare.prepare_data(options, recorded=recorded if own else None, shares=shares, tell=say)
         except InputError as error:
@@ -152,7 +164,7 @@ class TrainedModel:
         from capsnet.data.dataset import Dataset
         from capsnet.data.image_folder import Unreadable
 
-        reading, folder = self.card.reading(self.network.image_shape), self._scanned(options.data)
+        reading, folder = self.network.preprocessing, self._scanned(options.data)
         whole = replace(reading, crop=None)
         try:
             splits, notes = folder.decoded(whole, tell=say)
@@ -227,7 +239,7 @@ class TrainedModel:
 
         from capsnet.data.dataset import to_float
 
-        reading = self.card.reading(self.network.image_shape)
+        reading = self.network.preprocessing
         return to_float(torch.stack([reading(Path(file), invert=invert).image for file in files]))
 
     def place(self, name: str, out: str | None, *, suffix: str, overwrite: bool, option: str = "--out") -> Path:

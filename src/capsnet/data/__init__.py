@@ -13,6 +13,7 @@ import torch
 
 from capsnet.data.dataset import Dataset, Split, check_memory
 from capsnet.data.download import DataDir
+from capsnet.data.image_file import Resize, resized
 from capsnet.data.photo import channels_first
 from capsnet.data.registry import Entry, available, entry
 from capsnet.errors import InputError
@@ -47,6 +48,7 @@ def load(
     *,
     data_dir: DataDir = None,
     image_size: int | str | None = None,
+    resize: Resize | None = None,
     channels: int | None = None,
     seed: int = 0,
 ) -> Dataset:
@@ -57,9 +59,11 @@ def load(
             for one that is called as a registered set).
         data_dir: the only directory to look for the files in; without it CAPSNET_DATA, the cache and the mirrors.
             A damaged file is an error, and not passed over; see `download.py`.
-        image_size: side in pixels, or `"HEIGHTxWIDTH"`: strokes are drawn at it, others resized without regard to
-            proportions, Lanczos-filtered. None keeps what a published set has; a directory's images are then 32 x 32,
-            unless all are of one size of at most 40 pixels a side.
+        image_size: side in pixels, or `"HEIGHTxWIDTH"`: strokes are drawn at it, others resized. None keeps what a
+            published set has; a directory's images are then 32 x 32, unless all are of one size of at most 40 pixels a
+            side.
+        resize: what becomes of their proportions, `pad`, `crop` or `squash`, see `image_file.resized`. None pads those
+            of a directory, and squashes those of a published set.
         channels: 1 for grey (luma of ITU-R BT.601), 3 for colour (grey repeated); None keeps what the set
             has, and nothing else will do for the two cameras of smallnorb.
         seed: of the strokes, and of the split of a directory without train/ and test/; others come split.
@@ -75,12 +79,15 @@ def load(
 
         _check_shape(image_size, channels)
         folder = scan(name).divided(seed=seed)
-        return folder.read(folder.preprocessing(size=size_of(image_size), channels=channels), channels=channels)
+        reading = folder.preprocessing(size=size_of(image_size), resize=resize, channels=channels)
+        return folder.read(reading, channels=channels)
     about = entry(name)
     shape = fitting_shape(about, image_size, channels, seed)
     check_memory(sum(about.counts.values()), shape)
     read = partial(about.read, data_dir=data_dir, side=shape[1], seed=seed)
-    return about.dataset({split: _fit(read(split), shape) for split in sorted(about.counts)})  # affNIST's test first
+    return about.dataset(
+        {split: _fit(read(split), shape, resize) for split in sorted(about.counts)}
+    )  # affNIST's test first
 
 
 def load_split(
@@ -89,6 +96,7 @@ def load_split(
     *,
     data_dir: DataDir = None,
     image_size: int | str | None = None,
+    resize: Resize | None = None,
     channels: int | None = None,
     seed: int = 0,
 ) -> Split:
@@ -101,7 +109,7 @@ def load_split(
     if split not in about.counts:
         raise InputError(f"split of {name} must be among {', '.join(about.counts)}; got {split}")
     check_memory(about.counts[split], shape)
-    return _fit(about.read(split, data_dir=data_dir, side=shape[1], seed=seed), shape)
+    return _fit(about.read(split, data_dir=data_dir, side=shape[1], seed=seed), shape, resize)
 
 
 def fitting_shape(
@@ -123,7 +131,7 @@ def fitting_shape(
     return channels or has, height, width
 
 
-def _fit(whole: Split, shape: tuple[int, int, int]) -> Split:
+def _fit(whole: Split, shape: tuple[int, int, int], resize: Resize | None = None) -> Split:
     """A split with images of another size or number of channels, as they would be read from files of them."""
     count, has, *native = whole.images.shape
     channels, *size = shape
@@ -137,7 +145,7 @@ def _fit(whole: Split, shape: tuple[int, int, int]) -> Split:
         for plane, place in zip(planes, images[k].chunk(len(planes)), strict=True):
             one = Image.fromarray(plane)
             one = one.convert("L") if channels < has else one
-            one = one.resize((size[1], size[0]), Image.Resampling.LANCZOS) if size != native else one
+            one = resized(one, (size[0], size[1]), resize or "squash") if size != native else one
             place.copy_(channels_first(np.array(one), len(place)))
     return replace(whole, images=images)
 

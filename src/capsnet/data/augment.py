@@ -22,9 +22,10 @@ WORDS: dict[str, dict[str, Any]] = {
     "none": {"shift": 0},
     "paper": {},
     "affine": {"rotation": 15.0, "scale": 0.1, "shear": 0.1},
-    "photo": {"flip": True, "rotation": 10.0, "scale": 0.1, "brightness": 0.2, "contrast": 0.2},
+    "photo": {"rotation": 10.0, "scale": 0.1, "brightness": 0.2, "contrast": 0.2},
 }
-"""What each choice of `--augment` does beside the shift of the data set."""
+"""What each choice of `--augment` does beside the shift of the data set; `photo` see `Augmentation.of`."""
+PHOTO_SHIFT = 0.1  # of the shorter side
 
 
 @dataclass(frozen=True, eq=False)
@@ -107,19 +108,38 @@ class Augmentation:
     erase: int = 0
 
     @classmethod
-    def of(cls, options: DataOptions, *, shift: int, crop: int | None) -> "Augmentation":
+    def of(
+        cls, options: DataOptions, *, shift: int, crop: int | None, image_shape: tuple[int, int, int]
+    ) -> "Augmentation":
         """That of a run.
 
+        `photo` moves by a tenth of the shorter side, and mirrors images in colour only: in grey there are letters and
+        X-rays, which mean something else from the other side.
+
         Args:
-            options: of the run. What is given beside `options.augment`, and is not 0, takes the place of the word's.
+            options: of the run. What is given beside `options.augment` takes the place of the word's.
             shift: of the data set, where no other is given.
             crop: of the data set.
+            image_shape: channels, height and width of the images that the network sees.
         """
-        word = {"shift": shift, **WORDS[options.augment]}
-        names = [field.name for field in fields(cls) if field.name not in ("shift", "crop")]
-        given = {name: getattr(options, name) for name in names if getattr(options, name)}
-        given |= {} if options.shift is None else {"shift": options.shift}
+        word = {"shift": shift, **WORDS[options.augment or "paper"]}
+        if options.augment == "photo":
+            channels, *sides = image_shape
+            word |= {"shift": round(PHOTO_SHIFT * min(sides)), "flip": channels == 3}
+        names = [field.name for field in fields(cls) if field.name != "crop"]
+        given = {name: getattr(options, name) for name in names if getattr(options, name) is not None}
         return cls(**{**word, **given}, crop=crop)
+
+    def __str__(self) -> str:
+        """Its parts: `shift 3 pixels, flip, rotation 10 degrees, scale 0.1`."""
+        units = {"shift": " pixels", "rotation": " degrees", "erase": " pixels", "crop": " pixels"}
+        values = {field.name: getattr(self, field.name) for field in fields(self)}
+        parts = (
+            name if value is True else f"{name} {value:g}{units.get(name, '')}"
+            for name, value in values.items()
+            if value
+        )
+        return ", ".join(parts) or "nothing"
 
     def __post_init__(self) -> None:
         if self.erase < 0:

@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Literal, NamedTuple
 
 import numpy as np
 
@@ -22,8 +22,22 @@ from capsnet.errors import InputError
 if TYPE_CHECKING:
     from PIL import Image
 
-__all__ = ["DEPTHS", "MAX_PIXELS", "SUFFIXES", "Header", "Picture", "formats", "read_header", "read_image", "version"]
+__all__ = [
+    "DEPTHS",
+    "MAX_PIXELS",
+    "SUFFIXES",
+    "Header",
+    "Picture",
+    "Resize",
+    "formats",
+    "read_header",
+    "read_image",
+    "resized",
+    "version",
+]
 
+Resize = Literal["pad", "crop", "squash"]
+"""What becomes of an image's proportions, see `resized`."""
 SUFFIXES = (
     ".avif", ".bmp", ".gif", ".heic", ".heif", ".jfif", ".jpe", ".jpeg", ".jpg", ".pbm", ".pgm", ".png", ".ppm", ".tif",
     ".tiff", ".webp",
@@ -93,6 +107,7 @@ def read_image(
     source: Path | bytes,
     *,
     size: tuple[int, int] | None = None,
+    resize: Resize = "squash",
     keep: tuple[int, ...] | None = None,
     channels: int | None = None,
     least: int | None = None,
@@ -103,8 +118,8 @@ def read_image(
 
     Args:
         source: a file, or what it holds.
-        size: height and width in pixels to resize to, without regard to proportions, Lanczos-filtered; None keeps the
-            image's own.
+        size: height and width in pixels to resize to; None keeps the image's own.
+        resize: what becomes of its proportions, see `resized`.
         keep: another height and width that an image keeps which has them.
         channels: 1 for grey (luma of ITU-R 601); None for grey or colour as the image is.
         least: pixels that each side needs; a JPEG file that is far larger may be decoded at a fraction of its size.
@@ -116,7 +131,7 @@ def read_image(
     Raises:
         InputError: not a readable still image of one page, or too large.
     """
-    from PIL import Image, ImageOps
+    from PIL import ImageOps
 
     least = 2 * max(size) if size is not None else least
     with _opened(source, name) as image:
@@ -132,11 +147,37 @@ def read_image(
             if channels == 1:
                 plain = plain.convert("L")
             if size is not None and plain.size[::-1] not in (size, keep):
-                plain = plain.resize(size[::-1], Image.Resampling.LANCZOS)
+                plain = resized(plain, size, resize)
             pixels = np.array(plain)
     if pixels.ndim == 3 and (pixels == pixels[..., :1]).all():
         pixels = pixels[..., 0].copy()
     return Picture(pixels, notes)
+
+
+def resized(image: "Image.Image", size: tuple[int, int], resize: Resize) -> "Image.Image":
+    """An image in mode L or RGB at `size`, height and width in pixels, Lanczos-filtered.
+
+    pad: whole and in proportion, in the middle, with the median colour of its edge around it. crop: in proportion, its
+    middle. squash: whole, whatever its proportions.
+    """
+    from PIL import Image, ImageOps
+
+    height, width = size
+    if resize == "squash":
+        return image.resize((width, height), Image.Resampling.LANCZOS)
+    if resize == "crop":
+        return ImageOps.fit(image, (width, height), Image.Resampling.LANCZOS)
+    scale = min(width / image.width, height / image.height)
+    sides = max(1, round(scale * image.width)), max(1, round(scale * image.height))
+    whole = image.resize(sides, Image.Resampling.LANCZOS)
+    if sides == (width, height):
+        return whole
+    pixels = np.asarray(whole)
+    edge = np.concatenate([pixels[0], pixels[-1], pixels[:, 0], pixels[:, -1]])
+    ground = np.median(edge, axis=0).astype(int)
+    padded = Image.new(image.mode, (width, height), tuple(ground.tolist()) if ground.ndim else int(ground))
+    padded.paste(whole, ((width - sides[0]) // 2, (height - sides[1]) // 2))
+    return padded
 
 
 @contextmanager

@@ -22,7 +22,7 @@ import torch
 
 from capsnet.data.dataset import Dataset, ImageFile, Split, stratified
 from capsnet.data.image_cache import cores, decoded
-from capsnet.data.image_file import SUFFIXES, Header, read_header, version
+from capsnet.data.image_file import SUFFIXES, Header, Resize, read_header, version
 from capsnet.data.preprocessing import Preprocessing
 from capsnet.errors import InputError
 from capsnet.files import visible
@@ -135,13 +135,19 @@ class ImageFolder:
         return own if len(sizes) == 1 and max(own) <= KEPT_SIDE else (SIDE, SIDE)
 
     def preprocessing(
-        self, *, size: tuple[int, int] | None = None, channels: int | None = None, bits: int | None = None
+        self,
+        *,
+        size: tuple[int, int] | None = None,
+        resize: Resize | None = None,
+        channels: int | None = None,
+        bits: int | None = None,
     ) -> Preprocessing:
-        """How its images are read, with what is chosen; channels of images that may be in colour are 3."""
+        """How its images are read, with what is chosen, else padded; channels of images that may be in colour are 3."""
         height, width = size or self.size()
         deep = [file.header.bits for file in self.files if file.header.bits is not None]
         colour = any(file.header.colour for file in self.files)
-        return Preprocessing(height, width, channels or (3 if colour else 1), bits=bits or max(deep, default=None))
+        channels, bits = channels or (3 if colour else 1), bits or max(deep, default=None)
+        return Preprocessing(height, width, channels, bits=bits, resize=resize or "pad")
 
     def read(
         self, preprocessing: Preprocessing, *, channels: int | None = None, tell: Callable[[str], object] | None = None

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from capsnet.data import describe, fitting_shape, image_cache, load
 from capsnet.data.dataset import Dataset, Split, check_memory
+from capsnet.data.image_file import Resize
 from capsnet.data.image_folder import ImageFolder
 from capsnet.data.preprocessing import Preprocessing
 
@@ -18,6 +19,7 @@ def of_registered(
     *,
     data_dir: str | os.PathLike[str] | None = None,
     image_size: int | str | None = None,
+    resize: Resize | None = None,
     channels: int | None = None,
     seed: int = 0,
 ) -> Dataset:
@@ -30,7 +32,7 @@ def of_registered(
     """
     about = describe(name, data_dir=data_dir)
     if about.missing:
-        return load(name, data_dir=data_dir, image_size=image_size, channels=channels, seed=seed)
+        return load(name, data_dir=data_dir, image_size=image_size, resize=resize, channels=channels, seed=seed)
     shape = fitting_shape(about, image_size, channels, seed)
     check_memory(sum(about.counts.values()), shape)
     classes, objects = len(about.classes), about.objects_per_image

@@ -8,7 +8,7 @@ from jaxtyping import UInt8
 from torch import Tensor
 
 from capsnet.data.augment import centre_crop
-from capsnet.data.image_file import read_image
+from capsnet.data.image_file import Resize, read_image
 from capsnet.data.photo import SIDE, Frame, channels_first, frame_digit, is_opposite
 from capsnet.errors import InputError
 
@@ -34,8 +34,7 @@ class Preprocessing:
     """How an image file becomes what a network sees.
 
     It is read in grey or colour. With `framing` "digits", and unless it has the network's size already, its ink is
-    cut out, scaled and centred as in MNIST; else it is resized without regard to proportions, Lanczos-filtered. Then
-    the centre is cut out.
+    cut out, scaled and centred as in MNIST; else it is resized. Then the centre is cut out.
 
     Attributes:
         height: in pixels, before `crop`.
@@ -45,6 +44,7 @@ class Preprocessing:
         bits: of integer images of more than 8 bits; None where each is read by its own range.
         framing: `digits` for networks that know framed digits, else `off`.
         frame: where the digit lies, with framing "digits".
+        resize: what becomes of an image's proportions, see `image_file.resized`; `squash` of weights from before this.
 
     Raises:
         InputError: a value outside its range, or a frame without framing, or the other way.
@@ -57,6 +57,7 @@ class Preprocessing:
     bits: int | None = None
     framing: Framing = "off"
     frame: Frame | None = None
+    resize: Resize = "squash"
 
     def __post_init__(self) -> None:
         if self.height < 1 or self.width < 1 or self.channels < 1:
@@ -98,8 +99,8 @@ class Preprocessing:
             raise InputError(f"invert must be auto, yes or no; got {invert!r}")
         kind, size = 1 if self.channels == 1 else None, (self.height, self.width)
         keep = (self.crop, self.crop) if seen and self.crop else None
-        resized = {"size": size, "keep": keep}
-        how: dict[str, Any] = resized if self.frame is None else {"least": max(SIDE, *(2 * side for side in size))}
+        whole_image = {"size": size, "keep": keep, "resize": self.resize}
+        how: dict[str, Any] = whole_image if self.frame is None else {"least": max(SIDE, *(2 * side for side in size))}
         pixels, notes = read_image(source, **how, channels=kind, bits=self.bits, name=name)
         fits = pixels.shape[:2] in (size, keep)
         if self.frame is not None and not fits:

@@ -1,6 +1,7 @@
 """Numbers made from the predictions for a split: error with its interval, losses, confusion matrix, calibration."""
 
 from dataclasses import dataclass
+from statistics import fmean
 from typing import Any
 
 import torch
@@ -86,17 +87,34 @@ class Evaluation:
         return percent_interval(self.wrong, self.total)
 
     def per_class(self) -> list[dict[str, Any]]:
-        """For each class: images that show it, those where it was missed, error, and false claims of it."""
+        """For each class: images that show it, those where it was missed, error, false claims, precision, recall, F1.
+
+        Precision, recall and F1 are in [0, 1]: 0 where the class was never claimed, None where no image shows it.
+        """
         rows: list[dict[str, Any]] = []
         for k, (name, row, column) in enumerate(
             zip(self.classes, self.confusion, zip(*self.confusion, strict=True), strict=True)
         ):
-            images, wrong, mistaken = sum(row), sum(row) - row[k], sum(column) - row[k]
-            error = 100 * wrong / images if images else None
-            rows += [
-                {"class": name, "images": images, "wrong": wrong, "error_percent": error, "taken_for_it": mistaken}
-            ]
+            images, claimed, right = sum(row), sum(column), row[k]
+            rows.append(
+                {
+                    "class": name,
+                    "images": images,
+                    "wrong": images - right,
+                    "error_percent": 100 * (images - right) / images if images else None,
+                    "taken_for_it": claimed - right,
+                    "precision": (right / claimed if claimed else 0.0) if images else None,
+                    "recall": right / images if images else None,
+                    "f1": 2 * right / (images + claimed) if images else None,
+                }
+            )
         return rows
+
+    @property
+    def macro(self) -> dict[str, float]:
+        """Mean precision, recall and F1 over the classes that any image shows, each counted alike."""
+        rows = [row for row in self.per_class() if row["images"]]
+        return {name: fmean(row[name] for row in rows) for name in ("precision", "recall", "f1")}
 
     def to_dict(self) -> dict[str, Any]:
         """Everything as JSON can hold it."""
@@ -110,6 +128,7 @@ class Evaluation:
             "loss": self.loss,
             "classification_loss": self.classification_loss,
             "reconstruction_loss": self.reconstruction_loss,
+            "macro": self.macro,
             "per_class": self.per_class(),
             "confusion": [list(row) for row in self.confusion],
         }

@@ -70,6 +70,7 @@ class Network(nn.Module, ABC):
         standardize: whether each image is given mean 0 and standard deviation 1 first.
         decoder: reconstructs images from class capsules, or None.
         narrower: the options that make the network smaller, for errors.
+        preprocessing: how image files become what it sees, a `data.preprocessing.Preprocessing`; None until trained.
     """
 
     config: dict[str, Any]
@@ -79,6 +80,7 @@ class Network(nn.Module, ABC):
     standardize: bool = False
     decoder: "Decoder | None"
     narrower: str
+    preprocessing: Any = None
 
     def __init__(self) -> None:
         super().__init__()

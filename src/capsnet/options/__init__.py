@@ -68,8 +68,11 @@ class DataOptions:
     data_dir: Annotated[str | None, LOCAL, RESUMABLE] = None
     """The only directory to look for the files of `data` in; without it CAPSNET_DATA, the cache, then the mirrors."""
     image_size: Annotated[int | str | None, IMAGE_SIZE] = None
-    """Resize images to this many pixels square, or to HEIGHTxWIDTH, without regard to their proportions. Default: as
-    they are; of a folder 32, unless all are of one size of at most 40 pixels a side."""
+    """Resize images to this many pixels square, or to HEIGHTxWIDTH. Default: as they are; of a folder 32, unless all
+    are of one size of at most 40 pixels a side."""
+    resize: Literal["pad", "crop", "squash"] | None = None
+    """What becomes of their proportions. pad: kept, with the colour of the image's edge around it. crop: kept, and the
+    middle cut out. squash: lost. Default: pad for a folder, squash for published sets."""
     channels: Annotated[int | None, Rule(lambda x: x in (1, 3), "1 or 3")] = None
     """Turn images to 1 (grey) or 3 (colour) channels."""
     bit_depth: Annotated[int | None, Range(8, 32, words="8 to 32")] = None
@@ -89,26 +92,27 @@ class DataOptions:
     """Seed of what is drawn or split: strokes, validation images, the test images of a folder without test/."""
     crop: Annotated[int | None, AT_LEAST_1] = None
     """Cut a random square of this many pixels out of each training image, and the central one elsewhere."""
-    augment: Literal["paper", "none", "affine", "photo"] = "paper"
+    augment: Literal["paper", "none", "affine", "photo"] | None = None
     """What is done to training images, in one word. none: nothing. paper: shift. affine: shift, rotation 15, scale 0.1,
-    shear 0.1. photo: shift, flip, rotation 10, scale 0.1, brightness 0.2, contrast 0.2. Options below take the place of
-    the word's, but for 0 and no, which leave it as it is (of `shift` 0 counts)."""
+    shear 0.1. photo: shift by a tenth, rotation 10, scale 0.1, brightness 0.2, contrast 0.2, and flip where images are
+    in colour. Default: photo for a folder of images in colour, else paper. Options below take the place of the
+    word's."""
     shift: Annotated[int | None, AT_LEAST_0] = None
     """Move training images by up to this many pixels in each direction. Default: that of the data set, which is 2
     (Section 5 of the paper), 4 in `multimnist` and 6 where digits are placed on 40 x 40 pixels."""
-    flip: bool = False
+    flip: bool | None = None
     """Mirror half of the training images left to right."""
-    rotation: Annotated[float, Range(0, 180, words="0 to 180 degrees")] = 0.0
+    rotation: Annotated[float | None, Range(0, 180, words="0 to 180 degrees")] = None
     """Turn training images by up to this many degrees."""
-    scale: Annotated[float, FRACTION] = 0.0
+    scale: Annotated[float | None, FRACTION] = None
     """Enlarge or shrink training images by up to this share: 0.1 is 0.9 to 1.1."""
-    shear: Annotated[float, FINITE] = 0.0
+    shear: Annotated[float | None, FINITE] = None
     """Shear training images by up to this much."""
-    brightness: Annotated[float, Range(0, 1, words="in [0, 1]")] = 0.0
+    brightness: Annotated[float | None, Range(0, 1, words="in [0, 1]")] = None
     """Add up to this much to all intensities of a training image, or take it away; they are in [0, 1]."""
-    contrast: Annotated[float, Range(0, 1, words="in [0, 1]")] = 0.0
+    contrast: Annotated[float | None, Range(0, 1, words="in [0, 1]")] = None
     """Change the contrast of training images by up to this share: 0.8 is 0.2 to 1.8."""
-    erase: Annotated[int, AT_LEAST_0] = 0
+    erase: Annotated[int | None, AT_LEAST_0] = None
     """Set a random square of this many pixels of each training image to 0."""
 
 
@@ -140,11 +144,11 @@ class OptimisationOptions:
     stop_at: Annotated[float | None, Range(0, 100, words="0 to 100 percent")] = None
     """Stop early, once the error on the validation images is at most this many percent."""
     patience: Annotated[int | None, AT_LEAST_1] = None
-    """Stop early, after this many epochs without a new best one on the validation images, as `keep` judges."""
+    """Stop early, after this many epochs in a row without a new best one, as `keep` judges them."""
     keep: Literal["last", "best"] | None = None
-    """Keep the weights of the last epoch, or of the best: that of the lowest validation error, of equal ones the lowest
-    loss. Default: best for images of your own; last for published sets, without validation images, and for train/ and
-    val/ without test/, where the reported error is that of the images that would choose, and so would be too low."""
+    """Weights that are kept: of the last epoch, or of the best, which has the lowest validation error, of equal ones
+    the lowest loss. Default: best for images of your own; last for published sets, without validation images, and for
+    train/ and val/ without test/, where the images that choose would also be those of the reported error."""
     batch_size: Annotated[int, AT_LEAST_1] = 128
     """Images of one step over all devices together (first author's code: 128)."""
     lr: Annotated[float, POSITIVE] = 0.001

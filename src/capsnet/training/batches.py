@@ -5,10 +5,11 @@ from torch import Tensor
 
 from capsnet.config import Config
 from capsnet.data import Dataset
-from capsnet.data.augment import Augmentation, augment
+from capsnet.data.augment import augment
 from capsnet.data.dataset import to_float
 from capsnet.data.overlay import overlay, partners
 from capsnet.objective import Batch
+from capsnet.training.prepare import augmentation_of
 
 __all__ = ["BatchLoader"]
 
@@ -21,7 +22,7 @@ class BatchLoader:
     """
 
     def __init__(self, dataset: Dataset, config: Config, device: torch.device) -> None:
-        self.augmentation = Augmentation.of(config, shift=dataset.shift, crop=dataset.crop)
+        self.augmentation = augmentation_of(config, dataset)
         self.objects_per_image = dataset.objects_per_image
         self.images, self.labels = dataset.train.images.to(device), dataset.train.labels.to(device)
         self.classes = dataset.train.labels.cpu()

@@ -18,6 +18,7 @@ from capsnet.config import OPEN, Config, with_defaults
 from capsnet.data import Dataset, available
 from capsnet.errors import InputError
 from capsnet.models import CapsuleNetwork
+from capsnet.training.prepare import augmentation_of
 from capsnet.training.schedule import steps_of
 
 __all__ = ["as_begun", "resolved", "told"]
@@ -56,6 +57,8 @@ def resolved(config: Config, dataset: Dataset) -> Config:
             chosen["lr_decay_steps"] = math.ceil(epochs * steps / OPEN["epochs"])
     if getattr(config.options, "primary_scale", 1) is None:
         chosen["primary_scale"] = 0.0 if _votes(config, dataset) > MOST_VOTES else OPEN["primary_scale"]
+    if config.augment is None:
+        chosen["augment"] = "photo" if dataset.files and dataset.image_shape[0] == 3 else OPEN["augment"]
     return config.changed(**chosen)
 
 
@@ -64,14 +67,19 @@ def as_begun(config: Config) -> Config:
     return config if config.keep else replace(config, keep="last")
 
 
-def told(config: Config, chosen: Config) -> str | None:
-    """One line on what `resolved` chose that is not the paper's; None where all is."""
+def told(config: Config, chosen: Config, dataset: Dataset) -> str | None:
+    """One line on what `resolved` chose that is not the paper's, and on what photo leaves off; None where all is."""
     parts = []
     if config.epochs is None and chosen.epochs != OPEN["epochs"]:
         parts.append(f"--epochs {chosen.epochs}, at least {FEWEST_STEPS} steps for few images")
     given, resolved_ = (getattr(one.options, "primary_scale", 1) for one in (config, chosen))
     if given is None and resolved_ != OPEN["primary_scale"]:
         parts.append("--primary-scale 0, for many capsules and few classes")
+    about = augmentation_of(chosen, dataset)
+    if config.augment is None and chosen.augment != OPEN["augment"]:
+        parts.append(f"--augment {chosen.augment}, for images in colour: {about}")
+    if config.augment == "photo" and not about.flip:
+        parts.append(f"--augment photo without flip, for images in grey (--flip mirrors them): {about}")
     return f"chosen for these images: {'; '.join(parts)}" if parts else None
 
 

@@ -27,7 +27,16 @@ from capsnet.training import defaults
 from capsnet.training.console import Progress
 from capsnet.training.cuda_graph import check_graph
 from capsnet.training.loop import predict_checked, train_epochs
-from capsnet.training.prepare import as_read, build, how_read, layout, prepare_data, reading_of, same_images
+from capsnet.training.prepare import (
+    as_read,
+    augmentation_of,
+    build,
+    how_read,
+    layout,
+    prepare_data,
+    reading_of,
+    same_images,
+)
 from capsnet.training.schedule import generator, steps_of
 from capsnet.training.state import TrainingState, fitting_checkpoint
 from capsnet.training.tensorboard import check_tensorboard
@@ -157,7 +166,9 @@ def _launch(config: Config, dataset: Dataset | None, resumed: Run | None) -> Res
         try:
             run = Run(fabric.broadcast(str(run.directory)))
             with signals() as received, torch.random.fork_rng(devices=[]):
-                note = "; ".join(filter(None, (*dataset.notes, how_read(given, dataset), defaults.told(given, config))))
+                note = "; ".join(
+                    filter(None, (*dataset.notes, how_read(given, dataset), defaults.told(given, config, dataset)))
+                )
                 about = environment.describe(fabric.device)  # of the code that runs, not of what is on disk at the end
                 state, validation = train_epochs(
                     fabric, config, dataset, network, run, received=received, checkpoint=checkpoint, note=note
@@ -250,6 +261,7 @@ def _finished(
         validation = Evaluation.of(predict_checked(state, state.kept, dataset, "validation"), dataset.classes)
     selection = _selection(state, dataset.tested)
     network = state.kept.requires_grad_(True)
+    network.preprocessing = reading_of(network, dataset, config)
     network = network.to("cpu", memory_format=torch.contiguous_format).eval()  # type: ignore[call-overload]
     figure = run.figures / "reconstructions.png" if network.decoder is not None else None
     page = run.directory / "report.html" if config.report else None
@@ -262,6 +274,7 @@ def _finished(
         "train_images": len(dataset.train),
         "model": config.model,
         "preset": config.preset,
+        "augmentation": str(augmentation_of(config, dataset)),
         "differs_from_preset": {key: x for key, x in preset_differences(config).items() if key not in roles(LOCAL)},
         "parameters": network.parameter_count(),
         "seed": config.seed,
@@ -324,7 +337,6 @@ def describe(network: Network, dataset: Dataset, config: Config, test: dict[str,
         epochs=epochs,
         train_images=len(dataset.train),
         test=checked({name: test[name] for name in (*Tested.__annotations__, "selection")}, Tested),
-        preprocessing=reading_of(network, dataset, config),
         threshold=threshold,
     )
 

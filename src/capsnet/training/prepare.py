@@ -10,6 +10,7 @@ from capsnet.checkpoints import pretrained
 from capsnet.config import Config, with_defaults
 from capsnet.data import Dataset, available, is_folder, load, outline
 from capsnet.data import describe as describe_data
+from capsnet.data.augment import Augmentation
 from capsnet.data.image_folder import ImageFolder, Unreadable, scan
 from capsnet.data.manifest import Manifest
 from capsnet.data.photo import frame_of
@@ -18,7 +19,13 @@ from capsnet.errors import InputError
 from capsnet.models import Network
 from capsnet.options import size_of
 
-__all__ = ["as_read", "build", "how_read", "layout", "prepare_data", "reading_of", "same_images"]
+__all__ = ["as_read", "augmentation_of", "build", "how_read", "layout", "prepare_data", "reading_of", "same_images"]
+
+RESIZED = {
+    "pad": " in proportion, with the colour of their edge around them",
+    "crop": " in proportion, and their middle cut out",
+    "squash": " whatever their proportions",
+}
 
 
 def prepare_data(
@@ -52,7 +59,7 @@ def prepare_data(
         folder, reading = _scanned(config, recorded)
         outlined = outline.of_folder(_divided(folder, config, recorded, divide=shares), reading)
     else:
-        about = {name: getattr(config, name) for name in ("data_dir", "image_size", "channels")}
+        about = {name: getattr(config, name) for name in ("data_dir", "image_size", "resize", "channels")}
         about["seed"] = config.data_seed
         outlined = (outline.of_registered if config.data in available() else load)(config.data, **about)
     known = _with_splits(config, outlined, shares=shares, divided=divided)
@@ -71,7 +78,7 @@ def _with_splits(config: Config, dataset: Dataset, *, shares: bool, divided: boo
     """The same cropped and, unless it is divided already, with the validation and training images of `config`."""
     if config.crop is not None:
         dataset = dataset.cropped(config.crop)
-    if config.erase >= (side := min(dataset.image_shape[1:])):
+    if config.erase is not None and config.erase >= (side := min(dataset.image_shape[1:])):
         raise InputError(f"erase must be less than the {side} pixels of the images; got {config.erase}")
     if divided:
         return dataset
@@ -87,7 +94,8 @@ def _scanned(config: Config, recorded: Manifest | None) -> tuple[ImageFolder, Pr
     """The images of a folder, not yet divided, and how they are to be read; a recorded one may have got other files."""
     skip = config.skip_unreadable or recorded is not None
     folder = scan(config.data, skip_unreadable=skip, classes=recorded.classes if recorded else None)
-    reading = folder.preprocessing(size=size_of(config.image_size), channels=config.channels, bits=config.bit_depth)
+    size, channels = size_of(config.image_size), config.channels
+    reading = folder.preprocessing(size=size, resize=config.resize, channels=channels, bits=config.bit_depth)
     return folder, reading.with_framing(config.framing)
 
 
@@ -134,7 +142,8 @@ def as_read(config: Config, dataset: Dataset) -> Config:
     if reading is None:
         return config
     size = reading.height if reading.height == reading.width else f"{reading.height}x{reading.width}"
-    return replace(config, image_size=size, channels=reading.channels, bit_depth=reading.bits, framing=reading.framing)
+    chosen = {"image_size": size, "resize": reading.resize, "channels": reading.channels, "bit_depth": reading.bits}
+    return config.changed(**chosen, framing=reading.framing)
 
 
 def how_read(given: Config, dataset: Dataset) -> str | None:
@@ -144,15 +153,25 @@ def how_read(given: Config, dataset: Dataset) -> str | None:
         return None
     if reading.framing == "digits":
         return "digits cut out, scaled in proportion and centred (--framing off resizes whole images)"
-    if given.image_size is not None:
-        return None
-    sizes = {(file.header.height, file.header.width) for file in dataset.files}
-    if sizes == {(reading.height, reading.width)}:
-        return f"images kept at {reading.height} x {reading.width} pixels (--image-size changes it)"
-    return (
-        f"images resized to {reading.height} x {reading.width} pixels, whatever their proportions "
-        "(--image-size changes it)"
+    sizes, size = (
+        {(file.header.height, file.header.width) for file in dataset.files},
+        f"{reading.height} x {reading.width}",
     )
+    if sizes == {(reading.height, reading.width)}:
+        return None if given.image_size is not None else f"images kept at {size} pixels (--image-size changes it)"
+    in_proportion = all(height * reading.width == width * reading.height for height, width in sizes)
+    how = "" if in_proportion else RESIZED[reading.resize]
+    options = ["--image-size"] * (given.image_size is None) + ["--resize"] * (given.resize is None and bool(how))
+    return (
+        f"images resized to {size} pixels{how} ({' and '.join(options)} change{'s' * (len(options) == 1)} it)"
+        if options
+        else None
+    )
+
+
+def augmentation_of(config: Config, dataset: Dataset) -> Augmentation:
+    """What a training of `config` does to the images of `dataset`."""
+    return Augmentation.of(config, shift=dataset.shift, crop=dataset.crop, image_shape=dataset.image_shape)
 
 
 def same_images(dataset: Dataset, recorded: Manifest, config: Config) -> None:
@@ -171,8 +190,10 @@ def reading_of(network: Network, dataset: Dataset, config: Config) -> Preprocess
         return replace(dataset.preprocessing, crop=dataset.crop)
     framing = config.framing or (describe_data(dataset.name).framing if dataset.name in available() else "off")
     frame = (frame_of(dataset.train.images) or MNIST_FRAME) if framing == "digits" else None
-    height, width = dataset.train.images.shape[2:]
-    return Preprocessing(height, width, network.image_shape[0], dataset.crop, framing=framing, frame=frame)
+    (height, width), resize = dataset.train.images.shape[2:], config.resize or "squash"
+    return Preprocessing(
+        height, width, network.image_shape[0], dataset.crop, framing=framing, frame=frame, resize=resize
+    )
 
 
 def layout(config: Config, dataset: Dataset) -> Network:
