@@ -58,11 +58,11 @@ def test_every_field_of_authors_can_be_switched_alone(name: str) -> None:
 
 
 def test_an_open_option_that_is_given_its_default_differs_from_the_preset_only_in_a_folder(tmp_path: Path) -> None:
-    given = Config.of(epochs=3, primary_scale=1.0, augment="paper")
+    given = Config.of(epochs=3, keep="last", primary_scale=1.0, augment="paper")
     assert with_defaults(Config()) == given
     assert preset_differences(given) == preset_differences(Config()) == {}
     folder = replace(given, data=str(tmp_path))
-    told = {"data": str(tmp_path), "epochs": 3, "primary_scale": 1.0, "augment": "paper"}
+    told = {"data": str(tmp_path), "epochs": 3, "keep": "last", "primary_scale": 1.0, "augment": "paper"}
     assert preset_differences(folder) == told
     assert preset_differences(replace(Config(), data=str(tmp_path))) == {"data": str(tmp_path)}
 
