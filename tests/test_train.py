@@ -41,6 +41,7 @@ WRITTEN = {
     "model.safetensors",
     "config.json",
     "card.json",
+    "README.md",
     "report.html",
     "figures/reconstructions.png",
 }
@@ -589,11 +590,11 @@ def test_the_figure_and_the_report_are_made(photos: Path, monkeypatch: pytest.Mo
 def test_the_card_tells_the_run_and_the_threshold(photos: Path) -> None:
     result = fit(tiny(photos, out="run", validation=20))
     card = pretrained.load_card("run")
-    given = tiny(photos).changed(validation=20, primary_scale=1.0)
+    given = tiny(photos).changed(validation=20, primary_scale=1.0, keep="best")
     assert card.trained() == replace(given, image_size="12x13", resize="pad", channels=3, framing="off")
     assert (card.data, card.epochs, card.train_images) == (str(photos), 2, 55)
     told = {name: result.test.to_dict()[name] for name in ("error_percent", "wrong", "total")}
-    assert card.test == {**told, "interval": result.test.interval}
+    assert card.test == {**told, "interval": result.test.interval, "selection": result.selection}
     assert result.network.preprocessing == Preprocessing(12, 13, 3, resize="pad")
     assert pretrained.load("run").preprocessing == result.network.preprocessing
     assert card.threshold is not None

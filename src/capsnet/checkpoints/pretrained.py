@@ -40,14 +40,16 @@ __all__ = [
 
 WEIGHTS = Path(__file__).parents[1] / "weights"
 PRETRAINED = ["config.json", model_card.FILE, "model.safetensors"]
+"""What is needed of the weights in a folder."""
 STORED = frozenset({torch.float16, torch.bfloat16, torch.float32, torch.float64})
 """Types that weights may be stored in; they are computed in float32."""
 
 
-def save_pretrained(network: Network, directory: str | Path) -> None:
+def save_pretrained(network: Network, directory: str | Path, card: Card | None = None) -> None:
     """Write `model.safetensors` and `config.json`: all that `load` and `from_pretrained` need of a network of `create`.
 
-    The directory is made if it is not there.
+    With a `card`, also `card.json` and, unless there is another one, `README.md`. The directory is made if it is not
+    there.
 
     Raises:
         InputError: the files cannot be written.
@@ -61,6 +63,12 @@ def save_pretrained(network: Network, directory: str | Path) -> None:
     reading = {} if network.preprocessing is None else {"preprocessing": asdict(network.preprocessing)}
     text = json.dumps({**network.config, **reading}, indent=2) + "\n"
     write_atomically(directory / "config.json", lambda path: path.write_text(text, encoding="utf-8"))
+    if card is not None:
+        save_card(card, directory)
+        readme = directory / model_card.README
+        if model_card.is_ours(readme):
+            told = card.readme(network)
+            write_atomically(readme, lambda path: path.write_text(told, encoding="utf-8"))
 
 
 def save_card(card: Card, directory: str | Path) -> None:

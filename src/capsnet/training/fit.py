@@ -287,10 +287,9 @@ def _finished(
     }
 
     def finish() -> None:
-        pretrained.save_pretrained(network, run.directory)
         tested = {**test.to_dict(), "selection": selection}
         card = describe(network, dataset, config, tested, epochs=state.at.epoch)
-        pretrained.save_card(card, run.directory)
+        pretrained.save_pretrained(network, run.directory, card)
         run.write_predictions(found, dataset.test)
         run.write_result(result)
         if figure:
@@ -332,11 +331,13 @@ def describe(network: Network, dataset: Dataset, config: Config, test: dict[str,
         errors = predict_split(network, split).reconstruction_errors
         assert errors is not None
         threshold = threshold_for(errors, split=name)
+    counts = dataset.train.labels.bincount(minlength=len(dataset.classes))
     return Card(
         config=replace(config, data_dir=None, out=None, overwrite=False).flat(),
         epochs=epochs,
         train_images=len(dataset.train),
-        test=checked({name: test[name] for name in (*Tested.__annotations__, "selection")}, Tested),
+        test=checked({name: test[name] for name in Tested.__annotations__}, Tested),
+        classes=dict(zip(dataset.classes, counts.tolist(), strict=True)),
         threshold=threshold,
     )
 

@@ -14,18 +14,12 @@ from capsnet.data.augment import Augmentation
 from capsnet.data.image_folder import ImageFolder, Unreadable, scan
 from capsnet.data.manifest import Manifest
 from capsnet.data.photo import frame_of
-from capsnet.data.preprocessing import MNIST_FRAME, Preprocessing
+from capsnet.data.preprocessing import MNIST_FRAME, RESIZED, Preprocessing
 from capsnet.errors import InputError
 from capsnet.models import Network
 from capsnet.options import size_of
 
 __all__ = ["as_read", "augmentation_of", "build", "how_read", "layout", "prepare_data", "reading_of", "same_images"]
-
-RESIZED = {
-    "pad": " in proportion, with the colour of their edge around them",
-    "crop": " in proportion, and their middle cut out",
-    "squash": " whatever their proportions",
-}
 
 
 def prepare_data(
@@ -153,20 +147,16 @@ def how_read(given: Config, dataset: Dataset) -> str | None:
         return None
     if reading.framing == "digits":
         return "digits cut out, scaled in proportion and centred (--framing off resizes whole images)"
-    sizes, size = (
-        {(file.header.height, file.header.width) for file in dataset.files},
-        f"{reading.height} x {reading.width}",
-    )
+    size = f"{reading.height} x {reading.width}"
+    sizes = {(file.header.height, file.header.width) for file in dataset.files}
     if sizes == {(reading.height, reading.width)}:
         return None if given.image_size is not None else f"images kept at {size} pixels (--image-size changes it)"
     in_proportion = all(height * reading.width == width * reading.height for height, width in sizes)
-    how = "" if in_proportion else RESIZED[reading.resize]
+    how = "" if in_proportion else f" {RESIZED[reading.resize]}"
     options = ["--image-size"] * (given.image_size is None) + ["--resize"] * (given.resize is None and bool(how))
-    return (
-        f"images resized to {size} pixels{how} ({' and '.join(options)} change{'s' * (len(options) == 1)} it)"
-        if options
-        else None
-    )
+    if not options:
+        return None
+    return f"images resized to {size} pixels{how} ({' and '.join(options)} change{'s' * (len(options) == 1)} it)"
 
 
 def augmentation_of(config: Config, dataset: Dataset) -> Augmentation:
