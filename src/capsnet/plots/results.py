@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
+from jaxtyping import Float
 from torch import Tensor
 
 from capsnet.data.dataset import Split, to_float
@@ -17,7 +18,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-__all__ = ["curves", "errors_by_factor", "gallery", "lengths", "reliability"]
+__all__ = ["curves", "errors_by_factor", "gallery", "labelled", "lengths", "reliability"]
 
 
 @styled
@@ -90,6 +91,20 @@ def errors_by_factor(wrong: Mapping[str, Tensor], factors: Mapping[str, Tensor],
     figure.legend(*first.get_legend_handles_labels(), loc="outside lower center", ncols=len(wrong))
     count = len(next(iter(varying.values())))
     figure.suptitle(f"Error by true pose factor, {count:,} images; bars are 95 % intervals")
+    return figure
+
+
+@styled
+def labelled(images: Float[Tensor, "n channels height width"], labels: Sequence[str]) -> "Figure":
+    """Images, intensities in [0, 1], each with its class above it."""
+    columns = min(10, len(images))
+    rows = -(-len(images) // columns)
+    figure = new(1.05 * columns + 0.2, 1.25 * rows)
+    for each in (axes := figure.subplots(rows, columns, squeeze=False)).flat:
+        each.set_axis_off()
+    for each, image, label in zip(axes.flat, images, labels, strict=False):
+        each.imshow(pixels(image), cmap="gray", vmin=0, vmax=1)
+        each.set_title(short(label, 12), fontsize=7)
     return figure
 
 
