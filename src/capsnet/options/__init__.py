@@ -130,6 +130,9 @@ class LossOptions:
     """m+ of eq. 4."""
     m_neg: Annotated[float, FRACTION] = 0.1
     """m- of eq. 4."""
+    balance: bool = False
+    """Count all classes alike: the loss of each image is divided by the share of its class among the training images,
+    times the number of classes."""
     down_weight: Annotated[float, FINITE] = 0.5
     """lambda of eq. 4."""
 

@@ -74,6 +74,8 @@ def _with_splits(config: Config, dataset: Dataset, *, shares: bool, divided: boo
         dataset = dataset.cropped(config.crop)
     if config.erase is not None and config.erase >= (side := min(dataset.image_shape[1:])):
         raise InputError(f"erase must be less than the {side} pixels of the images; got {config.erase}")
+    if config.balance and dataset.objects_per_image > 1:
+        raise InputError("balance must be left out where images show several objects; got it")
     if divided:
         return dataset
     if config.validation is not None or dataset.validation is None:
