@@ -104,6 +104,7 @@ class TrainedModel:
             data=data or trained.data,
             data_dir=data_dir or trained.data_dir,
             validation=trained.validation if held_out or data is None else 0,
+            test_fraction=trained.test_fraction if data is None else None,
             devices=1,
             skip_unreadable=True,
         )

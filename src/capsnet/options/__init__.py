@@ -6,7 +6,7 @@ Those of a model live with it, see `models`. Imports no torch.
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
-from capsnet.options.schema import AT_LEAST_0, AT_LEAST_1, FINITE, FRACTION, POSITIVE, Range, Rule
+from capsnet.options.schema import AT_LEAST_0, AT_LEAST_1, FINITE, FRACTION, LARGEST, POSITIVE, Range, Rule
 
 __all__ = [
     "GROUPS",
@@ -55,6 +55,10 @@ def size_of(image_size: int | str | None) -> tuple[int, int] | None:
     return (height, width) if len(sides) < 3 and 1 <= min(height, width) <= max(height, width) <= LARGEST_SIDE else None
 
 
+COUNT_OR_SHARE = Rule(
+    lambda x: 0 <= x <= LARGEST if isinstance(x, int) else 0 < x < 1,
+    f"a whole number, 0 to {LARGEST:,}, or a share in (0, 1)",
+)
 SEED = Range(0, LARGEST_SEED)
 IMAGE_SIZE = Rule(lambda x: size_of(x) is not None, f"pixels, 1 to {LARGEST_SIDE:,}, or HEIGHTxWIDTH, as 48x64")
 
@@ -83,9 +87,12 @@ class DataOptions:
     for a folder's images, and for every file that the network is then shown. Default: that of the data set."""
     skip_unreadable: bool = False
     """Skip files of a folder that are no images, and report them."""
-    validation: Annotated[int | None, AT_LEAST_0] = None
-    """Training images held out for validation; 0 trains on all. Default: the data set's own validation split, else a
-    tenth of the training images, at most 5,000."""
+    validation: Annotated[int | float | None, COUNT_OR_SHARE] = None
+    """Training images held out for validation, their number or share; 0 trains on all. Default: the data set's own
+    validation split, else a tenth of the training images, at most 5,000."""
+    test_fraction: Annotated[int | float | None, COUNT_OR_SHARE] = None
+    """Images of a folder without test/ that are tested, their share of each class or their number. Default: a sixth of
+    each class."""
     train_images: Annotated[int | None, AT_LEAST_1] = None
     """Train on this many of the training images only, chosen by `data_seed`; for learning curves and quick looks."""
     data_seed: Annotated[int, SEED] = 0

@@ -47,6 +47,8 @@ def prepare_data(
         InputError: see `data.load`, `image_folder.scan` and `Dataset.with_validation`.
     """
     divided = dataset is None and is_folder(config.data) and shares
+    if config.test_fraction is not None and (dataset is not None or not is_folder(config.data)):
+        raise InputError(f"test_fraction must be left out for a data set with a test split; got {config.test_fraction}")
     if dataset is not None:
         outlined = dataset
     elif is_folder(config.data):
@@ -79,7 +81,7 @@ def _with_splits(config: Config, dataset: Dataset, *, shares: bool, divided: boo
     if divided:
         return dataset
     if config.validation is not None or dataset.validation is None:
-        count = _validation_images(len(dataset.train)) if config.validation is None else config.validation
+        count = _validation_images(config, len(dataset.train))
         dataset = dataset.with_validation(count, seed=config.data_seed, shares=shares)
     if config.train_images is not None:
         dataset = dataset.with_train(config.train_images, seed=config.data_seed, shares=shares)
@@ -116,20 +118,19 @@ def _read_folder(
 def _divided(folder: ImageFolder, config: Config, recorded: Manifest | None, *, divide: bool) -> ImageFolder:
     if recorded is not None:
         return folder.recorded(recorded.splits)
-    folder = folder.divided(seed=config.data_seed)
+    folder = folder.divided(seed=config.data_seed, test=config.test_fraction)
     if not divide:
         return folder
-    count = config.validation
-    if count is None and not folder.of("validation"):
-        count = _validation_images(len(folder.of("train")))
-    if count is not None:
-        folder = folder.with_validation(count, seed=config.data_seed)
+    if config.validation is not None or not folder.of("validation"):
+        folder = folder.with_validation(_validation_images(config, len(folder.of("train"))), seed=config.data_seed)
     return folder if config.train_images is None else folder.with_train(config.train_images, seed=config.data_seed)
 
 
-def _validation_images(train_images: int) -> int:
-    """How many are held out unless it is said: a tenth, at most 5,000."""
-    return min(5000, train_images // 10)
+def _validation_images(config: Config, train_images: int) -> int:
+    """How many are held out: as many as it is said, or that share, else a tenth, at most 5,000."""
+    if config.validation is None:
+        return min(5000, train_images // 10)
+    return config.validation if isinstance(config.validation, int) else max(1, round(config.validation * train_images))
 
 
 def as_read(config: Config, dataset: Dataset) -> Config:
