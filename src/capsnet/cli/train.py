@@ -2,12 +2,13 @@
 
 import argparse
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 from capsnet import config
 from capsnet.cli.parsing import config_of, with_options
-from capsnet.cli.printing import show, show_json
+from capsnet.cli.printing import say, show, show_json
 from capsnet.config import Config
 from capsnet.errors import InputError
 
@@ -71,11 +72,15 @@ class Train:
             return 0
 
         from capsnet import devices
+        from capsnet.checkpoints import run_directory
         from capsnet.training import fit as training
 
         if self.resume:
             before = _of_run(self.resume).flat()
             changed = {name: value for name, value in options.flat().items() if value != before.get(name)}
+            with suppress(InputError):  # of a run that is not finished
+                if run_directory.Run(self.resume).result()["epochs"] >= (options.epochs or 0):
+                    say(f"capsnet train: no epoch of {self.resume} is left; --epochs N trains it for more")
             result = training.resume(self.resume, **changed)
         else:
             result = training.fit(options)

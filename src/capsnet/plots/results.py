@@ -40,7 +40,9 @@ def curves(rows: Sequence[Mapping[str, Any]], *, kept_epoch: int | None = None) 
         for kind, style, colour in (("train", "o-", ORDER[0]), ("validation", "s--", ORDER[1])):
             if f"{kind}_{column}" in rows[0]:
                 values = [row[f"{kind}_{column}"] for row in rows]
-                axes.plot(epochs, values, style, color=colour, label=kind, markersize=3)
+                axes.plot(
+                    epochs, values, style if len(rows) <= 40 else style[1:], color=colour, label=kind, markersize=3
+                )
         if kept_epoch:
             axes.axvline(kept_epoch, color=ORDER[2], linestyle=":", label=f"kept: epoch {kept_epoch}")
         axes.set_title(title)
@@ -157,7 +159,7 @@ def reliability(found: Calibration) -> "Figure":
 @styled
 def lengths(found: Predictions) -> "Figure":
     """Histogram of the winning scores of right and of wrong images, and of the runners-up."""
-    figure = new(6.0, 3.0)
+    figure = new(6.0, 3.3)
     axes = figure.subplots()
     bins = np.linspace(0, 1, 41)
     second = found.scores.topk(min(2, found.scores.shape[-1])).values[:, -1]
@@ -174,7 +176,7 @@ def lengths(found: Predictions) -> "Figure":
     _count(axes)
     axes.set_xlabel("score (length of the class capsule)")
     axes.set_title("Lengths of the longest capsules")
-    axes.legend(loc="upper center")
+    figure.legend(loc="outside lower center", ncols=3)
     return figure
 
 

@@ -109,6 +109,8 @@ def resume(directory: str | Path, dataset: Dataset | None = None, **changes: Any
     """
     run = Run(directory)
     saved, resumable = defaults.as_begun(run.config()), roles(RESUMABLE)
+    if changes.get("model", saved.model) != saved.model:
+        raise InputError(f"model of a resumed run must stay {saved.model}; got {changes['model']}")
     before = saved.flat()
     faults = [
         f"{name} of a resumed run must stay {before.get(name)!r}; got {value!r}"
