@@ -105,7 +105,7 @@ class Card:
         data = str(self.data) if known else Path(str(self.data)).name
         parts = [
             f"model {network.config['name']}, {network.parameter_count():,} parameters",
-            f"preprocessing: images {network.preprocessing}" if network.preprocessing else "",
+            f"preprocessing: {network.preprocessing}" if network.preprocessing else "",
             f"classes, with their training images: {', '.join(f'{name} ({n:,})' for name, n in self.classes.items())}"
             if self.classes
             else f"classes: {', '.join(network.classes)}",
