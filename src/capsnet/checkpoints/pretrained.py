@@ -64,8 +64,12 @@ def save_pretrained(network: Network, directory: str | Path, card: Card | None =
     directory = Path(directory)
     weights = {name: tensor.detach().cpu().contiguous() for name, tensor in network.state_dict().items()}
     reading = {} if network.preprocessing is None else {"preprocessing": asdict(network.preprocessing)}
-    content = save(weights, metadata={"format": "pt"})
-    text = json.dumps({**network.config, **reading}, indent=2) + "\n"
+    try:
+        content = save(weights, metadata={"format": "pt"})
+        text = json.dumps({**network.config, **reading}, indent=2) + "\n"
+    except (RuntimeError, TypeError, ValueError) as error:
+        reason = brief(str(error).splitlines()[0])
+        raise InputError(f"network must be one that can be loaded again; it cannot: {reason}") from None
 
     def write(folder: Path) -> None:
         write_atomically(folder / "model.safetensors", lambda path: path.write_bytes(content))
@@ -96,9 +100,10 @@ def _check_same(network: Network, weights: Mapping[str, Tensor], folder: Path) -
     except InputError as error:
         reason = str(error).replace(str(folder), "the saved one")
         raise InputError(f"network must be one that can be loaded again; it cannot: {reason}") from None
-    read = back.state_dict()
-    wrong = [name for name, tensor in weights.items() if not torch.equal(read[name], tensor.to(read[name].dtype))]
-    wrong += [name for name, value in back.config.items() if network.config.get(name) != value]
+    found = back.state_dict()
+    wrong = [name for name, tensor in weights.items() if not torch.equal(found[name], tensor.to(found[name].dtype))]
+    ours, read = (json.loads(json.dumps(config)) for config in (network.config, back.config))  # lists are tuples
+    wrong += [name for name in read if ours.get(name) != read[name]]
     if network.preprocessing not in (None, back.preprocessing):
         wrong.append("preprocessing")
     if wrong:
