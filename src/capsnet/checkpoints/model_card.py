@@ -105,6 +105,7 @@ class Card:
         data = str(self.data) if known else Path(str(self.data)).name
         parts = [
             f"model {network.config['name']}, {network.parameter_count():,} parameters",
+            f"fine-tuned from {name}" if (name := self.config.get("init_from")) else "",
             f"preprocessing: {network.preprocessing}" if network.preprocessing else "",
             f"classes, with their training images: {', '.join(f'{name} ({n:,})' for name, n in self.classes.items())}"
             if self.classes

@@ -181,6 +181,12 @@ class OptimisationOptions:
     kept. At step t at most (1 + t) / (10 + t). 0: the weights of the last step."""
     seed: Annotated[int, SEED] = 0
     """Seed of weights, order and augmentation."""
+    init_from: str | None = None
+    """Start from trained weights (a run directory, a folder, or a name of `capsnet list weights`): layers of the same
+    shape are kept; for other classes the class capsules and the decoder start anew. Without --model and --config the
+    network has the model and options of these weights."""
+    freeze: tuple[str, ...] = ()
+    """Parts of the network that are not trained, as --dry-run names them: conv primary, or conv,primary."""
 
 
 @dataclass(frozen=True)

@@ -193,7 +193,7 @@ def layout(config: Config, dataset: Dataset) -> Network:
     """The network of `config` for the images and classes of `dataset`, without memory for its weights.
 
     Raises:
-        InputError: see `pretrained.outline`.
+        InputError: see `pretrained.outline` and `Network.freeze`.
     """
     about = {
         "image_shape": dataset.image_shape,
@@ -202,7 +202,9 @@ def layout(config: Config, dataset: Dataset) -> Network:
         "objects_per_image": dataset.objects_per_image,
         **vars(with_defaults(config).options),
     }
-    return pretrained.outline(config.model, **about)
+    network = pretrained.outline(config.model, **about)
+    network.freeze(*config.freeze)
+    return network
 
 
 def build(config: Config, dataset: Dataset) -> Network:
@@ -213,4 +215,6 @@ def build(config: Config, dataset: Dataset) -> Network:
     """
     about = layout(config, dataset).config
     torch.manual_seed(config.seed)
-    return models.create(**about)
+    network = models.create(**about)
+    network.freeze(*config.freeze)
+    return network
