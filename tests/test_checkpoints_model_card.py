@@ -2,9 +2,12 @@ import json
 import shlex
 from dataclasses import replace
 from pathlib import Path
+from typing import Any, cast
 
 import pytest
+import yaml
 
+from capsnet.checkpoints import pretrained
 from capsnet.checkpoints.model_card import Card, command_of
 from capsnet.cli import CAPSNET
 from capsnet.cli.parsing import config_of, parse
@@ -14,6 +17,7 @@ from capsnet.data.photo import Frame
 from capsnet.data.preprocessing import Preprocessing
 from capsnet.errors import InputError
 from capsnet.evaluation.ood import Threshold
+from capsnet.models import create
 
 CARD = Card(
     config={"preset": "paper", "data": "mnist", "epochs": 20},
@@ -89,3 +93,40 @@ def test_the_command_makes_the_same_configuration(config: Config) -> None:
     command = parse(CAPSNET, words[1:], prog="capsnet")
     assert isinstance(command, Train)
     assert config_of(command) == config
+
+
+def test_people_read_the_card_without_any_folder_of_the_disk(tmp_path: Path) -> None:
+    network = create("baseline", image_shape=(3, 12, 16), num_classes=2, classes=("cat", "dog"), width=0.1)
+    network.preprocessing = Preprocessing(12, 16, 3, resize="pad")
+    test = {"error_percent": 5.0, "wrong": 5, "total": 100, "interval": (2.15, 11.18), "selection": "none: the last"}
+    card = Card(
+        config=Config.of(model="baseline", data="/home/somebody/pets", epochs=4).flat(),
+        epochs=4,
+        train_images=90,
+        test=cast(Any, test),
+        classes={"cat": 60, "dog": 30},
+    )
+    pretrained.save_pretrained(network, tmp_path, card)
+    readme = tmp_path / "README.md"
+    text = readme.read_text(encoding="utf-8")
+    header = yaml.safe_load(text.split("---")[1])
+    assert (header["library_name"], header["pipeline_tag"]) == ("capsnet", "image-classification")
+    assert "datasets" not in header
+    for part in (
+        "# baseline, trained on pets",
+        "12 x 16 pixels in proportion",
+        "cat (60), dog (30)",
+        "5.00 % (5 of 100 wrong; 95 % interval 2.15 to 11.18 %)",
+        "none: the last",
+        "4 epochs on 90 images by `capsnet train",
+        "--data pets",
+    ):
+        assert part in text
+    assert "somebody" not in text
+    published = replace(card, config=Config.of(model="baseline", data="mnist").flat()).readme(network)
+    assert yaml.safe_load(published.split("---")[1])["datasets"] == ["mnist"]
+    pretrained.save_pretrained(network, tmp_path, replace(card, epochs=5))
+    assert "5 epochs" in readme.read_text(encoding="utf-8"), "ours is replaced"
+    readme.write_text("mine", encoding="utf-8")
+    pretrained.save_pretrained(network, tmp_path, card)
+    assert readme.read_text(encoding="utf-8") == "mine"

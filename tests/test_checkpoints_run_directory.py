@@ -1,4 +1,6 @@
+import copy
 import json
+import math
 import os
 import pickle
 import subprocess
@@ -160,6 +162,35 @@ def test_of_a_far_too_large_file_no_more_is_read_than_can_be_right(network: Netw
     os.truncate(Path("net", name), 5 * 10**9)  # zeros that take no room on the disk
     with pytest.raises(InputError, match=rf"^file net/{name} must hold at most [\d,]+ bytes; got more$"):
         pretrained.load("net")
+
+
+def test_what_cannot_be_loaded_again_is_not_saved(network: Network) -> None:
+    pretrained.save_pretrained(network, "net")
+    before = {path.name: path.read_bytes() for path in Path("net").iterdir()}
+
+    def refused(network: Network, message: str) -> None:
+        with pytest.raises(InputError, match=message):
+            pretrained.save_pretrained(network, "net")
+        assert {path.name: path.read_bytes() for path in Path("net").iterdir()} == before
+
+    other = copy.deepcopy(network)
+    other.config["num_classes"] += 1
+    refused(other, r"^network must be one that can be loaded again; it cannot: .*num_classes must be")
+    other = copy.deepcopy(network)
+    other.register_buffer("more", torch.zeros(2))
+    refused(other, r"it cannot: .*weights must fit model capsnet, which has no more; got one of shape \[2\]$")
+    other = copy.deepcopy(network)
+    with torch.no_grad():
+        next(other.parameters()).fill_(math.nan)
+    refused(
+        other, r"it cannot: the saved one/model.safetensors: weight conv.weight must be finite in float32; it holds"
+    )
+    other = copy.deepcopy(network)
+    del other.config
+    refused(other, r"^network must be one that capsnet.create made; got CapsNet without a config$")
+    other = copy.deepcopy(network)
+    other.config["decoder_sizes"] = {16}
+    refused(other, r"^network must be one that can be loaded again; it cannot: .*not JSON serializable$")
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64], ids=str)

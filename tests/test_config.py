@@ -58,11 +58,11 @@ def test_every_field_of_authors_can_be_switched_alone(name: str) -> None:
 
 
 def test_an_open_option_that_is_given_its_default_differs_from_the_preset_only_in_a_folder(tmp_path: Path) -> None:
-    given = Config.of(epochs=3, keep="last", primary_scale=1.0, augment="paper")
+    given = Config.of(epochs=3, primary_scale=1.0, augment="paper", keep="last")
     assert with_defaults(Config()) == given
     assert preset_differences(given) == preset_differences(Config()) == {}
     folder = replace(given, data=str(tmp_path))
-    told = {"data": str(tmp_path), "epochs": 3, "keep": "last", "primary_scale": 1.0, "augment": "paper"}
+    told = {"data": str(tmp_path), "epochs": 3, "primary_scale": 1.0, "augment": "paper", "keep": "last"}
     assert preset_differences(folder) == told
     assert preset_differences(replace(Config(), data=str(tmp_path))) == {"data": str(tmp_path)}
 
@@ -249,7 +249,7 @@ def test_a_value_of_the_wrong_type_is_refused(values: dict[str, Any], message: s
         ("m_pos", 0.0, r"in \(0, 1\]"),
         ("channels", 2, "1 or 3"),
         ("decoder_sizes", (8, 0), "numbers of 1 to 2,147,483,647"),
-        ("validation", -1, "at least 0"),
+        ("validation", -1, "a whole number, 0 to 2,147,483,647, or a share in \\(0, 1\\)"),
         ("device", "tpu", "one of auto, cpu, cuda, mps"),
     ],
 )
@@ -327,7 +327,7 @@ MOST = {"seed": 2**62 - 1, "data_seed": 2**62 - 1, "routing_iterations": 100, "i
 @pytest.mark.parametrize("name", WHOLE_NUMBERS)
 def test_whole_numbers_have_a_largest_value(name: str) -> None:
     most = MOST.get(name, 2**31 - 1)
-    rule = rf"(at most {most:,}|1 or 3|8 to 32|pixels, 1 to {most:,}, .*|numbers of 1 to {most:,})"
+    rule = rf"(at most {most:,}|1 or 3|8 to 32|(pixels, 1|a whole number, 0) to {most:,}, .*|numbers of 1 to {most:,})"
     wrong: Any
     for value in (most + 1, 10**26, 10**5000):
         wrong = (value,) if name == "decoder_sizes" else value

@@ -19,7 +19,7 @@ from capsnet.data.image_folder import image_files, scan
 from capsnet.errors import InputError
 from capsnet.training import fit as training
 from capsnet.training import prepare
-from tiny import same_weights, tiny
+from tiny import photos, same_weights, tiny
 
 RED, BLUE = (200, 10, 30), (10, 20, 190)
 
@@ -488,3 +488,53 @@ def test_a_report_of_1000_classes_takes_less_than_a_gigabyte_more(workplace: Pat
         done = subprocess.run(command, capture_output=True, text=True, check=True)
         peaks.append(int(done.stdout.split()[-1]))
     assert peaks[1] - peaks[0] < 2**20  # kibibytes
+
+
+@pytest.mark.parametrize(
+    ("options", "sizes"),
+    [
+        ({}, (68, 7, 15)),
+        ({"test_fraction": 0.3}, (57, 6, 27)),
+        ({"test_fraction": 20}, (63, 7, 20)),
+        ({"test_fraction": 0.3, "validation": 0.25}, (47, 16, 27)),
+        ({"test_fraction": 20, "validation": 10}, (60, 10, 20)),
+        ({"test_fraction": 0.99, "validation": 0}, (3, 0, 87)),  # one of each class is left
+        ({"test_fraction": 87, "validation": 0}, (3, 0, 87)),
+    ],
+)
+def test_splits_are_counts_or_shares(options: dict[str, Any], sizes: tuple[int, ...], tmp_path: Path) -> None:
+    config = Config.of(data=str(photos(tmp_path / "own")), **options)
+    dataset = prepare.prepare_data(config)
+    parts = (dataset.train, dataset.validation, dataset.test)
+    assert tuple(0 if part is None else len(part) for part in parts) == sizes
+    spread = [part.labels.bincount(minlength=3).tolist() for part in parts if part is not None]
+    assert all(max(counts) - min(counts) <= 1 for counts in spread), "of each class its share"
+
+
+@pytest.mark.parametrize(
+    ("options", "told"),
+    [
+        ({"test_fraction": 88}, "test_fraction must be a share, or 1 to 87 of the 90 images; got 88$"),
+        ({"test_fraction": 0}, "test_fraction must be a share, or 1 to 87 of the 90 images; got 0$"),
+        (
+            {"test_fraction": 1.0},
+            r"test_fraction must be a whole number, .*, or a share in \(0, 1\); got 1.0$",
+        ),
+        (
+            {"validation": -0.1},
+            r"validation must be a whole number, .*, or a share in \(0, 1\); got -0.1$",
+        ),
+    ],
+)
+def test_splits_that_cannot_be_are_refused(options: dict[str, Any], told: str, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=told):
+        prepare.prepare_data(Config.of(data=str(photos(tmp_path / "own")), **options))
+
+
+def test_a_test_fraction_of_what_has_a_test_split_is_refused(tmp_path: Path) -> None:
+    for split in ("train", "test"):
+        photos(tmp_path / "own" / split, count=2)
+    with pytest.raises(InputError, match=r"test_fraction must be left out where .*own is divided already; got 0.2$"):
+        prepare.prepare_data(Config.of(data=str(tmp_path / "own"), test_fraction=0.2))
+    with pytest.raises(InputError, match=r"test_fraction must be left out for a data set with a test split; got 5$"):
+        prepare.prepare_data(Config.of(data="strokes", test_fraction=5))

@@ -1,5 +1,6 @@
 """The images of a run are known: a folder that changes is not divided anew, and what changed is told."""
 
+import csv
 import io
 import json
 import shutil
@@ -152,6 +153,33 @@ def test_a_run_without_a_manifest_is_evaluated_and_goes_on_as_it_was_divided(
     assert torch.equal(few.validation.images, legacy.validation.images)
     order = torch.randperm(68, generator=torch.Generator().manual_seed(0))[:20].sort().values
     assert torch.equal(few.train.images, legacy.train.images[order])
+
+
+def test_what_was_said_of_each_file_can_be_kept(
+    trained: Manifest, own: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    other = own.with_name("other")
+    for place in ("a/0.png", "a/10.png", "b/2.png"):
+        (other / place).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(own / place, other / place)
+    for data, files, split in (
+        ((), [line.path for line in trained.lines if line.split == "test"], "test"),
+        (("--split", "train"), [line.path for line in trained.lines if line.split == "train"], "train"),
+        (("--data", "other"), ["a/0.png", "a/10.png", "b/2.png"], "test"),
+    ):
+        found, _ = evaluated(capsys, *data, "--out", "judged", "--overwrite")
+        metrics = json.loads(Path("judged/metrics.json").read_text())
+        assert metrics == found
+        rows = list(csv.DictReader(Path("judged/predictions.csv").read_text().splitlines()))
+        assert [row["file"] for row in rows] == files
+        assert {row["split"] for row in rows} == {split}
+        assert sum(row["true"] != row["predicted"] for row in rows) == found["wrong"]
+        for row in rows:
+            every = {name: float(row[f"presence of {name}"]) for name in "abc"}
+            assert float(row["presence"]) == every[row["predicted"]] == max(every.values())
+            assert row["true"] == row["file"][0]
+    assert cli.main(["evaluate", "run", "--out", "judged"]) == 2
+    assert "--out must be a directory without predictions.csv" in capsys.readouterr().err
 
 
 def test_a_test_folder_is_scored_whole(trained: Manifest, own: Path, capsys: pytest.CaptureFixture[str]) -> None:

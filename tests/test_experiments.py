@@ -653,7 +653,7 @@ def test_quick_is_one_seed_unless_told_otherwise(workplace: Path, monkeypatch: p
 @pytest.mark.parametrize(
     ("arguments", "told"),
     [
-        (["nothing"], "experiment must be one of table1, efficient-capsnet, recipes"),
+        (["nothing"], "experiment must be one of table1, efficient-capsnet, cost"),
         (["table1", "--rows", "capsnet"], "rows of table1 must be among"),
         (["table1", "--seeds", "0"], "--seeds must be at least 1; got 0"),
         (["svhn", "--budget", "quick"], "data set svhn must be on this machine or downloadable"),

@@ -13,7 +13,7 @@ from capsnet.data.overlay import overlay
 from capsnet.errors import InputError
 from capsnet.models import Network, Output, create
 from capsnet.models.capsnet import CapsNet
-from capsnet.objective import Losses, Objective
+from capsnet.objective import Losses, Objective, class_weights
 
 LABELS = torch.tensor([6, 0, 3])
 
@@ -267,3 +267,11 @@ def test_losses_of_single_objects_are_bit_for_bit_those_of_the_plain_formulas(tr
     net = create("baseline", image_shape=(2, 11, 8), num_classes=7, width=0.05)
     losses = Objective(net, Config()).train(training)(images(), LABELS)
     assert torch.equal(losses.total, nn.functional.cross_entropy(losses.output.scores, LABELS, reduction="none"))
+
+
+def test_balanced_classes_count_alike() -> None:
+    labels = torch.tensor([0] * 6 + [1] * 3 + [3])  # and none of class 2
+    weights = class_weights(labels, 4)
+    assert weights[labels].mean() == pytest.approx(1)
+    sums = torch.zeros(4).index_add_(0, labels, weights[labels])
+    assert sums.tolist() == pytest.approx([10 / 3, 10 / 3, 0, 10 / 3])

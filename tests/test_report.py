@@ -9,10 +9,13 @@ import torch
 from capsnet.checkpoints.model_card import Card
 from capsnet.config import Config
 from capsnet.data import Dataset, Split
+from capsnet.data.dataset import ImageFile
+from capsnet.data.image_file import Header
 from capsnet.data.sets.strokes import strokes
 from capsnet.evaluation import Predictions, predict_split
 from capsnet.evaluation.ood import Threshold
 from capsnet.models import CapsuleNetwork, Network, create
+from capsnet.plots.classes import MOST
 from capsnet.report import report
 from tiny import SIZES, pairs
 
@@ -46,7 +49,15 @@ def page(one: Network, dataset: Dataset, **about: object) -> str:
 
 def test_the_report_holds_everything_and_loads_nothing(dataset: Dataset) -> None:
     told = page(network(), dataset, rows=ROWS, result=RESULT)
-    for heading in ("Training", "Reconstructions", "What each dimension means", "Routing", "Pose", "Errors"):
+    for heading in (
+        "Training images",
+        "Training",
+        "Reconstructions",
+        "What each dimension means",
+        "Routing",
+        "Pose",
+        "Errors",
+    ):
         assert f"<h2>{heading}</h2>" in told
     assert "a &lt;run&gt;" in told
     assert "a &lt;chip&gt; &amp; more" in told
@@ -57,12 +68,33 @@ def test_the_report_holds_everything_and_loads_nothing(dataset: Dataset) -> None
     outside = re.sub(r'src="data:image/[a-z+]+;base64,[^"]+"', "", told)
     assert not re.search(r"https?:|src=|url\(|@import|<link|<script", outside)
     pictures = re.findall(r'src="data:image/([a-z+]+);base64,([^"]+)"', told)
-    assert len(pictures) == 10
+    assert len(pictures) == 11
     for kind, content in pictures:
         start = base64.b64decode(content)[:8]
         assert start == b"\x89PNG\r\n\x1a\n" if kind == "png" else start.startswith(b"<?xml")
-    assert told.count("alt=") == 10
+    assert told.count("alt=") == 11
+    assert "As the network gets them, augmentation included: shift 2 pixels." in told
     assert '<meta name="viewport"' in told
+
+
+def test_wrong_files_are_named_the_surest_first_and_the_most_confused_classes(dataset: Dataset) -> None:
+    one = network("baseline", width=0.03)
+    found = predict_split(one, dataset.test)
+    header = Header(28, 28, False, None)
+    images = [ImageFile(f"{k}<.png", int(label), "test", "", header) for k, label in enumerate(dataset.test.labels)]
+    told = page(one, replace(dataset, files=tuple(images)))
+    wrong = [k for k in found.winning.argsort(descending=True).tolist() if found.wrong[k]]
+    rows = re.findall(r"<tr><td>(\d+)&lt;.png</td><td>(\d)</td><td>(\d)</td><td>", told)
+    assert [int(name) for name, *_ in rows] == wrong[: len(rows)]
+    assert [(int(a), int(b)) for _, a, b in rows] == [
+        (int(found.labels[k]), int(found.predictions[k])) for k in wrong[: len(rows)]
+    ]
+    assert len(rows) == min(len(wrong), MOST)
+    counts = found.confusion.clone().fill_diagonal_(0)
+    times = re.findall(r"<tr><td>(\d)</td><td>(\d)</td><td>(\d+)</td><td>(\d+)</td></tr>", told)
+    assert [int(n) for *_, n, _ in times] == counts.flatten().sort(descending=True).values[: len(times)].tolist()
+    assert all(int(counts[int(a), int(b)]) == int(n) for a, b, n, _ in times)
+    assert "Wrong files" not in page(one, dataset)
 
 
 def test_the_epoch_that_validation_chose_is_said(dataset: Dataset) -> None:

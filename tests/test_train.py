@@ -41,6 +41,7 @@ WRITTEN = {
     "model.safetensors",
     "config.json",
     "card.json",
+    "README.md",
     "report.html",
     "figures/reconstructions.png",
 }
@@ -1039,3 +1040,19 @@ def test_few_images_change_the_decay_of_the_exponential_schedule_only(photos: Pa
     dataset = prepare.prepare_data(config)
     assert defaults.resolved(config, dataset).lr_decay_steps > 0
     assert defaults.resolved(config.changed(schedule="linear"), dataset).lr_decay_steps == 0
+
+
+def test_balance_changes_nothing_where_classes_are_of_one_size_and_something_elsewhere(photos: Path) -> None:
+    whole = prepare.prepare_data(tiny(photos, validation=0))
+    order = torch.cat([(whole.train.labels == label).nonzero().flatten()[:20] for label in range(3)])
+    alike = replace(whole, train=whole.train.take(order), files=(), preprocessing=None)
+    fewer = replace(alike, train=alike.train.take(torch.arange(45)))
+    for name, dataset, same in (("alike", alike, True), ("fewer", fewer, False)):
+        for balance in (False, True):
+            fit(tiny(photos, out=f"{name}-{balance}", balance=balance, epochs=1, report=False, validation=0), dataset)
+        assert same_weights(f"{name}-False", f"{name}-True") is same
+
+
+def test_balance_is_refused_where_images_show_two_objects() -> None:
+    with pytest.raises(InputError, match=r"^balance must be left out where images show several objects; got it$"):
+        fit(tiny(Path("pairs"), balance=True), pairs())

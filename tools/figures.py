@@ -17,6 +17,7 @@ from torch import Tensor
 
 from capsnet import plots
 from capsnet.checkpoints import pretrained, run_directory
+from capsnet.config import with_defaults
 from capsnet.data import Split
 from capsnet.errors import InputError
 from capsnet.experiments import records
@@ -94,7 +95,7 @@ def error_by_time(one: Experiment, budget: str, folder: Path, *, speed: Path = S
         for record in found:
             if _but_for_epochs(record.config) == alike:
                 errors[record.epochs][record.seed] = record.error(one.metric)
-        minutes[label] = _minutes_an_epoch(config.flat(), speed)
+        minutes[label] = _minutes_an_epoch(with_defaults(config).flat(), speed)
     from matplotlib.ticker import LogLocator, NullLocator
 
     figure = new(6.4, 3.8)

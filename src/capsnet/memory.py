@@ -74,9 +74,11 @@ def training(
                 parameter.grad = None
             losses = objective(*_batch(network, batch_size))
             losses.total.mean().backward()
-            moments = moments or [torch.empty_like(each) for each in objective.parameters() for _ in range(2)]
+            trained = [each for each in objective.parameters() if each.requires_grad]
+            moments = moments or [torch.empty_like(each) for each in trained for _ in range(2)]
         copies = weights * (bool(config.ema) + (config.keep == "best"))  # their average, and the best ones
-        saving = watch.now + int(GROWTH * (3 * weights + copies))  # these, two moments and their copies
+        two = sum(each.nbytes for each in moments)
+        saving = watch.now + int(GROWTH * (weights + two + copies))  # these, two moments and their copies
         _infer(objective, network, min(evaluated, inference_batch(network)))
         augmented = 4 * _batch(network, batch_size)[0].nbytes  # and its temporary arrays
         del losses
@@ -229,7 +231,9 @@ def _counted(
     changed = {name: value for name, value in options.items() if name in network.config}
     try:
         with pool.set_aside(), _Watch() as watch, torch.device("meta"):
-            objective = Objective(create(**{**network.config, **changed}), config)
+            copy = create(**{**network.config, **changed})
+            copy.freeze(*network.frozen)
+            objective = Objective(copy, config)
             with _Autocast() if precision == "bf16" else nullcontext():
                 yield objective, watch
     except (RuntimeError, OverflowError) as error:

@@ -13,7 +13,7 @@ from capsnet import functional as F
 from capsnet.config import Config
 from capsnet.models import Network, Output
 
-__all__ = ["Batch", "Losses", "Objective"]
+__all__ = ["Batch", "Losses", "Objective", "class_weights"]
 
 
 class Batch(NamedTuple):
@@ -45,6 +45,12 @@ class Losses(NamedTuple):
     classification: Tensor
     reconstruction: Tensor
     output: Output
+
+
+def class_weights(labels: Int[Tensor, "n"], classes: int) -> Float[Tensor, "classes"]:
+    """Weight of the images of each class by which all classes count alike; 1 on average over the images `labels`."""
+    counts = labels.bincount(minlength=classes)
+    return len(labels) / (int((counts > 0).sum()) * counts.clamp(min=1))
 
 
 class Objective(nn.Module):

@@ -107,9 +107,7 @@ def export(
         with tempfile.TemporaryDirectory() as folder:
             pretrained.save_pretrained(network, folder)
             checked(partial(_outputs, pretrained.load(folder)))
-        pretrained.save_pretrained(network, path)
-        if card is not None:
-            pretrained.save_card(card, path)
+        pretrained.save_pretrained(network, path, card)
     else:
         with exported.quiet():
             facts = _facts(network, card)

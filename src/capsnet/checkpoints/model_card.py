@@ -2,9 +2,9 @@
 
 import json
 import shlex
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
-from typing import Any, TypedDict, cast
+from typing import Any, NotRequired, TypedDict, cast
 
 from capsnet import config as config_file
 from capsnet.config import Config, preset_differences, roles
@@ -12,14 +12,31 @@ from capsnet.data import available, describe
 from capsnet.data.photo import Frame
 from capsnet.data.preprocessing import Preprocessing
 from capsnet.errors import InputError
+from capsnet.evaluation.metrics import error_line
 from capsnet.evaluation.ood import Threshold
-from capsnet.files import read_json
+from capsnet.files import read_json, read_text
+from capsnet.models import Network
 from capsnet.options import LOCAL, size_of
 from capsnet.options.schema import checked
 
-__all__ = ["Card", "Tested", "command_of"]
+__all__ = ["README", "Card", "Tested", "command_of", "is_ours"]
 
 FILE = "card.json"
+README = "README.md"
+OURS = "library_name: capsnet"
+"""Line of a README by which it is known as made here."""
+USE = """## Use
+
+```python
+import capsnet
+
+network = capsnet.load("this/folder")  # or capsnet.from_pretrained("you/name")
+for found in capsnet.predict(network, [("a photo", "photo.jpg")]):
+    print(found.label, found.presence)
+```
+
+or `capsnet predict this/folder photo.jpg`.
+"""
 
 
 class Tested(TypedDict):
@@ -29,6 +46,7 @@ class Tested(TypedDict):
     wrong: int
     total: int
     interval: tuple[float, float]
+    selection: NotRequired[str]
 
 
 @dataclass(frozen=True)
@@ -42,6 +60,7 @@ class Card:
         test: `error_percent`, `wrong`, `total` and 95 % `interval` on all test images.
         preprocessing: how image files become what the network sees, of cards from before `config.json` told it.
         frame: how the ink lies in the training images, of cards from before `preprocessing`.
+        classes: number of training images of each class, by name.
         threshold: above which reconstruction error an input is no object of the known classes; None without a decoder.
     """
 
@@ -51,6 +70,7 @@ class Card:
     test: Tested = field(default_factory=lambda: cast(Tested, {}))
     preprocessing: Preprocessing | None = None
     frame: Frame | None = None
+    classes: dict[str, int] = field(default_factory=dict)
     threshold: Threshold | None = None
 
     @property
@@ -78,6 +98,38 @@ class Card:
     def command(self) -> str | None:
         """The command that trains such weights again."""
         return command_of(self.trained()) if self.config else None
+
+    def readme(self, network: Network) -> str:
+        """The card as people read it, Markdown with the header of the Hugging Face Hub; it names no folder."""
+        known = self.data in available()
+        data = str(self.data) if known else Path(str(self.data)).name
+        parts = [
+            f"model {network.config['name']}, {network.parameter_count():,} parameters",
+            f"fine-tuned from {name}" if (name := self.config.get("init_from")) else "",
+            f"preprocessing: {network.preprocessing}" if network.preprocessing else "",
+            f"classes, with their training images: {', '.join(f'{name} ({n:,})' for name, n in self.classes.items())}"
+            if self.classes
+            else f"classes: {', '.join(network.classes)}",
+        ]
+        if self.test:
+            parts.append(f"test {error_line(self.test['wrong'], self.test['total'])}")
+            if selection := self.test.get("selection"):
+                parts.append(f"selection of the weights: {selection}")
+        if self.config:
+            trained = self.trained()
+            command = command_of(trained if known else replace(trained, data=data))
+            parts.append(f"trained for {self.epochs} epochs on {self.train_images:,} images by `{command}`")
+        if self.threshold:
+            limit = self.threshold
+            parts.append(
+                f"out of distribution is an image with a reconstruction error above {limit.value:.4g}, as "
+                f"{100 * limit.false_alarm_rate:g} % of {limit.images:,} {limit.split} images had"
+            )
+        parts.append("limits: it knows these classes only, in images like those it was trained on; one training")
+        header = ["---", OURS, "pipeline_tag: image-classification", "tags: [capsule-network, image-classification]"]
+        header += [f"datasets: [{data}]"] * known + ["---"]
+        lines = [f"- {part[0].upper()}{part[1:]}." for part in parts if part]
+        return "\n".join([*header, f"# {network.config['name']}, trained on {data}", "", *lines, "", USE])
 
     def trained(self) -> Config:
         """The configuration of the run.
@@ -113,6 +165,11 @@ class Card:
         if card.config:
             config_file.from_dict(card.config, source=source)
         return cast(Card, card)
+
+
+def is_ours(readme: Path) -> bool:
+    """Whether a README may be replaced: there is none, or it was made by `Card.readme`."""
+    return not readme.exists() or OURS in read_text(readme).splitlines()[:5]
 
 
 def command_of(config: Config) -> str:

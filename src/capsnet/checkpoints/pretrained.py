@@ -6,6 +6,7 @@ Nothing is unpickled and no code is run: weights are safetensors.
 """
 
 import json
+import tempfile
 from collections.abc import Mapping
 from collections.abc import Set as AbstractSet
 from dataclasses import asdict
@@ -26,12 +27,14 @@ from capsnet.models import Network
 from capsnet.options.schema import brief, checked, did_you_mean, shown
 
 __all__ = [
+    "check_described",
     "fitted",
     "fitting",
     "folder_of",
     "from_pretrained",
     "load",
     "load_card",
+    "options_of",
     "outline",
     "save_card",
     "save_pretrained",
@@ -40,27 +43,71 @@ __all__ = [
 
 WEIGHTS = Path(__file__).parents[1] / "weights"
 PRETRAINED = ["config.json", model_card.FILE, "model.safetensors"]
+"""What is needed of the weights in a folder."""
 STORED = frozenset({torch.float16, torch.bfloat16, torch.float32, torch.float64})
 """Types that weights may be stored in; they are computed in float32."""
 
 
-def save_pretrained(network: Network, directory: str | Path) -> None:
+def save_pretrained(network: Network, directory: str | Path, card: Card | None = None) -> None:
     """Write `model.safetensors` and `config.json`: all that `load` and `from_pretrained` need of a network of `create`.
 
-    The directory is made if it is not there.
+    With a `card`, also `card.json` and, unless there is another one, `README.md`. The directory is made if it is not
+    there. Both files are first written to a temporary directory, loaded and compared with the network.
 
     Raises:
-        InputError: the files cannot be written.
+        InputError: the network is not one of `create`, or `load` would not give the same one: nothing is replaced; or
+            the files cannot be written.
     """
     from safetensors.torch import save
 
+    check_described(network, name="network")
     directory = Path(directory)
     weights = {name: tensor.detach().cpu().contiguous() for name, tensor in network.state_dict().items()}
-    content = save(weights, metadata={"format": "pt"})
-    write_atomically(directory / "model.safetensors", lambda path: path.write_bytes(content))
     reading = {} if network.preprocessing is None else {"preprocessing": asdict(network.preprocessing)}
-    text = json.dumps({**network.config, **reading}, indent=2) + "\n"
-    write_atomically(directory / "config.json", lambda path: path.write_text(text, encoding="utf-8"))
+    try:
+        content = save(weights, metadata={"format": "pt"})
+        text = json.dumps({**network.config, **reading}, indent=2) + "\n"
+    except (RuntimeError, TypeError, ValueError) as error:
+        reason = brief(str(error).splitlines()[0])
+        raise InputError(f"network must be one that can be loaded again; it cannot: {reason}") from None
+
+    def write(folder: Path) -> None:
+        write_atomically(folder / "model.safetensors", lambda path: path.write_bytes(content))
+        write_atomically(folder / "config.json", lambda path: path.write_text(text, encoding="utf-8"))
+
+    with tempfile.TemporaryDirectory() as folder:
+        write(Path(folder))
+        _check_same(network, weights, Path(folder))
+    write(directory)
+    if card is not None:
+        save_card(card, directory)
+        readme = directory / model_card.README
+        if model_card.is_ours(readme):
+            told = card.readme(network)
+            write_atomically(readme, lambda path: path.write_text(told, encoding="utf-8"))
+
+
+def check_described(network: Network, *, name: str) -> None:
+    """Raise InputError unless `network`, which the error calls `name`, says how it was built."""
+    if not isinstance(getattr(network, "config", None), dict):
+        raise InputError(f"{name} must be one that capsnet.create made; got {type(network).__name__} without a config")
+
+
+def _check_same(network: Network, weights: Mapping[str, Tensor], folder: Path) -> None:
+    """Raise InputError unless what `load` reads in `folder` is `network`, of these weights."""
+    try:
+        back = load(folder)
+    except InputError as error:
+        reason = str(error).replace(str(folder), "the saved one")
+        raise InputError(f"network must be one that can be loaded again; it cannot: {reason}") from None
+    found = back.state_dict()
+    wrong = [name for name, tensor in weights.items() if not torch.equal(found[name], tensor.to(found[name].dtype))]
+    ours, read = (json.loads(json.dumps(config)) for config in (network.config, back.config))  # lists are tuples
+    wrong += [name for name in read if ours.get(name) != read[name]]
+    if network.preprocessing not in (None, back.preprocessing):
+        wrong.append("preprocessing")
+    if wrong:
+        raise InputError(f"network must be the same when it is loaded again; {wrong[0]} is another")
 
 
 def save_card(card: Card, directory: str | Path) -> None:
@@ -113,11 +160,7 @@ def load(path: str | Path) -> Network:
 
     folder = folder_of(path)
     for name in ("config.json", "model.safetensors"):
-        if not (folder / name).is_file():
-            hint = "" if folder.exists() else did_you_mean(str(path), shipped())
-            begun = (folder / "config.yaml").exists() or (folder / "last.ckpt").exists()
-            hint = " (the run is not finished; see --resume)" if begun else hint
-            raise InputError(f"model folder {folder} must hold {name}; there is none{hint}")
+        _check_there(folder, name, path)
     network, file = _described(folder / "config.json"), folder / "model.safetensors"
     content = read_bytes(file, most=16 * network.parameter_count() + 2**26)  # room for other weights, to name them
     try:
@@ -128,6 +171,15 @@ def load(path: str | Path) -> Network:
     if network.preprocessing is None:  # of an earlier version
         network.preprocessing = load_card(folder).reading(network.image_shape)
     return network.eval()
+
+
+def _check_there(folder: Path, name: str, path: str | Path) -> None:
+    """Raise InputError unless the file `name` is in `folder`, which the user called `path`."""
+    if not (folder / name).is_file():
+        hint = "" if folder.exists() else did_you_mean(str(path), shipped())
+        begun = (folder / "config.yaml").exists() or (folder / "last.ckpt").exists()
+        hint = " (the run is not finished; see --resume)" if begun else hint
+        raise InputError(f"model folder {folder} must hold {name}; there is none{hint}")
 
 
 def _described(path: Path) -> Network:
@@ -153,6 +205,23 @@ def _described(path: Path) -> Network:
         return network
     except InputError as error:
         raise InputError(f"{source}: {error}") from None
+
+
+def options_of(model: Network | str | Path) -> dict[str, Any]:
+    """The `model` and its options, without those that follow from the data, of a network or of weights as `load` takes.
+
+    Raises:
+        InputError: no `config.json` there, or it is damaged; or a network without a config.
+    """
+    if isinstance(model, Network):
+        check_described(model, name="network")
+        config = model.config
+    else:
+        folder = folder_of(model)
+        _check_there(folder, "config.json", model)
+        config = _described(folder / "config.json").config
+    options = {name: config[name] for name in vars(models.options_of(config["name"])())}
+    return {"model": config["name"], **options}
 
 
 def outline(name: str, **options: Any) -> Network:

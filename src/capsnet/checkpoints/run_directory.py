@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from capsnet import config as config_file
-from capsnet.checkpoints.model_card import Tested
+from capsnet.checkpoints.model_card import README, Tested, is_ours
 from capsnet.checkpoints.pretrained import PRETRAINED
 from capsnet.config import Config
 from capsnet.data import Split, manifest
@@ -47,7 +47,14 @@ DRAWN = (
     "reconstructions",
     "reliability",
 )
-RESULTS = ("result.json", "predictions.npz", *PRETRAINED, "report.html", *(f"figures/{name}.*" for name in DRAWN))
+RESULTS = (
+    "result.json",
+    "predictions.npz",
+    *PRETRAINED,
+    README,
+    "report.html",
+    *(f"figures/{name}.*" for name in DRAWN),
+)
 """What is made from the weights that are kept."""
 WRITTEN = ("last.ckpt", "metrics.csv", manifest.FILE, "tensorboard/events.out.tfevents.*", *RESULTS)
 """What a run writes beside its config.yaml; `--overwrite` removes these and nothing else."""
@@ -188,7 +195,8 @@ class Run:
         try:
             for pattern in patterns:
                 for path in self.directory.glob(pattern):
-                    path.unlink()
+                    if path.name != README or is_ours(path):
+                        path.unlink()
         except OSError as error:
             raise InputError(f"out directory {self.directory} must be writable; got: {error.strerror}") from None
 

@@ -1,8 +1,10 @@
 """The verb `evaluate`: the error of trained networks, of several as an ensemble, and against others."""
 
+import json
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from capsnet.cli.parsing import BatchSize, DataDir, Device, Models, Range
@@ -12,11 +14,13 @@ from capsnet.errors import InputError
 
 __all__ = ["Evaluate"]
 
+WRITTEN = ("predictions.csv", "metrics.json")
+
 if TYPE_CHECKING:
     from torch import Tensor
 
     from capsnet.data import Dataset, Split
-    from capsnet.evaluation import Evaluation
+    from capsnet.evaluation import Evaluation, Predictions
     from capsnet.evaluation.ensemble import Ensemble
     from capsnet.evaluation.statistics import McNemar, Summary, TTest
 
@@ -34,6 +38,7 @@ class Evaluate:
 
     Examples:
       capsnet evaluate runs/mnist
+      capsnet evaluate runs/mine --data more/photos --out judged
       capsnet evaluate runs/seed0 runs/seed1 runs/seed2 --shifts 1
       capsnet evaluate runs/mnist --against capsnet-mnist
       capsnet evaluate runs/r3-seed0 runs/r3-seed1 --against runs/r1-seed0 runs/r1-seed1 --json
@@ -54,6 +59,10 @@ class Evaluate:
     precision: Literal["auto", "32", "bf16"] | None = None
     """Precision of convolutions and decoder; default: that of the run; 32 for several networks and for --shifts."""
     device: Device = "auto"
+    out: str | None = None
+    """Of one network, write predictions.csv, a line for each image, and metrics.json to this directory."""
+    overwrite: bool = False
+    """Replace them."""
     json: bool = False
     """Print everything as JSON."""
 
@@ -65,6 +74,8 @@ class Evaluate:
             raise InputError("--against must be at least one network; got none")
         if len(self.models) == 1 and not self.shifts and self.against is None:
             return self._one()
+        if self.out is not None:
+            raise InputError("--out must be given for one network, without --against and --shifts; got more")
         if self.precision == "bf16":
             raise InputError("--precision must be 32 for several networks and for --shifts; got bf16")
         if self.against and (len(self.models) == 1) != (len(self.against) == 1):
@@ -89,15 +100,24 @@ class Evaluate:
         return (self._compare if self.against else self._ensemble)(runs, split, record)
 
     def _one(self) -> int:
-        from capsnet.evaluation import evaluate
+        import torch
 
+        from capsnet.evaluation import Evaluation, predict_split
+
+        if self.out is not None:
+            _check_free(Path(self.out), overwrite=self.overwrite)
         trained = TrainedModel(self.models[0], several=True)
         dataset, split, precision = _prepared([trained], self, self.precision)
-        config = trained.trained(self.data)
-        result = evaluate(trained.network, split, config=config, batch_size=self.batch_size, precision=precision)
+        config, device = trained.trained(self.data), next(trained.network.parameters()).device
+        with torch.autocast(device.type, dtype=torch.bfloat16, enabled=precision == "bf16"):
+            found = predict_split(trained.network, split, config=config, batch_size=self.batch_size)
+        result = Evaluation.of(found, trained.network.classes)
+        where = {"run": trained.model, "data": dataset.name, "split": self.split, "precision": precision}
+        told = {**where, **result.to_dict()}
+        if self.out is not None:
+            _write(found, told, dataset, self.split, Path(self.out))
         if self.json:
-            where = {"run": trained.model, "data": dataset.name, "split": self.split, "precision": precision}
-            show_json({**where, **result.to_dict()})
+            show_json(told)
         else:
             show(f"{dataset.name} {self.split} {result.summary()}")
             _print_details(result)
@@ -282,6 +302,34 @@ def _prepared(
     for each in trained:
         each.network.to(device)
     return dataset, split, resolved
+
+
+def _check_free(directory: Path, *, overwrite: bool) -> None:
+    """Raise InputError where results must not be written."""
+    if directory.exists() and not directory.is_dir():
+        raise InputError(f"--out must be a directory; got the file {directory}")
+    for name in WRITTEN:
+        if (directory / name).exists() and not overwrite:
+            raise InputError(f"--out must be a directory without {name}, or be given with --overwrite; got {directory}")
+
+
+def _write(
+    found: "Predictions",
+    told: dict[str, Any],
+    dataset: "Dataset",
+    split: Literal["test", "validation", "train"],
+    to: Path,
+) -> None:
+    """Write the predictions, and all numbers."""
+    from capsnet.evaluation.predictions import to_csv
+    from capsnet.files import write_atomically
+
+    table = to_csv(found, dataset.names(split), split, dataset.classes)
+    text = json.dumps(told, indent=2) + "\n"
+    predictions, metrics = (to / name for name in WRITTEN)
+    write_atomically(predictions, lambda place: place.write_bytes(table))
+    write_atomically(metrics, lambda place: place.write_text(text, encoding="utf-8"))
+    say(f"written: {predictions} and {metrics}")
 
 
 def _print_details(result: "Evaluation") -> None:

@@ -163,6 +163,7 @@ def config_of(command: Any) -> Config:
     for each in fields(command):
         if is_dataclass(group := getattr(command, each.name)):
             options |= vars(group)
+    options["freeze"] = tuple(name for word in options["freeze"] for name in word.split(",") if name)
     return from_dict(options)
 
 

@@ -2,12 +2,13 @@
 
 import argparse
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 from capsnet import config
 from capsnet.cli.parsing import config_of, with_options
-from capsnet.cli.printing import show, show_json
+from capsnet.cli.printing import say, show, show_json
 from capsnet.config import Config
 from capsnet.errors import InputError
 
@@ -41,12 +42,16 @@ class Train:
     def starting_from(cls, arguments: Sequence[str]) -> "Train":
         """The command with the options of a run, and their defaults.
 
+        With --init-from those of the network are the weights' own, unless --model names another one or a file gives
+        them.
+
         Raises:
-            InputError: more than one of --preset, --config and --resume is given, or the file cannot be read.
+            InputError: more than one of --preset, --config and --resume is given, or a file cannot be read.
         """
         parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
         for name in ("preset", "config", "resume", "model"):
             parser.add_argument(f"--{name}", nargs="?")
+        parser.add_argument("--init-from", "--init_from", nargs="?")
         start, _ = parser.parse_known_args(list(arguments))
         given = [f"--{name}" for name in ("preset", "config", "resume") if getattr(start, name) is not None]
         if len(given) > 1:
@@ -57,6 +62,12 @@ class Train:
             base = config.read(start.config)
         else:
             base = config.preset(start.preset or "paper", model=start.model or "capsnet")
+            if start.init_from is not None:
+                from capsnet.checkpoints.pretrained import options_of
+
+                theirs = options_of(start.init_from)
+                if start.model in (None, theirs["model"]):
+                    base = base.changed(**theirs)
         if start.model is not None and start.model != base.model:
             base = base.changed(model=start.model)
         return with_options(cls, base, preset=base.preset, model=base.model)
@@ -71,11 +82,15 @@ class Train:
             return 0
 
         from capsnet import devices
+        from capsnet.checkpoints import run_directory
         from capsnet.training import fit as training
 
         if self.resume:
             before = _of_run(self.resume).flat()
             changed = {name: value for name, value in options.flat().items() if value != before.get(name)}
+            with suppress(InputError):  # of a run that is not finished
+                if run_directory.Run(self.resume).result()["epochs"] >= (options.epochs or 0):
+                    say(f"capsnet train: no epoch of {self.resume} is left; --epochs N trains it for more")
             result = training.resume(self.resume, **changed)
         else:
             result = training.fit(options)

@@ -104,6 +104,7 @@ class TrainedModel:
             data=data or trained.data,
             data_dir=data_dir or trained.data_dir,
             validation=trained.validation if held_out or data is None else 0,
+            test_fraction=trained.test_fraction if data is None else None,
             devices=1,
             skip_unreadable=True,
         )
@@ -183,7 +184,10 @@ class TrainedModel:
         every = splits.get("")  # of a folder that is not divided
         test = every or splits.get("test") or splits.get("validation") or splits["train"]
         validation = every or splits.get("validation")
-        dataset = Dataset(str(folder.root), self.network.classes, splits.get("train", test), test, validation)
+        tested = next(name for name in ("", "test", "validation", "train") if name in splits)
+        files = tuple(file._replace(split="test") for file in folder.of(tested))
+        train = splits.get("train", test)
+        dataset = Dataset(str(folder.root), self.network.classes, train, test, validation, files=files)
         return dataset if reading.crop is None else dataset.cropped(reading.crop)
 
     def _scanned(self, data: str) -> "ImageFolder":

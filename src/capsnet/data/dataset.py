@@ -164,6 +164,12 @@ class Dataset:
         channels, height, width = self.train.images.shape[1:]
         return (channels, height, width) if self.crop is None else (channels, self.crop, self.crop)
 
+    def names(self, split: str) -> tuple[str, ...]:
+        """What the images of a split are called, in their order: their files, or where there are none their numbers."""
+        count, of = len(getattr(self, split)), self.tested if split == "test" else split
+        files = tuple(file.path for file in self.files if file.split == of)
+        return files if len(files) == count else tuple(map(str, range(count)))
+
     def shown(self, name: str) -> Split | None:
         """The split `train`, `validation` or `test` as a network sees it outside of training: whole, or cropped.
 

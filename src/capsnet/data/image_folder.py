@@ -59,15 +59,19 @@ class ImageFolder:
         """The files of a split."""
         return [file for file in self.files if file.split == split]
 
-    def divided(self, *, seed: int) -> "ImageFolder":
+    def divided(self, *, seed: int, test: int | float | None = None) -> "ImageFolder":
         """The same with a test split: the folder's own, or a sixth of each class, at least one image.
 
-        The same seed always chooses the same images.
+        Another share than a sixth is `test`, or, if it is a whole number, so many images, of each class its share. The
+        same seed always chooses the same images.
 
         Raises:
-            InputError: a class of fewer than two images to divide.
+            InputError: a class of fewer than two images to divide, or `test` that leaves a class nothing to train on,
+                or is given where there is a test split.
         """
         if any(file.split for file in self.files):
+            if test is not None:
+                raise InputError(f"test_fraction must be left out where {self.root} is divided already; got {test}")
             there = {file.label for file in self.of("train")}
             if lacking := [name for label, name in enumerate(self.classes) if label not in there]:
                 raise InputError(f"{self.root} must hold training images of each class; got none of {_some(lacking)}")
@@ -81,10 +85,16 @@ class ImageFolder:
                 raise InputError(
                     f"class {name} must have at least 2 images, one to train and one to test; got {len(own)}"
                 )
-            count = max(round(len(own) / 6), 1)
-            test = set(torch.randperm(len(own), generator=generator)[:count].tolist())
-            files += [file._replace(split="test" if k in test else "train") for k, file in enumerate(own)]
-        return self._sorted(files)
+            share = 1 / 6 if test is None or isinstance(test, int) else test
+            count = min(max(round(len(own) * share), 1), len(own) - 1)
+            chosen = set(torch.randperm(len(own), generator=generator)[:count].tolist())
+            files += [file._replace(split="test" if k in chosen else "train") for k, file in enumerate(own)]
+        if not isinstance(test, int):
+            return self._sorted(files)
+        most = len(files) - len(self.classes)
+        if not 1 <= test <= most:
+            raise InputError(f"test_fraction must be a share, or 1 to {most} of the {len(files)} images; got {test}")
+        return self._moved([file._replace(split="train") for file in files], test, "test", seed)
 
     def with_validation(self, count: int, *, seed: int) -> "ImageFolder":
         """The same with so many training images held out, of each class its share; 0: not even the folder's own.
@@ -114,7 +124,7 @@ class ImageFolder:
         """The same with so many training images in another split."""
         place = [k for k, file in enumerate(files) if file.split == "train"]
         labels = torch.tensor([files[k].label for k in place])
-        if to == "validation":
+        if to in ("validation", "test"):
             moved = stratified(labels, count, seed=seed, held_out=True).tolist()
         else:
             moved = sorted(set(range(len(place))) - set(stratified(labels, len(place) - count, seed=seed).tolist()))

@@ -12,12 +12,18 @@ from capsnet.data.image_file import Resize, read_image
 from capsnet.data.photo import SIDE, Frame, channels_first, frame_digit, is_opposite
 from capsnet.errors import InputError
 
-__all__ = ["MNIST_FRAME", "Prepared", "Preprocessing"]
+__all__ = ["MNIST_FRAME", "RESIZED", "Prepared", "Preprocessing"]
 
 Framing = Literal["off", "digits"]
 Invert = Literal["auto", "yes", "no"]
 MNIST_FRAME = Frame(ground=0.0, box=20 / 28)
 """How the makers of MNIST placed a digit: white on black, 20 of 28 pixels long."""
+RESIZED = {
+    "pad": "in proportion, with the colour of their edge around them",
+    "crop": "in proportion, and their middle cut out",
+    "squash": "whatever their proportions",
+}
+"""What `Preprocessing.resize` means."""
 
 
 class Prepared(NamedTuple):
@@ -69,6 +75,14 @@ class Preprocessing:
             raise InputError(f"bits of a preprocessing must be 8 to 32; got {self.bits}")
         if (self.framing == "digits") != (self.frame is not None):
             raise InputError(f"frame of a preprocessing must go with framing digits; got {self.framing}")
+
+    def __str__(self) -> str:
+        """What becomes of an image, in words: `resized to 32 x 32 pixels in proportion, ..., in colour`."""
+        size, colour = f"{self.height} x {self.width} pixels", "in grey" if self.channels == 1 else "in colour"
+        cut = "" if self.crop is None else f", the central {self.crop} x {self.crop} cut out"
+        if self.framing == "digits":
+            return f"digit cut out, scaled in proportion and centred in {size}{cut}, {colour}"
+        return f"resized to {size} {RESIZED[self.resize]}{cut}, {colour}"
 
     @property
     def image_shape(self) -> tuple[int, int, int]:

@@ -1,6 +1,8 @@
 """The one pass of a network over the images of a split: scores, predictions and losses of each image."""
 
-from collections.abc import Callable, Iterator
+import csv
+import io
+from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 import torch
@@ -14,7 +16,7 @@ from capsnet.kernels.stem import constant_weights
 from capsnet.models import Network, evaluation_mode, inference_batch
 from capsnet.objective import Losses, Objective
 
-__all__ = ["Predictions", "predict_split", "shifted"]
+__all__ = ["Predictions", "predict_split", "shifted", "to_csv"]
 
 
 class Predictions(NamedTuple):
@@ -63,6 +65,25 @@ class Predictions(NamedTuple):
             true, predicted = torch.cat([right, missed]), torch.cat([right, instead])
         classes = self.scores.shape[-1]
         return torch.bincount(true * classes + predicted, minlength=classes**2).view(classes, classes)
+
+
+def to_csv(found: Predictions, names: Sequence[str], split: str, classes: Sequence[str]) -> bytes:
+    """A line for each image: file, split, true and predicted class, presence, and that of every class.
+
+    Several objects of an image are joined by `; `. Names that are no UTF-8 stay as they are.
+    """
+
+    def named(labels: Tensor) -> str:
+        return "; ".join(classes[label] for label in labels.reshape(-1).tolist())
+
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    columns = ("file", "split", "true", "predicted", "presence")
+    writer.writerow((*columns, *(f"presence of {name}" for name in classes)))
+    for k, name in enumerate(names):
+        said = named(found.labels[k]), named(found.predictions[k]), float(found.winning[k])
+        writer.writerow((name, split, *said, *found.scores[k].tolist()))
+    return text.getvalue().encode("utf-8", "surrogateescape")
 
 
 def predict_split(

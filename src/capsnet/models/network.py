@@ -4,7 +4,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from threading import Lock
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, Self
 from weakref import WeakKeyDictionary
 
 import torch
@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from capsnet import functional as F
 from capsnet.errors import InputError
 from capsnet.options import LossOptions
+from capsnet.options.schema import check_known
 from capsnet.routing import RoutingResult
 
 if TYPE_CHECKING:
@@ -71,6 +72,7 @@ class Network(nn.Module, ABC):
         decoder: reconstructs images from class capsules, or None.
         narrower: the options that make the network smaller, for errors.
         preprocessing: how image files become what it sees, a `data.preprocessing.Preprocessing`; None until trained.
+        frozen: names of the parts that are not trained, see `freeze`.
     """
 
     config: dict[str, Any]
@@ -81,6 +83,7 @@ class Network(nn.Module, ABC):
     decoder: "Decoder | None"
     narrower: str
     preprocessing: Any = None
+    frozen: tuple[str, ...] = ()
 
     def __init__(self) -> None:
         super().__init__()
@@ -140,8 +143,43 @@ class Network(nn.Module, ABC):
             raise InputError(f"images must show {self.objects_per_image} object{plural} each; got {count}")
 
     def parameter_count(self) -> int:
-        """Number of trained parameters."""
+        """Number of parameters."""
         return sum(parameter.numel() for parameter in self.parameters())
+
+    def parts(self) -> dict[str, nn.Module]:
+        """The parts that have parameters, by name: the children, or of an only child its children."""
+        parts = dict(self.named_children())
+        if len(parts) == 1:
+            ((name, only),) = parts.items()
+            parts = {f"{name}.{inner}": module for inner, module in only.named_children()} or parts
+        return {name: module for name, module in parts.items() if any(True for _ in module.parameters())}
+
+    def freeze(self, *names: str) -> None:
+        """Train all parts but these: they get no gradient, and stay in evaluation mode whatever `train` says.
+
+        Args:
+            names: of `parts()`; none trains all.
+
+        Raises:
+            InputError: an unknown part, or all of them.
+        """
+        parts = self.parts()
+        for name in names:
+            check_known(name, parts, f"freeze must name parts of {self.config['name']}, which are")
+        if parts.keys() <= set(names):
+            raise InputError(f"freeze must leave a part to train; got all of {', '.join(parts)}")
+        self.frozen = tuple(name for name in parts if name in names)
+        self.requires_grad_(True)
+        for name in self.frozen:
+            parts[name].requires_grad_(False)
+        self.train(self.training)
+
+    def train(self, mode: bool = True) -> Self:
+        """Set training or evaluation mode; frozen parts are always in evaluation mode."""
+        super().train(mode)
+        for name in self.frozen:
+            self.get_submodule(name).eval()
+        return self
 
 
 class CapsuleNetwork(Network):

@@ -6,7 +6,7 @@ Those of a model live with it, see `models`. Imports no torch.
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
-from capsnet.options.schema import AT_LEAST_0, AT_LEAST_1, FINITE, FRACTION, POSITIVE, Range, Rule
+from capsnet.options.schema import AT_LEAST_0, AT_LEAST_1, FINITE, FRACTION, LARGEST, POSITIVE, Range, Rule
 
 __all__ = [
     "GROUPS",
@@ -55,6 +55,10 @@ def size_of(image_size: int | str | None) -> tuple[int, int] | None:
     return (height, width) if len(sides) < 3 and 1 <= min(height, width) <= max(height, width) <= LARGEST_SIDE else None
 
 
+COUNT_OR_SHARE = Rule(
+    lambda x: 0 <= x <= LARGEST if isinstance(x, int) else 0 < x < 1,
+    f"a whole number, 0 to {LARGEST:,}, or a share in (0, 1)",
+)
 SEED = Range(0, LARGEST_SEED)
 IMAGE_SIZE = Rule(lambda x: size_of(x) is not None, f"pixels, 1 to {LARGEST_SIDE:,}, or HEIGHTxWIDTH, as 48x64")
 
@@ -83,9 +87,12 @@ class DataOptions:
     for a folder's images, and for every file that the network is then shown. Default: that of the data set."""
     skip_unreadable: bool = False
     """Skip files of a folder that are no images, and report them."""
-    validation: Annotated[int | None, AT_LEAST_0] = None
-    """Training images held out for validation; 0 trains on all. Default: the data set's own validation split, else a
-    tenth of the training images, at most 5,000."""
+    validation: Annotated[int | float | None, COUNT_OR_SHARE] = None
+    """Training images held out for validation, their number or share; 0 trains on all. Default: the data set's own
+    validation split, else a tenth of the training images, at most 5,000."""
+    test_fraction: Annotated[int | float | None, COUNT_OR_SHARE] = None
+    """Images of a folder without test/ that are tested, their share of each class or their number. Default: a sixth of
+    each class."""
     train_images: Annotated[int | None, AT_LEAST_1] = None
     """Train on this many of the training images only, chosen by `data_seed`; for learning curves and quick looks."""
     data_seed: Annotated[int, SEED] = 0
@@ -130,6 +137,9 @@ class LossOptions:
     """m+ of eq. 4."""
     m_neg: Annotated[float, FRACTION] = 0.1
     """m- of eq. 4."""
+    balance: bool = False
+    """Count all classes alike: the loss of each image is divided by the share of its class among the training images,
+    times the number of classes."""
     down_weight: Annotated[float, FINITE] = 0.5
     """lambda of eq. 4."""
 
@@ -171,6 +181,12 @@ class OptimisationOptions:
     kept. At step t at most (1 + t) / (10 + t). 0: the weights of the last step."""
     seed: Annotated[int, SEED] = 0
     """Seed of weights, order and augmentation."""
+    init_from: str | None = None
+    """Start from trained weights (a run directory, a folder, or a name of `capsnet list weights`): layers of the same
+    shape are kept; for other classes the class capsules and the decoder start anew. Without --model and --config the
+    network has the model and options of these weights."""
+    freeze: tuple[str, ...] = ()
+    """Parts of the network that are not trained, as --dry-run names them: conv primary, or conv,primary."""
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,7 @@ Each function returns a figure; `save` writes it, with the command that made it 
 
 from capsnet.plots.capsules import couplings, perturbations, pose_explained, reconstructions, separations, sweep
 from capsnet.plots.classes import class_errors, class_rows, confused, confusion
-from capsnet.plots.results import curves, errors_by_factor, gallery, lengths, reliability
+from capsnet.plots.results import curves, errors_by_factor, gallery, labelled, lengths, reliability
 from capsnet.plots.style import FORMATS, picture, rendered, save
 
 __all__ = [
@@ -18,6 +18,7 @@ __all__ = [
     "curves",
     "errors_by_factor",
     "gallery",
+    "labelled",
     "lengths",
     "perturbations",
     "picture",

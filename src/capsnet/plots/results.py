@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
+from jaxtyping import Float
 from torch import Tensor
 
 from capsnet.data.dataset import Split, to_float
@@ -17,7 +18,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-__all__ = ["curves", "errors_by_factor", "gallery", "lengths", "reliability"]
+__all__ = ["curves", "errors_by_factor", "gallery", "labelled", "lengths", "reliability"]
 
 
 @styled
@@ -39,7 +40,9 @@ def curves(rows: Sequence[Mapping[str, Any]], *, kept_epoch: int | None = None) 
         for kind, style, colour in (("train", "o-", ORDER[0]), ("validation", "s--", ORDER[1])):
             if f"{kind}_{column}" in rows[0]:
                 values = [row[f"{kind}_{column}"] for row in rows]
-                axes.plot(epochs, values, style, color=colour, label=kind, markersize=3)
+                axes.plot(
+                    epochs, values, style if len(rows) <= 40 else style[1:], color=colour, label=kind, markersize=3
+                )
         if kept_epoch:
             axes.axvline(kept_epoch, color=ORDER[2], linestyle=":", label=f"kept: epoch {kept_epoch}")
         axes.set_title(title)
@@ -94,6 +97,20 @@ def errors_by_factor(wrong: Mapping[str, Tensor], factors: Mapping[str, Tensor],
 
 
 @styled
+def labelled(images: Float[Tensor, "n channels height width"], labels: Sequence[str]) -> "Figure":
+    """Images, intensities in [0, 1], each with its class above it."""
+    columns = min(10, len(images))
+    rows = -(-len(images) // columns)
+    figure = new(1.05 * columns + 0.2, 1.25 * rows)
+    for each in (axes := figure.subplots(rows, columns, squeeze=False)).flat:
+        each.set_axis_off()
+    for each, image, label in zip(axes.flat, images, labels, strict=False):
+        each.imshow(pixels(image), cmap="gray", vmin=0, vmax=1)
+        each.set_title(short(label, 12), fontsize=7)
+    return figure
+
+
+@styled
 def gallery(found: Predictions, split: Split, classes: tuple[str, ...], *, most: int = 100) -> "Figure":
     """Wrong images of a split, the surest first, at most `most`, with the two largest scores."""
     wrong = found.wrong.nonzero().flatten()
@@ -142,7 +159,7 @@ def reliability(found: Calibration) -> "Figure":
 @styled
 def lengths(found: Predictions) -> "Figure":
     """Histogram of the winning scores of right and of wrong images, and of the runners-up."""
-    figure = new(6.0, 3.0)
+    figure = new(6.0, 3.3)
     axes = figure.subplots()
     bins = np.linspace(0, 1, 41)
     second = found.scores.topk(min(2, found.scores.shape[-1])).values[:, -1]
@@ -159,7 +176,7 @@ def lengths(found: Predictions) -> "Figure":
     _count(axes)
     axes.set_xlabel("score (length of the class capsule)")
     axes.set_title("Lengths of the longest capsules")
-    axes.legend(loc="upper center")
+    figure.legend(loc="outside lower center", ncols=3)
     return figure
 
 

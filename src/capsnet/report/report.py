@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import Tensor
 
 from capsnet import plots
 from capsnet.analysis.pose_probe import pose_explained
@@ -17,6 +18,7 @@ from capsnet.analysis.routing_trace import evidence
 from capsnet.checkpoints.model_card import Card, command_of
 from capsnet.config import Config
 from capsnet.data import Dataset, Split
+from capsnet.data.augment import Augmentation, augment
 from capsnet.data.dataset import to_float
 from capsnet.errors import InputError
 from capsnet.evaluation import Predictions, calibration, predict_split, wilson_interval
@@ -32,6 +34,8 @@ __all__ = ["draw_reconstructions", "drawn_apart", "reconstruction_figure", "rend
 REGRESSED = 3_000  # training images for the regression of pose factors: enough for 192 dimensions in each of 10 classes
 ROUTED = 48  # images whose routing is followed
 ROUTED_BYTES = 2**28  # that this may take; it is linear in the classes, and an image of a thousand takes 40 MiB
+SHEET = 40  # training images drawn as the network gets them
+PAIRS = 10  # of classes most often confused
 SHOWN = 10  # right and wrong images drawn with their reconstructions
 
 
@@ -45,12 +49,16 @@ class Section:
         pictures: rows of pictures, each `source` (a data URI), `alt` and `width` in pixels.
         classes: name, images, wrong images and most frequent wrong prediction of each class, where they are too many
             for the pictures.
+        wrong: file, true and predicted class and presence of wrong images, the surest first.
+        confused: true class, predicted class, how often, and of how many images, the most frequent first.
     """
 
     heading: str
     text: str = ""
     pictures: Sequence[Sequence[dict[str, Any]]] = ()
     classes: Sequence[tuple[str, int, int, str]] = ()
+    wrong: Sequence[tuple[str, str, str, float]] = ()
+    confused: Sequence[tuple[str, str, int, int]] = ()
 
 
 def result_figures(
@@ -116,7 +124,7 @@ def render(
         interval=[100 * end for end in wilson_interval(wrong, total)],
         selection=_sentence(about.get("selection", "").removeprefix("none: ")),
         numbers=list(_numbers(found, card, about)),
-        sections=list(_sections(network, dataset, found, rows, about.get("kept_epoch"))),
+        sections=list(_sections(network, dataset, found, rows, config, about.get("kept_epoch"))),
         most=MOST,
         command=command_of(config),
         options=[(name, _shown(value)) for name, value in config.flat().items()],
@@ -128,10 +136,13 @@ def _sections(
     dataset: Dataset,
     found: Predictions,
     rows: Sequence[Mapping[str, Any]],
+    config: Config,
     kept_epoch: int | None,
 ) -> Iterator[Section]:
     split, classes, single = dataset.test, network.classes, network.objects_per_image == 1
     figures = result_figures(found, split, classes, rows, kept_epoch=kept_epoch)
+    if single:
+        yield _training_images(dataset, config)
     if rows:
         yield Section("Training", pictures=[[_picture(figures["curves"](), "Losses and error by epoch", "svg")]])
     if isinstance(network, CapsuleNetwork) and single:
@@ -143,11 +154,29 @@ def _sections(
     if split.factors and set(dataset.train.factors) == set(split.factors) and single:
         yield _pose(network, dataset)
     if single:
-        yield _errors(figures, found, classes)
+        yield _errors(figures, found, classes, dataset.names("test") if dataset.files else ())
 
 
-def _errors(figures: "Mapping[str, Callable[[], Figure]]", found: Predictions, classes: tuple[str, ...]) -> Section:
-    """Where the network errs, and how sure it is."""
+def _training_images(dataset: Dataset, config: Config) -> Section:
+    """Some training images as the network gets them."""
+    how = Augmentation.of(config, shift=dataset.shift, crop=dataset.crop, image_shape=dataset.image_shape)
+    draw = torch.Generator().manual_seed(config.seed)
+    some = dataset.train.take(torch.randperm(len(dataset.train), generator=draw)[:SHEET])
+    images = augment(to_float(some.images), how.draw(len(some), generator=draw))
+    figure = plots.labelled(images, [dataset.classes[label] for label in some.labels.tolist()])
+    text = f"As the network gets them, augmentation included: {how}."
+    return Section("Training images", text, [[_picture(figure, "Training images with their classes", "png")]])
+
+
+def _errors(
+    figures: "Mapping[str, Callable[[], Figure]]", found: Predictions, classes: tuple[str, ...], names: Sequence[str]
+) -> Section:
+    """Where the network errs, and how sure it is; `names` are those of the images, if they have any."""
+    wrong = found.wrong.nonzero().flatten()
+    surest = wrong[found.winning[wrong].argsort(descending=True)][:MOST].tolist() if names else []
+    counts = found.confusion
+    off = counts.clone().fill_diagonal_(0).flatten().sort(descending=True, stable=True)
+    pairs = [(divmod(place, len(classes)), n) for n, place in zip(*map(Tensor.tolist, off), strict=True) if n]
     many = len(classes) > MOST
     alts = {
         "class-errors": "Error of the worst classes" if many else "Error of each class",
@@ -160,6 +189,11 @@ def _errors(figures: "Mapping[str, Callable[[], Figure]]", found: Predictions, c
         "Errors",
         pictures=[drawn[:2], drawn[2:], [_picture(figures["gallery"](), "Wrong test images", "png")]],
         classes=list(plots.class_rows(found, classes)) if many else (),
+        wrong=[
+            (names[k], classes[int(found.labels[k])], classes[int(found.predictions[k])], float(found.winning[k]))
+            for k in surest
+        ],
+        confused=[(classes[i], classes[j], n, int(counts[i].sum())) for (i, j), n in pairs[:PAIRS]],
     )
 
 

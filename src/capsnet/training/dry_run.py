@@ -13,6 +13,7 @@ from capsnet.data import Dataset, outline
 from capsnet.kernels import native
 from capsnet.models import Network
 from capsnet.training import defaults, prepare
+from capsnet.training.finetune import frozen_line, name_of, start_from
 from capsnet.training.schedule import steps_of
 
 __all__ = ["dry_run", "layer_table"]
@@ -32,6 +33,10 @@ def dry_run(config: Config) -> str:
     assert config.epochs is not None
     network = prepare.layout(config, dataset)
     precision = devices.resolve_precision(config, device, network)
+    lines = []
+    if config.init_from is not None:
+        source = pretrained.load(config.init_from)
+        lines.append(start_from(network, source, name=name_of(config.init_from)))
     steps = steps_of(config, len(dataset.train))
     kernels = network.kernels(device, precision)
     validation = 0 if dataset.validation is None else len(dataset.validation)
@@ -41,6 +46,8 @@ def dry_run(config: Config) -> str:
             "",
             layer_table(network),
             "",
+            *lines,
+            f"trained: {frozen_line(network)}",
             f"data: {len(dataset.train):,} training, {validation:,} validation, {len(dataset.test):,} test images of "
             f"{' x '.join(map(str, dataset.image_shape))}; {len(dataset.classes)} classes",
             f"augmentation: {prepare.augmentation_of(config, dataset)}",

@@ -26,6 +26,7 @@ from capsnet.options.schema import checked, joined, shown
 from capsnet.training import defaults
 from capsnet.training.console import Progress
 from capsnet.training.cuda_graph import check_graph
+from capsnet.training.finetune import IN_MEMORY, name_of, start_from
 from capsnet.training.loop import predict_checked, train_epochs
 from capsnet.training.prepare import (
     as_read,
@@ -77,12 +78,20 @@ class Result:
     network: Network
 
 
-def fit(config: Config | None = None, dataset: Dataset | None = None, **options: Any) -> Result:
+def fit(
+    config: Config | None = None,
+    dataset: Dataset | None = None,
+    *,
+    init_from: Network | str | Path | None = None,
+    **options: Any,
+) -> Result:
     """Train as `config` says, in a new run directory, and evaluate on the test split once, at the end.
 
     Args:
         config: every choice of the run; default: the preset `paper`.
         dataset: images of one's own in memory, in place of those that `config.data` names.
+        init_from: a trained network, or the path or name of its weights, to start from. Without `config` the model and
+            its options are those of these weights, where `options` do not say otherwise.
         options: other values of options, see `Config.of`: `fit(data="strokes", epochs=1, conv_channels=32)`.
 
     Raises:
@@ -90,8 +99,14 @@ def fit(config: Config | None = None, dataset: Dataset | None = None, **options:
         Interrupted: Ctrl-C or SIGTERM; a checkpoint was written.
         Diverged: the loss is not finite; the last good checkpoint is kept.
     """
+    source = init_from if isinstance(init_from, Network) else None
+    if init_from is not None:
+        theirs = pretrained.options_of(init_from)
+        if config is None and options.get("model", theirs["model"]) == theirs["model"]:
+            options = {**theirs, **options}
+        options["init_from"] = IN_MEMORY if isinstance(init_from, Network) else str(init_from)
     config = config.changed(**options) if config and options else config or Config.of(**options)
-    return _launch(config, dataset, resumed=None)
+    return _launch(config, dataset, resumed=None, source=source)
 
 
 def resume(directory: str | Path, dataset: Dataset | None = None, **changes: Any) -> Result:
@@ -109,6 +124,8 @@ def resume(directory: str | Path, dataset: Dataset | None = None, **changes: Any
     """
     run = Run(directory)
     saved, resumable = defaults.as_begun(run.config()), roles(RESUMABLE)
+    if changes.get("model", saved.model) != saved.model:
+        raise InputError(f"model of a resumed run must stay {saved.model}; got {changes['model']}")
     before = saved.flat()
     faults = [
         f"{name} of a resumed run must stay {before.get(name)!r}; got {value!r}"
@@ -123,7 +140,7 @@ def resume(directory: str | Path, dataset: Dataset | None = None, **changes: Any
     return _launch(config, dataset, resumed=run)
 
 
-def _launch(config: Config, dataset: Dataset | None, resumed: Run | None) -> Result:
+def _launch(config: Config, dataset: Dataset | None, resumed: Run | None, *, source: Network | None = None) -> Result:
     """Check everything that can be checked, start the processes, train, and leave no process group behind."""
     if dataset is not None:
         config = replace(config, data=dataset.name)
@@ -133,12 +150,13 @@ def _launch(config: Config, dataset: Dataset | None, resumed: Run | None) -> Res
         check_tensorboard(run.directory)
     recorded = run.manifest() if resumed else None
     first = first_process()
+    tell = Progress(epochs=0, steps=0, quiet=not first).note
     dataset = prepare_data(
         config,
         dataset,
         recorded=recorded,
         shares=not (resumed and run.exists() and not recorded),
-        tell=Progress(epochs=0, steps=0, quiet=not first).note,
+        tell=tell,
         check=(lambda known: _check_memory(config, known, device)) if first else None,
     )
     if recorded is not None:
@@ -154,6 +172,9 @@ def _launch(config: Config, dataset: Dataset | None, resumed: Run | None) -> Res
         if first:
             run = _locked_run(config, run, held, given=bool(resumed or config.out or config.overwrite))
         checkpoint = _checkpoint(run, config, network, dataset) if resumed else None
+        if config.init_from is not None and checkpoint is None:
+            source = source or pretrained.load(config.init_from)
+            tell(start_from(network, source, name=name_of(config.init_from)))
         if first:
             if resumed:
                 run.reopen(config)
@@ -260,11 +281,13 @@ def _finished(
     if dataset.validation is not None and validation is None:  # resumed after the epoch that is kept
         validation = Evaluation.of(predict_checked(state, state.kept, dataset, "validation"), dataset.classes)
     selection = _selection(state, dataset.tested)
-    network = state.kept.requires_grad_(True)
+    network = state.kept
+    network.freeze()
     network.preprocessing = reading_of(network, dataset, config)
     network = network.to("cpu", memory_format=torch.contiguous_format).eval()  # type: ignore[call-overload]
     figure = run.figures / "reconstructions.png" if network.decoder is not None else None
     page = run.directory / "report.html" if config.report else None
+    config = replace(config, init_from=config.init_from and name_of(config.init_from))
     result = {
         "test": test.to_dict(),
         "validation": validation.to_dict() if validation else None,
@@ -274,6 +297,7 @@ def _finished(
         "train_images": len(dataset.train),
         "model": config.model,
         "preset": config.preset,
+        "fine_tuned_from": config.init_from,
         "augmentation": str(augmentation_of(config, dataset)),
         "differs_from_preset": {key: x for key, x in preset_differences(config).items() if key not in roles(LOCAL)},
         "parameters": network.parameter_count(),
@@ -287,10 +311,9 @@ def _finished(
     }
 
     def finish() -> None:
-        pretrained.save_pretrained(network, run.directory)
         tested = {**test.to_dict(), "selection": selection}
         card = describe(network, dataset, config, tested, epochs=state.at.epoch)
-        pretrained.save_card(card, run.directory)
+        pretrained.save_pretrained(network, run.directory, card)
         run.write_predictions(found, dataset.test)
         run.write_result(result)
         if figure:
@@ -332,11 +355,13 @@ def describe(network: Network, dataset: Dataset, config: Config, test: dict[str,
         errors = predict_split(network, split).reconstruction_errors
         assert errors is not None
         threshold = threshold_for(errors, split=name)
+    counts = dataset.train.labels.bincount(minlength=len(dataset.classes))
     return Card(
         config=replace(config, data_dir=None, out=None, overwrite=False).flat(),
         epochs=epochs,
         train_images=len(dataset.train),
-        test=checked({name: test[name] for name in (*Tested.__annotations__, "selection")}, Tested),
+        test=checked({name: test[name] for name in Tested.__annotations__}, Tested),
+        classes=dict(zip(dataset.classes, counts.tolist(), strict=True)),
         threshold=threshold,
     )
 

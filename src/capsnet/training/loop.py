@@ -18,7 +18,7 @@ from capsnet.config import Config
 from capsnet.data import Dataset
 from capsnet.evaluation import Evaluation, Predictions, predict_split
 from capsnet.models import Network
-from capsnet.objective import Batch, Losses, Objective
+from capsnet.objective import Batch, Losses, Objective, class_weights
 from capsnet.training.batches import BatchLoader
 from capsnet.training.console import Progress
 from capsnet.training.cuda_graph import GraphedStep
@@ -67,11 +67,14 @@ def train_epochs(
     network.to(fabric.device)
     objective, optimizer = fabric.setup(Objective(network, config), optimizer_of(network, config))
 
+    weights = class_weights(dataset.train.labels, len(dataset.classes)).to(fabric.device) if config.balance else None
+
     def step(batch: Batch, share: float = 1.0) -> Losses:
         optimizer.zero_grad(set_to_none=not config.cuda_graph)
         losses: Losses = objective(*batch)
         state.refuse(losses, batch)
-        fabric.backward(losses.total.mean() * share)
+        total = losses.total if weights is None else losses.total * weights[batch.labels]
+        fabric.backward(total.mean() * share)
         optimizer.step()
         return losses
 

@@ -14,18 +14,12 @@ from capsnet.data.augment import Augmentation
 from capsnet.data.image_folder import ImageFolder, Unreadable, scan
 from capsnet.data.manifest import Manifest
 from capsnet.data.photo import frame_of
-from capsnet.data.preprocessing import MNIST_FRAME, Preprocessing
+from capsnet.data.preprocessing import MNIST_FRAME, RESIZED, Preprocessing
 from capsnet.errors import InputError
 from capsnet.models import Network
 from capsnet.options import size_of
 
 __all__ = ["as_read", "augmentation_of", "build", "how_read", "layout", "prepare_data", "reading_of", "same_images"]
-
-RESIZED = {
-    "pad": " in proportion, with the colour of their edge around them",
-    "crop": " in proportion, and their middle cut out",
-    "squash": " whatever their proportions",
-}
 
 
 def prepare_data(
@@ -53,6 +47,8 @@ def prepare_data(
         InputError: see `data.load`, `image_folder.scan` and `Dataset.with_validation`.
     """
     divided = dataset is None and is_folder(config.data) and shares
+    if config.test_fraction is not None and (dataset is not None or not is_folder(config.data)):
+        raise InputError(f"test_fraction must be left out for a data set with a test split; got {config.test_fraction}")
     if dataset is not None:
         outlined = dataset
     elif is_folder(config.data):
@@ -80,10 +76,12 @@ def _with_splits(config: Config, dataset: Dataset, *, shares: bool, divided: boo
         dataset = dataset.cropped(config.crop)
     if config.erase is not None and config.erase >= (side := min(dataset.image_shape[1:])):
         raise InputError(f"erase must be less than the {side} pixels of the images; got {config.erase}")
+    if config.balance and dataset.objects_per_image > 1:
+        raise InputError("balance must be left out where images show several objects; got it")
     if divided:
         return dataset
     if config.validation is not None or dataset.validation is None:
-        count = _validation_images(len(dataset.train)) if config.validation is None else config.validation
+        count = _validation_images(config, len(dataset.train))
         dataset = dataset.with_validation(count, seed=config.data_seed, shares=shares)
     if config.train_images is not None:
         dataset = dataset.with_train(config.train_images, seed=config.data_seed, shares=shares)
@@ -120,20 +118,19 @@ def _read_folder(
 def _divided(folder: ImageFolder, config: Config, recorded: Manifest | None, *, divide: bool) -> ImageFolder:
     if recorded is not None:
         return folder.recorded(recorded.splits)
-    folder = folder.divided(seed=config.data_seed)
+    folder = folder.divided(seed=config.data_seed, test=config.test_fraction)
     if not divide:
         return folder
-    count = config.validation
-    if count is None and not folder.of("validation"):
-        count = _validation_images(len(folder.of("train")))
-    if count is not None:
-        folder = folder.with_validation(count, seed=config.data_seed)
+    if config.validation is not None or not folder.of("validation"):
+        folder = folder.with_validation(_validation_images(config, len(folder.of("train"))), seed=config.data_seed)
     return folder if config.train_images is None else folder.with_train(config.train_images, seed=config.data_seed)
 
 
-def _validation_images(train_images: int) -> int:
-    """How many are held out unless it is said: a tenth, at most 5,000."""
-    return min(5000, train_images // 10)
+def _validation_images(config: Config, train_images: int) -> int:
+    """How many are held out: as many as it is said, or that share, else a tenth, at most 5,000."""
+    if config.validation is None:
+        return min(5000, train_images // 10)
+    return config.validation if isinstance(config.validation, int) else max(1, round(config.validation * train_images))
 
 
 def as_read(config: Config, dataset: Dataset) -> Config:
@@ -153,20 +150,16 @@ def how_read(given: Config, dataset: Dataset) -> str | None:
         return None
     if reading.framing == "digits":
         return "digits cut out, scaled in proportion and centred (--framing off resizes whole images)"
-    sizes, size = (
-        {(file.header.height, file.header.width) for file in dataset.files},
-        f"{reading.height} x {reading.width}",
-    )
+    size = f"{reading.height} x {reading.width}"
+    sizes = {(file.header.height, file.header.width) for file in dataset.files}
     if sizes == {(reading.height, reading.width)}:
         return None if given.image_size is not None else f"images kept at {size} pixels (--image-size changes it)"
     in_proportion = all(height * reading.width == width * reading.height for height, width in sizes)
-    how = "" if in_proportion else RESIZED[reading.resize]
+    how = "" if in_proportion else f" {RESIZED[reading.resize]}"
     options = ["--image-size"] * (given.image_size is None) + ["--resize"] * (given.resize is None and bool(how))
-    return (
-        f"images resized to {size} pixels{how} ({' and '.join(options)} change{'s' * (len(options) == 1)} it)"
-        if options
-        else None
-    )
+    if not options:
+        return None
+    return f"images resized to {size} pixels{how} ({' and '.join(options)} change{'s' * (len(options) == 1)} it)"
 
 
 def augmentation_of(config: Config, dataset: Dataset) -> Augmentation:
@@ -200,7 +193,7 @@ def layout(config: Config, dataset: Dataset) -> Network:
     """The network of `config` for the images and classes of `dataset`, without memory for its weights.
 
     Raises:
-        InputError: see `pretrained.outline`.
+        InputError: see `pretrained.outline` and `Network.freeze`.
     """
     about = {
         "image_shape": dataset.image_shape,
@@ -209,7 +202,9 @@ def layout(config: Config, dataset: Dataset) -> Network:
         "objects_per_image": dataset.objects_per_image,
         **vars(with_defaults(config).options),
     }
-    return pretrained.outline(config.model, **about)
+    network = pretrained.outline(config.model, **about)
+    network.freeze(*config.freeze)
+    return network
 
 
 def build(config: Config, dataset: Dataset) -> Network:
@@ -220,4 +215,6 @@ def build(config: Config, dataset: Dataset) -> Network:
     """
     about = layout(config, dataset).config
     torch.manual_seed(config.seed)
-    return models.create(**about)
+    network = models.create(**about)
+    network.freeze(*config.freeze)
+    return network

@@ -36,10 +36,11 @@ def steps_of(config: Config, train_images: int) -> int:
 
 
 def optimizer_of(network: nn.Module, config: Config) -> torch.optim.Optimizer:
-    """Adam, or AdamW where there is weight decay."""
+    """Adam, or AdamW where there is weight decay, of the parameters that need a gradient."""
+    parameters = [parameter for parameter in network.parameters() if parameter.requires_grad]
     if config.weight_decay:
-        return torch.optim.AdamW(network.parameters(), lr=config.lr, weight_decay=config.weight_decay, fused=True)
-    return torch.optim.Adam(network.parameters(), lr=config.lr, fused=True)
+        return torch.optim.AdamW(parameters, lr=config.lr, weight_decay=config.weight_decay, fused=True)
+    return torch.optim.Adam(parameters, lr=config.lr, fused=True)
 
 
 def seed_of(*numbers: int) -> int:

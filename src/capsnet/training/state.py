@@ -99,7 +99,8 @@ def _fitting_moments(
     state: dict[int, dict[str, Tensor]], network: Network, *, done: int, source: str
 ) -> dict[int, dict[str, Tensor]]:
     """The state of Adam, laid out in memory as its parameters are, for fused Adam walks through both at once."""
-    parameters = dict(enumerate(network.named_parameters())) if done else {}
+    trained = [(name, parameter) for name, parameter in network.named_parameters() if parameter.requires_grad]
+    parameters = dict(enumerate(trained)) if done else {}
     if state.keys() != parameters.keys():
         raise InputError(f"{source}: optimizer must hold the state of {len(parameters)} parameters; got {len(state)}")
     fine = dict[int, dict[str, Tensor]]()
