@@ -168,13 +168,13 @@ def _launch(config: Config, dataset: Dataset | None, resumed: Run | None, *, sou
     if config.cuda_graph:
         check_graph(config, device, network)
     fabric = make_fabric(config, device, precision)
+    if config.init_from is not None and not (resumed and run.checkpoint_path.exists()):
+        source = source or pretrained.load(config.init_from)
+        tell(start_from(network, source, name=name_of(config.init_from)))
     with ExitStack() as held:
         if first:
             run = _locked_run(config, run, held, given=bool(resumed or config.out or config.overwrite))
         checkpoint = _checkpoint(run, config, network, dataset) if resumed else None
-        if config.init_from is not None and checkpoint is None:
-            source = source or pretrained.load(config.init_from)
-            tell(start_from(network, source, name=name_of(config.init_from)))
         if first:
             if resumed:
                 run.reopen(config)
