@@ -333,7 +333,7 @@ def test_every_run_that_is_kept_is_read_again() -> None:
         rows, result = run.metrics(), run.result()
         assert [row["epoch"] for row in rows] == list(range(1, result["epochs"] + 1))
         assert result["test"]["total"] > 0
-        assert run.config().model in ("capsnet", "baseline")
+        assert run.config().model in ("capsnet", "efficient-capsnet", "baseline")
 
 
 def test_all_records_that_are_kept_are_read_again_and_written_the_same(tmp_path: Path) -> None:

@@ -118,7 +118,9 @@ class Card:
         if self.config:
             trained = self.trained()
             command = command_of(trained if known else replace(trained, data=data))
-            parts.append(f"trained for {self.epochs} epochs on {self.train_images:,} images by `{command}`")
+            long = "" if self.epochs is None else f"for {self.epochs} epochs "
+            many = "" if self.train_images is None else f"on {self.train_images:,} images "
+            parts.append(f"trained {long}{many}by `{command}`")
         if self.threshold:
             limit = self.threshold
             parts.append(

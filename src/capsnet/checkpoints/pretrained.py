@@ -76,15 +76,18 @@ def save_pretrained(network: Network, directory: str | Path, card: Card | None =
         write_atomically(folder / "config.json", lambda path: path.write_text(text, encoding="utf-8"))
 
     with tempfile.TemporaryDirectory() as folder:
-        write(Path(folder))
+        try:
+            write(Path(folder))
+        except InputError as error:
+            raise InputError(str(error).replace(folder, str(directory))) from None
         _check_same(network, weights, Path(folder))
     write(directory)
     if card is not None:
         save_card(card, directory)
         readme = directory / model_card.README
         if model_card.is_ours(readme):
-            told = card.readme(network)
-            write_atomically(readme, lambda path: path.write_text(told, encoding="utf-8"))
+            told = card.readme(network).encode("utf-8", "surrogateescape")
+            write_atomically(readme, lambda path: path.write_bytes(told))
 
 
 def check_described(network: Network, *, name: str) -> None:
