@@ -4,7 +4,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from threading import Lock
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 from weakref import WeakKeyDictionary
 
 import torch
@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
 __all__ = ["CapsuleNetwork", "Network", "Output", "RoutingTrace", "evaluation_mode", "inference_batch"]
 
+N = TypeVar("N", bound="Network")
 LARGE_IMAGE = 40 * 40
 """Pixels up to which images go through a network without gradients 256 at a time, and of more pixels fewer."""
 
@@ -174,7 +175,7 @@ class Network(nn.Module, ABC):
             parts[name].requires_grad_(False)
         self.train(self.training)
 
-    def train(self, mode: bool = True) -> "Network":
+    def train(self: N, mode: bool = True) -> N:
         """Set training or evaluation mode; frozen parts are always in evaluation mode."""
         super().train(mode)
         for name in self.frozen:
