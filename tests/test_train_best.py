@@ -350,6 +350,6 @@ def test_curves_show_the_epoch(photos: Path, judged: Callable[..., None], monkey
     judged()
     fit(tiny(photos, epochs=4, out="run"))
     monkeypatch.setattr("capsnet.plots.curves", lambda rows, kept_epoch: seen.append(kept_epoch))
-    monkeypatch.setattr("capsnet.plots.save", lambda *arguments, **options: None)
+    monkeypatch.setattr("capsnet.plots.save", lambda figure, path, **options: path)
     assert cli.main(["plot", "curves", "run"]) == 0
     assert seen == [3]
