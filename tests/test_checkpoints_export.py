@@ -204,6 +204,15 @@ def test_files_that_are_none_of_ours_are_refused(
     )
     assert "preprocessing" in refused(Path(path), "predict"), "of a network that was not trained"
     assert "got the file" in refused(Path(path), "evaluate")
+    for changes, words in (
+        ({"image_shape": "[1, 5, 5]"}, "must take images of (1, 5, 5), as it tells; got: "),
+        ({"classes": '["a"]'}, "what it tells and gives differ"),
+        ({"classes": "[1]"}, "classes[0] must be text; got 1"),
+        ({"preprocessing": "{"}, "preprocessing must be JSON"),
+    ):
+        reading = json.dumps({"height": 12, "width": 13, "channels": 1})
+        path, _ = exported("capsnet", "onnx")
+        assert words in refused(stripped(path, tmp_path / "y.onnx", **{"preprocessing": reading, **changes}), "predict")
     for name in ("junk.onnx", "junk.pt2"):
         (tmp_path / name).write_bytes(b"junk")
         assert f"{name} must be a readable {name[5:]} file" in refused(tmp_path / name, "predict")
@@ -211,10 +220,12 @@ def test_files_that_are_none_of_ours_are_refused(
         assert f"{name} must be a readable {name[5:]} file" in refused(tmp_path / name, "predict")
 
 
-def stripped(path: str | Path, to: Path) -> Path:
-    """An ONNX file without what it tells."""
+def stripped(path: str | Path, to: Path, **changes: str) -> Path:
+    """An ONNX file without what it tells, or with changes of it."""
     model = onnx.load(path)
+    told = {entry.key: entry.value for entry in model.metadata_props}
     del model.metadata_props[:]
+    onnx.helper.set_model_props(model, {**told, **changes} if changes else {})
     onnx.save(model, to)
     return to
 

@@ -166,6 +166,8 @@ def test_what_was_said_of_each_file_can_be_kept(
         ((), [line.path for line in trained.lines if line.split == "test"], "test"),
         (("--split", "train"), [line.path for line in trained.lines if line.split == "train"], "train"),
         (("--data", "other"), ["a/0.png", "a/10.png", "b/2.png"], "test"),
+        (("--data", "other", "--split", "validation"), ["a/0.png", "a/10.png", "b/2.png"], "validation"),
+        (("--data", "other", "--split", "train"), ["a/0.png", "a/10.png", "b/2.png"], "train"),
     ):
         found, _ = evaluated(capsys, *data, "--out", "judged", "--overwrite")
         metrics = json.loads(Path("judged/metrics.json").read_text())

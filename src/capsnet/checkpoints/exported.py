@@ -117,8 +117,14 @@ def load(path: Path) -> tuple[Network, Card]:
         )
         for name, kind in kinds.items()
     }
-    with torch.no_grad():
-        outputs = run(torch.zeros(1, *facts["image_shape"]))
+    shape = facts["image_shape"]
+    try:
+        with torch.no_grad():
+            outputs = run(torch.zeros(1, *shape))
+    except Exception as error:
+        raise InputError(f"file {path} must take images of {shape}, as it tells; got: {brief(str(error))}") from None
+    if outputs["scores"].shape != (1, len(facts["classes"])) or facts["preprocessing"].image_shape != shape:
+        raise InputError(f"file {path} must be one that `capsnet export` wrote; what it tells and gives differ")
     network = ExportedNetwork(run, facts, reconstructs="reconstruction" in outputs)
     return network.eval(), Card(threshold=facts["threshold"])
 

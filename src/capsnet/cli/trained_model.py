@@ -185,7 +185,9 @@ class TrainedModel:
         test = every or splits.get("test") or splits.get("validation") or splits["train"]
         validation = every or splits.get("validation")
         tested = next(name for name in ("", "test", "validation", "train") if name in splits)
-        files = tuple(file._replace(split="test") for file in folder.of(tested))
+        shown = {"train": "train" if "train" in splits else tested, "test": tested}
+        shown["validation"] = tested if every else "validation"
+        files = tuple(file._replace(split=name) for name, split in shown.items() for file in folder.of(split))
         train = splits.get("train", test)
         dataset = Dataset(str(folder.root), self.network.classes, train, test, validation, files=files)
         return dataset if reading.crop is None else dataset.cropped(reading.crop)
