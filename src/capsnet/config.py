@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, Literal, get_type_hints
 
 from capsnet.errors import InputError
-from capsnet.files import is_directory, read_yaml
+from capsnet.files import is_own_images, read_yaml
 from capsnet.options import GROUPS, DataOptions, LossOptions, MachineOptions, OptimisationOptions, OutputOptions, Role
 from capsnet.options.schema import brief, check_known, checked, did_you_mean, joined, out_of_range, shown
 
@@ -177,9 +177,9 @@ def with_defaults(config: Config) -> Config:
 
 
 def preset_differences(config: Config) -> dict[str, Any]:
-    """The options in which `config` is not its preset; for a folder of images, also what is open in the preset."""
+    """The options in which `config` is not its preset; for images of one's own, also what is open in the preset."""
     base = preset(config.preset, model=config.model)
-    if not is_directory(config.data):
+    if not is_own_images(config.data):
         base, config = with_defaults(base), with_defaults(config)
     theirs = {**base.flat(), "model": "capsnet"}
     return {name: value for name, value in config.flat().items() if value != theirs[name]}

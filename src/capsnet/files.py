@@ -18,11 +18,14 @@ if sys.platform != "win32":
     import fcntl
 
 __all__ = [
+    "TABLES",
     "Readable",
     "Unbroken",
     "cache_dir",
     "check_utf8",
     "is_directory",
+    "is_own_images",
+    "is_table",
     "locked",
     "parse_json",
     "parse_yaml",
@@ -36,6 +39,8 @@ __all__ = [
     "write_atomically",
 ]
 
+TABLES = (".csv", ".jsonl")
+"""Suffixes of tables of images."""
 LARGEST_TEXT = 64 * 2**20
 """Bytes of a text file; the results of a thousand classes, with their confusion matrices, take 25 MiB."""
 LARGEST_YAML = 64 * 2**10
@@ -92,6 +97,20 @@ def is_directory(name: str | os.PathLike[str]) -> bool:
         return Path(name).expanduser().is_dir()
     except (OSError, RuntimeError, ValueError):
         return False
+
+
+def is_table(name: str | os.PathLike[str]) -> bool:
+    """Whether a name is that of a table of images, `.csv` or `.jsonl`, which exists."""
+    try:
+        path = Path(name).expanduser()
+        return path.suffix.lower() in TABLES and path.is_file()
+    except (OSError, RuntimeError, ValueError):
+        return False
+
+
+def is_own_images(name: str | os.PathLike[str]) -> bool:
+    """Whether a name is that of images of one's own: of their folder, or of a table of them."""
+    return is_directory(name) or is_table(name)
 
 
 def visible(text: str) -> str:

@@ -9,6 +9,7 @@ from capsnet.cli.parsing import BatchSize, DataDir, Device, Group, Images, Model
 from capsnet.cli.printing import say, show, show_json, show_table
 from capsnet.cli.trained_model import TrainedModel, WritesFile
 from capsnet.errors import InputError
+from capsnet.files import is_directory
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -126,16 +127,16 @@ def _out_of_distribution(name: str, reading: "Preprocessing", data_dir: str | No
     """A set of images, `uint8`, as the network sees them."""
     import torch
 
-    from capsnet.data import available, is_folder, load_split
+    from capsnet.data import available, load_split
     from capsnet.data.image_folder import image_files
 
     channels, height, width = reading.image_shape
     if name == "noise":
         generator = torch.Generator().manual_seed(NOISE_SEED)
         return torch.randint(0, 256, (NOISE_IMAGES, channels, height, width), dtype=torch.uint8, generator=generator)
-    if name not in available() and not is_folder(name):
+    if name not in available() and not is_directory(name):
         raise InputError(f"--against must be noise, a folder, or among {', '.join(available())}; got {name!r}")
-    if is_folder(name):
+    if name not in available():
         folder = Path(name).expanduser()
         files, notes = image_files(folder)
         if not files:

@@ -95,22 +95,22 @@ class TrainedModel:
         Raises:
             InputError: the data cannot be had, or other classes.
         """
-        from capsnet.data import describe, is_folder
+        from capsnet.data import describe, is_own
         from capsnet.training import prepare
 
         trained, recorded = self.trained(data), self.run.manifest()
         options = replace(
             trained,
             data=data or trained.data,
-            data_dir=data_dir or trained.data_dir,
+            data_dir=data_dir or (None if data and is_own(data) else trained.data_dir),
             validation=trained.validation if held_out or data is None else 0,
             test_fraction=trained.test_fraction if data is None else None,
             devices=1,
             skip_unreadable=True,
         )
-        if data is not None and is_folder(data) and not self._is_own(options, recorded):
+        if data is not None and is_own(data) and not self._is_own(options, recorded):
             return self._of_others(options, recorded)
-        own = data is None or is_folder(data)
+        own = data is None or is_own(data)
         now = "resize" in self.card.config or self.card.preprocessing is not None  # neither was there in old runs
         shares = recorded is not None or now
         try:
@@ -148,15 +148,16 @@ class TrainedModel:
     def _is_own(self, options: Config, recorded: "Manifest | None") -> bool:
         """Whether a folder holds the images of the run, wherever it is."""
         from capsnet.data.image_folder import portable, scan
+        from capsnet.data.table import folder_of
 
         if recorded is None or not recorded.splits:
             return False
-        root = Path(options.data).expanduser()
-        if root.resolve() == Path(self.trained().data).expanduser().resolve():
+        if Path(options.data).expanduser().resolve() == Path(self.trained().data).expanduser().resolve():
             return True
+        root = folder_of(options.data, options.data_dir)
         if not all((root / line.path).is_file() for line in recorded.lines):
             return False
-        folder = scan(root, skip_unreadable=True, classes=recorded.classes)
+        folder = scan(options.data, skip_unreadable=True, classes=recorded.classes, data_dir=options.data_dir)
         there = {portable(file.path): file.hash for file in folder.files}
         return all(there.get(line.path) == line.hash for line in recorded.lines)
 
@@ -165,7 +166,7 @@ class TrainedModel:
         from capsnet.data.dataset import Dataset
         from capsnet.data.image_folder import Unreadable
 
-        reading, folder = self.network.preprocessing, self._scanned(options.data)
+        reading, folder = self.network.preprocessing, self._scanned(options)
         whole = replace(reading, crop=None)
         try:
             splits, notes = folder.decoded(whole, tell=say)
@@ -192,26 +193,27 @@ class TrainedModel:
         dataset = Dataset(str(folder.root), self.network.classes, train, test, validation, files=files)
         return dataset if reading.crop is None else dataset.cropped(reading.crop)
 
-    def _scanned(self, data: str) -> "ImageFolder":
+    def _scanned(self, options: Config) -> "ImageFolder":
         """A folder's images of the network's classes; of one that numbers them, of the folder's own, if as many."""
         from capsnet.data.image_folder import one_form, scan
 
         if self._unnamed:
             with suppress(InputError):
-                folder = scan(data, skip_unreadable=True)
+                folder = scan(options.data, skip_unreadable=True, data_dir=options.data_dir)
                 if len(folder.classes) == len(self.network.classes):
                     return folder
-        return scan(data, skip_unreadable=True, classes=tuple(map(one_form, self.network.classes)))
+        classes = tuple(map(one_form, self.network.classes))
+        return scan(options.data, skip_unreadable=True, classes=classes, data_dir=options.data_dir)
 
     def _tell_differences(self, dataset: "Dataset", recorded: "Manifest | None") -> None:
         """Say what of the data is no longer as it was when the run began, and what was passed over."""
-        from capsnet.data import is_folder
+        from capsnet.data import is_own
         from capsnet.data.manifest import Manifest
 
         for note in dataset.notes:
             say(f"capsnet: {dataset.name}: {note}")
         if recorded is None:
-            if is_folder(dataset.name):
+            if is_own(dataset.name):
                 say(f"capsnet: {self.model} has no manifest of its images, so {dataset.name} is divided anew")
             return
         for difference in recorded.differences(Manifest.of(dataset)):

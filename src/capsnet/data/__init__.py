@@ -1,7 +1,7 @@
 """Data sets by name: `load("mnist")`, `load("strokes")`, `load("my/images")`.
 
 A published set is read from this machine or downloaded, see `download.py`; strokes are drawn on the spot; a
-directory is read as one's own images, see `image_folder.py`.
+directory, or a table of files, is read as one's own images, see `image_folder.py`.
 """
 
 import os
@@ -17,15 +17,15 @@ from capsnet.data.image_file import Resize, resized
 from capsnet.data.photo import channels_first
 from capsnet.data.registry import Entry, available, entry
 from capsnet.errors import InputError
-from capsnet.files import is_directory
+from capsnet.files import is_own_images
 from capsnet.options import size_of
 
-__all__ = ["Dataset", "Entry", "Split", "available", "describe", "is_folder", "load", "load_split"]
+__all__ = ["Dataset", "Entry", "Split", "available", "describe", "is_own", "load", "load_split"]
 
 
-def is_folder(name: str | os.PathLike[str]) -> bool:
-    """Whether a name is that of a directory, and not of a published data set."""
-    return name not in ("", *available()) and is_directory(name)
+def is_own(name: str | os.PathLike[str]) -> bool:
+    """Whether a name is that of images of one's own, a folder or a table of them, and not of a published data set."""
+    return name not in ("", *available()) and is_own_images(name)
 
 
 def describe(name: str | os.PathLike[str], *, data_dir: DataDir = None) -> Entry:
@@ -52,13 +52,13 @@ def load(
     channels: int | None = None,
     seed: int = 0,
 ) -> Dataset:
-    """A data set by its registered name, or one's own images from a directory.
+    """A data set by its registered name, or one's own images from a directory or a table.
 
     Args:
         name: one of `available()`, or else the path of a directory with a sub-directory per class (`./mnist`
-            for one that is called as a registered set).
+            for one that is called as a registered set), or of a table of images, see `table.py`.
         data_dir: the only directory to look for the files in; without it CAPSNET_DATA, the cache and the mirrors.
-            A damaged file is an error, and not passed over; see `download.py`.
+            A damaged file is an error, and not passed over; see `download.py`. Of a table: where its names start from.
         image_size: side in pixels, or `"HEIGHTxWIDTH"`: strokes are drawn at it, others resized. None keeps what a
             published set has; a directory's images are then 32 x 32, unless all are of one size of at most 40 pixels a
             side.
@@ -74,11 +74,11 @@ def load(
     Example:
         >>> load("mnist").image_shape  # (1, 28, 28)
     """
-    if is_folder(name):
+    if is_own(name):
         from capsnet.data.image_folder import scan
 
         _check_shape(image_size, channels)
-        folder = scan(name).divided(seed=seed)
+        folder = scan(name, data_dir=data_dir).divided(seed=seed)
         reading = folder.preprocessing(size=size_of(image_size), resize=resize, channels=channels)
         return folder.read(reading, channels=channels)
     about = entry(name)

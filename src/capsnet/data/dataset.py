@@ -35,6 +35,7 @@ class ImageFile(NamedTuple):
     split: str  # `train`, `validation` or `test`; empty where it is still to be divided, `unused` where none wants it
     hash: str  # BLAKE2b of its content, 32 hexadecimal digits
     header: Header  # what it tells before it is decoded
+    group: str = ""  # images of one group belong to one split; empty for an image of its own
 
 
 @dataclass(frozen=True, eq=False)

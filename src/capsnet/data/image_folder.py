@@ -1,9 +1,10 @@
 """One's own images as a data set: a folder for each class, below train/ and test/ (or val/), or divided here by seed.
 
-`scan` lists the folder and tells every fault at once; nothing is decoded. `ImageFolder.divided` says which image is in
-which split, `read` decodes them, see `preprocessing.py`. Nothing is passed over in silence: hidden files and what
-operating systems leave behind (Thumbs.db, desktop.ini, __MACOSX) are counted, and beside the class folders whatever is
-no image; a file that is no readable image is refused by name, or with `skip_unreadable` passed over and told.
+Or a table tells the class of each image, see `table.py`. `scan` lists them and tells every fault at once; nothing is
+decoded. `ImageFolder.divided` says which image is in which split, `read` decodes them, see `preprocessing.py`. Nothing
+is passed over in silence: hidden files and what operating systems leave behind (Thumbs.db, desktop.ini, __MACOSX) are
+counted, and beside the class folders whatever is no image; a file that is no readable image is refused by name, or with
+`skip_unreadable` passed over and told.
 """
 
 import hashlib
@@ -11,27 +12,31 @@ import os
 import re
 import unicodedata
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence, Sized
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from itertools import groupby
-from pathlib import Path
-from typing import Literal
+from pathlib import Path, PurePosixPath
+from typing import Literal, NamedTuple
 
 import torch
 
+from capsnet.data import grouping
 from capsnet.data.dataset import Dataset, ImageFile, Split, stratified
 from capsnet.data.image_cache import cores, decoded
 from capsnet.data.image_file import SUFFIXES, Header, Resize, read_header, version
 from capsnet.data.preprocessing import Preprocessing
+from capsnet.data.table import NamesNoFiles, folder_of, read_table, table_in
 from capsnet.errors import InputError
-from capsnet.files import visible
+from capsnet.files import is_directory, is_table, visible
 
 __all__ = ["ImageFolder", "Unreadable", "image_files", "one_form", "portable", "scan"]
 
 KEPT_SIDE = 40  # pixels: images of one size up to this are kept as they are
 SIDE = 32  # of all others, unless it is chosen
 TOLD = 20  # faults, of which the first are told by name
+_SPLITS = ("train", "validation", "test", "unused", "")
 _CLUTTER = ("thumbs.db", "desktop.ini", "__macosx")
 _VALIDATION = ("validation", "valid", "val")
 _THREADS = min(8, cores())
@@ -76,25 +81,36 @@ class ImageFolder:
             if lacking := [name for label, name in enumerate(self.classes) if label not in there]:
                 raise InputError(f"{self.root} must hold training images of each class; got none of {_some(lacking)}")
             return self._sorted(self.files)
-        generator = torch.Generator().manual_seed(seed)
-        files, by_class = list[ImageFile](), [list[ImageFile]() for _ in self.classes]
-        for file in self.files:
-            by_class[file.label].append(file)
-        for name, own in zip(self.classes, by_class, strict=True):
-            if len(own) < 2:
-                raise InputError(
-                    f"class {name} must have at least 2 images, one to train and one to test; got {len(own)}"
-                )
-            share = 1 / 6 if test is None or isinstance(test, int) else test
-            count = min(max(round(len(own) * share), 1), len(own) - 1)
-            chosen = set(torch.randperm(len(own), generator=generator)[:count].tolist())
-            files += [file._replace(split="test" if k in chosen else "train") for k, file in enumerate(own)]
-        if not isinstance(test, int):
-            return self._sorted(files)
-        most = len(files) - len(self.classes)
-        if not 1 <= test <= most:
-            raise InputError(f"test_fraction must be a share, or 1 to {most} of the {len(files)} images; got {test}")
-        return self._moved([file._replace(split="train") for file in files], test, "test", seed)
+        if few := [name for name, count in zip(self.classes, self._counts(self.files), strict=True) if count < 2]:
+            raise InputError(f"class {few[0]} must have at least 2 images, one to train and one to test; got 1")
+        most = len(self.files) - len(self.classes)
+        if isinstance(test, int) and not 1 <= test <= most:
+            raise InputError(
+                f"test_fraction must be a share, or 1 to {most} of the {len(self.files)} images; got {test}"
+            )
+        files = [file._replace(split="train") for file in self.files]
+        if self._bound(files):
+            count = round(len(files) / 6 if test is None else test if isinstance(test, int) else test * len(files))
+            return self._moved(files, max(count, 1), "test", seed)
+        if isinstance(test, int):
+            return self._moved(files, test, "test", seed)
+        generator, start = torch.Generator().manual_seed(seed), 0
+        for count in self._counts(files):
+            tested = min(max(round(count * (test or 1 / 6)), 1), count - 1)
+            for place in torch.randperm(count, generator=generator)[:tested].tolist():
+                files[start + place] = files[start + place]._replace(split="test")
+            start += count
+        return self._sorted(files)
+
+    def _counts(self, files: Iterable[ImageFile]) -> list[int]:
+        """Number of files of each class."""
+        counts = Counter(file.label for file in files)
+        return [counts[label] for label in range(len(self.classes))]
+
+    @staticmethod
+    def _bound(files: Sequence[ImageFile]) -> bool:
+        """Whether some of the files belong together, and must not be divided one by one."""
+        return len(set(grouping.units(files))) < len(files)
 
     def with_validation(self, count: int, *, seed: int) -> "ImageFolder":
         """The same with so many training images held out, of each class its share; 0: not even the folder's own.
@@ -121,16 +137,26 @@ class ImageFolder:
         return self._moved(list(self.files), there - count, "unused", seed)
 
     def _moved(self, files: list[ImageFile], count: int, to: str, seed: int) -> "ImageFolder":
-        """The same with so many training images in another split."""
+        """The same with so many training images in another split; about as many where some belong together."""
         place = [k for k, file in enumerate(files) if file.split == "train"]
-        labels = torch.tensor([files[k].label for k in place])
-        if to in ("validation", "test"):
-            moved = stratified(labels, count, seed=seed, held_out=True).tolist()
-        else:
+        train = [files[k] for k in place]
+        labels = torch.tensor([file.label for file in train])
+        notes = self.notes
+        if to == "unused":
             moved = sorted(set(range(len(place))) - set(stratified(labels, len(place) - count, seed=seed).tolist()))
+        elif count and self._bound(train):
+            moved = grouping.drawn(train, count / len(train), seed=seed)
+            absent = {file.label for file in train} - {train[k].label for k in moved}
+            if to == "test" and not moved:
+                raise InputError(f"images of {self.root} must be of 2 groups or more to be divided; they are of one")
+            if absent:
+                classes = _some(self.classes[label] for label in sorted(absent))
+                notes = (*notes, visible(f"no {to} image of {classes}, whose images all belong together"))
+        else:
+            moved = stratified(labels, count, seed=seed, held_out=True).tolist()
         for k in moved:
             files[place[k]] = files[place[k]]._replace(split=to)
-        return self._sorted(files)
+        return replace(self, notes=notes)._sorted(files)
 
     def recorded(self, splits: Mapping[str, str]) -> "ImageFolder":
         """The files in the splits that they were in, by path; others are unused."""
@@ -263,61 +289,104 @@ class ImageFolder:
             notes=(*self.notes, visible(note)),
         )
 
+    def grouped(self, pattern: str | None) -> "ImageFolder":
+        """The same with the groups that a regular expression finds in the paths, and with notes of what is alike.
+
+        Raises:
+            InputError: it is found in no path, or the files have groups already.
+        """
+        files, notes = self.files, list(self.notes)
+        if pattern is not None:
+            if any(file.group for file in files):
+                raise InputError(f"group_by must be left out where a table has a column group; got {pattern}")
+            found = [re.search(pattern, file.path) for file in files]
+            names = ["" if one is None else (one[1] or "") if one.re.groups else one[0] for one in found]
+            if not any(names):
+                raise InputError(f"group_by must be found in paths as {files[0].path}; got {pattern}, which is in none")
+            files = tuple(file._replace(group=name) for file, name in zip(files, names, strict=True))
+        groups = dict[str, set[str]]()
+        for file in files:
+            groups.setdefault(file.group, set()).add(file.split)
+        alone = sum(not file.group for file in files)
+        groups.pop("", None)
+        if groups:
+            notes.append(
+                f"{len(files) - alone:,} images in {len(groups):,} groups{f', {alone:,} in none' * bool(alone)}"
+            )
+        if several := [name for name, splits in groups.items() if len(splits - {"unused"}) > 1]:
+            notes.append(f"{len(several):,} groups are in several splits: {_some(several, most=3)}")
+        alike = grouping.copies(file for file in files if file.split != "unused")
+        for kind in ("classes", "splits"):
+            values = [{file.label if kind == "classes" else file.split for file in same} for same in alike]
+            mixed = [same for same, found in zip(alike, values, strict=True) if len(found) > 1]
+            if mixed:
+                told = _some((" = ".join(file.path for file in same[:3]) for same in mixed), most=3)
+                notes.append(f"{len(mixed):,} images are in several {kind}: {told}")
+        return replace(self, files=files, notes=tuple(map(visible, notes)))
+
     def _sorted(self, files: Iterable[ImageFile]) -> "ImageFolder":
-        order = ("train", "validation", "test", "unused", "")
-        return replace(self, files=tuple(sorted(files, key=lambda file: (order.index(file.split), file.label))))
+        return replace(self, files=tuple(sorted(files, key=lambda file: (_SPLITS.index(file.split), file.label))))
 
 
 def scan(
-    path: str | os.PathLike[str], *, skip_unreadable: bool = False, classes: Sequence[str] | None = None
+    path: str | os.PathLike[str],
+    *,
+    skip_unreadable: bool = False,
+    classes: Sequence[str] | None = None,
+    data_dir: str | os.PathLike[str] | None = None,
+    group_by: str | None = None,
 ) -> ImageFolder:
     """List a folder of images, a sub-folder for each class; read what the files' heads tell, and their hashes.
 
     Args:
         path: holds train/ and test/ or val/ (or all three; validation/ and valid/ are val/) with the same class folders
-            in each; or the class folders themselves.
+            in each; or the class folders themselves; or a table of its images; or is such a table, see `table.py`.
         skip_unreadable: pass over files that are no images, and tell of them, instead of refusing the folder.
         classes: those of a trained network that is to be judged: the folder may then lack some, which is told, as are
             others, whose images are left out.
+        data_dir: where the names of a table start from, in place of its own folder.
+        group_by: a regular expression; files in whose paths it finds the same (its first group, if it has one) belong
+            together.
 
     Raises:
         InputError: the folder is not of this form, or holds files that are no images; all of them are told.
     """
-    root = Path(path).expanduser()
-    if not root.is_dir():
+    table = Path(path).expanduser() if is_table(path) else None
+    root = folder_of(Path(path), None if data_dir is None else Path(data_dir))
+    if not is_directory(root):
         raise InputError(f"path of an image folder must be an existing directory; got {path}")
     listing = _Listing(root, lenient=classes is not None)
-    given = listing.splits()
-    by_split = {split: listing.classes(directory) for split, directory in (given or {"": root}).items()}
+    listed = None
+    if inside := None if table else table_in(root):
+        with suppress(NamesNoFiles):  # of something else
+            listed = listing.of_table(inside, whole=True)
+    listed = listed or (listing.of_table(table, whole=False) if table else listing.of_folders())
+    divided = any(one.split for one in listed)
+    trained = [one.class_name for one in listed if one.split in ("train", "")]
+    names = tuple(dict.fromkeys(trained)) if classes is None else tuple(classes)
     if classes is None:
-        listing.compare(by_split)
-    names = tuple(classes) if classes is not None else tuple(next(iter(by_split.values())))
+        listing.check(names, {one.split for one in listed})
     label_of = {name: label for label, name in enumerate(names)}
-    places = [
-        (split, label_of[name], file)
-        for split, found in by_split.items()
-        for name, files in found.items()
-        if name in label_of
-        for file in files
-    ]
+    places = [one for one in listed if one.class_name in label_of]
     with ThreadPoolExecutor(_THREADS) as pool:
-        heads = list(pool.map(_head, (file for _, _, file in places)))
+        heads = list(pool.map(_head, (one.file for one in places)))
     files, faults = list[ImageFile](), dict(listing.faults)
-    for (split, label, file), head in zip(places, heads, strict=True):
-        name = file.relative_to(root).as_posix()
+    for one, head in zip(places, heads, strict=True):
         if isinstance(head, InputError):
-            faults[name] = _reason(head)
+            faults[one.path] = _reason(head)
         else:
-            files.append(ImageFile(name, label, split, *head))
+            files.append(ImageFile(one.path, label_of[one.class_name], one.split, *head, one.group))
     if faults and not skip_unreadable:
         raise InputError(_told(root, faults))
-    if not files:
+    if all(file.split == "unused" for file in files):
         raise InputError(
             _told(root, faults) if faults else f"{root} must hold images of the classes {_some(names)}; got none"
         )
-    tested: Literal["test", "validation"] = "validation" if given and "test" not in given else "test"
-    folder = ImageFolder(root, names, tuple(files), tested, listing.notes(by_split, classes))
-    return folder.without(faults)
+    tested: Literal["test", "validation"] = "test"
+    if divided and not any(one.split == "test" for one in listed):
+        tested = "validation"
+    notes = listing.notes(listed, names, known="the network" if classes is not None else "training")
+    return ImageFolder(root, names, tuple(files), tested, notes).grouped(group_by).without(faults)
 
 
 def image_files(directory: Path) -> tuple[list[Path], tuple[str, ...]]:
@@ -328,7 +397,7 @@ def image_files(directory: Path) -> tuple[list[Path], tuple[str, ...]]:
     """
     listing = _Listing(directory, lenient=True)
     found = listing.images(directory, set())
-    return found, listing.notes({}, None)
+    return found, listing.notes((), (), known="")
 
 
 def one_form(name: str) -> str:
@@ -341,6 +410,16 @@ def portable(name: str) -> str:
     return name.encode("utf-8", "surrogateescape").decode("utf-8", "surrogateescape")
 
 
+class _Listed(NamedTuple):
+    """An image that is listed, but not read."""
+
+    path: str  # from the root on, with `/`
+    file: Path
+    class_name: str
+    split: str
+    group: str = ""
+
+
 @dataclass
 class _Listing:
     """What is found while a folder is listed."""
@@ -350,6 +429,34 @@ class _Listing:
     faults: dict[str, str] = field(default_factory=dict)  # by path from the root on
     passed: Counter[str] = field(default_factory=Counter)  # kinds of files that were passed over
     listed: dict[Path, tuple[list[Path], list[Path]]] = field(default_factory=dict)  # directories and files of each
+
+    def of_folders(self) -> list[_Listed]:
+        """The images in folders of the classes, or in those of the splits."""
+        return [
+            _Listed(self._name(file), file, name, split)
+            for split, directory in (self.splits() or {"": self.root}).items()
+            for name, files in self.classes(directory, lenient=self.lenient or split in ("validation", "test")).items()
+            for file in files
+        ]
+
+    def of_table(self, table: Path, *, whole: bool) -> list[_Listed]:
+        """The images of a table; of a `whole` folder, whose other images are told.
+
+        Raises:
+            InputError: see `table.read_table`; or no label, and no folder that may be a class.
+        """
+        listed = list[_Listed]()
+        for row in read_table(table):
+            name = row.label or PurePosixPath(row.file_name).parent.name
+            if not name:
+                raise InputError(f"table {table} must have a column label, or name files in folders of their classes")
+            listed.append(_Listed(row.file_name, self.root / row.file_name, one_form(name), row.split, row.group))
+        if whole:
+            named = {one.file for one in listed}
+            if others := sum(file not in named for file in self.images(self.root, set())):
+                self.passed[f"images that {table.name} does not name"] += others
+            self.passed[f"{table.suffix} files"] -= 1
+        return sorted(listed, key=lambda one: (_SPLITS.index(one.split), _natural(one.class_name), _natural(one.path)))
 
     def splits(self) -> dict[str, Path] | None:
         """The folders of the splits, None where the root holds the classes themselves."""
@@ -373,8 +480,8 @@ class _Listing:
             )
         return places
 
-    def classes(self, directory: Path) -> dict[str, list[Path]]:
-        """The images of each class, in natural order."""
+    def classes(self, directory: Path, *, lenient: bool) -> dict[str, list[Path]]:
+        """The images of each class, in natural order; unless `lenient`, of two classes or more, none of them empty."""
         directories, loose = self.entries(directory)
         for file in loose:
             if _is_image(file):
@@ -383,7 +490,7 @@ class _Listing:
                 )
             else:
                 self.passed[_kind(file)] += 1
-        if len(directories) < 2 and not self.lenient:
+        if len(directories) < 2 and not lenient:
             if self.faults and not directories:
                 raise InputError(_told(self.root, self.faults))
             raise InputError(f"{directory} must hold a folder for each of at least 2 classes; got {len(directories)}")
@@ -403,17 +510,18 @@ class _Listing:
                 if not _is_image(file):
                     self.faults[self._name(file)] = f"must be an image ({' '.join(SUFFIXES)}); got another name"
             classes[name] = [file for file in files if _is_image(file)]
-            if not classes[name] and not self.lenient:
+            if not classes[name] and not lenient:
                 raise InputError(f"class folder {one} must hold at least one image; got none")
         return classes
 
-    def compare(self, by_split: Mapping[str, Mapping[str, Sized]]) -> None:
-        """Raise InputError unless all splits have the classes of train/."""
-        first = next(iter(by_split))
-        for split, found in by_split.items():
-            for name in found.keys() ^ by_split[first].keys():
-                has, lacks = (split, first) if name in found else (first, split)
-                raise InputError(f"{self.root} must have the same classes in {has} and {lacks}; {lacks} lacks {name}")
+    def check(self, names: Sequence[str], splits: set[str]) -> None:
+        """Raise InputError unless there are at least two classes, and something to train on and to judge by."""
+        if len(names) < 2:
+            raise InputError(f"{self.root} must hold training images of at least 2 classes; got {len(names)}")
+        if splits != {""} and not {"test", "validation"} & splits:
+            raise InputError(
+                f"{self.root} must hold train and test or validation images; got {', '.join(splits)} alone"
+            )
 
     def images(self, directory: Path, visited: set[tuple[int, int]]) -> list[Path]:
         """All images in a directory and below, no directory twice, whatever links lead to it."""
@@ -444,20 +552,24 @@ class _Listing:
         self.listed[directory] = found
         return found
 
-    def notes(self, by_split: Mapping[str, Mapping[str, Sized]], classes: Sequence[str] | None) -> tuple[str, ...]:
-        """What was passed over, and for a network of known classes which are absent or others."""
+    def notes(self, listed: Sequence[_Listed], names: Sequence[str], *, known: str) -> tuple[str, ...]:
+        """What was passed over, and for `names`, the classes that `known` has, which are absent or others."""
         notes = []
-        passed = [f"{count:,} {kind}" for kind, count in self.passed.items() if count]
+        passed = [f"{count:,} {kind}" for kind, count in self.passed.items() if count > 0]
         if passed:
             notes.append(f"passed over: {', '.join(passed)}")
-        if classes is not None:
-            found = Counter(
-                one for names in by_split.values() for one, files in names.items() for _ in range(len(files))
-            )
-            if absent := [name for name in classes if name not in found]:
-                notes.append(f"no image of {_some(absent)}")
-            if others := [f"{name} ({count:,})" for name, count in found.items() if name not in classes]:
-                notes.append(f"left out, classes that the network does not know: {_some(others)}")
+        by_split = dict[str, set[str]]()
+        for one in listed:
+            by_split.setdefault(one.split, set()).add(one.class_name)
+        together = {""} if known == "the network" else by_split.keys() - {"unused"}
+        for split in together:
+            found = set().union(*by_split.values()) if known == "the network" else by_split[split]
+            if absent := [name for name in names if name not in found]:
+                notes.append(f"no {split} image of {_some(absent)}".replace("  ", " "))
+        others = Counter(one.class_name for one in listed if one.class_name not in names and one.split != "unused")
+        if others:
+            told = _some(f"{name} ({count:,})" for name, count in others.items())
+            notes.append(f"left out, classes that {known} does not know: {told}")
         return tuple(map(visible, notes))
 
     def _name(self, path: Path) -> str:

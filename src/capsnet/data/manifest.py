@@ -1,7 +1,8 @@
 """Which images a run is trained, validated and tested on: a line for each file of a folder, or one for each split.
 
 The lines are kept as `manifest.csv` in the run directory, so that a folder that has changed since is not divided anew:
-an image that was trained on never becomes a test image.
+an image that was trained on never becomes a test image. Its columns are those of a table of images, see `table.py`,
+with the hash of each; so a manifest is itself a data set.
 """
 
 import csv
@@ -20,6 +21,8 @@ from capsnet.errors import InputError
 __all__ = ["FILE", "Line", "Manifest", "hash_of"]
 
 FILE = "manifest.csv"
+_COLUMNS = ("file_name", "label", "split", "group", "hash")
+_OLD_COLUMNS = ("split", "class", "path", "hash")
 _SPLITS = ("train", "validation", "test")
 _TOLD = 5
 
@@ -31,6 +34,7 @@ class Line(NamedTuple):
     class_name: str  # of a file; empty for a whole split
     path: str  # of a file, from the folder on; empty for a whole split
     hash: str  # BLAKE2b of the file's content, or of the split's images and labels
+    group: str = ""  # of a file, see `dataset.ImageFile`
 
 
 class Manifest(NamedTuple):
@@ -49,7 +53,7 @@ class Manifest(NamedTuple):
     @classmethod
     def of_files(cls, files: Iterable[ImageFile], classes: tuple[str, ...]) -> "Manifest":
         """That of files of these classes."""
-        return cls(tuple(Line(one.split, classes[one.label], portable(one.path), one.hash) for one in files))
+        return cls(tuple(Line(one.split, classes[one.label], portable(one.path), one.hash, one.group) for one in files))
 
     @property
     def classes(self) -> tuple[str, ...]:
@@ -82,8 +86,8 @@ class Manifest(NamedTuple):
         """The content of the file; names that are no UTF-8 stay as they are."""
         text = io.StringIO()
         writer = csv.writer(text, lineterminator="\n", quoting=csv.QUOTE_ALL)
-        writer.writerow(("split", "class", "path", "hash"))
-        writer.writerows(self.lines)
+        writer.writerow(_COLUMNS)
+        writer.writerows((line.path, line.class_name, line.split, line.group, line.hash) for line in self.lines)
         return text.getvalue().encode("utf-8", "surrogateescape")
 
     @classmethod
@@ -99,9 +103,12 @@ class Manifest(NamedTuple):
             rows = list(csv.reader(io.StringIO(path.read_bytes().decode("utf-8", "surrogateescape"), newline="")))
         except (OSError, csv.Error) as error:
             raise InputError(f"{path} must be a manifest that capsnet wrote; got: {error}") from None
-        if not rows or rows[0] != ["split", "class", "path", "hash"] or any(len(row) != 4 for row in rows):
-            raise InputError(f"{path} must be a manifest that capsnet wrote, of split, class, path and hash")
-        return cls(tuple(Line(*row) for row in rows[1:]))
+        columns = tuple(rows[0]) if rows else ()
+        if columns not in (_COLUMNS, _OLD_COLUMNS) or any(len(row) != len(columns) for row in rows):
+            raise InputError(f"{path} must be a manifest that capsnet wrote, of {', '.join(_COLUMNS)}")
+        if columns == _OLD_COLUMNS:
+            return cls(tuple(Line(*row) for row in rows[1:]))
+        return cls(tuple(Line(split, label, name, hash, group) for name, label, split, group, hash in rows[1:]))
 
 
 def hash_of(split: Split) -> str:

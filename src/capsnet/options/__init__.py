@@ -3,6 +3,7 @@
 Those of a model live with it, see `models`. Imports no torch.
 """
 
+import re
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
@@ -55,11 +56,20 @@ def size_of(image_size: int | str | None) -> tuple[int, int] | None:
     return (height, width) if len(sides) < 3 and 1 <= min(height, width) <= max(height, width) <= LARGEST_SIDE else None
 
 
+def _compiles(pattern: str) -> bool:
+    try:
+        re.compile(pattern)
+    except (re.error, RecursionError, OverflowError):
+        return False
+    return True
+
+
 COUNT_OR_SHARE = Rule(
     lambda x: 0 <= x <= LARGEST if isinstance(x, int) else 0 < x < 1,
     f"a whole number, 0 to {LARGEST:,}, or a share in (0, 1)",
 )
 SEED = Range(0, LARGEST_SEED)
+PATTERN = Rule(_compiles, "a regular expression")
 IMAGE_SIZE = Rule(lambda x: size_of(x) is not None, f"pixels, 1 to {LARGEST_SIDE:,}, or HEIGHTxWIDTH, as 48x64")
 
 
@@ -68,9 +78,11 @@ class DataOptions:
     """Images, their preprocessing, splits and augmentation."""
 
     data: Annotated[str, RESUMABLE] = "strokes"
-    """Data set (see `capsnet list data`), or a folder of your own images with a sub-folder for each class."""
+    """Data set (see `capsnet list data`); or a folder of your own images with a sub-folder for each class, or with a
+    metadata.csv or .jsonl; or such a table: file_name, label and, where wanted, split and group."""
     data_dir: Annotated[str | None, LOCAL, RESUMABLE] = None
-    """The only directory to look for the files of `data` in; without it CAPSNET_DATA, the cache, then the mirrors."""
+    """The only directory to look for the files of `data` in; without it CAPSNET_DATA, the cache, then the mirrors. Of a
+    table: where its file names start from, in place of its own folder."""
     image_size: Annotated[int | str | None, IMAGE_SIZE] = None
     """Resize images to this many pixels square, or to HEIGHTxWIDTH. Default: as they are; of a folder 32, unless all
     are of one size of at most 40 pixels a side."""
@@ -93,6 +105,9 @@ class DataOptions:
     test_fraction: Annotated[int | float | None, COUNT_OR_SHARE] = None
     """Images of a folder without test/ that are tested, their share of each class or their number. Default: a sixth of
     each class."""
+    group_by: Annotated[str | None, PATTERN] = None
+    """Keep images of one patient, video or place in one split: those in whose paths this regular expression finds the
+    same, or its first group: `patient_([0-9]+)`. Default: the column group of a table."""
     train_images: Annotated[int | None, AT_LEAST_1] = None
     """Train on this many of the training images only, chosen by `data_seed`; for learning curves and quick looks."""
     data_seed: Annotated[int, SEED] = 0

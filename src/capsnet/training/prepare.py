@@ -8,7 +8,7 @@ import torch
 from capsnet import models
 from capsnet.checkpoints import pretrained
 from capsnet.config import Config, with_defaults
-from capsnet.data import Dataset, available, is_folder, load, outline
+from capsnet.data import Dataset, available, is_own, load, outline
 from capsnet.data import describe as describe_data
 from capsnet.data.augment import Augmentation
 from capsnet.data.image_folder import ImageFolder, Unreadable, scan
@@ -46,12 +46,14 @@ def prepare_data(
     Raises:
         InputError: see `data.load`, `image_folder.scan` and `Dataset.with_validation`.
     """
-    divided = dataset is None and is_folder(config.data) and shares
-    if config.test_fraction is not None and (dataset is not None or not is_folder(config.data)):
-        raise InputError(f"test_fraction must be left out for a data set with a test split; got {config.test_fraction}")
+    divided = dataset is None and is_own(config.data) and shares
+    if dataset is not None or not is_own(config.data):
+        for name, what in (("test_fraction", "a data set with a test split"), ("group_by", "a data set without files")):
+            if (value := getattr(config, name)) is not None:
+                raise InputError(f"{name} must be left out for {what}; got {value}")
     if dataset is not None:
         outlined = dataset
-    elif is_folder(config.data):
+    elif is_own(config.data):
         folder, reading = _scanned(config, recorded)
         outlined = outline.of_folder(_divided(folder, config, recorded, divide=shares), reading)
     else:
@@ -63,7 +65,7 @@ def prepare_data(
         check(known)
     if not read or not outline.is_outline(outlined):
         return known
-    if is_folder(config.data):
+    if is_own(config.data):
         dataset = _read_folder(config, folder, reading, recorded, divide=shares, tell=tell)
     else:
         dataset = load(config.data, **about)
@@ -91,7 +93,13 @@ def _with_splits(config: Config, dataset: Dataset, *, shares: bool, divided: boo
 def _scanned(config: Config, recorded: Manifest | None) -> tuple[ImageFolder, Preprocessing]:
     """The images of a folder, not yet divided, and how they are to be read; a recorded one may have got other files."""
     skip = config.skip_unreadable or recorded is not None
-    folder = scan(config.data, skip_unreadable=skip, classes=recorded.classes if recorded else None)
+    folder = scan(
+        config.data,
+        skip_unreadable=skip,
+        classes=recorded.classes if recorded else None,
+        data_dir=config.data_dir,
+        group_by=None if recorded else config.group_by,
+    )
     size, channels = size_of(config.image_size), config.channels
     reading = folder.preprocessing(size=size, resize=config.resize, channels=channels, bits=config.bit_depth)
     return folder, reading.with_framing(config.framing)
