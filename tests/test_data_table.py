@@ -9,6 +9,8 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from capsnet import cli
 from capsnet.checkpoints.run_directory import Run
@@ -17,13 +19,17 @@ from capsnet.data import Dataset, is_own, load
 from capsnet.data.grouping import drawn, units
 from capsnet.data.image_folder import scan
 from capsnet.data.manifest import Manifest
-from capsnet.data.table import read_table
+from capsnet.data.table import Row, read_table
 from capsnet.errors import InputError
 from capsnet.training import fit as training
 from capsnet.training import prepare
 from tiny import photos, tiny
 
 SPLITS = ("train", "validation", "test")
+CELLS = (
+    "a", ",", ";", "\t", '"', "/", "..", "train", "test", "\0", "\ud800", "\ufeff", "{}", '{"file_name": 3}', "\r", "é",
+    "\n",
+)  # fmt: skip
 Capture = pytest.CaptureFixture[str]
 
 
@@ -139,6 +145,7 @@ def test_a_table_of_something_else_is_none(own: Path) -> None:
         ("", "must have a column file_name, and label, split, group; got none"),
         ("file_name,label\n", "must hold a row for each image; got none"),
         ("file_name,label\n,a\n", "line 2: file_name must be the name of an image; got none"),
+        ("file_name,label\na\0b,a\n", r"line 2: file_name must be the name of an image; got a\\x00b"),
         ("file_name,label\na/0.png,\n", "line 2: label must be the name of a class; got none"),
         ("file_name,label\na/0.png,a\n./a/0.png,b\n", "line 3: file_name must be in one row; a/0.png is in line 2 too"),
         ("file_name,label,split\na/0.png,a,trial\n", "split must be train, validation, test or unused; got 'trial'"),
@@ -187,6 +194,24 @@ def test_missing_files_can_be_passed_over(own: Path) -> None:
     found = scan(own / "list.csv", skip_unreadable=True)
     assert len(found.files) == 4
     assert found.notes[0].startswith("passed over 6 unreadable: a/30.png (")
+
+
+@settings(max_examples=200, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+@given(cells=st.lists(st.sampled_from(CELLS), max_size=30), kind=st.sampled_from(["csv", "jsonl"]), end=st.binary())
+def test_any_table_is_rows_or_one_line(cells: list[str], kind: str, end: bytes, tmp_path: Path) -> None:
+    path = tmp_path / f"x.{kind}"
+    head = "file_name,label,split\n" if kind == "csv" else '{"file_name": "a", "label": "b"}\n'
+    path.write_bytes((head + "".join(cells)).encode("utf-8", "surrogatepass") + end)
+    rows, told = tuple[Row, ...](), ""
+    try:
+        rows = read_table(path)
+    except InputError as error:
+        told = str(error)
+    assert bool(rows) != bool(told)
+    assert "\n" not in told
+    assert len(told) < 1000
+    assert all(row.file_name and row.split in (*SPLITS, "unused", "") for row in rows)
+    assert len({row.file_name for row in rows}) == len(rows)
 
 
 # what belongs together

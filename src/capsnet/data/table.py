@@ -154,8 +154,8 @@ def _row(record: Mapping[str, Any]) -> Row:
         if isinstance(value, bool) or not isinstance(value, str | int | None):
             raise ValueError(f"{name} must be a text or a whole number; got {type(value).__name__}")
         values[name] = "" if value is None else str(value).strip()
-    if not values["file_name"]:
-        raise ValueError("file_name must be the name of an image; got none")
+    if not values["file_name"] or "\0" in values["file_name"]:
+        raise ValueError(f"file_name must be the name of an image; got {values['file_name'] or 'none'}")
     if "label" in record and not values["label"]:
         raise ValueError("label must be the name of a class; got none")
     for name in ("label", "split", "group"):
