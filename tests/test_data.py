@@ -98,12 +98,12 @@ def test_import_is_cheap() -> None:
     [
         (
             "fashion_mnist",
-            r"data must be one of affnist, affnist-generated, .* directory of images; got fashion_mnist \(did you mean",
+            r"data must be one of affnist, affnist-generated, .* table of images; got fashion_mnist \(did you mean",
         ),
         ("MNIST", r"got MNIST \(did you mean mnist\?\)"),
         ("qqqq", "got qqqq$"),
         ("", "got $"),
-        (Path("no/where"), "or the path of a directory of images; got no.where$"),
+        (Path("no/where"), "or the path of a directory or table of images; got no.where$"),
     ],
 )
 def test_an_unknown_name_lists_the_known(name: Any, message: str) -> None:

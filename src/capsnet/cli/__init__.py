@@ -15,7 +15,7 @@ from capsnet.cli.demo import Demo
 from capsnet.cli.evaluate import Evaluate
 from capsnet.cli.export import Export
 from capsnet.cli.listing import List
-from capsnet.cli.parsing import Group, parse
+from capsnet.cli.parsing import Group, flagged, parse
 from capsnet.cli.plot import PLOT
 from capsnet.cli.predict import Predict
 from capsnet.cli.printing import begin, end, say, show
@@ -69,9 +69,12 @@ def _run(arguments: list[str]) -> int:
         return parse(CAPSNET, arguments, prog="capsnet").run(shlex.join(["capsnet", *arguments]))
     except SystemExit as stop:  # tyro printed help or a usage error
         return int(stop.code or 0)
-    except (InputError, Diverged) as error:
+    except InputError as error:
+        say(f"{name}: error: {flagged(str(error)) if name == 'capsnet train' else error}")
+        return 2
+    except Diverged as error:
         say(f"{name}: error: {error}")
-        return 1 if isinstance(error, Diverged) else 2
+        return 1
     except Interrupted as stop:
         say(f"{name}: {stop}")
         return 128 + stop.signal_number

@@ -1,6 +1,7 @@
 """Parse the command line with tyro, which prints its own help and its own usage errors."""
 
 import ast
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, redirect_stderr, redirect_stdout, suppress
 from dataclasses import MISSING, dataclass, field, fields, is_dataclass, make_dataclass
@@ -32,6 +33,7 @@ __all__ = [
     "Range",
     "Seed",
     "config_of",
+    "flagged",
     "helped",
     "parse",
     "spelled_out",
@@ -139,6 +141,20 @@ def helped(kind: Any) -> Any:
         hint = Annotated[hint, arg(help=texts[each.name])] if each.name in texts else hint
         named.append((each.name, hint) if each.default is MISSING else (each.name, hint, field(default=each.default)))
     return make_dataclass(kind.__name__, named, bases=(kind,), frozen=True, kw_only=True)
+
+
+def flagged(message: str) -> str:
+    """An error with the options of a run that it begins with as they are typed: `--weight-decay must`."""
+    from capsnet.models.registry import available, options_of
+
+    names = {"preset", "model"}
+    names |= {each.name for one in (*GROUPS.values(), *map(options_of, available())) for each in fields(one)}
+
+    def flag(found: re.Match[str]) -> str:
+        return f"--{found[0].replace('_', '-')}" if found[0] in names else found[0]
+
+    first = re.sub(r"^[a-z_]+(?= must )", flag, message)
+    return message if first == message else re.sub(r"(?<=; and )[a-z_]+(?= must )", flag, first)
 
 
 def spelled_out(arguments: Sequence[str]) -> list[str]:

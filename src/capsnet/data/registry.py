@@ -113,7 +113,7 @@ def entry(name: str | os.PathLike[str]) -> Entry:
     if name not in available():
         near, names = did_you_mean(Path(name).name.lower(), available()), ", ".join(available())
         raise InputError(
-            f"data must be one of {names}, or the path of a directory of images; got {brief(str(name))}{near}"
+            f"data must be one of {names}, or the path of a directory or table of images; got {brief(str(name))}{near}"
         )
     return cast(Entry, _file(str(name)).ENTRY)
 
