@@ -183,10 +183,10 @@ class OptimisationOptions:
     warmup: Annotated[float, FRACTION] = 0.0
     """Share of the run over which the learning rate rises from 0 to `lr`."""
     lr_decay: Annotated[float, Range(0, 1, above=True, words="in (0, 1]")] = 0.9
-    """Factor on the learning rate every `lr_decay_steps` steps, smoothly (Section 4: "exponentially decaying", no
-    number; 0.9 an epoch is the habit of re-implementations)."""
+    """Of the exponential schedule: factor on the learning rate every `lr_decay_steps` steps, smoothly (Section 4:
+    "exponentially decaying", no number; 0.9 an epoch is the habit of re-implementations)."""
     lr_decay_steps: Annotated[int, AT_LEAST_0] = 0
-    """Steps for one factor; 0 means one epoch."""
+    """Of the exponential schedule: steps for one factor; 0 means one epoch."""
     lr_floor: Annotated[float, FINITE] = 1e-6
     """The learning rate never falls below this once it has risen (first author's code)."""
     weight_decay: Annotated[float, FINITE] = 0.0
