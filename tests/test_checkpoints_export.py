@@ -60,6 +60,10 @@ KINDS: dict[str, Network] = {
     "efficient-capsnet, all options": network(
         "efficient-capsnet", primary_kernel_size=2, padding="same", normalization="instance", negative_slope=0.1
     ),
+    "everything shared": network(
+        "capsnet", **tiny.SIZES, share_transform=True, share_decoder=True, routing_normalization="max-min"
+    ),
+    "dynamic on another stem": network("efficient-capsnet", routing="dynamic", share_decoder=True),
     "baseline": network("baseline"),
 }
 

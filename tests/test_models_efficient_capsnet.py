@@ -179,6 +179,7 @@ def test_weights_start_as_keras_starts_them() -> None:
         assert convolution.bias is not None
         assert not convolution.bias.any()
     assert float(network.primary.weight.abs().max()) == pytest.approx(0.02396, rel=0.01)
+    assert network.class_capsules.prior is not None
     assert not network.class_capsules.prior.any()
     assert network.decoder is not None
     first, second, last = [layer for layer in network.decoder.layers if isinstance(layer, nn.Linear)]
@@ -193,8 +194,10 @@ def test_the_network_is_the_one_written_in_loops(changes: dict[str, Any]) -> Non
     for name, tensor in network.named_buffers():
         if tensor.is_floating_point():
             tensor.copy_(random(*tensor.shape, seed=3).abs() + (0.5 if "var" in name else 0))
+    prior = network.class_capsules.prior
+    assert prior is not None
     with torch.no_grad():
-        network.class_capsules.prior.copy_(0.2 * random(*network.class_capsules.prior.shape, seed=4))
+        prior.copy_(0.2 * random(*prior.shape, seed=4))
     images = torch.rand(2, *network.image_shape, dtype=torch.float64)
     with torch.no_grad():
         output = network.eval()(images)
@@ -287,6 +290,7 @@ def test_a_batch_of_one_value_a_channel_is_normalised_by_the_running_statistics(
 
 def test_evidence_of_couplings_that_are_negative_is_finite() -> None:
     network = built().eval()
+    assert network.class_capsules.prior is not None
     with torch.no_grad():
         network.class_capsules.prior.fill_(-0.4)
     found = evidence(network, torch.rand(4, *network.image_shape))

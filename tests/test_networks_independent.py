@@ -75,6 +75,13 @@ def case(seed: int) -> Case:
         "standardize": draw.random() < 0.3,
         "init": draw.choice(("pytorch", "authors")),
     }
+    more = random.Random(1000 + seed)
+    max_min = not options["leaky"] and more.random() < 0.3
+    options |= {
+        "routing_normalization": "max-min" if max_min else "softmax",
+        "share_transform": more.random() < 0.3,
+        "share_decoder": more.random() < 0.3,
+    }
     loss = {
         "margin_scale": draw.choice((1.0, 0.3)),
         "reconstruction_weight": draw.choice((0.0005, 0.1)),
@@ -125,6 +132,9 @@ def independent(
     for t in range(o["routing_iterations"]):
         e = b.exp()
         c = e / (e.sum(2, keepdim=True) + (1 if o["leaky"] else 0))
+        if o["routing_normalization"] == "max-min":
+            low, high = b.min(2, keepdim=True).values, b.max(2, keepdim=True).values
+            c = (b - low) / (high - low) if t > 0 and case.classes > 1 else torch.ones_like(b)
         last = t == o["routing_iterations"] - 1
         s = (c[..., None] * (u_hat if last else still)).sum(1) + beta
         v = squashed(s, o["squash_epsilon"])
@@ -148,7 +158,7 @@ def independent(
             index = (chosen if by_label else longest)[:, k]
             y = torch.zeros_like(v)
             y[range(n), index] = v[range(n), index]
-            y = y.flatten(1)
+            y = v[range(n), index] if o["share_decoder"] else y.flatten(1)
             layers = len(o["decoder_sizes"])
             for layer in range(layers + 1):
                 y = y @ p[f"decoder.layers.{2 * layer}.weight"].t() + p[f"decoder.layers.{2 * layer}.bias"]
@@ -201,11 +211,13 @@ def check(case: Case, *, ways: list[tuple[str, str]]) -> None:
     by_name = dict(zip(parameters, gradients, strict=True))
 
     for (stem, kernel), dtype in itertools.product(ways, (torch.float64, torch.float32)):
-        if case.options["squash_epsilon"] and kernel == "fused":
+        max_min = case.options["routing_normalization"] == "max-min"
+        if kernel == "fused" and (case.options["squash_epsilon"] or max_min):
             continue  # refused, see test_layers.py
         network = build(case, convolution=stem, routing_kernel=kernel).to(dtype)
         objective = Objective(network, replace(Config(), **case.loss))
-        limit, of_gradients = TOLERANCE[dtype, network.resolved_convolution(images.to(dtype))]
+        factor = 100 if max_min else 1  # of near logits, whose differences are made 1
+        limit, of_gradients = (factor * x for x in TOLERANCE[dtype, network.resolved_convolution(images.to(dtype))])
         for form in (torch.Tensor.contiguous, strided):
             network.zero_grad()
             given = form(images.to(dtype)), labels, None if objects is None else form(objects.to(dtype))

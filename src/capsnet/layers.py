@@ -1,8 +1,8 @@
 """Layers: modules that hold parameters and call the functions, whose arithmetic they do not repeat."""
 
 import math
-from functools import partial
 from itertools import pairwise
+from typing import Any
 
 import torch
 from jaxtyping import Float, Int
@@ -13,7 +13,7 @@ from capsnet.errors import InputError
 from capsnet.kernels import fused, native
 from capsnet.kernels.select import SMALL_VOTES, is_small, resolve_routing_kernel, sweeps_for
 from capsnet.kernels.squash import biased_squash
-from capsnet.routing import RoutingResult, check_iterations, dynamic_routing
+from capsnet.routing import Normalization, RoutingResult, check_iterations, couplings_of, dynamic_routing
 
 __all__ = ["ClassCapsules", "Convolution", "Decoder", "PrimaryCapsules"]
 
@@ -212,13 +212,18 @@ class ClassCapsules(nn.Module):
         detach_routing: no gradient through the couplings, see there.
         routing_kernel: `plain` (votes of the whole batch in memory), `fused` (never more than a few of them) or `auto`.
         epsilon: of `functional.squash`; above 0 the routing kernel is `plain`.
+        normalization: how logits become couplings, see `routing.couplings_of`; with `max-min` the kernel is `plain`.
+        share: one transformation of each class for all capsules below (Gu and Tresp 2020, arXiv 1911.07968). With one
+            iteration, the class capsules then see nothing but the sum of all poses, and no vote is formed.
 
     Parameters:
-        weight `W [in_capsules, in_dim, out_capsules, out_dim]`, normal with standard deviation 0.1 (the paper
-        gives none; the first author's code has 0.1, truncated); bias `[out_capsules, out_dim]`, 0.1, if asked for.
+        weight `W [in_capsules, in_dim, out_capsules, out_dim]`, or `[1, ...]` if they `share` it, normal with standard
+        deviation 0.1 (the paper gives none; the first author's code has 0.1, truncated); bias, if asked for,
+        `[out_capsules, out_dim]`, 0.1.
 
     Raises:
-        InputError: fewer than 1 iteration, an unknown routing kernel, or `fused` with an epsilon.
+        InputError: fewer than 1 iteration, an unknown routing kernel, `fused` with an epsilon or max-min, or `leaky`
+            with max-min.
     """
 
     def __init__(
@@ -234,17 +239,20 @@ class ClassCapsules(nn.Module):
         detach_routing: bool = False,
         routing_kernel: str = "auto",
         epsilon: float = 0.0,
+        normalization: Normalization = "softmax",
+        share: bool = False,
     ) -> None:
         super().__init__()
         check_iterations(iterations)
         resolve_routing_kernel(routing_kernel, torch.device("cpu"))
-        if epsilon and routing_kernel == "fused":
-            raise InputError(
-                f"routing_kernel must be plain or auto with an epsilon in squash, here {epsilon:g}; got fused"
-            )
+        couplings_of(torch.zeros(1), leaky=leaky, normalization=normalization)
+        plain = f"an epsilon in squash, here {epsilon:g}" if epsilon else "max-min" * (normalization == "max-min")
+        if plain and routing_kernel == "fused":
+            raise InputError(f"routing_kernel must be plain or auto with {plain}; got fused")
+        self.in_capsules, self.normalization = in_capsules, normalization
         self.iterations, self.leaky, self.detach_routing, self.epsilon = iterations, leaky, detach_routing, epsilon
-        self.routing_kernel = "plain" if epsilon else routing_kernel
-        weight = torch.empty(in_capsules, in_dim, out_capsules, out_dim)
+        self.routing_kernel = "plain" if plain else routing_kernel
+        weight = torch.empty(1 if share else in_capsules, in_dim, out_capsules, out_dim)
         if not weight.is_meta:  # where `normal_` changes nothing, and imports the compiler in two seconds
             weight.normal_(std=0.1)
         self.weight = nn.Parameter(weight)
@@ -254,26 +262,48 @@ class ClassCapsules(nn.Module):
         """Route the poses `u`; computed in float32 or better whatever the precision around it."""
         with F.full_precision(u.device):
             u = F.at_least_float32(u)
-            weight = self.weight.to(u.dtype)
+            weight = self.transforms().to(u.dtype)
+            bias = None if self.bias is None else self.bias.to(u.dtype)
+            if self.sums_poses:
+                return self._of_sum(u, bias)
             votes_bytes = u[..., 0].numel() * weight[0, 0].numel() * weight.element_size()
             ordinary = F.is_ordinary(u)  # in an export, comparing sizes would limit the batch
             small = ordinary and votes_bytes <= SMALL_VOTES and not torch.is_grad_enabled()
             kernel = resolve_routing_kernel(self.routing_kernel, u.device, ordinary=ordinary, small=small)
+            options: dict[str, Any] = {"leaky": self.leaky, "detach_routing": self.detach_routing, "bias": bias}
             if kernel == "fused":
-                route = partial(fused.votes_and_routing, sweeps_for(u, weight), u, weight)
-            else:
-                route = partial(dynamic_routing, F.votes(u, weight), epsilon=self.epsilon)
-            return route(
-                iterations=self.iterations,
-                bias=None if self.bias is None else self.bias.to(u.dtype),
-                leaky=self.leaky,
-                detach_routing=self.detach_routing,
-            )
+                weight = weight.contiguous()  # of shared transformations one for each capsule
+                return fused.votes_and_routing(sweeps_for(u, weight), u, weight, iterations=self.iterations, **options)
+            return self.route_votes(F.votes(u, weight), **options)
+
+    def transforms(self) -> Float[Tensor, "in in_dim out dim"]:
+        """`W_ij` of each capsule below, also where they share it."""
+        shared = len(self.weight) < self.in_capsules
+        return self.weight.expand(self.in_capsules, -1, -1, -1) if shared else self.weight
+
+    def route_votes(self, votes: Float[Tensor, "*batch in out dim"], **options: Any) -> RoutingResult:
+        """Route votes plainly; `options` of `dynamic_routing` are those of the layer unless they are given."""
+        given = {"iterations": self.iterations, "bias": self.bias, "leaky": self.leaky} | options
+        return dynamic_routing(votes, epsilon=self.epsilon, normalization=self.normalization, **given)
+
+    @property
+    def sums_poses(self) -> bool:
+        """Whether the class capsules see nothing but the sum of the poses below."""
+        return len(self.weight) < self.in_capsules and self.iterations == 1
+
+    def _of_sum(self, u: Tensor, bias: Tensor | None) -> RoutingResult:
+        """`s_j = W_j (sum_i u_i) / J`: what uniform couplings make of shared transformations."""
+        outs = self.weight.shape[2] + self.leaky
+        share = 1.0 if self.normalization == "max-min" else 1 / outs
+        s = torch.einsum("...p,pjd->...jd", u.sum(-2) * share, self.weight[0].to(u.dtype))
+        v = F.squash(s if bias is None else s + bias, epsilon=self.epsilon)
+        couplings = v.new_full((), share).expand(*u.shape[:-1], self.weight.shape[2])
+        return RoutingResult(v, F.lengths(v), couplings)
 
     def extra_repr(self) -> str:
         """Sizes and routing options, for `print(model)`."""
-        ins, in_dim, outs, out_dim = self.weight.shape
-        sizes = f"{ins} x {in_dim}-D -> {outs} x {out_dim}-D"
+        _, in_dim, outs, out_dim = self.weight.shape
+        sizes = f"{self.in_capsules} x {in_dim}-D -> {outs} x {out_dim}-D"
         return f"{sizes}, iterations={self.iterations}, routing_kernel={self.routing_kernel}"
 
 
@@ -281,7 +311,8 @@ class Decoder(nn.Module):
     """Image from the vectors of the class capsules, all but one masked (Figure 2): ReLU layers, then a sigmoid.
 
     Args:
-        classes: number of class capsules.
+        classes: number of class capsules; None for a decoder that all classes share, which sees the one vector alone
+            (the class-independent decoder of DeepCaps, Rajasegaran et al. 2019, arXiv 1904.09546).
         dim: length of their vectors.
         image_shape: channels, height, width of the image to draw.
         sizes: widths of the hidden layers (paper: 512 and 1024).
@@ -291,11 +322,11 @@ class Decoder(nn.Module):
     """
 
     def __init__(
-        self, classes: int, dim: int, image_shape: tuple[int, int, int], sizes: tuple[int, ...] = (512, 1024)
+        self, classes: int | None, dim: int, image_shape: tuple[int, int, int], sizes: tuple[int, ...] = (512, 1024)
     ) -> None:
         super().__init__()
-        self.image_shape = image_shape
-        widths = [classes * dim, *sizes]
+        self.image_shape, self.shared = image_shape, classes is None
+        widths = [(classes or 1) * dim, *sizes]
         layers: list[nn.Module] = []
         for fan_in, fan_out in pairwise(widths):
             layers += [nn.Linear(fan_in, fan_out), nn.ReLU()]
@@ -310,6 +341,7 @@ class Decoder(nn.Module):
         """
         if index.ndim == 2:
             pose = pose[:, None].expand(-1, index.shape[1], -1, -1)
-        masked = F.mask(pose, index).flatten(-2).to(next(self.layers.parameters()).dtype)
-        image: Tensor = self.layers(masked)
+        masked = F.mask(pose, index)
+        seen = masked.sum(-2) if self.shared else masked.flatten(-2)
+        image: Tensor = self.layers(seen.to(next(self.layers.parameters()).dtype))
         return F.at_least_float32(image).reshape(*index.shape, *self.image_shape)

@@ -263,7 +263,7 @@ def _most(network: Network, batch_size: int) -> float:
         if weight.ndim == 4 and not name.startswith("class_capsules"):
             channels += max(weight.shape[0], weight.shape[3])  # of either order of axes
         elif weight.ndim == 4:
-            places += weight.numel() // weight.shape[1]  # votes
+            places += getattr(network, "in_capsules", len(weight)) * weight[0, 0].numel()  # votes
         elif weight.ndim == 2:
             places += len(weight)
     images = batch_size * (12 * height * width * channels + 6 * places)

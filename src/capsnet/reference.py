@@ -41,7 +41,7 @@ def votes(u: Array, weight: Array) -> Array:
 
 
 def dynamic_routing(
-    u_hat: Array, iterations: int, bias: Array | None = None, leaky: bool = False
+    u_hat: Array, iterations: int, bias: Array | None = None, leaky: bool = False, max_min: bool = False
 ) -> tuple[Array, Array]:
     """Procedure 1 for the votes `u_hat [in, out, dim]` of one example.
 
@@ -50,6 +50,7 @@ def dynamic_routing(
         iterations: r, at least 1.
         bias: `[out, dim]`, added to the weighted sum.
         leaky: one more output of logit zero in the softmax, which receives nothing.
+        max_min: in place of the softmax (Zhao et al. 2019, arXiv 1903.09662), each child's logits brought to 0 ... 1.
 
     Returns:
         `v [out, dim]` and the couplings of the last iteration `c [in, out]`.
@@ -62,8 +63,11 @@ def dynamic_routing(
         for i in range(ins):
             exponentials = [np.exp(b[i, j]) for j in range(outs)]
             total = sum(exponentials) + (1.0 if leaky else 0.0)
+            low, high = min(b[i]), max(b[i])
             for j in range(outs):
                 c[i, j] = exponentials[j] / total
+                if max_min:
+                    c[i, j] = 1.0 if low == high else (b[i, j] - low) / (high - low)
         for j in range(outs):
             s = np.zeros(dim) if bias is None else bias[j].copy()
             for i in range(ins):

@@ -5,7 +5,8 @@ versions here are judged by `reference.py` and are themselves the judge of the f
 """
 
 import math
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Literal, NamedTuple
 
 import torch
 from jaxtyping import Float
@@ -17,12 +18,17 @@ from capsnet.options.schema import shown
 
 __all__ = [
     "MOST_ITERATIONS",
+    "Normalization",
     "RoutingResult",
     "attention_routing",
     "check_iterations",
     "couplings_of",
     "dynamic_routing",
+    "uniform_routing",
 ]
+
+Normalization = Literal["softmax", "max-min"]
+"""How logits become couplings, see `couplings_of`."""
 
 MOST_ITERATIONS = 100
 """The paper tries up to 10, by which the couplings have settled; each costs the same time and memory again."""
@@ -35,7 +41,7 @@ class RoutingResult(NamedTuple):
         pose: `v`, the output capsules' vectors, `[*batch, out, dim]`.
         activation: presence of each output capsule, `[*batch, out]`, in [0, 1].
         couplings: `c` of the last iteration, `[*batch, in, out]`; what each input capsule's row sums to over the
-            output capsules is said by the function: 1 in `dynamic_routing` (less with a leaky slot).
+            output capsules is said by the function: 1 in `dynamic_routing` (less with a leaky slot, more with max-min).
     """
 
     pose: Tensor
@@ -51,6 +57,7 @@ def dynamic_routing(
     leaky: bool = False,
     detach_routing: bool = False,
     epsilon: float = 0.0,
+    normalization: Normalization = "softmax",
 ) -> RoutingResult:
     """Routing by agreement (Procedure 1): send each input capsule's vote to where the other votes agree with it.
 
@@ -67,12 +74,13 @@ def dynamic_routing(
         detach_routing: no gradient through the couplings, only through the last weighted sum. The result is the
             same and the gradient is not; several public implementations do this to save memory.
         epsilon: of `functional.squash`.
+        normalization: how logits become couplings, see `couplings_of`.
 
     Returns:
         Pose (lengths in [0, 1)), activation (those lengths) and the last couplings.
 
     Raises:
-        InputError: votes with fewer than 3 axes, or iterations that are not 1 to 100.
+        InputError: votes with fewer than 3 axes, iterations that are not 1 to 100, or a leaky slot without a softmax.
 
     Example:
         >>> dynamic_routing(torch.randn(2, 1152, 10, 16)).pose.shape
@@ -86,9 +94,10 @@ def dynamic_routing(
         b = u_hat.new_zeros(u_hat.shape[:-1])
         with torch.set_grad_enabled(torch.is_grad_enabled() and not detach_routing):
             for _ in range(iterations - 1):
-                v = F.squash(_weighted_sum(couplings_of(b, leaky=leaky), u_hat) + beta, epsilon=epsilon)
+                c = couplings_of(b, leaky=leaky, normalization=normalization)
+                v = F.squash(_weighted_sum(c, u_hat) + beta, epsilon=epsilon)
                 b = b + torch.einsum("...ijd,...jd->...ij", u_hat, v)
-        c = couplings_of(b, leaky=leaky)
+        c = couplings_of(b, leaky=leaky, normalization=normalization)
         v = F.squash(_weighted_sum(c, u_hat) + beta, epsilon=epsilon)
         return RoutingResult(v, F.lengths(v), c)
 
@@ -127,17 +136,57 @@ def attention_routing(
         return RoutingResult(v, F.lengths(v), c)
 
 
-def couplings_of(logits: Float[Tensor, "..."], *, leaky: bool = False, dim: int = -1) -> Float[Tensor, "..."]:
-    """Coupling coefficients: the softmax of the logits over the output capsules (eq. 3).
+def uniform_routing(
+    votes: Float[Tensor, "*batch in out dim"], *, squash: Callable[[Tensor], Tensor] = F.squash
+) -> RoutingResult:
+    """All couplings 1 / out: the control that every routing needs (Paik et al. 2019, arXiv 1907.13327).
+
+    With `functional.squash` it is `dynamic_routing` of one iteration.
+
+    Args:
+        votes: `u_hat_{j|i} = W_ij u_i`.
+        squash: that of the routing it stands beside.
+
+    Returns:
+        Pose, activation (its lengths) and couplings.
+
+    Raises:
+        InputError: votes with fewer than 3 axes.
+    """
+    _check_votes(votes)
+    with F.full_precision(votes.device):
+        u_hat = F.at_least_float32(votes)
+        c = torch.full_like(u_hat[..., 0], 1 / u_hat.shape[-2])
+        v = squash(u_hat.sum(-3) / u_hat.shape[-2])
+        return RoutingResult(v, F.lengths(v), c)
+
+
+def couplings_of(
+    logits: Float[Tensor, "..."], *, leaky: bool = False, dim: int = -1, normalization: Normalization = "softmax"
+) -> Float[Tensor, "..."]:
+    """Coupling coefficients: the softmax of the logits over the output capsules (eq. 3), or their max-min scaling.
 
     Args:
         logits: `b`, with the output capsules on axis `dim`.
         leaky: share the softmax with one more slot, of logit zero, that is then dropped.
         dim: the axis of the output capsules.
+        normalization: `max-min` brings each input capsule's logits to 0 ... 1: `(b - min b) / (max b - min b)`, and 1
+            where all are equal, as at the first iteration (Zhao et al. 2019, arXiv 1903.09662).
 
     Returns:
-        `c` of the logits' shape, at least 0, summing to 1 over `dim` (to less than 1 if `leaky`).
+        `c` of the logits' shape, at least 0, summing to 1 over `dim` (to less than 1 if `leaky`); with `max-min` each
+        in [0, 1], and they sum to 1 or more.
+
+    Raises:
+        InputError: `leaky` with `max-min`.
     """
+    if normalization == "max-min":
+        if leaky:
+            raise InputError("leaky must be off with couplings by max-min, which have no softmax to share; got it on")
+        low, high = logits.amin(dim, keepdim=True), logits.amax(dim, keepdim=True)
+        spread = high - low
+        equal = spread == 0
+        return torch.where(equal, 1.0, (logits - low) / torch.where(equal, 1.0, spread))
     if not leaky:
         return logits.softmax(dim)
     none_of_the_above = torch.zeros_like(logits.narrow(dim, 0, 1))

@@ -17,7 +17,7 @@ from capsnet.kernels.winograd import saving
 from capsnet.layers import ClassCapsules, Convolution, Decoder, PrimaryCapsules
 from capsnet.models.network import CapsuleNetwork, RoutingTrace
 from capsnet.options.schema import AT_LEAST_1, FINITE, SIZES, Range
-from capsnet.routing import MOST_ITERATIONS, RoutingResult, dynamic_routing
+from capsnet.routing import MOST_ITERATIONS, RoutingResult
 
 __all__ = ["CapsNet", "Options", "build"]
 
@@ -32,6 +32,11 @@ class Options:
     """Add a learned bias to the weighted sum of votes."""
     leaky: bool = False
     """Add a "none of the above" slot to the softmax of every primary capsule."""
+    routing_normalization: Literal["softmax", "max-min"] = "softmax"
+    """How logits become couplings. max-min: scaled to 0 ... 1 for each primary capsule (Zhao et al. 2019)."""
+    share_transform: bool = False
+    """Let all primary capsules share the transformation to a class (Aff-CapsNets, Gu and Tresp 2020, which have
+    --routing-iterations 1 too)."""
     detach_routing: bool = False
     """Stop the gradient at the couplings."""
     routing_kernel: Literal["auto", "plain", "fused"] = "auto"
@@ -68,6 +73,8 @@ class Options:
     """Train a decoder and add its loss."""
     decoder_sizes: Annotated[tuple[int, ...], SIZES] = (512, 1024)
     """Widths of the decoder's hidden layers."""
+    share_decoder: bool = False
+    """Let the decoder see the vector of one class capsule only, so that all classes share it (DeepCaps)."""
     init: Literal["pytorch", "authors"] = "pytorch"
     """Initial weights. authors: truncated normal 0.1 (0.05 in the first convolution), biases 0.1."""
     standardize: bool = False
@@ -95,6 +102,7 @@ class CapsNet(CapsuleNetwork):
         self.image_shape, self.convolution, self.standardize = image_shape, convolution, standardize
         self.conv, self.primary, self.class_capsules, self.decoder = conv, primary, class_capsules, decoder
         self.leaky, self.routing_iterations = class_capsules.leaky, class_capsules.iterations
+        self.couplings_sum_to_one = class_capsules.normalization == "softmax"
 
     def resolved_convolution(self, images: Tensor) -> str:
         """How the two convolutions of `images` are computed now, see `kernels.select`."""
@@ -161,11 +169,8 @@ class CapsNet(CapsuleNetwork):
         self.check_images(images)
         layer = self.class_capsules
         u = self.primary_poses(images).float()
-        u_hat = F.votes(u, layer.weight)
-        routed = [
-            dynamic_routing(u_hat, iterations=t, bias=layer.bias, leaky=layer.leaky, epsilon=layer.epsilon)
-            for t in range(1, layer.iterations + 1)
-        ]
+        u_hat = F.votes(u, layer.transforms())
+        routed = [layer.route_votes(u_hat, iterations=t) for t in range(1, layer.iterations + 1)]
         couplings, pose = (torch.stack([getattr(each, name) for each in routed]) for name in ("couplings", "pose"))
         return RoutingTrace(F.lengths(u), u_hat, couplings, pose)
 
@@ -221,10 +226,14 @@ def build(image_shape: tuple[int, int, int], num_classes: int, options: Options)
         detach_routing=options.detach_routing,
         routing_kernel=options.routing_kernel,
         epsilon=options.squash_epsilon,
+        normalization=options.routing_normalization,
+        share=options.share_transform,
     )
     decoder = None
     if options.reconstruction:
-        decoder = Decoder(num_classes, options.class_dim, image_shape, options.decoder_sizes)
+        decoder = Decoder(
+            None if options.share_decoder else num_classes, options.class_dim, image_shape, options.decoder_sizes
+        )
     network = CapsNet(
         conv,
         primary,

@@ -5,7 +5,9 @@ Sizes, initialisation and the place of the prior are those of the authors' code
 """
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Annotated, Literal
 
 import torch
@@ -17,7 +19,7 @@ from capsnet.errors import InputError
 from capsnet.layers import Convolution, Decoder
 from capsnet.models.network import CapsuleNetwork, RoutingTrace
 from capsnet.options.schema import AT_LEAST_1, FRACTION, SIZES
-from capsnet.routing import RoutingResult, attention_routing
+from capsnet.routing import RoutingResult, attention_routing, dynamic_routing, uniform_routing
 
 __all__ = ["PRESETS", "BatchNorm", "ClassCapsules", "EfficientCapsNet", "Options", "PrimaryCapsules", "build"]
 
@@ -51,10 +53,15 @@ class Options:
     """Stride of the primary capsules, where their kernel is smaller."""
     class_dim: Annotated[int, AT_LEAST_1] = 16
     """Dimension of a class capsule."""
+    routing: Literal["attention", "dynamic", "uniform"] = "attention"
+    """How the class capsules get their poses: by self-attention; by dynamic routing of three iterations with its
+    squash, as a comparison; or with uniform couplings, the control."""
     reconstruction: bool = True
     """Train a decoder and add its loss."""
     decoder_sizes: Annotated[tuple[int, ...], SIZES] = (512, 1024)
     """Widths of the decoder's hidden layers."""
+    share_decoder: bool = False
+    """Let the decoder see the vector of one class capsule only, so that all classes share it (DeepCaps)."""
     standardize: bool = False
     """Give each input image mean 0 and standard deviation 1."""
 
@@ -132,37 +139,49 @@ class PrimaryCapsules(nn.Module):
 
 
 class ClassCapsules(nn.Module):
-    """One capsule a class, routed by self-attention from the capsules below.
+    """One capsule a class, routed by self-attention from the capsules below, or in one of the ways it is compared with.
 
     Args:
         in_capsules: number of capsules below.
         in_dim: length of their vectors.
         out_capsules: number of classes.
         out_dim: length of the class capsules' vectors.
+        routing: `attention`, `dynamic` or `uniform`, see `Options`.
 
     Parameters:
         weight `W [in_capsules, in_dim, out_capsules, out_dim]`, truncated normal as Keras's `he_normal`; prior
-        `[in_capsules, out_capsules]`, 0.
+        `[in_capsules, out_capsules]`, 0, of attention only.
     """
 
-    def __init__(self, in_capsules: int, in_dim: int, out_capsules: int, out_dim: int) -> None:
+    def __init__(
+        self, in_capsules: int, in_dim: int, out_capsules: int, out_dim: int, *, routing: str = "attention"
+    ) -> None:
         super().__init__()
+        self.routing = routing
         self.weight = nn.Parameter(torch.empty(in_capsules, in_dim, out_capsules, out_dim))
         _he_normal(self.weight, fan_in=in_capsules * in_dim * out_capsules)  # Keras takes all axes but the last
-        self.prior = nn.Parameter(torch.zeros(in_capsules, out_capsules))
+        self.prior = nn.Parameter(torch.zeros(in_capsules, out_capsules)) if routing == "attention" else None
 
     def forward(self, u: Float[Tensor, "batch in in_dim"]) -> RoutingResult:
         """Route the poses `u`; in float32 or better whatever the precision around it."""
         with F.full_precision(u.device):
-            return attention_routing(F.votes(F.at_least_float32(u), self.weight.to(u.dtype)), prior=self.prior)
+            u = F.at_least_float32(u)
+            return self.steps(F.votes(u, self.weight.to(u.dtype)))[-1]()
+
+    def steps(self, votes: Float[Tensor, "batch in out dim"]) -> list[Callable[[], RoutingResult]]:
+        """What computes the routing after each of its steps, of which the first is uniform."""
+        uniform = partial(uniform_routing, votes, squash=F.exponential_squash)
+        if self.routing == "dynamic":
+            return [partial(dynamic_routing, votes, iterations=t) for t in (1, 2, 3)]
+        return (
+            [uniform] if self.routing == "uniform" else [uniform, partial(attention_routing, votes, prior=self.prior)]
+        )
 
 
 class EfficientCapsNet(CapsuleNetwork):
     """Convolutions, each with activation and normalisation; primary and class capsules; a decoder if there is one."""
 
     narrower = "fewer --conv-channels, or larger --conv-strides"
-    couplings_sum_to_one = False
-    routing_iterations = 2  # of which the first is uniform
 
     def __init__(
         self,
@@ -177,6 +196,8 @@ class EfficientCapsNet(CapsuleNetwork):
         super().__init__()
         self.image_shape, self.standardize = image_shape, standardize
         self.stem, self.primary, self.class_capsules, self.decoder = stem, primary, class_capsules, decoder
+        self.couplings_sum_to_one = class_capsules.prior is None
+        self.routing_iterations = {"uniform": 1, "attention": 2, "dynamic": 3}[class_capsules.routing]
 
     def route(self, images: Float[Tensor, "batch channels height width"]) -> RoutingResult:
         """The class capsules, routed from the primary capsules."""
@@ -196,14 +217,12 @@ class EfficientCapsNet(CapsuleNetwork):
         return self.primary.capsules
 
     def trace_routing(self, images: Float[Tensor, "batch channels height width"]) -> RoutingTrace:
-        """Votes of the primary capsules; then, in two steps, the uniform couplings they start from, and the routed."""
+        """Votes of the primary capsules; then the routing after each step, of which the first is uniform."""
         self.check_images(images)
         u = self.primary_poses(images).float()
         u_hat = F.votes(u, self.class_capsules.weight)
-        routed = attention_routing(u_hat, prior=self.class_capsules.prior)
-        uniform = torch.full_like(routed.couplings, 1 / len(self.classes))
-        first = F.exponential_squash(u_hat.sum(1) / len(self.classes))
-        couplings, pose = torch.stack([uniform, routed.couplings]), torch.stack([first, routed.pose])
+        routed = [step() for step in self.class_capsules.steps(u_hat)]
+        couplings, pose = (torch.stack([getattr(each, name) for each in routed]) for name in ("couplings", "pose"))
         return RoutingTrace(F.lengths(u), u_hat, couplings, pose)
 
     def receptive_fields(self) -> tuple[Float[Tensor, "rows height"], Float[Tensor, "columns width"]]:
@@ -264,10 +283,13 @@ def build(image_shape: tuple[int, int, int], num_classes: int, options: Options)
         stride=options.primary_stride,
         in_size=size,
     )
-    class_capsules = ClassCapsules(primary.capsules, options.primary_dim, num_classes, options.class_dim)
+    class_capsules = ClassCapsules(
+        primary.capsules, options.primary_dim, num_classes, options.class_dim, routing=options.routing
+    )
     decoder = None
     if options.reconstruction:
-        decoder = Decoder(num_classes, options.class_dim, image_shape, options.decoder_sizes)
+        drawn = None if options.share_decoder else num_classes
+        decoder = Decoder(drawn, options.class_dim, image_shape, options.decoder_sizes)
         *hidden, last = [layer for layer in decoder.layers if isinstance(layer, nn.Linear)]
         for linear in hidden:
             _he_normal(linear.weight, fan_in=linear.in_features)
