@@ -377,7 +377,7 @@ def test_slow_and_broken_requests_end(monkeypatch: pytest.MonkeyPatch) -> None:
     with running(answered) as address:
         start = time.monotonic()
         assert b" 200 " not in sent(address, HEAD, *[b"x"] * 45, pause=0.1)
-        assert time.monotonic() - start < 6
+        assert time.monotonic() - start < 3, "a byte now and then does not keep it open"
 
 
 def test_one_connection_too_many_is_closed_and_places_come_back(monkeypatch: pytest.MonkeyPatch) -> None:
