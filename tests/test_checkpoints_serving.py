@@ -213,6 +213,21 @@ def test_what_is_wrong_is_said_in_one_line(arguments: list[str], words: str, ser
     assert words in done.stderr
 
 
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="there is no /dev/full")
+def test_answers_that_cannot_be_written_are_an_error(served: Served, photographs: list[str]) -> None:
+    command = [sys.executable, "-c", ALONE, str(served("grey, cropped") / "serve.py"), photographs[0]]
+    with Path("/dev/full").open("w") as full:
+        done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True, check=False, timeout=120)
+    assert done.returncode == 2
+    assert done.stderr == "serve.py: error: standard output must be writable; got: No space left on device\n"
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        assert process.stderr is not None
+        process.stdout.close()
+        assert process.stderr.read() == "", "who read them is gone"
+        assert process.wait() == 0
+
+
 def test_a_file_that_is_none_of_ours_is_refused(served: Served, tmp_path: Path) -> None:
     onnx = pytest.importorskip("onnx")
     folder = tmp_path / "copy"

@@ -8,6 +8,7 @@ import argparse
 import base64
 import hashlib
 import json
+import os
 import re
 import socket
 import socketserver
@@ -294,7 +295,12 @@ def _run(options: argparse.Namespace, folder: Path) -> int:
             found.append(predictor(source, name, invert=options.invert).fields)
         except InputError as error:
             code = _complain(error)
-    print(json.dumps(found, indent=2))
+    try:
+        print(json.dumps(found, indent=2), flush=True)
+    except OSError as error:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # where Python writes the rest at the end
+        if not isinstance(error, BrokenPipeError):  # `| head`
+            code = _complain(InputError(f"standard output must be writable; got: {error.strerror}"))
     return code
 
 
