@@ -25,6 +25,7 @@ from torch import Tensor
 import capsnet
 from capsnet import functional as F
 from capsnet.analysis.routing_trace import evidence
+from capsnet.checkpoints.serving.hosts import is_ours
 from capsnet.cli import CAPSNET, main
 from capsnet.cli.demo import Demo
 from capsnet.cli.parsing import parse
@@ -313,7 +314,7 @@ def test_what_fails_here_is_answered_and_the_server_goes_on(
     ],
 )
 def test_only_names_of_this_server_are_answered(host: str, served: str, ours: bool) -> None:
-    assert guard.is_ours(host, served) is ours
+    assert is_ours(host, served) is ours
 
 
 def test_the_host_is_asked_for_on_every_request(client: TestClient) -> None:

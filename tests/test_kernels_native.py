@@ -144,7 +144,8 @@ def test_the_source_comes_with_the_package(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "hatchling", "build", "-t", "wheel", "-t", "sdist", "-d", str(tmp_path)]
     subprocess.run(command, cwd=project, check=True, capture_output=True)
     (wheel,), (sdist,) = tmp_path.glob("*.whl"), tmp_path.glob("*.tar.gz")
-    assert "capsnet/kernels/native.c" in zipfile.ZipFile(wheel).namelist()
+    packed = set(zipfile.ZipFile(wheel).namelist())
+    assert {"capsnet/kernels/native.c", "capsnet/checkpoints/serving/page.html"} <= packed
     with tarfile.open(sdist) as archive:
         names = {name.partition("/")[2] for name in archive.getnames()}
     assert {"src/capsnet/kernels/native.c", "benchmarks/peers.py"} <= names

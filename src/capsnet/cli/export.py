@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from capsnet.cli.parsing import BatchSize, DataDir, Images, Model
 from capsnet.cli.printing import say, show, show_json
@@ -26,6 +26,7 @@ class Export:
     Examples:
       capsnet export capsnet-mnist --to onnx
       capsnet export runs/mnist --to pt2 --out mnist.pt2 --check-all
+      capsnet export runs/mnist --serve digits/    # then: python digits/serve.py
     """
 
     model: Model
@@ -33,8 +34,10 @@ class Export:
     """Format; onnx needs: pip install 'capsnet[onnx]'."""
     out: str | None = None
     """File, or folder for safetensors; default: named after the model, in the working directory."""
+    serve: str | None = None
+    """New folder for the ONNX file and a serve.py, which predicts files or serves a page without PyTorch."""
     overwrite: bool = False
-    """Replace --out."""
+    """Replace --out, or the files of --serve."""
     data: str | None = None
     """Another data set or folder to compare on, read as the network's own was."""
     data_dir: DataDir = None
@@ -52,9 +55,16 @@ class Export:
         import torch
 
         from capsnet import environment, memory
+        from capsnet.checkpoints import serving
         from capsnet.checkpoints.export import FORMATS, export
         from capsnet.models import inference_batch
 
+        if self.serve is not None:
+            if self.to != "onnx" or self.out is not None:
+                got = "--out" if self.out is not None else f"--to {self.to}"
+                raise InputError(f"--serve must go with --to onnx and without --out; got {got}")
+            check_utf8(Path(self.serve), "onnx")
+            serving.check_folder(Path(self.serve), overwrite=self.overwrite)
         trained = TrainedModel(self.model, several=True)
         batch_size = min(self.batch_size, inference_batch(trained.network))
         memory.check_export(trained.network, batch_size, self.to)
@@ -62,15 +72,17 @@ class Export:
         path = Path(self.out or f"{trained.folder.resolve().name}{FORMATS[self.to] or '-safetensors'}")
         if self.to != "safetensors":
             check_utf8(path, self.to)
-        result = export(
-            trained.network,
-            path,
-            format=self.to,
-            images=images,
-            batch_size=batch_size,
-            card=trained.card if trained.card.config else None,
-            overwrite=self.overwrite,
-        )
+        card = trained.card if trained.card.config else None
+        how: dict[str, Any] = {
+            "images": images,
+            "batch_size": batch_size,
+            "card": card,
+            "overwrite": self.overwrite,
+        }
+        if self.serve is not None:
+            result = serving.write_folder(trained.network, Path(self.serve), **how)
+        else:
+            result = export(trained.network, path, format=self.to, **how)
         if self.json:
             record = {
                 "command": line,
@@ -82,6 +94,9 @@ class Export:
             show_json(record)
         else:
             show(f"{result.summary()} ({name})")
+            if self.serve is not None:
+                place = Path(self.serve) / "serve.py"
+                show(f"python {place} photo.jpg  predicts files, without a file it serves a page")
         return 0
 
 

@@ -146,7 +146,7 @@ def _fit(whole: Split, shape: tuple[int, int, int], resize: Resize | None = None
             one = Image.fromarray(plane)
             one = one.convert("L") if channels < has else one
             one = resized(one, (size[0], size[1]), resize or "squash") if size != native else one
-            place.copy_(channels_first(np.array(one), len(place)))
+            place.copy_(torch.from_numpy(channels_first(np.array(one), len(place))))
     return replace(whole, images=images)
 
 

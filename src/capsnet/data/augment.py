@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float32, Float64, Int64, Shaped
 from torch import Tensor
 
+from capsnet.data.image_preparation import central
 from capsnet.errors import InputError
 from capsnet.options import DataOptions
 
@@ -238,8 +239,7 @@ def centre_crop(images: Shaped[Tensor, "*batch height width"], size: int) -> Sha
     """
     _check_crop(images, size)
     height, width = images.shape[-2:]
-    top, left = (height - size) // 2, (width - size) // 2
-    return images[..., top : top + size, left : left + size]
+    return images[..., central(height, size), central(width, size)]
 
 
 def move(

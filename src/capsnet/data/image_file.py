@@ -113,6 +113,7 @@ def read_image(
     least: int | None = None,
     bits: int | None = None,
     name: str | None = None,
+    most: int | None = None,
 ) -> Picture:
     """Read one image, see the head of this file for what becomes of it.
 
@@ -127,6 +128,7 @@ def read_image(
         bits: of integers of more than 8 bits; default: those that the file's tags tell, else the fewest of `DEPTHS`
             that hold all its values.
         name: what errors call the image; default the path.
+        most: pixels that the file may have; default `MAX_PIXELS`.
 
     Raises:
         InputError: not a readable still image of one page, or too large.
@@ -134,7 +136,7 @@ def read_image(
     from PIL import ImageOps
 
     least = 2 * max(size) if size is not None else least
-    with _opened(source, name) as image:
+    with _opened(source, name, most) as image:
         if least is not None:
             image.draft(None, (least, least))
         giant = image.width * image.height > _GIANT
@@ -181,18 +183,19 @@ def resized(image: "Image.Image", size: tuple[int, int], resize: Resize) -> "Ima
 
 
 @contextmanager
-def _opened(source: Path | bytes, name: str | None = None) -> Iterator["Image.Image"]:
+def _opened(source: Path | bytes, name: str | None = None, most: int | None = None) -> Iterator["Image.Image"]:
     """An open image that may be decoded; whatever goes wrong with it is an InputError."""
     from PIL import Image, UnidentifiedImageError
 
+    most = most or MAX_PIXELS
     name = name or ("image" if isinstance(source, bytes) else str(source))
     try:
         with (
             _quiet(),
             Image.open(io.BytesIO(source) if isinstance(source, bytes) else source, formats=formats()) as one,
         ):
-            if one.width * one.height > MAX_PIXELS:
-                raise InputError(f"{name} must have at most {MAX_PIXELS:,} pixels; got {one.width}x{one.height}")
+            if one.width * one.height > most:
+                raise InputError(f"{name} must have at most {most:,} pixels; got {one.width}x{one.height}")
             # MPO is what some cameras call a JPEG with a preview inside: the first picture is the photograph.
             frames = getattr(one, "n_frames", 1)
             if frames > 1 and one.format != "MPO":

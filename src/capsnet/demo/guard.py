@@ -6,9 +6,6 @@ here (then `Host` tells); both are turned away.
 """
 
 import asyncio
-import ipaddress
-import re
-import socket
 from collections.abc import Mapping
 
 from starlette.datastructures import Headers, MutableHeaders
@@ -16,10 +13,11 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from capsnet.checkpoints.serving.hosts import is_ours
 from capsnet.demo.messages import Refusal
 from capsnet.files import visible
 
-__all__ = ["HEADERS", "Guard", "Places", "is_ours", "read_body", "refusal"]
+__all__ = ["HEADERS", "Guard", "Places", "read_body", "refusal"]
 
 BODY_SECONDS = 15.0
 HEADERS = {
@@ -35,31 +33,6 @@ HEADERS = {
     "x-frame-options": "DENY",
 }
 """On every answer: nothing is loaded from elsewhere, no other page frames or reads this one."""
-
-
-def is_ours(host: str, served: str) -> bool:
-    """Whether the name in a `Host` header is one that the server at address `served` goes by.
-
-    Args:
-        host: the whole header, with a port or without; which port does not matter (it may be forwarded).
-        served: the address given to `--host`. Where that means all of this machine's addresses (0.0.0.0, ::), any
-            number may be asked for, as only names can be made to point here by others.
-    """
-    found = re.fullmatch(r"(\[[0-9a-f:.]+\]|[a-z0-9._-]+)(:[0-9]{1,5})?", host.lower())
-    if not found:
-        return False
-    name = found[1].strip("[]")
-    if name in {"localhost", "127.0.0.1", "::1", served.lower()}:
-        return True
-    if served not in ("0.0.0.0", "::"):
-        return False
-    if name == socket.gethostname().lower():
-        return True
-    try:
-        ipaddress.ip_address(name)
-    except ValueError:
-        return False
-    return True
 
 
 class Guard:

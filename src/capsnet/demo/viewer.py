@@ -1,9 +1,7 @@
 """What the page shows, as numbers: a network looked at with one image or one capsule at a time."""
 
 import base64
-import warnings
 from dataclasses import asdict
-from io import BytesIO
 from typing import Any
 
 import torch
@@ -14,7 +12,6 @@ from capsnet import functional as F
 from capsnet.analysis.reconstruction import decoder_of
 from capsnet.analysis.routing_trace import evidence
 from capsnet.data.dataset import to_float
-from capsnet.data.image_file import formats
 from capsnet.data.preprocessing import Invert, Preprocessing
 from capsnet.errors import InputError
 from capsnet.evaluation.ood import Threshold
@@ -82,8 +79,7 @@ class Viewer:
         Raises:
             InputError: not an image that can be read, or a giant one.
         """
-        _check_size(file)
-        prepared = self.reading(file, invert=invert, name="image", seen=True)
+        prepared = self.reading(file, invert=invert, name="image", seen=True, most=MAX_PIXELS)
         images = to_float(prepared.image)[None]
         with evaluation_mode(self.network):
             output = self.network(images, None if index is None else torch.tensor([index]))
@@ -130,21 +126,6 @@ class Viewer:
             "lengths": F.lengths(found.pose)[:, 0, index].tolist(),
             "entropy": found.entropy[:, 0].tolist(),
         }
-
-
-def _check_size(file: bytes) -> None:
-    """Raise InputError where the head of an image file, however small, tells of too many pixels to decode."""
-    from PIL import Image
-
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of many pixels, which are refused here
-        try:
-            with Image.open(BytesIO(file), formats=formats()) as image:
-                width, height = image.size
-        except Exception:  # of many types; what is wrong with the file is for `prepare` to tell
-            return
-    if width * height > MAX_PIXELS:
-        raise InputError(f"image must have at most {MAX_PIXELS} pixels; got {width}x{height}")
 
 
 def _to_bytes(image: Tensor) -> Tensor:
