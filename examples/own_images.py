@@ -34,7 +34,7 @@ TESTED = 300
 """Photographs of each class that are tested."""
 SHAPES = {"disc": 24, "square": 18, "bar": 12}
 MORE_SHAPES = dict.fromkeys(("ring", "cross", "corner"), 12)
-NETWORK = "--model efficient-capsnet --preset fast --balance --threads 2"
+NETWORK = "--model efficient-capsnet --preset fast --balance"
 TINY = "--conv-channels 8 --capsule-types 2 --primary-kernel-size 5 --conv-kernel-size 5 --decoder-sizes 16 --balance"
 
 
