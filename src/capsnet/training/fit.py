@@ -20,7 +20,7 @@ from capsnet.errors import Diverged, InputError, Interrupted
 from capsnet.evaluation import Evaluation, predict_split
 from capsnet.evaluation.ood import threshold_for
 from capsnet.kernels.buffers import pool
-from capsnet.models import Network
+from capsnet.models import Network, inference_batch
 from capsnet.options import LOCAL, RESUMABLE
 from capsnet.options.schema import checked, joined, shown
 from capsnet.training import defaults
@@ -151,14 +151,17 @@ def _launch(config: Config, dataset: Dataset | None, resumed: Run | None, *, sou
     recorded = run.manifest() if resumed else None
     first = first_process()
     tell = Progress(epochs=0, steps=0, quiet=not first).note
+    fits = list[tuple[int | None, str | None]]()  # of the first process
     dataset = prepare_data(
         config,
         dataset,
         recorded=recorded,
         shares=not (resumed and run.exists() and not recorded),
         tell=tell,
-        check=(lambda known: _check_memory(config, known, device)) if first else None,
+        check=(lambda known: fits.append(_check_memory(config, known, device))) if first else None,
     )
+    micro_batch, in_parts = fits[0] if first else (None, None)
+    config = replace(config, micro_batch=micro_batch)
     if recorded is not None:
         same_images(dataset, recorded, config)
     given, config = config, defaults.resolved(as_read(config, dataset), dataset)
@@ -180,12 +183,15 @@ def _launch(config: Config, dataset: Dataset | None, resumed: Run | None, *, sou
                 run.reopen(config)
             else:
                 run.create(config, Manifest.of(dataset), overwrite=config.overwrite)
+            if in_parts:
+                tell(in_parts)
 
         fabric.launch()
         if config.threads:
             torch.set_num_threads(config.threads)
         try:
             run = Run(fabric.broadcast(str(run.directory)))
+            config = replace(config, micro_batch=fabric.broadcast(config.micro_batch))
             with signals() as received, torch.random.fork_rng(devices=[]):
                 note = "; ".join(
                     filter(None, (*dataset.notes, how_read(given, dataset), defaults.told(given, config, dataset)))
@@ -203,17 +209,17 @@ def _launch(config: Config, dataset: Dataset | None, resumed: Run | None, *, sou
             shutdown(fabric)
 
 
-def _check_memory(config: Config, dataset: Dataset, device: torch.device) -> None:
-    """Raise InputError where a training is not going to fit into memory."""
+def _check_memory(config: Config, dataset: Dataset, device: torch.device) -> tuple[int | None, str | None]:
+    """The `micro_batch` with which a training fits into memory, and what is to be said; InputError where none does."""
     config = defaults.resolved(as_read(config, dataset), dataset)
     network = layout(config, dataset)
-    memory.check_training(
+    return memory.check_training(
         network,
         config,
         device,
         dataset,
         precision=resolve_precision(config, device, network),
-        processes=launch(config.devices).here,
+        processes=launch(config.devices),
     )
 
 
@@ -352,7 +358,8 @@ def describe(network: Network, dataset: Dataset, config: Config, test: dict[str,
             assert train is not None
             order = torch.randperm(len(train), generator=generator(config.data_seed))
             split, name = train.take(order[:THRESHOLD_IMAGES]), "train"
-        errors = predict_split(network, split).reconstruction_errors
+        batch_size = inference_batch(network, at_most=config.micro_batch)
+        errors = predict_split(network, split, batch_size=batch_size).reconstruction_errors
         assert errors is not None
         threshold = threshold_for(errors, split=name)
     counts = dataset.train.labels.bincount(minlength=len(dataset.classes))
