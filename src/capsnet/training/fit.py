@@ -13,7 +13,7 @@ from capsnet.checkpoints import pretrained
 from capsnet.checkpoints.model_card import Card, Tested
 from capsnet.checkpoints.run_directory import Checkpoint, Run
 from capsnet.config import Config, from_dict, preset_differences, roles
-from capsnet.data import Dataset
+from capsnet.data import Dataset, dataset_of
 from capsnet.data.manifest import Manifest
 from capsnet.devices import first_process, launch, make_fabric, resolve_device, resolve_precision, shutdown, signals
 from capsnet.errors import Diverged, InputError, Interrupted
@@ -80,7 +80,7 @@ class Result:
 
 def fit(
     config: Config | None = None,
-    dataset: Dataset | None = None,
+    dataset: Any = None,
     *,
     init_from: Network | str | Path | None = None,
     **options: Any,
@@ -89,7 +89,9 @@ def fit(
 
     Args:
         config: every choice of the run; default: the preset `paper`.
-        dataset: images of one's own in memory, in place of those that `config.data` names.
+        dataset: images of one's own in memory, in place of those that `config.data` names: a `Dataset`, or all that
+            `data.dataset_of` takes: a torch `Dataset` of (image, label), a pair of arrays or tensors (images, labels),
+            or a mapping of "train", "test" and "validation" to such. Without a test split a sixth of each class tests.
         init_from: a trained network, or the path or name of its weights, to start from. Without `config` the model and
             its options are those of these weights, where `options` do not say otherwise.
         options: other values of options, see `Config.of`: `fit(data="strokes", epochs=1, conv_channels=32)`.
@@ -106,10 +108,10 @@ def fit(
             options = {**theirs, **options}
         options["init_from"] = IN_MEMORY if isinstance(init_from, Network) else str(init_from)
     config = config.changed(**options) if config and options else config or Config.of(**options)
-    return _launch(config, dataset, resumed=None, source=source)
+    return _launch(config, _in_memory(config, dataset), resumed=None, source=source)
 
 
-def resume(directory: str | Path, dataset: Dataset | None = None, **changes: Any) -> Result:
+def resume(directory: str | Path, dataset: Any = None, **changes: Any) -> Result:
     """Go on with the run in `directory` from its last checkpoint.
 
     Args:
@@ -137,7 +139,22 @@ def resume(directory: str | Path, dataset: Dataset | None = None, **changes: Any
     if changes.get("data", saved.data) != saved.data and run.manifest() is None:
         raise InputError(f"data of a resumed run must stay {saved.data}, for it has no manifest; got {changes['data']}")
     config = saved.changed(**{name: value for name, value in changes.items() if name in resumable})
-    return _launch(config, dataset, resumed=run)
+    return _launch(config, _in_memory(config, dataset), resumed=run)
+
+
+def _in_memory(config: Config, data: Any) -> Dataset | None:
+    """The data set of what `fit` was given, read as `config` says; None for None."""
+    if data is None or isinstance(data, Dataset):
+        return data
+    return dataset_of(
+        data,
+        seed=config.data_seed,
+        image_size=config.image_size,
+        resize=config.resize,
+        channels=config.channels,
+        bits=config.bit_depth,
+        framing=config.framing,
+    )
 
 
 def _launch(config: Config, dataset: Dataset | None, resumed: Run | None, *, source: Network | None = None) -> Result:
