@@ -155,12 +155,12 @@ def check_training(
         smaller = [most] if micro_batch is None else []  # the whole batch, with no more images in evaluation
         while most > shares:
             smaller.append(most := -(-most // 2))
+        remedy = f"{remedy}, or {network.narrower}"
+        check(needed(most), device, task="training one image at a time", remedy=remedy)
         for micro_batch in smaller:
             total = needed(micro_batch)
             if total <= there.size:
                 break
-        else:
-            check(total, device, task="training one image at a time", remedy=f"{remedy}, or {network.narrower}")
     known = "" if there.size == float("inf") else f"; {amount(there.size)} are {there.where}"
     takes = f"(about {amount(total)}{known})"
     if micro_batch is not None and micro_batch < batch:
