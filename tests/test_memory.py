@@ -111,6 +111,7 @@ TRAININGS: list[tuple[tuple[int, ...], int, tuple[str, ...]]] = [
     ((64, 64, 3), 60, ("--batch-size", "16", "--image-size", "64", "--precision", "32")),
     ((64, 64, 3), 200, (*SMALL, "--batch-size", "32", "--image-size", "64", "--precision", "32")),
     ((28, 28), 240, ("--batch-size", "64", "--convolution", "direct", "--precision", "bf16")),
+    ((64, 64, 3), 60, ("--batch-size", "32", "--micro-batch", "4", "--image-size", "64", "--precision", "32")),
 ]
 
 
