@@ -22,6 +22,7 @@ from capsnet.training import prepare
 from capsnet.training.averaging import averaged
 from capsnet.training.batches import BatchLoader
 from capsnet.training.cuda_graph import GraphedStep, check_graph
+from capsnet.training.micro_batches import accumulated
 from capsnet.training.schedule import optimizer_of
 
 __all__ = ["TrainingWorkload", "random_images"]
@@ -57,7 +58,9 @@ class TrainingWorkload:
         dataset = random_images(config, classes, count=self.images)
         outline = prepare.layout(config, dataset)
         precision = devices.resolve_precision(config, self.device, outline)
-        memory.check_training(outline, config, self.device, dataset, precision=precision, processes=1)
+        self.micro_batch, _ = memory.check_training(
+            outline, config, self.device, dataset, precision=precision, processes=devices.launch()
+        )
         self.network: Network = prepare.build(config, dataset).to(self.device)
         if config.cuda_graph:
             check_graph(config, self.device, self.network)
@@ -74,6 +77,8 @@ class TrainingWorkload:
         self.threads = config.threads or torch.get_num_threads()
         kernels = self.network.kernels(self.device, precision)
         self.resolved: dict[str, Any] = {"precision": precision, **kernels, "threads": self.threads}
+        if self.micro_batch:
+            self.resolved["micro_batch"] = self.micro_batch
 
     def data(self) -> Batch:
         """The next batch: drawn, gathered, converted to float, augmented."""
@@ -88,9 +93,13 @@ class TrainingWorkload:
 
     def _update(self, batch: Batch) -> Losses:
         self.optimizer.zero_grad(set_to_none=not self.config.cuda_graph)
-        losses: Losses = self.objective(*batch)
-        self.fabric.backward(losses.total.mean())
+        losses = accumulated(batch, self.micro_batch, self._backward)
         self.optimizer.step()
+        return losses
+
+    def _backward(self, part: Batch, share: float, last: bool) -> Losses:
+        losses: Losses = self.objective(*part)
+        self.fabric.backward(losses.total.mean() * share)
         return losses
 
     def _averaged(self) -> None:

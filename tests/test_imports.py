@@ -131,7 +131,10 @@ def test_the_leaves_are_leaves() -> None:
         ("onnxruntime", {"checkpoints.exported", "checkpoints.serving.predictor"}),
         ("starlette", {"cli.demo", "demo.app", "demo.guard"}),
         ("uvicorn", {"cli.demo", "demo.serving"}),
-        ("PIL", {"checkpoints.serving.predictor", "data", "data.image_file", "data.photo", "plots.style"}),
+        (
+            "PIL",
+            {"checkpoints.serving.predictor", "data", "data.image_file", "data.in_memory", "data.photo", "plots.style"},
+        ),
     ],
 )
 def test_a_heavy_package_has_one_home(package: str, homes: set[str]) -> None:

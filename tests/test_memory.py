@@ -18,7 +18,7 @@ from capsnet import devices, memory, models
 from capsnet.checkpoints import pretrained
 from capsnet.cli import main
 from capsnet.config import Config
-from capsnet.data import Dataset, Split
+from capsnet.data import Dataset, Split, outline
 from capsnet.devices import Free
 from capsnet.errors import InputError
 from tiny import files, tiny
@@ -111,6 +111,7 @@ TRAININGS: list[tuple[tuple[int, ...], int, tuple[str, ...]]] = [
     ((64, 64, 3), 60, ("--batch-size", "16", "--image-size", "64", "--precision", "32")),
     ((64, 64, 3), 200, (*SMALL, "--batch-size", "32", "--image-size", "64", "--precision", "32")),
     ((28, 28), 240, ("--batch-size", "64", "--convolution", "direct", "--precision", "bf16")),
+    ((64, 64, 3), 60, ("--batch-size", "32", "--micro-batch", "4", "--image-size", "64", "--precision", "32")),
 ]
 
 
@@ -168,39 +169,123 @@ def limited(monkeypatch: pytest.MonkeyPatch, size: float) -> None:
         monkeypatch.setattr(module, "free", lambda device: Free(size, "free in a test"))
 
 
-@pytest.mark.parametrize(
-    ("mebibytes", "remedy"),
-    [(240, r"--batch-size \d+ takes about [12]\d\d MiB"), (10, r"choose a smaller --image-size, or fewer --conv-ch.*")],
-)
 def test_a_training_that_does_not_fit_is_one_line_and_nothing_is_written(
-    photos: Path,
-    workplace: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-    mebibytes: int,
-    remedy: str,
+    photos: Path, workplace: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    limited(monkeypatch, mebibytes * 2**20)
+    limited(monkeypatch, 10 * 2**20)
     monkeypatch.setattr("capsnet.data.image_folder.decoded", None)  # no image is, before
     code = main(["train", "--data", str(photos), "--image-size", "48", "--batch-size", "1024", *SMALL])
     out, err = capsys.readouterr()
     assert (code, out) == (2, "")
-    rule = (
-        rf"capsnet train: error: training needs about [\d,.]+ [MG]iB of memory, and {mebibytes} MiB are free in a test"
-    )
-    assert re.fullmatch(rf"{rule}; {remedy}\n", err), err
+    rule = r"capsnet train: error: training one image at a time needs about [\d,.]+ MiB of memory, and 10 MiB are free"
+    assert re.fullmatch(rf"{rule} in a test; choose a smaller --image-size, or fewer --conv-ch.*\n", err), err
     assert files(workplace) == set()
 
 
-def test_the_batch_size_that_is_told_fits(photos: Path, monkeypatch: pytest.MonkeyPatch, workplace: Path) -> None:
-    limited(monkeypatch, 155 * 2**20)
-    config = tiny(photos, image_size=48, batch_size=1024, out="run", epochs=1, report=False)
-    with pytest.raises(InputError) as refused:
-        main_fit(config)
-    told = int(str(refused.value).split("--batch-size ")[1].split()[0])
-    main_fit(tiny(photos, image_size=48, batch_size=told, out="run", epochs=1, report=False))
-    with pytest.raises(InputError):
-        main_fit(tiny(photos, image_size=48, batch_size=2 * told, out="other", epochs=1, report=False))
+def estimate(batch_size: int = 128, micro_batch: int | None = None, **options: Any) -> int:
+    with torch.device("meta"):
+        network = models.create("capsnet")
+    config = Config.of(primary_scale=1.0, **options)
+    return memory.training(network, config, CPU, MANY, precision="32", batch_size=batch_size, micro_batch=micro_batch)
+
+
+def test_a_smaller_part_takes_less() -> None:
+    """Of 128 images at once; in parts, gradients wait meanwhile, and the images of the batch are there as a whole."""
+    parts = [estimate(micro_batch=size) for size in (128, 64, 16, 4, 1)]
+    assert parts == sorted(parts, reverse=True)
+    assert parts[-1] < 0.8 * parts[0], "the rest are weights, moments, and a checkpoint of them"
+    assert estimate(micro_batch=128) <= estimate() == estimate(micro_batch=1000)
+    assert estimate(128, micro_batch=4) > estimate(4, micro_batch=4), "the images of the whole batch"
+
+
+def fitted(free: int, monkeypatch: pytest.MonkeyPatch, world_size: int = 1, **options: Any) -> tuple[int | None, str]:
+    """How a training with the paper's network fits into so many bytes beside the images, and what is said."""
+    limited(monkeypatch, free + outline.nbytes(MANY))
+    with torch.device("meta"):
+        network = models.create(options.get("model", "capsnet"))
+    processes = devices.Launch("", 0, world_size, 1)
+    config = Config.of(**{**({} if "model" in options else {"primary_scale": 1.0}), **options})
+    size, text = memory.check_training(network, config, CPU, MANY, precision="32", processes=processes)
+    return size, text or ""
+
+
+def test_the_fewest_parts_that_fit_are_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+    half = estimate(micro_batch=64)
+    assert fitted(estimate(), monkeypatch) == (None, "")
+    size, text = fitted(estimate() - 1, monkeypatch)
+    assert size == 64
+    takes = r"\(about (\d+) MiB; \d+ MiB are free in a test\)"
+    said = re.fullmatch(rf"memory: batches of 128 in 2 parts of 64 {takes}; the gradient is the same", text)
+    assert said
+    assert abs(int(said[1]) * 2**20 - half - outline.nbytes(MANY)) < 2**20
+    assert fitted(half, monkeypatch)[0] == 64
+    assert fitted(half - 1, monkeypatch)[0] == 32
+
+
+def test_a_batch_that_fits_is_not_cut_for_the_sake_of_evaluation(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of 256 images at a time, where a step has 4."""
+    assert estimate(4, micro_batch=4) < estimate(4)
+    size, text = fitted(estimate(4) - 1, monkeypatch, batch_size=4)
+    assert size == 4
+    assert text.startswith("memory: evaluation of 4 images at a time (about ")
+
+
+@pytest.mark.parametrize(
+    ("batch_size", "micro_batch", "world_size", "cut"),
+    [
+        (128, 32, 1, "batches of 128 in 4 parts of 32 "),
+        (100, 32, 1, "batches of 100 in 4 parts of 25 "),
+        (17, 5, 1, "batches of 17 in 4 parts of at most 5 "),
+        (5000, 300, 1, "batches of 1000 in 4 parts of 250 "),
+        (128, 32, 2, "batches of 128 in 4 parts of 32 "),
+        (128, 128, 1, ""),
+        (128, 500, 1, ""),
+    ],
+)
+def test_parts_that_are_asked_for_are_told(
+    monkeypatch: pytest.MonkeyPatch, batch_size: int, micro_batch: int, world_size: int, cut: str
+) -> None:
+    size, text = fitted(10**12, monkeypatch, world_size, batch_size=batch_size, micro_batch=micro_batch)
+    assert size == micro_batch
+    assert text.startswith(cut and f"memory: {cut}(about ")
+    assert text.endswith(cut and "; the gradient is the same")
+
+
+def test_parts_that_are_asked_for_are_cut_further_where_they_do_not_fit(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = estimate(micro_batch=32)
+    assert fitted(asked, monkeypatch, micro_batch=32)[0] == 32
+    assert fitted(asked - 1, monkeypatch, micro_batch=32)[0] == 16
+
+
+@pytest.mark.parametrize(
+    ("model", "differs"),
+    [
+        ("capsnet", ""),
+        ("efficient-capsnet", " but for batch statistics, which are those of each part"),
+        ("baseline", " but for dropout, which is drawn for each part"),
+    ],
+)
+def test_what_differs_in_parts_is_told(monkeypatch: pytest.MonkeyPatch, model: str, differs: str) -> None:
+    _, text = fitted(10**12, monkeypatch, model=model, micro_batch=50)
+    assert text.endswith(f"the gradient is the same{differs}")
+
+
+def test_too_little_memory_cuts_the_batch_and_says_so(
+    photos: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], workplace: Path
+) -> None:
+    words = ["train", "--data", str(photos), "--image-size", "48", "--epochs", "1", "--out", "run", "--no-report"]
+    words += ["--batch-size", "1024", *SMALL]
+    limited(monkeypatch, 240 * 2**20)
+    assert main([*words, "--dry-run"]) == 0
+    told = capsys.readouterr().out
+    assert files(workplace) == set()
+    assert main(words) == 0
+    line = r"memory: batches of 68 in \d+ parts of (at most )?\d+ \(about [\d,]+ MiB; 240 MiB are free in a test\); "
+    line += "the gradient is the same"
+    found = re.findall(rf"^{line}$", capsys.readouterr().err, re.MULTILINE)
+    assert len(found) == 1
+    assert len(re.findall(rf"^{line}$", told, re.MULTILINE)) == 1
+    assert re.search(r"^  micro_batch: \d+$", Path("run/config.yaml").read_text(encoding="utf-8"), re.MULTILINE)
 
 
 def main_fit(config: Config) -> None:

@@ -1,5 +1,6 @@
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -113,3 +114,76 @@ def test_one_class_is_its_own_runner_up(files: list[Path]) -> None:
     alone = create("capsnet", image_shape=(1, 12, 13), num_classes=1, **SIZES).eval()
     found = good(next(predict(alone, [("", files[0])])))
     assert (found.label, found.runner_up) == ("0", "0")
+
+
+def test_paths_pictures_arrays_and_tensors_are_predicted_as_files_are(network: Network, files: list[Path]) -> None:
+    wanted = [good(one).to_dict() for one in predict(network, [(path.name, path) for path in files])]
+    pictures = [Image.open(path) for path in files]
+    arrays = [np.array(picture) for picture in pictures]
+    stack = torch.from_numpy(np.stack(arrays))
+    for given, named in (
+        (files[0].parent, [str(path) for path in files]),
+        (files, [str(path) for path in files]),
+        ([str(path) for path in files], [str(path) for path in files]),
+        (tuple(pictures), [f"image {k}" for k in range(1, 6)]),
+        (iter(arrays), [f"image {k}" for k in range(1, 6)]),
+        (stack[:, None], [f"image {k}" for k in range(1, 6)]),
+        (stack[..., None].numpy(), [f"image {k}" for k in range(1, 6)]),
+        (stack[:, None] / 255, [f"image {k}" for k in range(1, 6)]),
+        (
+            [files[0], pictures[1], ("two", arrays[2]), *stack[3:]],
+            [str(files[0]), "image 2", "two", "image 4", "image 5"],
+        ),
+    ):
+        found = [good(one).to_dict() for one in predict(network, given)]
+        assert [one["file"] for one in found] == named
+        assert [{**one, "file": ""} for one in found] == [{**one, "file": ""} for one in wanted]
+
+
+@pytest.mark.parametrize("kind", ["path", "text", "bytes", "picture", "array", "tensor", "pair", "list"])
+def test_one_image_alone_is_one_prediction(network: Network, files: list[Path], kind: str) -> None:
+    with Image.open(path := files[2]) as picture:
+        pixels = np.array(picture)
+    given = {
+        "path": path,
+        "text": str(path),
+        "bytes": path.read_bytes(),
+        "picture": picture,
+        "array": pixels,
+        "tensor": torch.from_numpy(pixels)[None],
+        "pair": ("x", path),
+        "list": [pixels],
+    }[kind]
+    (one,) = predict(network, given)
+    (wanted,) = predict(network, [(good(one).name, path)])
+    assert good(one).to_dict() == good(wanted).to_dict()
+
+
+def test_floats_of_the_size_of_the_network_stay_exact(network: Network) -> None:
+    image = torch.rand(1, 12, 13, generator=torch.Generator().manual_seed(1))
+    (one,) = predict(network, image)
+    assert torch.equal(good(one).image, image)
+    (other,) = predict(network, image, invert="yes")
+    assert torch.equal(good(other).image, 1 - image)
+    (rounded,) = predict(network, image.expand(3, -1, -1).numpy())
+    torch.testing.assert_close(good(rounded).image, image, rtol=0, atol=0.5 / 255 + 1e-6)
+    (larger,) = predict(network, torch.rand(30, 40))
+    assert good(larger).image.shape == (1, 12, 13)
+
+
+@pytest.mark.usefixtures("unchecked")
+def test_what_is_no_image_is_refused_in_one_sentence(network: Network, files: list[Path], tmp_path: Path) -> None:
+    wanted = "a path, the bytes of a file, a PIL image, an array or a tensor"
+    for bad in (3, None, {"a": files[0]}):
+        with pytest.raises(
+            InputError, match=rf"^sources must be {wanted}, or a list of such; got {type(bad).__name__}$"
+        ):
+            predict(network, bad)
+    (tmp_path / "none").mkdir()
+    stack = np.zeros((3, 12, 13), np.float32)
+    found = list(predict(network, [files[0], 3, stack - 1, np.zeros((2, 4, 12, 13)), tmp_path / "none", files[1]]))
+    assert [isinstance(one, InputError) for one in found] == [False, True, True, True, True, False]
+    assert str(found[1]) == f"image 2 must be {wanted}; got int"
+    assert str(found[2]).startswith("image 3 must have floats in [0, 1], so give images before Normalize")
+    assert str(found[3]).endswith("of 1 or 3 channels; got [2, 4, 12, 13]")
+    assert str(found[4]) == f"folder {tmp_path / 'none'} must hold images; got none"

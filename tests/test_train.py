@@ -179,7 +179,7 @@ def test_a_signal_saves_and_the_resumed_run_ends_the_same(
 
 
 def test_a_signal_during_the_evaluations_stops_there(photos: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("capsnet.evaluation.predictions.inference_batch", lambda network: 4)
+    monkeypatch.setattr("capsnet.training.loop.inference_batch", lambda network, at_most: 4)
     fit(tiny(photos, out="whole"))
     for call, where in ((1, "in epoch 1 after step 5 of 5"), (5, "after the last epoch")):
         run, count = f"run-{call}", [0]
@@ -744,7 +744,8 @@ def test_a_network_that_no_memory_holds_is_refused_before_anything_is_written(
     photos: Path, workplace: Path, sizes: dict[str, Any]
 ) -> None:
     refusal = (
-        r"training needs about [\d,.]+ GiB of memory, and [\d,.]+ [MG]iB are .*; choose a smaller --image-size, .*"
+        r"training one image at a time needs about [\d,.]+ GiB of memory, and [\d,.]+ [MG]iB are .*; "
+        r"choose a smaller --image-size, .*"
         r"|sizes.* must be ones that PyTorch can count; .*"
     )
     with pytest.raises(InputError, match=rf"^({refusal})$"):

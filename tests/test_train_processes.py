@@ -307,3 +307,13 @@ def test_photos_of_one_kind_train_end_to_end_from_the_command_line() -> None:
     assert Path("run/figures/reconstructions.png").read_bytes().startswith(b"\x89PNG")
     told = subprocess.run([*capsnet, "evaluate", "run", "--json"], capture_output=True, text=True, check=True)
     assert json.loads(told.stdout)["error_percent"] < 67
+
+
+def test_two_processes_in_parts_train_what_one_does_at_once(photos: Path) -> None:
+    """Of batches of 17, one process has 9 and the other 8 images, in 3 parts each. Allowed is what it is without."""
+    config = tiny(photos, batch_size=17)
+    fit(replace(config, out="one"))
+    code, _, err = run("train", *options(config), "--devices", "2", "--micro-batch", "6", "--out", "two")
+    assert code == 0, err
+    assert err.count("memory: batches of 17 in 3 parts of at most 6 (about ") == 1
+    assert difference("two", "one") < 2e-6

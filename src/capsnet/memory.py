@@ -20,7 +20,7 @@ from torch.utils._pytree import tree_leaves
 
 from capsnet.config import Config
 from capsnet.data import Dataset, outline
-from capsnet.devices import free
+from capsnet.devices import Launch, free
 from capsnet.errors import InputError
 from capsnet.kernels.buffers import pool
 from capsnet.kernels.stem import constant_weights
@@ -56,31 +56,44 @@ MADE = 2
 
 
 def training(
-    network: Network, config: Config, device: torch.device, dataset: Dataset, *, precision: str, batch_size: int
+    network: Network,
+    config: Config,
+    device: torch.device,
+    dataset: Dataset,
+    *,
+    precision: str,
+    batch_size: int,
+    micro_batch: int | None = None,
 ) -> int:
     """Most bytes that a training takes on `device` beyond what its process holds before, without the images.
 
-    Only sizes are looked at, and of `dataset` the numbers of images. `batch_size` is that of one process.
+    Only sizes are looked at, and of `dataset` the numbers of images. `batch_size` is that of one process, and
+    `micro_batch` how many of these are computed at once.
 
     Raises:
         InputError: sizes that PyTorch cannot count.
     """
     evaluated = max(len(dataset.test), len(dataset.validation or dataset.train))
     batch_size = min(batch_size, len(dataset.train))
+    at_once = min(batch_size, micro_batch or batch_size)
     with _counted(network, config, precision, network.kernels(device, precision)) as (objective, watch):
         weights, moments, losses = watch.now, list[Tensor](), None
         for _ in range(2):  # the second meets moments, kept buffers, and the losses of the first
             for parameter in objective.parameters():
-                parameter.grad = None
-            losses = objective(*_batch(network, batch_size))
+                parameter.grad = parameter.grad if at_once < batch_size else None  # of the parts before
+            losses = objective(*_batch(network, at_once))
             losses.total.mean().backward()
+            losses = losses.detached()
             trained = [each for each in objective.parameters() if each.requires_grad]
             moments = moments or [torch.empty_like(each) for each in trained for _ in range(2)]
         copies = weights * (bool(config.ema) + (config.keep == "best"))  # their average, and the best ones
         two = sum(each.nbytes for each in moments)
         saving = watch.now + int(GROWTH * (weights + two + copies))  # these, two moments and their copies
-        _infer(objective, network, min(evaluated, inference_batch(network)))
-        augmented = 4 * _batch(network, batch_size)[0].nbytes  # and its temporary arrays
+        _infer(objective, network, min(evaluated, inference_batch(network, at_most=micro_batch)))
+        whole, _, single_images = _batch(network, batch_size)
+        augmented = 4 * whole.nbytes  # and its temporary arrays
+        if single_images is not None and at_once < batch_size:  # of which those of a part are views
+            augmented += single_images.nbytes
         del losses
         return max(watch.peak, saving) + copies + augmented + LIBRARIES
 
@@ -109,25 +122,68 @@ def check(needed: int | float, device: torch.device, *, task: str, remedy: str) 
 
 
 def check_training(
-    network: Network, config: Config, device: torch.device, dataset: Dataset, *, precision: str, processes: int
-) -> None:
-    """Raise InputError unless a training fits into the memory of this machine and its devices.
+    network: Network, config: Config, device: torch.device, dataset: Dataset, *, precision: str, processes: Launch
+) -> tuple[int | None, str | None]:
+    """How a training fits into the memory of this machine and its devices: in how many images at once.
 
     Of the images those that are not read yet (see `data.outline`) are counted. Each of the `processes` on this machine
     has a GPU of its own, or all share a CPU.
+
+    Returns:
+        The `micro_batch` to train with: that of `config`, or, where it does not fit, the largest half, quarter, ... of
+        a batch that does; and one line on it where batches are cut.
+
+    Raises:
+        InputError: the images do not fit, or not even one at a time.
     """
     images = outline.nbytes(dataset)
     remedy = "choose a smaller --image-size"
-    check(processes * MADE * images, CPU, task="the images", remedy=remedy)
-    sharing = 1 if device.type == "cuda" else processes
+    check(processes.here * MADE * images, CPU, task="the images", remedy=remedy)
+    sharing = 1 if device.type == "cuda" else processes.here
     images = dataset.train.images.nbytes if device.type == "cuda" else images
 
-    def needed(batch_size: int) -> int:
-        each = -(-batch_size // config.devices)
-        return sharing * (images + training(network, config, device, dataset, precision=precision, batch_size=each))
+    batch, shares = min(config.batch_size, len(dataset.train)), processes.world_size
 
-    otherwise = f"{remedy}, or {network.narrower}"
-    _check_batch(needed, config.batch_size, device, task="training", otherwise=otherwise)
+    def needed(micro_batch: int | None) -> int:
+        each, at_once = -(-batch // shares), micro_batch and -(-micro_batch // shares)
+        count = training(network, config, device, dataset, precision=precision, batch_size=each, micro_batch=at_once)
+        return sharing * (images + count)
+
+    micro_batch, there = config.micro_batch, free(device)
+    total, most = needed(micro_batch), min(batch, micro_batch or batch)
+    if total > there.size and os.environ.get("CAPSNET_MEMORY") != "off":
+        smaller = [most] if micro_batch is None else []  # the whole batch, with no more images in evaluation
+        while most > shares:
+            smaller.append(most := -(-most // 2))
+        remedy = f"{remedy}, or {network.narrower}"
+        check(needed(most), device, task="training one image at a time", remedy=remedy)
+        for micro_batch in smaller:
+            total = needed(micro_batch)
+            if total <= there.size:
+                break
+    known = "" if there.size == float("inf") else f"; {amount(there.size)} are {there.where}"
+    takes = f"(about {amount(total)}{known})"
+    if micro_batch is not None and micro_batch < batch:
+        return micro_batch, f"memory: {_in_parts(network, batch, micro_batch, takes)}"
+    changed = micro_batch != config.micro_batch
+    return micro_batch, f"memory: evaluation of {micro_batch} images at a time {takes}" if changed else None
+
+
+def _in_parts(network: Network, batch: int, micro_batch: int, takes: str) -> str:
+    """How batches are cut, and what changes in the gradient."""
+    count = -(-batch // micro_batch)
+    size = f"{batch // count}" if batch % count == 0 else f"at most {-(-batch // count)}"
+    trained = [module for module in network.modules() if module.training]
+    differs = [
+        text
+        for kind, text in (
+            (nn.modules.batchnorm._BatchNorm, "batch statistics, which are those of each part"),
+            (nn.Dropout, "dropout, which is drawn for each part"),
+        )
+        if any(isinstance(module, kind) for module in trained)
+    ]
+    but = f" but for {' and '.join(differs)}" if differs else ""
+    return f"batches of {batch} in {count} parts of {size} {takes}; the gradient is the same{but}"
 
 
 def check_inference(

@@ -46,6 +46,12 @@ class Losses(NamedTuple):
     reconstruction: Tensor
     output: Output
 
+    def detached(self) -> "Losses":
+        """The same without gradients, and of the output the scores and poses only: what a finished step keeps."""
+        pose = self.output.pose
+        output = Output(self.output.scores.detach(), pose=None if pose is None else pose.detach())
+        return Losses(self.total.detach(), self.classification.detach(), self.reconstruction.detach(), output)
+
 
 def class_weights(labels: Int[Tensor, "n"], classes: int) -> Float[Tensor, "classes"]:
     """Weight of the images of each class by which all classes count alike; 1 on average over the images `labels`."""

@@ -1,19 +1,24 @@
 """Predictions for images as people have them: files, prepared like the training images, through a trained network."""
 
+import os
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple, TypeGuard
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from capsnet import functional as F
 from capsnet.checkpoints.model_card import Card
 from capsnet.data.dataset import to_float
-from capsnet.data.preprocessing import Framing, Invert, Prepared, Preprocessing
+from capsnet.data.image_folder import image_files
+from capsnet.data.in_memory import encoded, is_picture, pixels_of, to_uint8
+from capsnet.data.preprocessing import Framing, Invert, Preprocessing
 from capsnet.errors import InputError
+from capsnet.files import is_directory
 from capsnet.models import Network, evaluation_mode
 
 __all__ = ["Prediction", "predict"]
@@ -24,7 +29,7 @@ class Prediction:
     """What a network says of one image.
 
     Attributes:
-        name: of the file.
+        name: of the file or image.
         label: name of the predicted class.
         presence: length of its capsule, in [0, 1); for a network without capsules its softmax.
         runner_up: name of the second class; the same as `label` if there is only one.
@@ -75,7 +80,7 @@ class Prediction:
 
 def predict(
     network: Network,
-    sources: Iterable[tuple[str, str | Path | bytes]],
+    sources: Any,
     *,
     card: Card | None = None,
     framing: Framing | None = None,
@@ -83,11 +88,15 @@ def predict(
     batch_size: int = 64,
     precision: str = "32",
 ) -> Iterator[Prediction | InputError]:
-    """Predict images one after the other; a bad file costs no other its prediction.
+    """Predict images one after the other; a bad one costs no other its prediction.
 
     Args:
         network: trained, in evaluation mode.
-        sources: name of each image, and its place or content.
+        sources: an image, or several in a list or another iterable: a path (of a folder, all images in it and below),
+            the bytes of a file, a PIL image, or an array or tensor, `[H, W]`, `[C, H, W]` or `[H, W, C]` of 1 or 3
+            channels, uint8 or floats in [0, 1]; of 4 axes, several images. A pair (name, image) names it; otherwise a
+            file is called by its path, and others "image 1", "image 2", ... by their place. All are prepared as files
+            are; floats of the network's own size are not rounded to 8 bits.
         card: of the network, see `load_card`; without one, none is out of distribution.
         framing: in place of the network's; see `data.preprocessing`.
         invert: see `data.preprocessing`.
@@ -95,7 +104,15 @@ def predict(
         precision: `32`, or `bf16` for convolutions and decoder.
 
     Yields:
-        In the order of `sources`: a prediction, or the InputError of a file that is no readable image.
+        In the order of `sources`: a prediction, or the InputError of one that is no readable image.
+
+    Raises:
+        InputError: a network for several objects in an image, or `sources` that are neither an image nor several.
+
+    Example:
+        >>> network = load("capsnet-mnist")
+        >>> next(predict(network, torch.zeros(28, 28))).name
+        'image 1'
     """
     if network.objects_per_image > 1:
         raise InputError(
@@ -103,10 +120,21 @@ def predict(
         )
     card = card or Card()
     reading = (network.preprocessing or card.reading(network.image_shape)).with_framing(framing)
-    waiting = iter(sources)
+    return _predictions(network, _named(sources), reading, card, invert, batch_size, precision)
+
+
+def _predictions(
+    network: Network,
+    waiting: Iterator[tuple[str, Any]],
+    reading: Preprocessing,
+    card: Card,
+    invert: Invert,
+    batch_size: int,
+    precision: str,
+) -> Iterator[Prediction | InputError]:
     while batch := list(islice(waiting, batch_size)):
-        prepared = [_prepared(reading, name, source, invert) for name, source in batch]
-        ready = [one.image for one in prepared if isinstance(one, Prepared)]
+        prepared = [_prepared(network, reading, name, source, invert) for name, source in batch]
+        ready = [one.image for one in prepared if isinstance(one, _Ready)]
         found = iter(_answers(network, torch.stack(ready), precision) if ready else ())
         for (name, _), one in zip(batch, prepared, strict=True):
             if isinstance(one, InputError):
@@ -131,11 +159,78 @@ def predict(
             )
 
 
-def _prepared(reading: Preprocessing, name: str, source: str | Path | bytes, invert: Invert) -> Prepared | InputError:
+class _Ready(NamedTuple):
+    """An image as the network sees it, `float32 [channels, height, width]` in [0, 1], and what was done to it."""
+
+    image: Tensor
+    inverted: bool = False
+    framed: bool = False
+    notes: tuple[str, ...] = ()
+
+
+def _prepared(network: Network, reading: Preprocessing, name: str, source: Any, invert: Invert) -> _Ready | InputError:
+    exact, seen = None, False
     try:
-        return reading(Path(source) if isinstance(source, str) else source, invert=invert, name=name)
+        if isinstance(source, InputError):
+            raise source
+        if isinstance(source, np.ndarray | Tensor):
+            pixels = pixels_of(source, name=name)
+            seen = tuple(pixels.shape) == network.image_shape
+            exact = pixels if seen and pixels.is_floating_point() else None
+            content: Path | bytes = encoded(to_uint8(pixels))
+        elif is_picture(source):
+            content = encoded(source)
+        elif isinstance(source, str | os.PathLike | bytes):
+            content = source if isinstance(source, bytes) else Path(source)
+        else:
+            raise InputError(f"{name} must be {IMAGE}; got {type(source).__name__}")
+        found = reading(content, invert=invert, name=name, seen=seen)
     except InputError as error:
         return error
+    image = to_float(found.image) if exact is None else 1 - exact if found.inverted else exact
+    return _Ready(image, found.inverted, found.framed, found.notes)
+
+
+IMAGE = "a path, the bytes of a file, a PIL image, an array or a tensor"
+
+
+def _named(sources: Any) -> Iterator[tuple[str, Any]]:
+    """Each image with its name; folders as the images in them."""
+    if isinstance(sources, str | os.PathLike):
+        return _each([sources])
+    if isinstance(sources, np.ndarray | Tensor):
+        return _each(sources if sources.ndim == 4 else [sources])
+    if isinstance(sources, bytes) or is_picture(sources):
+        return _each([sources])
+    if isinstance(sources, Mapping) or not isinstance(sources, Iterable):
+        raise InputError(f"sources must be {IMAGE}, or a list of such; got {type(sources).__name__}")
+    return _each([sources] if _is_pair(sources) else sources)
+
+
+def _in_folder(folder: Path) -> Iterator[tuple[str, Path | InputError]]:
+    try:
+        found, _ = image_files(folder)
+    except InputError as error:
+        yield str(folder), error
+        return
+    yield from ((str(path), path) for path in found)
+    if not found:
+        yield str(folder), InputError(f"folder {folder} must hold images; got none")
+
+
+def _is_pair(source: Any) -> TypeGuard[tuple[str, Any]]:
+    """Whether this is a name and an image; two paths are two images unless they are an item of a list."""
+    return isinstance(source, tuple) and len(source) == 2 and isinstance(source[0], str)
+
+
+def _each(sources: Iterable[Any]) -> Iterator[tuple[str, Any]]:
+    for number, source in enumerate(sources, 1):
+        if _is_pair(source):
+            yield source
+        elif isinstance(source, str | os.PathLike) and is_directory(source):
+            yield from _in_folder(Path(source))
+        else:
+            yield os.fspath(source) if isinstance(source, str | os.PathLike) else f"image {number}", source
 
 
 @torch.inference_mode()
@@ -144,7 +239,7 @@ def _answers(
 ) -> list[tuple[Tensor, Tensor, Tensor | None, float | None]]:
     """For each image: itself, the scores, its reconstruction and the error of that."""
     device = next((parameter.device for parameter in network.parameters()), torch.device("cpu"))
-    inputs = to_float(images).to(device)
+    inputs = images.to(device)
     with evaluation_mode(network), torch.autocast(device.type, dtype=torch.bfloat16, enabled=precision == "bf16"):
         output = network(inputs)
     scores = network.presence(output)

@@ -1,7 +1,8 @@
 """Data sets by name: `load("mnist")`, `load("strokes")`, `load("my/images")`.
 
 A published set is read from this machine or downloaded, see `download.py`; strokes are drawn on the spot; a
-directory, or a table of files, is read as one's own images, see `image_folder.py`.
+directory, or a table of files, is read as one's own images, see `image_folder.py`; `dataset_of` takes what a program
+holds.
 """
 
 import os
@@ -14,13 +15,14 @@ import torch
 from capsnet.data.dataset import Dataset, Split, check_memory
 from capsnet.data.download import DataDir
 from capsnet.data.image_file import Resize, resized
+from capsnet.data.in_memory import dataset_of
 from capsnet.data.photo import channels_first
 from capsnet.data.registry import Entry, available, entry
 from capsnet.errors import InputError
 from capsnet.files import is_own_images
 from capsnet.options import size_of
 
-__all__ = ["Dataset", "Entry", "Split", "available", "describe", "is_own", "load", "load_split"]
+__all__ = ["Dataset", "Entry", "Split", "available", "dataset_of", "describe", "is_own", "load", "load_split"]
 
 
 def is_own(name: str | os.PathLike[str]) -> bool:

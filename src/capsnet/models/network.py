@@ -261,10 +261,13 @@ class CapsuleNetwork(Network):
         return features
 
 
-def inference_batch(network: Network) -> int:
-    """Images at a time without gradients: 256, or as many as take no more memory than 256 of 40 x 40 pixels."""
+def inference_batch(network: Network, *, at_most: int | None = None) -> int:
+    """Images at a time without gradients: 256, or as many as take no more memory than 256 of 40 x 40 pixels.
+
+    No more than `at_most`, if it is given.
+    """
     _, height, width = network.image_shape
-    return max(1, min(256, 256 * LARGE_IMAGE // (height * width)))
+    return max(1, min(256, 256 * LARGE_IMAGE // (height * width), at_most or 256))
 
 
 @contextmanager

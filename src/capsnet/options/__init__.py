@@ -212,6 +212,9 @@ class MachineOptions:
     """auto: a CUDA GPU if there is one. mps (Apple's) is accepted where PyTorch has it, and untested."""
     devices: Annotated[int, AT_LEAST_1, LOCAL, RESUMABLE] = 1
     """Number of processes, one per device; `batch_size` is the total over all."""
+    micro_batch: Annotated[int | None, AT_LEAST_1, LOCAL, RESUMABLE] = None
+    """Compute at most this many images of a batch at once, over all devices together, and add up their gradients: less
+    memory, the same step. Default: the whole batch, or as many as fit into memory."""
     precision: Literal["auto", "32", "bf16"] = "auto"
     """Precision of convolutions and decoder (routing and losses are float32). auto: bf16 if the hardware has it."""
     cuda_graph: Annotated[bool, LOCAL, RESUMABLE] = False

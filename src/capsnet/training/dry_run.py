@@ -1,6 +1,7 @@
 """What `train --dry-run` prints: configuration, layers with their shapes and parameters, steps, device and memory."""
 
 import math
+from contextlib import suppress
 from functools import partial
 
 import torch
@@ -10,6 +11,7 @@ from capsnet import devices, memory
 from capsnet.checkpoints import pretrained
 from capsnet.config import Config
 from capsnet.data import Dataset, outline
+from capsnet.errors import InputError
 from capsnet.kernels import native
 from capsnet.models import Network
 from capsnet.training import defaults, prepare
@@ -55,7 +57,7 @@ def dry_run(config: Config) -> str:
             f"device: {config.devices} x {device.type}, precision {precision}"
             + "".join(f", {name} {value}" for name, value in kernels.items())
             + (f"; computed by {native.status()}" if device.type == "cpu" else ""),
-            f"memory: {_memory(network, config, device, dataset, precision)}",
+            _memory(network, config, device, dataset, precision),
         ]
     )
 
@@ -87,13 +89,18 @@ def layer_table(network: Network) -> str:
 
 
 def _memory(network: Network, config: Config, device: torch.device, dataset: Dataset, precision: str) -> str:
-    """What each process takes of the memory of its device, and what is free."""
-    batch_size = -(-config.batch_size // config.devices)
+    """What each process takes of the memory of its device, and what is free; or in which parts batches fit there."""
+    processes = devices.launch(config.devices)
+    with suppress(InputError):  # what fits in no way is told with its size
+        fits = memory.check_training(network, config, device, dataset, precision=precision, processes=processes)
+        if fits[1]:
+            return fits[1]
+    batch_size = -(-config.batch_size // processes.world_size)
     needed = memory.training(network, config, device, dataset, precision=precision, batch_size=batch_size)
     if device.type == "cuda":
         needed += dataset.train.images.nbytes
     else:
         needed += outline.nbytes(dataset) + devices.resident()
     there = devices.free(device)
-    text = f"about {memory.amount(needed)} in each process"
+    text = f"memory: about {memory.amount(needed)} in each process"
     return text if there.size == math.inf else f"{text}; {memory.amount(there.size)} are {there.where}"

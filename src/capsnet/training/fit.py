@@ -13,14 +13,14 @@ from capsnet.checkpoints import pretrained
 from capsnet.checkpoints.model_card import Card, Tested
 from capsnet.checkpoints.run_directory import Checkpoint, Run
 from capsnet.config import Config, from_dict, preset_differences, roles
-from capsnet.data import Dataset
+from capsnet.data import Dataset, dataset_of
 from capsnet.data.manifest import Manifest
 from capsnet.devices import first_process, launch, make_fabric, resolve_device, resolve_precision, shutdown, signals
 from capsnet.errors import Diverged, InputError, Interrupted
 from capsnet.evaluation import Evaluation, predict_split
 from capsnet.evaluation.ood import threshold_for
 from capsnet.kernels.buffers import pool
-from capsnet.models import Network
+from capsnet.models import Network, inference_batch
 from capsnet.options import LOCAL, RESUMABLE
 from capsnet.options.schema import checked, joined, shown
 from capsnet.training import defaults
@@ -80,7 +80,7 @@ class Result:
 
 def fit(
     config: Config | None = None,
-    dataset: Dataset | None = None,
+    dataset: Any = None,
     *,
     init_from: Network | str | Path | None = None,
     **options: Any,
@@ -89,7 +89,9 @@ def fit(
 
     Args:
         config: every choice of the run; default: the preset `paper`.
-        dataset: images of one's own in memory, in place of those that `config.data` names.
+        dataset: images of one's own in memory, in place of those that `config.data` names: a `Dataset`, or all that
+            `data.dataset_of` takes: a torch `Dataset` of (image, label), a pair of arrays or tensors (images, labels),
+            or a mapping of "train", "test" and "validation" to such. Without a test split a sixth of each class tests.
         init_from: a trained network, or the path or name of its weights, to start from. Without `config` the model and
             its options are those of these weights, where `options` do not say otherwise.
         options: other values of options, see `Config.of`: `fit(data="strokes", epochs=1, conv_channels=32)`.
@@ -106,10 +108,10 @@ def fit(
             options = {**theirs, **options}
         options["init_from"] = IN_MEMORY if isinstance(init_from, Network) else str(init_from)
     config = config.changed(**options) if config and options else config or Config.of(**options)
-    return _launch(config, dataset, resumed=None, source=source)
+    return _launch(config, _in_memory(config, dataset), resumed=None, source=source)
 
 
-def resume(directory: str | Path, dataset: Dataset | None = None, **changes: Any) -> Result:
+def resume(directory: str | Path, dataset: Any = None, **changes: Any) -> Result:
     """Go on with the run in `directory` from its last checkpoint.
 
     Args:
@@ -137,7 +139,22 @@ def resume(directory: str | Path, dataset: Dataset | None = None, **changes: Any
     if changes.get("data", saved.data) != saved.data and run.manifest() is None:
         raise InputError(f"data of a resumed run must stay {saved.data}, for it has no manifest; got {changes['data']}")
     config = saved.changed(**{name: value for name, value in changes.items() if name in resumable})
-    return _launch(config, dataset, resumed=run)
+    return _launch(config, _in_memory(config, dataset), resumed=run)
+
+
+def _in_memory(config: Config, data: Any) -> Dataset | None:
+    """The data set of what `fit` was given, read as `config` says; None for None."""
+    if data is None or isinstance(data, Dataset):
+        return data
+    return dataset_of(
+        data,
+        seed=config.data_seed,
+        image_size=config.image_size,
+        resize=config.resize,
+        channels=config.channels,
+        bits=config.bit_depth,
+        framing=config.framing,
+    )
 
 
 def _launch(config: Config, dataset: Dataset | None, resumed: Run | None, *, source: Network | None = None) -> Result:
@@ -151,14 +168,17 @@ def _launch(config: Config, dataset: Dataset | None, resumed: Run | None, *, sou
     recorded = run.manifest() if resumed else None
     first = first_process()
     tell = Progress(epochs=0, steps=0, quiet=not first).note
+    fits = list[tuple[int | None, str | None]]()  # of the first process
     dataset = prepare_data(
         config,
         dataset,
         recorded=recorded,
         shares=not (resumed and run.exists() and not recorded),
         tell=tell,
-        check=(lambda known: _check_memory(config, known, device)) if first else None,
+        check=(lambda known: fits.append(_check_memory(config, known, device))) if first else None,
     )
+    micro_batch, in_parts = fits[0] if first else (None, None)
+    config = replace(config, micro_batch=micro_batch)
     if recorded is not None:
         same_images(dataset, recorded, config)
     given, config = config, defaults.resolved(as_read(config, dataset), dataset)
@@ -180,12 +200,15 @@ def _launch(config: Config, dataset: Dataset | None, resumed: Run | None, *, sou
                 run.reopen(config)
             else:
                 run.create(config, Manifest.of(dataset), overwrite=config.overwrite)
+            if in_parts:
+                tell(in_parts)
 
         fabric.launch()
         if config.threads:
             torch.set_num_threads(config.threads)
         try:
             run = Run(fabric.broadcast(str(run.directory)))
+            config = replace(config, micro_batch=fabric.broadcast(config.micro_batch))
             with signals() as received, torch.random.fork_rng(devices=[]):
                 note = "; ".join(
                     filter(None, (*dataset.notes, how_read(given, dataset), defaults.told(given, config, dataset)))
@@ -203,17 +226,17 @@ def _launch(config: Config, dataset: Dataset | None, resumed: Run | None, *, sou
             shutdown(fabric)
 
 
-def _check_memory(config: Config, dataset: Dataset, device: torch.device) -> None:
-    """Raise InputError where a training is not going to fit into memory."""
+def _check_memory(config: Config, dataset: Dataset, device: torch.device) -> tuple[int | None, str | None]:
+    """The `micro_batch` with which a training fits into memory, and what is to be said; InputError where none does."""
     config = defaults.resolved(as_read(config, dataset), dataset)
     network = layout(config, dataset)
-    memory.check_training(
+    return memory.check_training(
         network,
         config,
         device,
         dataset,
         precision=resolve_precision(config, device, network),
-        processes=launch(config.devices).here,
+        processes=launch(config.devices),
     )
 
 
@@ -352,7 +375,8 @@ def describe(network: Network, dataset: Dataset, config: Config, test: dict[str,
             assert train is not None
             order = torch.randperm(len(train), generator=generator(config.data_seed))
             split, name = train.take(order[:THRESHOLD_IMAGES]), "train"
-        errors = predict_split(network, split).reconstruction_errors
+        batch_size = inference_batch(network, at_most=config.micro_batch)
+        errors = predict_split(network, split, batch_size=batch_size).reconstruction_errors
         assert errors is not None
         threshold = threshold_for(errors, split=name)
     counts = dataset.train.labels.bincount(minlength=len(dataset.classes))

@@ -3,7 +3,8 @@
 Every random number of step t is a function of the seed and t alone (order of the epoch, augmentation, dropout), and a
 step's images are those of the global batch whatever the number of processes: a run that was killed and resumed ends
 with the same weights, bit for bit on a CPU, and two processes train what one would (but for dropout, which each
-process draws for itself, and batch statistics, which are those of each process's share).
+process draws for itself, and batch statistics, which are those of each process's share). The same holds of a batch in
+micro-batches, for each of these.
 """
 
 import math
@@ -17,12 +18,13 @@ from capsnet.checkpoints.run_directory import Checkpoint, Run
 from capsnet.config import Config
 from capsnet.data import Dataset
 from capsnet.evaluation import Evaluation, Predictions, predict_split
-from capsnet.models import Network
+from capsnet.models import Network, inference_batch
 from capsnet.objective import Batch, Losses, Objective, class_weights
 from capsnet.training.batches import BatchLoader
 from capsnet.training.console import Progress
 from capsnet.training.cuda_graph import GraphedStep
 from capsnet.training.diagnosis import Chance
+from capsnet.training.micro_batches import accumulated
 from capsnet.training.schedule import generator, learning_rate, optimizer_of, seed_of
 from capsnet.training.state import TrainingState
 from capsnet.training.tensorboard import tensorboard
@@ -69,15 +71,21 @@ def train_epochs(
 
     weights = class_weights(dataset.train.labels, len(dataset.classes)).to(fabric.device) if config.balance else None
 
+    def backward(part: Batch, share: float, last: bool) -> Losses:
+        with fabric.no_backward_sync(objective, enabled=not last):
+            losses: Losses = objective(*part)
+            state.refuse(losses, part)
+            total = losses.total if weights is None else losses.total * weights[part.labels]
+            fabric.backward(total.mean() * share)
+        return losses
+
     def step(batch: Batch, share: float = 1.0) -> Losses:
         optimizer.zero_grad(set_to_none=not config.cuda_graph)
-        losses: Losses = objective(*batch)
-        state.refuse(losses, batch)
-        total = losses.total if weights is None else losses.total * weights[batch.labels]
-        fabric.backward(total.mean() * share)
+        losses = accumulated(batch, at_once, lambda part, of_batch, last: backward(part, share * of_batch, last))
         optimizer.step()
         return losses
 
+    at_once = _share(config.micro_batch, fabric)
     count = len(dataset.train)
     graphed = GraphedStep(step, batch_size=min(config.batch_size, count)) if config.cuda_graph else None
     rate_here = torch.tensor(config.lr, device=fabric.device)
@@ -152,6 +160,11 @@ def train_epochs(
     return state, kept
 
 
+def _share(images: int | None, fabric: Fabric) -> int | None:
+    """Most images of one process, of so many over all; None of None."""
+    return None if images is None else -(-images // fabric.world_size)
+
+
 def predict_checked(state: TrainingState, network: Network, dataset: Dataset, name: str) -> Predictions:
     """Predictions for the split `name`, divided over all processes; stops where the training would.
 
@@ -164,6 +177,7 @@ def predict_checked(state: TrainingState, network: Network, dataset: Dataset, na
             network,
             getattr(dataset, name),
             config=state.config,
+            batch_size=inference_batch(network, at_most=_share(state.config.micro_batch, fabric)),
             rank=fabric.global_rank,
             world_size=fabric.world_size,
             reduced=state.reduced,
