@@ -81,30 +81,32 @@ class ImageFolder:
             if lacking := [name for label, name in enumerate(self.classes) if label not in there]:
                 raise InputError(f"{self.root} must hold training images of each class; got none of {_some(lacking)}")
             return self._sorted(self.files)
-        if few := [name for name, count in zip(self.classes, self._counts(self.files), strict=True) if count < 2]:
-            raise InputError(f"class {few[0]} must have at least 2 images, one to train and one to test; got 1")
+        counts = self._counts()
+        for name, count in zip(self.classes, counts, strict=True):
+            if count < 2:
+                raise InputError(f"class {name} must have at least 2 images, one to train and one to test; got {count}")
         most = len(self.files) - len(self.classes)
         if isinstance(test, int) and not 1 <= test <= most:
             raise InputError(
                 f"test_fraction must be a share, or 1 to {most} of the {len(self.files)} images; got {test}"
             )
-        files = [file._replace(split="train") for file in self.files]
+        files = [file._replace(split="train") for file in sorted(self.files, key=lambda file: file.label)]
         if self._bound(files):
             count = round(len(files) / 6 if test is None else test if isinstance(test, int) else test * len(files))
             return self._moved(files, max(count, 1), "test", seed)
         if isinstance(test, int):
             return self._moved(files, test, "test", seed)
         generator, start = torch.Generator().manual_seed(seed), 0
-        for count in self._counts(files):
+        for count in counts:
             tested = min(max(round(count * (test or 1 / 6)), 1), count - 1)
             for place in torch.randperm(count, generator=generator)[:tested].tolist():
                 files[start + place] = files[start + place]._replace(split="test")
             start += count
         return self._sorted(files)
 
-    def _counts(self, files: Iterable[ImageFile]) -> list[int]:
+    def _counts(self) -> list[int]:
         """Number of files of each class."""
-        counts = Counter(file.label for file in files)
+        counts = Counter(file.label for file in self.files)
         return [counts[label] for label in range(len(self.classes))]
 
     @staticmethod
