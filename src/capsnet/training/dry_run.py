@@ -52,6 +52,7 @@ def dry_run(config: Config) -> str:
             f"trained: {frozen_line(network)}",
             f"data: {len(dataset.train):,} training, {validation:,} validation, {len(dataset.test):,} test images of "
             f"{' x '.join(map(str, dataset.image_shape))}; {len(dataset.classes)} classes",
+            *(f"note: {note}" for note in dataset.notes),
             f"augmentation: {prepare.augmentation_of(config, dataset)}",
             f"steps: {config.epochs * steps:,} ({config.epochs} epochs of {steps:,})",
             f"device: {config.devices} x {device.type}, precision {precision}"
