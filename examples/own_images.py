@@ -26,7 +26,7 @@ from PIL import Image, ImageDraw
 import capsnet
 from capsnet import environment
 
-PHOTOS = {"bird": 800, "cat": 600, "deer": 400, "frog": 300, "horse": 200}
+PHOTOS = {"bird": 2500, "cat": 2000, "deer": 1500, "frog": 1000, "horse": 800}
 """Classes of the photographs, and how many there are to train on."""
 OTHERS = dict.fromkeys(("airplane", "automobile", "dog", "ship", "truck"), 1000)
 """Classes that the network is trained on before."""
@@ -34,7 +34,7 @@ TESTED = 300
 """Photographs of each class that are tested."""
 SHAPES = {"disc": 24, "square": 18, "bar": 12}
 MORE_SHAPES = dict.fromkeys(("ring", "cross", "corner"), 12)
-NETWORK = "--model efficient-capsnet --preset fast --balance"
+NETWORK = "--model capsule-head --preset fast --balance"
 TINY = "--conv-channels 8 --capsule-types 2 --primary-kernel-size 5 --conv-kernel-size 5 --decoder-sizes 16 --balance"
 
 
@@ -61,7 +61,7 @@ def main() -> None:
 
 def commands(*, tiny: bool, study: bool) -> Iterator[str]:
     """The steps from the photographs to a network in use."""
-    network, epochs = (TINY, (2, 2, 2)) if tiny else (NETWORK, (40, 15, 20))
+    network, epochs = (TINY, (2, 2, 2)) if tiny else (NETWORK, (12, 8, 8))
     yield f"capsnet train --data photos {network} --epochs {epochs[0]} --out scratch"
     yield "capsnet evaluate scratch --out judged"
     yield f"capsnet train --data others {network} --epochs {epochs[1]} --out before"
@@ -69,7 +69,7 @@ def commands(*, tiny: bool, study: bool) -> Iterator[str]:
     yield "capsnet evaluate tuned --against scratch"
     yield "capsnet predict tuned photos/test --top 3 --csv"
     yield "capsnet export tuned --to onnx --serve served"
-    yield f"python served/serve.py {'photos/test/bar/0.jpg' if tiny else 'photos/test/cat/0.jpg'}"
+    yield f"python served/serve.py photos/test/{'bar' if tiny else 'cat'}/0.jpg"
     for seed in (0, 1) if study else ():
         for resize in ("pad", "crop", "squash"):
             options = f"--resize {resize} --seed {seed} --epochs {epochs[0]}"

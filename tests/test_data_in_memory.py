@@ -272,7 +272,7 @@ def test_floats_round_to_the_nearest_of_256() -> None:
 
 @pytest.mark.usefixtures("workplace", "blank_figure")
 def test_fit_takes_them_and_resume_goes_on(small: Path) -> None:
-    about: dict[str, Any] = {"augment": "paper", "batch_size": 8, "precision": "32", **SIZES}
+    about: dict[str, Any] = {"batch_size": 8, "precision": "32", **SIZES}
     one = capsnet.fit(dataset=Folder(small), out="run", epochs=1, **about)
     assert one.network.classes == ("a", "b", "c")
     assert one.network.preprocessing is not None

@@ -329,7 +329,7 @@ def test_without_validation_images_nothing_is_chosen(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     assert cli.main(["train", *options(tiny(photos)), "--validation", "0", *words, *more]) == 2
-    assert capsys.readouterr().err == f"capsnet train: error: {message}\n"
+    assert capsys.readouterr().err == f"capsnet train: error: --{message}\n"
     assert files(workplace) == set()
 
 

@@ -305,13 +305,13 @@ def test_on_the_command_line(photos: Path, capsys: pytest.CaptureFixture[str]) -
     assert re.search(r"^trained: [\d,]+ of [\d,]+ parameters; frozen: conv, primary$", out, re.MULTILINE)
     for more, message in (
         ("--init-from thiers", "model folder thiers must hold config.json; there is none"),
-        ("--init-from theirs --freeze con,primary", "freeze must name parts of capsnet, which are conv, primary, "),
+        ("--init-from theirs --freeze con,primary", "--freeze must name parts of capsnet, which are conv, primary, "),
         (
             "--init-from theirs --model baseline",
-            "init_from must be weights of model baseline; theirs is of model capsnet",
+            "--init-from must be weights of model baseline; theirs is of model capsnet",
         ),
-        ("--init-from theirs --conv-channels 4 --capsule-types 3", "init_from must be weights of which a layer fits"),
-        ("--padding same --freeze conv,primary,class_capsules,decoder", "freeze must leave a part to train"),
+        ("--init-from theirs --conv-channels 4 --capsule-types 3", "--init-from must be weights of which a layer fits"),
+        ("--padding same --freeze conv,primary,class_capsules,decoder", "--freeze must leave a part to train"),
     ):
         code, out, err = typed(capsys, f"{words} {more} --out none")
         assert (code, out) == (2, "")

@@ -1,6 +1,7 @@
 """Experiments, one YAML file each beside this one: rows of a table as options that differ from a base.
 
-A new experiment is a new file: its name is the experiment's, and its fields are those of `Experiment`.
+A new experiment is a new file: its name is the experiment's, and its fields are those of `Experiment`. In place of
+`rows`, `rows_of` takes those of another file: the same networks on another data set.
 """
 
 from dataclasses import dataclass, field, replace
@@ -121,8 +122,12 @@ def read(path: Path) -> Experiment:
         InputError: it is no experiment; the message says what is wrong, and where.
     """
     values, source = read_yaml(path, what="experiment"), f"experiment {path}"
-    named = {**values, "name": path.stem} if isinstance(values, dict) else values
-    one: Experiment = checked(named, Experiment, source=source)
+    if isinstance(values, dict):
+        values["name"] = path.stem
+        if (other := values.pop("rows_of", None)) is not None:
+            theirs = read_yaml(path.with_name(f"{other}.yaml"), what=f"rows_of in {source}")
+            values["rows"] = theirs.get("rows") if isinstance(theirs, dict) else None
+    one: Experiment = checked(values, Experiment, source=source)
     keys = [row.key for row in one.rows]
     if not keys or len(set(keys)) < len(keys):
         raise InputError(f"{source} must have rows of different keys; got {', '.join(keys) or 'none'}")

@@ -58,7 +58,8 @@ def resolved(config: Config, dataset: Dataset) -> Config:
     if getattr(config.options, "primary_scale", 1) is None:
         chosen["primary_scale"] = 0.0 if _votes(config, dataset) > MOST_VOTES else OPEN["primary_scale"]
     if config.augment is None:
-        chosen["augment"] = "photo" if dataset.files and dataset.image_shape[0] == 3 else OPEN["augment"]
+        read = dataset.preprocessing is not None  # from files, or what a program held
+        chosen["augment"] = "photo" if read and dataset.image_shape[0] == 3 else OPEN["augment"]
     return config.changed(**chosen)
 
 
