@@ -183,8 +183,15 @@ def test_the_baseline_is_three_convolutions_and_three_linear_layers() -> None:
 
 def sizes_of(name: str) -> dict[str, Any]:
     """Options that make a network small."""
-    few = {"conv_channels": (8, 8, 8, 16), "conv_kernel_sizes": (3, 2, 1, 2), "class_dim": 4}
-    return {"capsnet": SMALL, "efficient-capsnet": few}.get(name, {"width": 0.02})
+    stem = {"conv_channels": (8, 8, 8, 16), "conv_kernel_sizes": (3, 2, 1, 2)}
+    few = {
+        "capsnet": SMALL,
+        "efficient-capsnet": {**stem, "class_dim": 4},
+        "efficient-cnn": stem,
+        "resnet": {"width": 0.2},
+        "capsule-head": {"grid": 3, "capsule_types": 2, "primary_dim": 3, "class_dim": 5, "decoder_sizes": (8,)},
+    }
+    return few.get(name, {"width": 0.02})
 
 
 every_model = pytest.mark.parametrize("name", available())

@@ -20,7 +20,7 @@ from capsnet.routing import RoutingResult
 if TYPE_CHECKING:
     from capsnet.layers import Decoder
 
-__all__ = ["CapsuleNetwork", "Network", "Output", "RoutingTrace", "evaluation_mode", "inference_batch"]
+__all__ = ["CapsuleNetwork", "Network", "Output", "RoutingTrace", "cells", "evaluation_mode", "inference_batch"]
 
 N = TypeVar("N", bound="Network")
 LARGE_IMAGE = 40 * 40
@@ -60,6 +60,12 @@ class RoutingTrace(NamedTuple):
     couplings: Tensor
     pose: Tensor
 
+    @classmethod
+    def of(cls, activation: Tensor, votes: Tensor, routed: list[RoutingResult]) -> "RoutingTrace":
+        """The trace whose iterations have these results."""
+        couplings, pose = (torch.stack([getattr(each, name) for each in routed]) for name in ("couplings", "pose"))
+        return cls(activation, votes, couplings, pose)
+
 
 class Network(nn.Module, ABC):
     """Images in, an `Output` out, and a record of how the network was built.
@@ -74,6 +80,7 @@ class Network(nn.Module, ABC):
         narrower: the options that make the network smaller, for errors.
         preprocessing: how image files become what it sees, a `data.preprocessing.Preprocessing`; None until trained.
         frozen: names of the parts that are not trained, see `freeze`.
+        given: modules that `create` was given, by option; `create(**config, **given)` has the same ones in it.
     """
 
     config: dict[str, Any]
@@ -85,10 +92,11 @@ class Network(nn.Module, ABC):
     narrower: str
     preprocessing: Any = None
     frozen: tuple[str, ...] = ()
+    given: dict[str, nn.Module]
 
     def __init__(self) -> None:
         super().__init__()
-        self.decoder = None
+        self.decoder, self.given = None, {}
 
     @abstractmethod
     def forward(self, images: Tensor, labels: Tensor | None = None) -> Output:
@@ -259,6 +267,18 @@ class CapsuleNetwork(Network):
         pose = self(images).pose
         features: Tensor = pose[torch.arange(len(labels), device=pose.device), labels]
         return features
+
+
+def cells(places: int, pixels: int) -> Float[Tensor, "places pixels"]:
+    """Share of each pixel row (or column) in each of `places` equal parts of the image; the shares of a part sum to 1.
+
+    The receptive fields of a deep network, whose theoretical ones are the whole image: as in class activation maps, a
+    place of the last feature map stands for its part of the image.
+    """
+    edges = torch.arange(places + 1) * (pixels / places)
+    pixel = torch.arange(pixels)
+    overlap = torch.minimum(edges[1:, None], pixel + 1.0) - torch.maximum(edges[:-1, None], pixel)
+    return overlap.clamp(min=0) * (places / pixels)
 
 
 def inference_batch(network: Network) -> int:
