@@ -15,11 +15,10 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from capsnet import functional as F
-from capsnet.errors import InputError
 from capsnet.kernels.select import resolve_routing_kernel
 from capsnet.layers import BatchNorm, ClassCapsules, Decoder
 from capsnet.models import efficient_capsnet
-from capsnet.models.network import CapsuleNetwork, RoutingTrace, cells, evaluation_mode
+from capsnet.models.network import CapsuleNetwork, RoutingTrace, cells, feature_map, pooled
 from capsnet.models.resnet import residual_stages
 from capsnet.options.schema import AT_LEAST_1, SIZES, Range
 from capsnet.routing import MOST_ITERATIONS, RoutingResult
@@ -72,8 +71,7 @@ class FeatureCapsules(nn.Module):
         types: number of capsules at each place.
         dim: length of a capsule's vector.
         map_size: rows and columns of the feature map.
-        grid: most rows and columns of capsules. A larger map is averaged over equal windows, the smallest ones that
-            make so few.
+        grid: most rows and columns of capsules, see `network.pooled`.
         exponential: squash by `functional.exponential_squash`, as self-attention routing does.
 
     Parameters:
@@ -86,9 +84,7 @@ class FeatureCapsules(nn.Module):
     ) -> None:
         super().__init__()
         self.types, self.dim, self.exponential = types, dim, exponential
-        rows, columns = (math.ceil(size / math.ceil(size / grid)) for size in map_size)
-        self.out_size = rows, columns
-        self.pool = nn.AdaptiveAvgPool2d((rows, columns)) if (rows, columns) != map_size else None
+        self.pool, self.out_size = pooled(map_size, grid)
         self.conv = nn.Conv2d(channels, types * dim, 1, bias=False)
         self.norm = BatchNorm(types * dim)
 
@@ -99,7 +95,7 @@ class FeatureCapsules(nn.Module):
 
     def forward(self, x: Float[Tensor, "batch channels rows columns"]) -> Float[Tensor, "batch in dim"]:
         """Poses of the capsules of a feature map, each of length in [0, 1), in float32."""
-        s = F.at_least_float32(self.norm(self.conv(x if self.pool is None else self.pool(x))))
+        s = F.at_least_float32(self.norm(self.conv(self.pool(x))))
         s = s.permute(0, 2, 3, 1).reshape(x.shape[0], self.capsules, self.dim)
         return F.exponential_squash(s) if self.exponential else F.squash(s)
 
@@ -199,7 +195,7 @@ def build(
             backbone = residual_stages(image_shape)
         else:
             backbone = efficient_capsnet.stem_of(image_shape, efficient_capsnet.StemOptions())[0]
-    channels, *map_size = _map_of(backbone, image_shape)
+    channels, *map_size = feature_map(backbone, image_shape)
     attention = options.routing == "attention"
     primary = FeatureCapsules(
         channels,
@@ -231,19 +227,3 @@ def build(
         drawn = None if options.share_decoder else num_classes
         decoder = Decoder(drawn, options.class_dim, image_shape, options.decoder_sizes)
     return CapsuleHead(backbone, primary, class_capsules, decoder, image_shape, standardize=options.standardize)
-
-
-def _map_of(backbone: nn.Module, image_shape: tuple[int, int, int]) -> tuple[int, int, int]:
-    """Channels, rows and columns of the feature map of one image."""
-    weight = next((each for each in backbone.parameters() if each.is_floating_point()), torch.empty(0, device="cpu"))
-    image = torch.zeros(1, *image_shape, device=weight.device, dtype=weight.dtype)
-    try:
-        with torch.device(weight.device), evaluation_mode(backbone), torch.no_grad():
-            found = backbone(image)
-    except Exception as error:
-        reason = (str(error) or type(error).__name__).strip().splitlines()[0]
-        raise InputError(f"backbone must take images of {' x '.join(map(str, image_shape))}; got: {reason}") from None
-    if not isinstance(found, Tensor) or found.ndim != 4 or len(found) != 1:
-        got = list(found.shape) if isinstance(found, Tensor) else type(found).__name__
-        raise InputError(f"backbone must make feature maps [batch, channels, rows, columns]; got {got}")
-    return found.shape[1], found.shape[2], found.shape[3]

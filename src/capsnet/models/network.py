@@ -1,5 +1,6 @@
 """The interface of every network: `Network`, `CapsuleNetwork`, and their `Output`."""
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -20,7 +21,17 @@ from capsnet.routing import RoutingResult
 if TYPE_CHECKING:
     from capsnet.layers import Decoder
 
-__all__ = ["CapsuleNetwork", "Network", "Output", "RoutingTrace", "cells", "evaluation_mode", "inference_batch"]
+__all__ = [
+    "CapsuleNetwork",
+    "Network",
+    "Output",
+    "RoutingTrace",
+    "cells",
+    "evaluation_mode",
+    "feature_map",
+    "inference_batch",
+    "pooled",
+]
 
 N = TypeVar("N", bound="Network")
 LARGE_IMAGE = 40 * 40
@@ -279,6 +290,36 @@ def cells(places: int, pixels: int) -> Float[Tensor, "places pixels"]:
     pixel = torch.arange(pixels)
     overlap = torch.minimum(edges[1:, None], pixel + 1.0) - torch.maximum(edges[:-1, None], pixel)
     return overlap.clamp(min=0) * (places / pixels)
+
+
+def pooled(size: tuple[int, int], grid: int) -> tuple[nn.Module, tuple[int, int]]:
+    """What averages feature maps of `size` to at most `grid` rows and columns, and their number.
+
+    The windows are the smallest ones that make so few, all alike where that is possible: 14 places become 7.
+    """
+    rows, columns = (math.ceil(each / math.ceil(each / grid)) for each in size)
+    smaller = (rows, columns) != size
+    return nn.AdaptiveAvgPool2d((rows, columns)) if smaller else nn.Identity(), (rows, columns)
+
+
+def feature_map(backbone: nn.Module, image_shape: tuple[int, int, int]) -> tuple[int, int, int]:
+    """Channels, rows and columns of the feature map that `backbone` makes of one image of zeros.
+
+    Raises:
+        InputError: it takes no such images, or makes no feature maps of them.
+    """
+    weight = next((each for each in backbone.parameters() if each.is_floating_point()), torch.empty(0, device="cpu"))
+    image = torch.zeros(1, *image_shape, device=weight.device, dtype=weight.dtype)
+    try:
+        with torch.device(weight.device), evaluation_mode(backbone), torch.no_grad():
+            found = backbone(image)
+    except Exception as error:
+        reason = (str(error) or type(error).__name__).strip().splitlines()[0]
+        raise InputError(f"backbone must take images of {' x '.join(map(str, image_shape))}; got: {reason}") from None
+    if not isinstance(found, Tensor) or found.ndim != 4 or len(found) != 1:
+        got = list(found.shape) if isinstance(found, Tensor) else type(found).__name__
+        raise InputError(f"backbone must make feature maps [batch, channels, rows, columns]; got {got}")
+    return found.shape[1], found.shape[2], found.shape[3]
 
 
 def inference_batch(network: Network) -> int:
