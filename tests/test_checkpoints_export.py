@@ -65,6 +65,12 @@ KINDS: dict[str, Network] = {
     ),
     "dynamic on another stem": network("efficient-capsnet", routing="dynamic", share_decoder=True),
     "baseline": network("baseline"),
+    "resnet": network("resnet", width=0.2),
+    "self-routing-capsnet": network("self-routing-capsnet", blocks=1, grid=3, capsule_types=2, primary_dim=3),
+    "capsule-head": network("capsule-head", grid=3, capsule_types=2, primary_dim=3, reconstruction=True),
+    "capsule-head, all options": network(
+        "capsule-head", backbone="efficient-capsnet", capsule_types=2, routing="attention", share_transform=True
+    ),
 }
 
 

@@ -14,6 +14,7 @@ from capsnet.cli import CAPSNET, main
 from capsnet.cli.parsing import Group
 from capsnet.config import Config
 from capsnet.data.augment import augment
+from capsnet.models import available
 from capsnet.training import batches
 from tiny import KEPT, REAL, files, metrics, options, photos, same_weights, tiny
 
@@ -80,7 +81,7 @@ def test_help(capsys: pytest.CaptureFixture[str]) -> None:
         ("--data EMPTY", "must hold a folder for each of at least 2 classes"),
         (
             "--model capsnt",
-            "capsnet, efficient-capsnet; got 'capsnt' (did you mean capsnet?)",
+            "; got 'capsnt' (did you mean capsnet?)",
         ),
         ("--preset paper2", "--preset must be one of paper, authors, fast; got 'paper2' (did you mean paper?)"),
         ("--channels 2", "--channels must be 1 or 3; got 2"),
@@ -283,7 +284,7 @@ def test_list(capsys: pytest.CaptureFixture[str], what: str) -> None:
     rows: list[dict[str, Any]] = json.loads(run(capsys, "list", what, "--json")[1])
     names = [row["name"] for row in rows]
     expected = {
-        "models": ["baseline", "baseline-multimnist", "capsnet", "efficient-capsnet"],
+        "models": sorted(available()),
         "data": [
             *("affnist", "affnist-generated", "cifar10", "expanded-mnist", "fashion-mnist", "kmnist", "mnist"),
             *("multimnist", "smallnorb", "strokes", "svhn"),

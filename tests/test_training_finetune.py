@@ -38,8 +38,10 @@ OPTIONS: dict[str, dict[str, Any]] = {
         "decoder_sizes": (16,),
     },
     "baseline": {"width": 0.03},
+    "capsule-head": {"grid": 3, "capsule_types": 2, "primary_dim": 3, "reconstruction": True, "decoder_sizes": (16,)},
 }
 BODY: dict[str, tuple[str, ...]] = {"capsnet": ("conv", "primary"), "efficient-capsnet": ("stem", "primary")}
+BODY["capsule-head"] = ("backbone", "primary")
 BODY["baseline"] = tuple(f"layers.{k}" for k in (0, 2, 4, 7, 9))
 MODELS = list(OPTIONS)
 

@@ -1,6 +1,8 @@
 """Layers: modules that hold parameters and call the functions, whose arithmetic they do not repeat."""
 
 import math
+from collections.abc import Callable
+from functools import partial
 from itertools import pairwise
 from typing import Any
 
@@ -15,7 +17,20 @@ from capsnet.kernels.select import SMALL_VOTES, is_small, resolve_routing_kernel
 from capsnet.kernels.squash import biased_squash
 from capsnet.routing import Normalization, RoutingResult, check_iterations, couplings_of, dynamic_routing
 
-__all__ = ["ClassCapsules", "Convolution", "Decoder", "PrimaryCapsules"]
+__all__ = ["BatchNorm", "ClassCapsules", "Convolution", "Decoder", "PrimaryCapsules", "each_capsule"]
+
+
+class BatchNorm(nn.BatchNorm2d):
+    """Batch normalisation, by the running statistics where a batch has but one value for each channel."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """`x [batch, channels, rows, columns]`, normalised."""
+        if self.training and x[:, 0].numel() == 1:
+            assert self.running_mean is not None
+            return nn.functional.batch_norm(
+                x, self.running_mean, self.running_var, self.weight, self.bias, eps=self.eps
+            )
+        return super().forward(x)
 
 
 class Convolution(nn.Module):
@@ -215,10 +230,12 @@ class ClassCapsules(nn.Module):
         normalization: how logits become couplings, see `routing.couplings_of`; with `max-min` the kernel is `plain`.
         share: one transformation of each class for all capsules below (Gu and Tresp 2020, arXiv 1911.07968). With one
             iteration, the class capsules then see nothing but the sum of all poses, and no vote is formed.
+        types: with `share`, number of types of the capsules below, those of one place side by side; each type has its
+            own transformation, which all places share.
 
     Parameters:
-        weight `W [in_capsules, in_dim, out_capsules, out_dim]`, or `[1, ...]` if they `share` it, normal with standard
-        deviation 0.1 (the paper gives none; the first author's code has 0.1, truncated); bias, if asked for,
+        weight `W [in_capsules, in_dim, out_capsules, out_dim]`, or `[types, ...]` if they `share` it, normal with
+        standard deviation 0.1 (the paper gives none; the first author's code has 0.1, truncated); bias, if asked for,
         `[out_capsules, out_dim]`, 0.1.
 
     Raises:
@@ -241,6 +258,7 @@ class ClassCapsules(nn.Module):
         epsilon: float = 0.0,
         normalization: Normalization = "softmax",
         share: bool = False,
+        types: int = 1,
     ) -> None:
         super().__init__()
         check_iterations(iterations)
@@ -252,7 +270,7 @@ class ClassCapsules(nn.Module):
         self.in_capsules, self.normalization = in_capsules, normalization
         self.iterations, self.leaky, self.detach_routing, self.epsilon = iterations, leaky, detach_routing, epsilon
         self.routing_kernel = "plain" if plain else routing_kernel
-        weight = torch.empty(1 if share else in_capsules, in_dim, out_capsules, out_dim)
+        weight = torch.empty(types if share else in_capsules, in_dim, out_capsules, out_dim)
         if not weight.is_meta:  # where `normal_` changes nothing, and imports the compiler in two seconds
             weight.normal_(std=0.1)
         self.weight = nn.Parameter(weight)
@@ -278,18 +296,21 @@ class ClassCapsules(nn.Module):
 
     def transforms(self) -> Float[Tensor, "in in_dim out dim"]:
         """`W_ij` of each capsule below, also where they share it."""
-        shared = len(self.weight) < self.in_capsules
-        return self.weight.expand(self.in_capsules, -1, -1, -1) if shared else self.weight
+        return each_capsule(self.weight, self.in_capsules)
 
     def route_votes(self, votes: Float[Tensor, "*batch in out dim"], **options: Any) -> RoutingResult:
         """Route votes plainly; `options` of `dynamic_routing` are those of the layer unless they are given."""
         given = {"iterations": self.iterations, "bias": self.bias, "leaky": self.leaky} | options
         return dynamic_routing(votes, epsilon=self.epsilon, normalization=self.normalization, **given)
 
+    def steps(self, votes: Float[Tensor, "*batch in out dim"]) -> list[Callable[[], RoutingResult]]:
+        """What computes the routing after each iteration: iteration t of a longer routing is one of t iterations."""
+        return [partial(self.route_votes, votes, iterations=t) for t in range(1, self.iterations + 1)]
+
     @property
     def sums_poses(self) -> bool:
         """Whether the class capsules see nothing but the sum of the poses below."""
-        return len(self.weight) < self.in_capsules and self.iterations == 1
+        return len(self.weight) == 1 < self.in_capsules and self.iterations == 1
 
     def _of_sum(self, u: Tensor, bias: Tensor | None) -> RoutingResult:
         """`s_j = W_j (sum_i u_i) / J`: what uniform couplings make of shared transformations."""
@@ -305,6 +326,13 @@ class ClassCapsules(nn.Module):
         _, in_dim, outs, out_dim = self.weight.shape
         sizes = f"{self.in_capsules} x {in_dim}-D -> {outs} x {out_dim}-D"
         return f"{sizes}, iterations={self.iterations}, routing_kernel={self.routing_kernel}"
+
+
+def each_capsule(weight: Float[Tensor, "types in_dim out dim"], capsules: int) -> Float[Tensor, "in in_dim out dim"]:
+    """The transformation of each capsule; capsules of one type share it, and the types of a place lie side by side."""
+    if len(weight) == capsules:
+        return weight
+    return weight.expand(capsules // len(weight), *weight.shape).flatten(0, 1)
 
 
 class Decoder(nn.Module):

@@ -10,6 +10,7 @@ import os
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
+from copy import deepcopy
 from typing import Any
 
 import torch
@@ -287,7 +288,8 @@ def _counted(
     changed = {name: value for name, value in options.items() if name in network.config}
     try:
         with pool.set_aside(), _Watch() as watch, torch.device("meta"):
-            copy = create(**{**network.config, **changed})
+            given = {name: deepcopy(module).to("meta") for name, module in network.given.items()}
+            copy = create(**{**network.config, **changed, **given})
             copy.freeze(*network.frozen)
             objective = Objective(copy, config)
             with _Autocast() if precision == "bf16" else nullcontext():

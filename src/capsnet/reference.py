@@ -14,6 +14,7 @@ __all__ = [
     "exponential_squash",
     "margin_loss",
     "reconstruction_loss",
+    "self_routing",
     "squash",
     "votes",
 ]
@@ -111,6 +112,31 @@ def attention_routing(u_hat: Array, prior: Array) -> tuple[Array, Array]:
     for j in range(outs):
         v[j] = exponential_squash(np.asarray(sum(c[i, j] * u_hat[i, j] for i in range(ins))))
     return v, c
+
+
+def self_routing(u_hat: Array, activation: Array, logits: Array) -> tuple[Array, Array, Array]:
+    """Self-routing of Hahn, Pyeon, Kim 2019 for one example, where some activation is above 0.
+
+    Args:
+        u_hat: votes `[in, out, dim]`.
+        activation: of the children `[in]`.
+        logits: of the children's gates `[in, out]`.
+
+    Returns:
+        `v [out, dim]`, the activations of the parents `[out]`, and the couplings `c [in, out]`.
+    """
+    ins, outs, dim = u_hat.shape
+    c = np.zeros((ins, outs))
+    for i in range(ins):
+        exponentials = [np.exp(logits[i, j]) for j in range(outs)]
+        for j in range(outs):
+            c[i, j] = exponentials[j] / sum(exponentials)
+    a, v = np.zeros(outs), np.zeros((outs, dim))
+    for j in range(outs):
+        sent = sum(activation[i] * c[i, j] for i in range(ins))
+        a[j] = sent / sum(activation)
+        v[j] = sum(activation[i] * c[i, j] * u_hat[i, j] for i in range(ins)) / sent
+    return v, a, c
 
 
 def margin_loss(

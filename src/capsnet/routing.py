@@ -24,6 +24,7 @@ __all__ = [
     "check_iterations",
     "couplings_of",
     "dynamic_routing",
+    "self_routing",
     "uniform_routing",
 ]
 
@@ -161,6 +162,54 @@ def uniform_routing(
         return RoutingResult(v, F.lengths(v), c)
 
 
+def self_routing(
+    votes: Float[Tensor, "*batch in out dim"] | None,
+    activation: Float[Tensor, "*batch in"],
+    logits: Float[Tensor, "*batch in out"],
+) -> RoutingResult:
+    """Self-routing (Hahn, Pyeon, Kim, "Self-Routing Capsule Networks", NeurIPS 2019): no agreement, no iteration.
+
+    Each input capsule has a gate, whose logits follow from its own pose: `c_ij = softmax_j logits_ij`. Then
+    `a_j = sum_i a_i c_ij / sum_i a_i` and `v_j = sum_i a_i c_ij u_hat_ij / sum_i a_i c_ij`, a mean of the votes. The
+    authors' code divides by sums that may be 0; here activations that are all 0 give zeros. Computed in float32
+    whatever the precision around it.
+
+    Args:
+        votes: `u_hat_{j|i} = W_ij u_i`; None for output capsules without a pose, whose vectors then have one component,
+            the activation.
+        activation: of the input capsules, at least 0.
+        logits: of their gates, `(G_i u_i + g_i)_j`.
+
+    Returns:
+        Pose, activation (which sums to 1 over the output capsules) and couplings, whose rows sum to 1.
+
+    Raises:
+        InputError: logits or an activation of other shapes than the votes'.
+
+    Example:
+        >>> self_routing(torch.randn(2, 32, 10, 16), torch.rand(2, 32), torch.randn(2, 32, 10)).pose.shape
+        torch.Size([2, 10, 16])
+    """
+    if logits.ndim < 2 or activation.shape != logits.shape[:-1]:
+        raise InputError(
+            f"activation must have the shape of the logits [..., in, out] without out, {tuple(logits.shape[:-1])}; "
+            f"got {tuple(activation.shape)}"
+        )
+    if votes is not None and votes.shape[:-1] != logits.shape:
+        raise InputError(
+            f"votes must be [..., in, out, dim] with logits of {tuple(logits.shape)}; got {tuple(votes.shape)}"
+        )
+    with F.full_precision(logits.device):
+        c = F.at_least_float32(logits).softmax(-1)
+        a_in = F.at_least_float32(activation)
+        a = torch.einsum("...i,...ij->...j", a_in, c) / _divisor(a_in.sum(-1, keepdim=True))
+        if votes is None:
+            return RoutingResult(a[..., None], a, c)
+        sent = a_in[..., None] * c
+        shares = sent / _divisor(sent.sum(-2, keepdim=True))
+        return RoutingResult(_weighted_sum(shares, F.at_least_float32(votes)), a, c)
+
+
 def couplings_of(
     logits: Float[Tensor, "..."], *, leaky: bool = False, dim: int = -1, normalization: Normalization = "softmax"
 ) -> Float[Tensor, "..."]:
@@ -203,6 +252,11 @@ def check_iterations(iterations: int) -> None:
 def _check_votes(votes: Tensor) -> None:
     if votes.ndim < 3:
         raise InputError(f"votes must be [..., in, out, dim] with at least 3 axes; got shape {tuple(votes.shape)}")
+
+
+def _divisor(total: Tensor) -> Tensor:
+    """A total of parts to divide them by; 1 in place of next to nothing, of which gradients would overflow."""
+    return torch.where(total > 2.0**-60, total, 1.0)
 
 
 def _weighted_sum(c: Tensor, u_hat: Tensor) -> Tensor:

@@ -106,7 +106,7 @@ def export(
     if format == "safetensors":
         with tempfile.TemporaryDirectory() as folder:
             pretrained.save_pretrained(network, folder)
-            checked(partial(_outputs, pretrained.load(folder)))
+            checked(partial(_outputs, pretrained.load(folder, **copy.deepcopy(network.given))))
         pretrained.save_pretrained(network, path, card)
     else:
         with exported.quiet():

@@ -5,16 +5,18 @@
 Nothing is unpickled and no code is run: weights are safetensors.
 """
 
+import copy
 import json
 import tempfile
 from collections.abc import Mapping
 from collections.abc import Set as AbstractSet
 from dataclasses import asdict
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, Literal, get_type_hints
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from capsnet import memory, models
 from capsnet.checkpoints import model_card
@@ -99,7 +101,7 @@ def check_described(network: Network, *, name: str) -> None:
 def _check_same(network: Network, weights: Mapping[str, Tensor], folder: Path) -> None:
     """Raise InputError unless what `load` reads in `folder` is `network`, of these weights."""
     try:
-        back = load(folder)
+        back = load(folder, **copy.deepcopy(network.given))
     except InputError as error:
         reason = str(error).replace(str(folder), "the saved one")
         raise InputError(f"network must be one that can be loaded again; it cannot: {reason}") from None
@@ -144,19 +146,21 @@ def load_card(path: str | Path) -> Card:
     return Card.read(folder_of(path) / model_card.FILE)
 
 
-def load(path: str | Path) -> Network:
+def load(path: str | Path, **modules: nn.Module) -> Network:
     """Load a trained network: from a run directory, a folder written by `save_pretrained`, or by its name.
 
     Args:
         path: a folder with `config.json` and `model.safetensors`, or the name of weights that ship with the package
             (`capsnet-mnist`; a model card lies beside them).
+        modules: of a network that was made with a module of one's own, such a module again, by option:
+            `load("head", backbone=Net())`. It becomes part of the network, with the weights of the file.
 
     Returns:
         The network on the CPU, in evaluation mode, with its `preprocessing`.
 
     Raises:
         InputError: a file is missing or damaged, or the weights do not fit: the first wrong key and both shapes are
-            named.
+            named; or a module that the network was not made with, or was and is missing.
     """
     from safetensors import SafetensorError
     from safetensors.torch import load as tensors_in
@@ -164,7 +168,7 @@ def load(path: str | Path) -> Network:
     folder = folder_of(path)
     for name in ("config.json", "model.safetensors"):
         _check_there(folder, name, path)
-    network, file = _described(folder / "config.json"), folder / "model.safetensors"
+    network, file = _described(folder / "config.json", modules), folder / "model.safetensors"
     content = read_bytes(file, most=16 * network.parameter_count() + 2**26)  # room for other weights, to name them
     try:
         weights = tensors_in(content)  # of bytes: load_file refuses a path that is not UTF-8
@@ -185,21 +189,24 @@ def _check_there(folder: Path, name: str, path: str | Path) -> None:
         raise InputError(f"model folder {folder} must hold {name}; there is none{hint}")
 
 
-def _described(path: Path) -> Network:
-    """The network that a `config.json` describes, without memory for its weights."""
+def _described(path: Path, modules: Mapping[str, nn.Module] = MappingProxyType({})) -> Network:
+    """The network that a `config.json` describes, without memory for its weights but for those of `modules`."""
     source = f"file {path}"
     options = renamed(checked(read_json(path), dict[str, Any], source=source))
     if "objects" in options:  # as it was called in earlier files
         options["objects_per_image"] = options.pop("objects")
     reading = checked(options.pop("preprocessing", None), Preprocessing | None, name="preprocessing", source=source)
     name = checked(options.get("name"), Literal[tuple(models.available())], name="name", source=source)
+    _check_modules(name, options, modules, source=source)
     kinds = get_type_hints(models.create) | get_type_hints(models.options_of(name))
     for key, value in options.items():
         if key not in kinds:
             raise InputError(f"{source} must hold options of model {name}; got {shown(key)}")
+        if key in modules:
+            continue
         options[key] = checked(value, kinds[key], name=key, source=source)
     try:
-        network, remedy = outline(**options), "it must be loaded where there is more"
+        network, remedy = outline(**{**options, **modules}), "it must be loaded where there is more"
         count = network.parameter_count()
         memory.check(8 * count, memory.CPU, task=f"model {name}, of {count:,} parameters,", remedy=remedy)
         if reading is not None and reading.image_shape != network.image_shape:
@@ -208,6 +215,21 @@ def _described(path: Path) -> Network:
         return network
     except InputError as error:
         raise InputError(f"{source}: {error}") from None
+
+
+def _check_modules(name: str, options: Mapping[str, Any], modules: Mapping[str, nn.Module], *, source: str) -> None:
+    """Raise InputError unless `modules` are given for just those options that hold the name of a class."""
+    for option in models.module_options(name):
+        kind = options.get(option)
+        if isinstance(kind, str) and "." in kind and option not in modules:
+            raise InputError(
+                f"{source}: {option} must be given in Python, as in capsnet.load(path, {option}=module); the network "
+                f"was made with a module of class {brief(kind)}"
+            )
+    for option in modules:
+        kind = options.get(option)
+        if option not in models.module_options(name) or not (isinstance(kind, str) and "." in kind):
+            raise InputError(f"{source}: {option} must be left out; the network was made without a module for it")
 
 
 def options_of(model: Network | str | Path) -> dict[str, Any]:
@@ -240,16 +262,17 @@ def outline(name: str, **options: Any) -> Network:
         raise InputError(f"sizes of model {name} must be ones that PyTorch can count; they are too large") from None
 
 
-def from_pretrained(name: str | Path, *, revision: str | None = None) -> Network:
+def from_pretrained(name: str | Path, *, revision: str | None = None, **modules: nn.Module) -> Network:
     """Load a network from a folder, or from the Hugging Face Hub by its repository's name (`owner/name`).
 
-    Only `config.json`, `card.json` and `model.safetensors` are fetched; nothing is unpickled and no code is run.
+    Only `config.json`, `card.json` and `model.safetensors` are fetched; nothing is unpickled and no code is run. For
+    `modules` see `load`.
 
     Raises:
         InputError: neither a folder nor a repository that can be reached, or see `load`.
     """
     if Path(name).is_dir():
-        return load(name)
+        return load(name, **modules)
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
@@ -260,7 +283,7 @@ def from_pretrained(name: str | Path, *, revision: str | None = None) -> Network
         raise InputError(
             f"model must be a folder or a repository of the Hugging Face Hub; got {str(name)!r}: {reason}"
         ) from None
-    return load(folder)
+    return load(folder, **modules)
 
 
 def fitted(

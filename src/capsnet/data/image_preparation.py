@@ -6,7 +6,7 @@ with exported networks (`checkpoints.serving`), so that the same code prepares i
 
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, Self
+from typing import Any, Literal, NamedTuple, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,6 +17,7 @@ from capsnet.errors import InputError
 
 __all__ = ["MNIST_FRAME", "RESIZED", "Framing", "ImagePreparation", "Invert", "PreparedPixels", "central"]
 
+P = TypeVar("P", bound="ImagePreparation")
 Framing = Literal["off", "digits"]
 Invert = Literal["auto", "yes", "no"]
 MNIST_FRAME = Frame(ground=0.0, box=20 / 28)
@@ -92,7 +93,7 @@ class ImagePreparation:
         """Channels, height and width of what the network sees."""
         return self.channels, self.crop or self.height, self.crop or self.width
 
-    def with_framing(self, framing: Framing | None) -> Self:
+    def with_framing(self: P, framing: Framing | None) -> P:
         """The same with another framing; digits then lie as in MNIST. None changes nothing."""
         if framing in (None, self.framing):
             return self

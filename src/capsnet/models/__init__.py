@@ -1,7 +1,7 @@
 """Networks of the papers: one file each, named as the network is, and the registry that finds them."""
 
 from capsnet.models.network import CapsuleNetwork, Network, Output, RoutingTrace, evaluation_mode, inference_batch
-from capsnet.models.registry import available, create, options_of, summary
+from capsnet.models.registry import available, class_name, create, module_options, options_of, summary
 
 __all__ = [
     "CapsuleNetwork",
@@ -9,9 +9,11 @@ __all__ = [
     "Output",
     "RoutingTrace",
     "available",
+    "class_name",
     "create",
     "evaluation_mode",
     "inference_batch",
+    "module_options",
     "options_of",
     "summary",
 ]

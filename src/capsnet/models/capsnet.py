@@ -164,15 +164,13 @@ class CapsNet(CapsuleNetwork):
     def trace_routing(self, images: Float[Tensor, "batch channels height width"]) -> RoutingTrace:
         """Votes of the primary capsules, and dynamic routing after 1, 2, ... iterations.
 
-        Iteration t of a longer routing is a routing of t iterations. About 1 MB of votes per image at the paper's size.
+        About 1 MB of votes per image at the paper's size.
         """
         self.check_images(images)
         layer = self.class_capsules
         u = self.primary_poses(images).float()
         u_hat = F.votes(u, layer.transforms())
-        routed = [layer.route_votes(u_hat, iterations=t) for t in range(1, layer.iterations + 1)]
-        couplings, pose = (torch.stack([getattr(each, name) for each in routed]) for name in ("couplings", "pose"))
-        return RoutingTrace(F.lengths(u), u_hat, couplings, pose)
+        return RoutingTrace.of(F.lengths(u), u_hat, [step() for step in layer.steps(u_hat)])
 
     def receptive_fields(self) -> tuple[Float[Tensor, "rows height"], Float[Tensor, "columns width"]]:
         """The share of a pixel is the number of paths from it through both convolutions to the capsule.

@@ -16,12 +16,21 @@ from torch import Tensor, nn
 
 from capsnet import functional as F
 from capsnet.errors import InputError
-from capsnet.layers import Convolution, Decoder
+from capsnet.layers import BatchNorm, Convolution, Decoder, each_capsule
 from capsnet.models.network import CapsuleNetwork, RoutingTrace
 from capsnet.options.schema import AT_LEAST_1, FRACTION, SIZES
 from capsnet.routing import RoutingResult, attention_routing, dynamic_routing, uniform_routing
 
-__all__ = ["PRESETS", "BatchNorm", "ClassCapsules", "EfficientCapsNet", "Options", "PrimaryCapsules", "build"]
+__all__ = [
+    "PRESETS",
+    "ClassCapsules",
+    "EfficientCapsNet",
+    "Options",
+    "PrimaryCapsules",
+    "StemOptions",
+    "build",
+    "stem_of",
+]
 
 PRESETS = {"fast": {"lr": 0.005}}
 SIDE = 28
@@ -29,8 +38,8 @@ SIDE = 28
 
 
 @dataclass(frozen=True)
-class Options:
-    """Options of Efficient-CapsNet."""
+class StemOptions:
+    """Options of the convolutions."""
 
     conv_channels: Annotated[tuple[int, ...], SIZES] = (32, 64, 64, 128)
     """Number of channels of each convolution."""
@@ -40,11 +49,19 @@ class Options:
     """Stride of each convolution, in pixels. Default: 2 in the last; and in the first 1, but 2, 3, ... for images of
     two, three, ... times 28 pixels."""
     padding: Literal["valid", "same"] = "valid"
-    """Padding of all convolutions but the last, the depthwise one of the primary capsules."""
+    """Padding of the convolutions; the depthwise one of the primary capsules has none."""
     normalization: Literal["batch", "instance"] = "batch"
     """Normalisation after each convolution. The paper has instance for smallNORB."""
     negative_slope: Annotated[float, FRACTION] = 0.0
     """Slope of the activation below 0. The paper has a leaky one for smallNORB."""
+    standardize: bool = False
+    """Give each input image mean 0 and standard deviation 1."""
+
+
+@dataclass(frozen=True)
+class Options(StemOptions):
+    """Options of Efficient-CapsNet."""
+
     primary_dim: Annotated[int, AT_LEAST_1] = 8
     """Dimension of a primary capsule."""
     primary_kernel_size: Annotated[int | None, AT_LEAST_1] = None
@@ -62,21 +79,6 @@ class Options:
     """Widths of the decoder's hidden layers."""
     share_decoder: bool = False
     """Let the decoder see the vector of one class capsule only, so that all classes share it (DeepCaps)."""
-    standardize: bool = False
-    """Give each input image mean 0 and standard deviation 1."""
-
-
-class BatchNorm(nn.BatchNorm2d):
-    """Batch normalisation, by the running statistics where a batch has but one value for each channel."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        """`x [batch, channels, rows, columns]`, normalised."""
-        if self.training and x[:, 0].numel() == 1:
-            assert self.running_mean is not None
-            return nn.functional.batch_norm(
-                x, self.running_mean, self.running_var, self.weight, self.bias, eps=self.eps
-            )
-        return super().forward(x)
 
 
 class PrimaryCapsules(nn.Module):
@@ -147,18 +149,27 @@ class ClassCapsules(nn.Module):
         out_capsules: number of classes.
         out_dim: length of the class capsules' vectors.
         routing: `attention`, `dynamic` or `uniform`, see `Options`.
+        types: number of transformations, which the capsules below share as in `layers.ClassCapsules`; None for one
+            for each.
 
     Parameters:
-        weight `W [in_capsules, in_dim, out_capsules, out_dim]`, truncated normal as Keras's `he_normal`; prior
+        weight `W [types or in_capsules, in_dim, out_capsules, out_dim]`, truncated normal as Keras's `he_normal`; prior
         `[in_capsules, out_capsules]`, 0, of attention only.
     """
 
     def __init__(
-        self, in_capsules: int, in_dim: int, out_capsules: int, out_dim: int, *, routing: str = "attention"
+        self,
+        in_capsules: int,
+        in_dim: int,
+        out_capsules: int,
+        out_dim: int,
+        *,
+        routing: str = "attention",
+        types: int | None = None,
     ) -> None:
         super().__init__()
-        self.routing = routing
-        self.weight = nn.Parameter(torch.empty(in_capsules, in_dim, out_capsules, out_dim))
+        self.routing, self.in_capsules = routing, in_capsules
+        self.weight = nn.Parameter(torch.empty(types or in_capsules, in_dim, out_capsules, out_dim))
         _he_normal(self.weight, fan_in=in_capsules * in_dim * out_capsules)  # Keras takes all axes but the last
         self.prior = nn.Parameter(torch.zeros(in_capsules, out_capsules)) if routing == "attention" else None
 
@@ -166,7 +177,11 @@ class ClassCapsules(nn.Module):
         """Route the poses `u`; in float32 or better whatever the precision around it."""
         with F.full_precision(u.device):
             u = F.at_least_float32(u)
-            return self.steps(F.votes(u, self.weight.to(u.dtype)))[-1]()
+            return self.steps(F.votes(u, self.transforms().to(u.dtype)))[-1]()
+
+    def transforms(self) -> Float[Tensor, "in in_dim out dim"]:
+        """`W_ij` of each capsule below, also where they share it."""
+        return each_capsule(self.weight, self.in_capsules)
 
     def steps(self, votes: Float[Tensor, "batch in out dim"]) -> list[Callable[[], RoutingResult]]:
         """What computes the routing after each of its steps, of which the first is uniform."""
@@ -220,10 +235,8 @@ class EfficientCapsNet(CapsuleNetwork):
         """Votes of the primary capsules; then the routing after each step, of which the first is uniform."""
         self.check_images(images)
         u = self.primary_poses(images).float()
-        u_hat = F.votes(u, self.class_capsules.weight)
-        routed = [step() for step in self.class_capsules.steps(u_hat)]
-        couplings, pose = (torch.stack([getattr(each, name) for each in routed]) for name in ("couplings", "pose"))
-        return RoutingTrace(F.lengths(u), u_hat, couplings, pose)
+        u_hat = F.votes(u, self.class_capsules.transforms())
+        return RoutingTrace.of(F.lengths(u), u_hat, [step() for step in self.class_capsules.steps(u_hat)])
 
     def receptive_fields(self) -> tuple[Float[Tensor, "rows height"], Float[Tensor, "columns width"]]:
         """The share of a pixel is the number of paths from it through all convolutions to the capsule."""
@@ -236,12 +249,11 @@ class EfficientCapsNet(CapsuleNetwork):
         return fields[0], fields[1]
 
 
-def build(image_shape: tuple[int, int, int], num_classes: int, options: Options) -> EfficientCapsNet:
-    """Efficient-CapsNet with new weights: 161,824 parameters for MNIST, 1,573,168 with the decoder.
+def stem_of(image_shape: tuple[int, int, int], options: StemOptions) -> tuple[nn.Sequential, int, tuple[int, int]]:
+    """The convolutions, each with activation and normalisation; the channels and the size of what they make.
 
     Args:
         image_shape: channels, height and width.
-        num_classes: number of class capsules.
         options: sizes.
 
     Raises:
@@ -275,6 +287,21 @@ def build(image_shape: tuple[int, int, int], num_classes: int, options: Options)
             norm = nn.InstanceNorm2d(width, eps=1e-3, affine=True)
         stem.extend([layer, nn.LeakyReLU(options.negative_slope) if options.negative_slope else nn.ReLU(), norm])
         channels, size = width, layer.out_size
+    return stem, channels, size
+
+
+def build(image_shape: tuple[int, int, int], num_classes: int, options: Options) -> EfficientCapsNet:
+    """Efficient-CapsNet with new weights: 161,824 parameters for MNIST, 1,573,168 with the decoder.
+
+    Args:
+        image_shape: channels, height and width.
+        num_classes: number of class capsules.
+        options: sizes.
+
+    Raises:
+        InputError: an image too small for the kernels, or options that exclude each other.
+    """
+    stem, channels, size = stem_of(image_shape, options)
     side = options.primary_kernel_size
     primary = PrimaryCapsules(
         channels,

@@ -1,5 +1,6 @@
 """The interface of every network: `Network`, `CapsuleNetwork`, and their `Output`."""
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -20,7 +21,17 @@ from capsnet.routing import RoutingResult
 if TYPE_CHECKING:
     from capsnet.layers import Decoder
 
-__all__ = ["CapsuleNetwork", "Network", "Output", "RoutingTrace", "evaluation_mode", "inference_batch"]
+__all__ = [
+    "CapsuleNetwork",
+    "Network",
+    "Output",
+    "RoutingTrace",
+    "cells",
+    "evaluation_mode",
+    "feature_map",
+    "inference_batch",
+    "pooled",
+]
 
 N = TypeVar("N", bound="Network")
 LARGE_IMAGE = 40 * 40
@@ -60,6 +71,12 @@ class RoutingTrace(NamedTuple):
     couplings: Tensor
     pose: Tensor
 
+    @classmethod
+    def of(cls, activation: Tensor, votes: Tensor, routed: list[RoutingResult]) -> "RoutingTrace":
+        """The trace whose iterations have these results."""
+        couplings, pose = (torch.stack([getattr(each, name) for each in routed]) for name in ("couplings", "pose"))
+        return cls(activation, votes, couplings, pose)
+
 
 class Network(nn.Module, ABC):
     """Images in, an `Output` out, and a record of how the network was built.
@@ -74,6 +91,7 @@ class Network(nn.Module, ABC):
         narrower: the options that make the network smaller, for errors.
         preprocessing: how image files become what it sees, a `data.preprocessing.Preprocessing`; None until trained.
         frozen: names of the parts that are not trained, see `freeze`.
+        given: modules that `create` was given, by option; `create(**config, **given)` has the same ones in it.
     """
 
     config: dict[str, Any]
@@ -85,10 +103,11 @@ class Network(nn.Module, ABC):
     narrower: str
     preprocessing: Any = None
     frozen: tuple[str, ...] = ()
+    given: dict[str, nn.Module]
 
     def __init__(self) -> None:
         super().__init__()
-        self.decoder = None
+        self.decoder, self.given = None, {}
 
     @abstractmethod
     def forward(self, images: Tensor, labels: Tensor | None = None) -> Output:
@@ -259,6 +278,48 @@ class CapsuleNetwork(Network):
         pose = self(images).pose
         features: Tensor = pose[torch.arange(len(labels), device=pose.device), labels]
         return features
+
+
+def cells(places: int, pixels: int) -> Float[Tensor, "places pixels"]:
+    """Share of each pixel row (or column) in each of `places` equal parts of the image; the shares of a part sum to 1.
+
+    The receptive fields of a deep network, whose theoretical ones are the whole image: as in class activation maps, a
+    place of the last feature map stands for its part of the image.
+    """
+    edges = torch.arange(places + 1) * (pixels / places)
+    pixel = torch.arange(pixels)
+    overlap = torch.minimum(edges[1:, None], pixel + 1.0) - torch.maximum(edges[:-1, None], pixel)
+    return overlap.clamp(min=0) * (places / pixels)
+
+
+def pooled(size: tuple[int, int], grid: int) -> tuple[nn.Module, tuple[int, int]]:
+    """What averages feature maps of `size` to at most `grid` rows and columns, and their number.
+
+    The windows are the smallest ones that make so few, all alike where that is possible: 14 places become 7.
+    """
+    rows, columns = (math.ceil(each / math.ceil(each / grid)) for each in size)
+    smaller = (rows, columns) != size
+    return nn.AdaptiveAvgPool2d((rows, columns)) if smaller else nn.Identity(), (rows, columns)
+
+
+def feature_map(backbone: nn.Module, image_shape: tuple[int, int, int]) -> tuple[int, int, int]:
+    """Channels, rows and columns of the feature map that `backbone` makes of one image of zeros.
+
+    Raises:
+        InputError: it takes no such images, or makes no feature maps of them.
+    """
+    weight = next((each for each in backbone.parameters() if each.is_floating_point()), torch.empty(0, device="cpu"))
+    image = torch.zeros(1, *image_shape, device=weight.device, dtype=weight.dtype)
+    try:
+        with torch.device(weight.device), evaluation_mode(backbone), torch.no_grad():
+            found = backbone(image)
+    except Exception as error:
+        reason = (str(error) or type(error).__name__).strip().splitlines()[0]
+        raise InputError(f"backbone must take images of {' x '.join(map(str, image_shape))}; got: {reason}") from None
+    if not isinstance(found, Tensor) or found.ndim != 4 or len(found) != 1:
+        got = list(found.shape) if isinstance(found, Tensor) else type(found).__name__
+        raise InputError(f"backbone must make feature maps [batch, channels, rows, columns]; got {got}")
+    return found.shape[1], found.shape[2], found.shape[3]
 
 
 def inference_batch(network: Network, *, at_most: int | None = None) -> int:

@@ -2,19 +2,23 @@
 
 Such a file holds `Options`, a frozen dataclass whose fields say their default, range and help, and
 `build(image_shape, num_classes, options)`; and `PRESETS`, the options of presets that it has other than all networks.
+An option for which a `torch.nn.Module` may be given, in Python only, is also an argument of `build`, None by default.
 """
 
 import fnmatch
 import pkgutil
 from dataclasses import fields
 from importlib import import_module
+from inspect import signature
 from typing import Any
+
+from torch import nn
 
 from capsnet.errors import InputError
 from capsnet.models.network import Network
 from capsnet.options.schema import check_known, did_you_mean, joined, out_of_range
 
-__all__ = ["available", "create", "options_of", "presets", "summary"]
+__all__ = ["available", "class_name", "create", "module_options", "options_of", "presets", "summary"]
 
 
 def available(pattern: str = "*") -> list[str]:
@@ -74,7 +78,8 @@ def create(
         num_classes: number of classes.
         classes: their names; "0", "1", ... if not given.
         objects_per_image: number of objects, of different classes, that an image shows.
-        options: of the network, see the `Options` in its file.
+        options: of the network, see the `Options` in its file. A module that is given for one is used as it is, and
+            the `config` has the name of its class.
 
     Returns:
         A network in training mode, on the current default device.
@@ -94,6 +99,8 @@ def create(
             f"options of model {name} must be among {', '.join(known)}; got {', '.join(unknown)}"
             f"{did_you_mean(unknown[0], known)}"
         )
+    modules = {option: options[option] for option in module_options(name) if isinstance(options.get(option), nn.Module)}
+    options = {option: value for option, value in options.items() if option not in modules}
     if faults := out_of_range(options, kind):
         raise InputError(joined(faults))
     chosen = kind(**{name: tuple(value) if isinstance(value, list) else value for name, value in options.items()})
@@ -104,7 +111,8 @@ def create(
     if len(image_shape) != 3 or min(image_shape) < 1:
         raise InputError(f"image_shape must be channels, height and width, each at least 1; got {image_shape}")
     shape = (image_shape[0], image_shape[1], image_shape[2])
-    network: Network = _file(name).build(shape, num_classes, chosen)
+    network: Network = _file(name).build(shape, num_classes, chosen, **modules)
+    network.given = modules
     network.classes = classes if classes is not None else tuple(str(k) for k in range(num_classes))
     network.objects_per_image = objects_per_image
     network.config = {
@@ -114,5 +122,21 @@ def create(
         "classes": network.classes,
         "objects_per_image": objects_per_image,
         **vars(chosen),
+        **{option: class_name(module) for option, module in modules.items()},
     }
     return network
+
+
+def module_options(name: str) -> list[str]:
+    """The options of the network `name` for which a module may be given.
+
+    Raises:
+        InputError: an unknown name.
+    """
+    taken = signature(_file(name).build).parameters
+    return [each.name for each in fields(options_of(name)) if each.name in taken]
+
+
+def class_name(module: nn.Module) -> str:
+    """The full name of a module's class, which has a dot; no value of an option has one."""
+    return f"{type(module).__module__}.{type(module).__qualname__}"
