@@ -66,6 +66,14 @@ KINDS: dict[str, Network] = {
     "dynamic on another stem": network("efficient-capsnet", routing="dynamic", share_decoder=True),
     "baseline": network("baseline"),
     "resnet": network("resnet", width=0.2),
+    "inverted-capsnet": network(
+        "inverted-capsnet",
+        capsule_types=2,
+        capsule_kernel_sizes=(3,),
+        capsule_strides=(1,),
+        backbone_channels=(4, 6),
+        backbone_blocks=(1, 1),
+    ),
     "self-routing-capsnet": network("self-routing-capsnet", blocks=1, grid=3, capsule_types=2, primary_dim=3),
     "capsule-head": network("capsule-head", grid=3, capsule_types=2, primary_dim=3, reconstruction=True),
     "capsule-head, all options": network(

@@ -189,6 +189,14 @@ def sizes_of(name: str) -> dict[str, Any]:
         "efficient-capsnet": {**stem, "class_dim": 4},
         "efficient-cnn": stem,
         "resnet": {"width": 0.2},
+        "inverted-capsnet": {
+            "capsule_types": 3,
+            "pose_side": 2,
+            "capsule_kernel_sizes": (2,),
+            "capsule_strides": (1,),
+            "backbone_channels": (4, 6),
+            "backbone_blocks": (1, 1),
+        },
         "self-routing-capsnet": {"blocks": 1, "grid": 3, "capsule_types": 2, "primary_dim": 3},
         "capsule-head": {"grid": 3, "capsule_types": 2, "primary_dim": 3, "class_dim": 5, "decoder_sizes": (8,)},
     }

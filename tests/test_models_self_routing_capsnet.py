@@ -129,12 +129,14 @@ def test_the_gradient_is_right() -> None:
     assert torch.autograd.gradcheck(lambda a, b: self_routing(None, a, b).activation, (activation, logits))
 
 
-@pytest.mark.parametrize("what", ["zero votes", "large votes", "zero activations", "one silent", "large logits"])
+@pytest.mark.parametrize(
+    "what", ["zero votes", "large votes", "zero activations", "next to none", "one silent", "large logits"]
+)
 def test_extremes_are_finite_with_finite_gradients(what: str) -> None:
     votes, activation, logits = (part.float() for part in inputs(2))
     votes = votes * {"zero votes": 0.0, "large votes": 1e4}.get(what, 1.0)
     logits = logits * (1e4 if what == "large logits" else 1)
-    activation = activation * (what != "zero activations")
+    activation = activation * {"zero activations": 0.0, "next to none": 1e-39}.get(what, 1.0)
     activation[:, 2] *= what != "one silent"
     given = [part.requires_grad_() for part in (votes, activation, logits)]
     result = self_routing(*given)

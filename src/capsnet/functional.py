@@ -15,6 +15,7 @@ from capsnet.errors import InputError
 
 __all__ = [
     "at_least_float32",
+    "cross_entropy",
     "exponential_squash",
     "full_precision",
     "is_ordinary",
@@ -22,6 +23,7 @@ __all__ = [
     "lengths",
     "margin_loss",
     "mask",
+    "matrix_votes",
     "misclassified",
     "multi_hot",
     "per_image_standardize",
@@ -140,6 +142,36 @@ def votes(
     return torch.einsum("...ip,ipjd->...ijd", u, weight)
 
 
+def matrix_votes(
+    pose: Float[Tensor, "*batch in dim"], weight: Float[Tensor, "in side out side"]
+) -> Float[Tensor, "*batch in out dim"]:
+    """Votes of matrix capsules: `V_ij = P_i W_ij`, a product of two square matrices (Hinton, Sabour, Frosst 2018).
+
+    Args:
+        pose: `P_i`, row by row; `dim` is the square of `side`, 16 in the paper.
+        weight: `W_ij`.
+
+    Returns:
+        The vote of every input capsule for every output capsule, row by row; in memory the output capsules come before
+        the input capsules, as `routing.em_routing` reads them.
+
+    Raises:
+        InputError: a dimension of the poses that is not the square of the weight's side.
+
+    Example:
+        >>> matrix_votes(torch.randn(2, 144, 16), torch.randn(144, 4, 10, 4)).shape
+        torch.Size([2, 144, 10, 16])
+    """
+    side = weight.shape[1]
+    if pose.shape[-1] != side * side:
+        raise InputError(
+            f"poses must have dimension {side * side}, the square of the weight's side {side}; got {pose.shape[-1]}"
+        )
+    matrices = pose.reshape(*pose.shape[:-1], side, side)
+    votes = torch.einsum("...iap,ipjd->...jiad", matrices, weight)
+    return votes.flatten(-2).transpose(-3, -2)
+
+
 def lengths(pose: Float[Tensor, "*batch capsules dim"]) -> Float[Tensor, "*batch capsules"]:
     """Length of each capsule's vector: the probability that its entity is present (Section 2).
 
@@ -189,6 +221,16 @@ def top_k_mask(scores: Float[Tensor, "*batch classes"], k: int) -> Bool[Tensor, 
     """Whether each score is among the `k` largest."""
     largest = scores.argmax(-1, keepdim=True) if k == 1 else scores.topk(k).indices
     return torch.zeros_like(scores, dtype=torch.bool).scatter(-1, largest, True)
+
+
+def cross_entropy(
+    logits: Float[Tensor, "batch classes"], labels: Int[Tensor, "batch *objects"]
+) -> Float[Tensor, "batch"]:
+    """Cross-entropy of a softmax; of several labels for each image, that of a sigmoid for each class, summed."""
+    if labels.ndim == 1:
+        return nn.functional.cross_entropy(logits, labels, reduction="none")
+    present = multi_hot(labels, logits.shape[-1]).to(logits.dtype)
+    return nn.functional.binary_cross_entropy_with_logits(logits, present, reduction="none").sum(-1)
 
 
 def misclassified(

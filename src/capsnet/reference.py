@@ -12,7 +12,9 @@ __all__ = [
     "conv2d",
     "dynamic_routing",
     "exponential_squash",
+    "inverted_attention_routing",
     "margin_loss",
+    "matrix_votes",
     "reconstruction_loss",
     "self_routing",
     "squash",
@@ -137,6 +139,49 @@ def self_routing(u_hat: Array, activation: Array, logits: Array) -> tuple[Array,
         a[j] = sent / sum(activation)
         v[j] = sum(activation[i] * c[i, j] * u_hat[i, j] for i in range(ins)) / sent
     return v, a, c
+
+
+def matrix_votes(poses: Array, weight: Array) -> Array:
+    """`V_ij = P_i W_ij` (Hinton et al. 2018): `poses [in, n * n]`, `weight [in, n, out, n]`; `[in, out, n * n]`."""
+    ins, side, outs, _ = weight.shape
+    result = np.zeros((ins, outs, side * side))
+    for i in range(ins):
+        for j in range(outs):
+            result[i, j] = (poses[i].reshape(side, side) @ weight[i, :, j]).reshape(-1)
+    return result
+
+
+def inverted_attention_routing(
+    u_hat: Array, iterations: int, scale: Array, offset: Array, epsilon: float = 1e-5
+) -> tuple[Array, Array]:
+    """Inverted dot-product attention of Tsai et al. 2020 for the votes `u_hat [in, out, dim]` of one example.
+
+    Args:
+        u_hat: votes.
+        iterations: T, at least 1.
+        scale: of the layer normalisation `[dim]`.
+        offset: of the same `[dim]`.
+        epsilon: added to the variance there.
+
+    Returns:
+        The parents' poses `[out, dim]` and the couplings of the last iteration `[in, out]`.
+    """
+    ins, outs, dim = u_hat.shape
+    r, pose = np.full((ins, outs), 1 / outs), np.zeros((outs, dim))
+    for iteration in range(iterations):
+        if iteration:
+            for i in range(ins):
+                exponentials = [np.exp(float(np.dot(u_hat[i, j], pose[j])) / np.sqrt(dim)) for j in range(outs)]
+                for j in range(outs):
+                    r[i, j] = exponentials[j] / sum(exponentials)
+        for j in range(outs):
+            s = np.zeros(dim)
+            for i in range(ins):
+                s += r[i, j] * u_hat[i, j]
+            mean = sum(s) / dim
+            variance = sum((x - mean) ** 2 for x in s) / dim
+            pose[j] = (s - mean) / np.sqrt(variance + epsilon) * scale + offset
+    return pose, r
 
 
 def margin_loss(

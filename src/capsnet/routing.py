@@ -10,7 +10,7 @@ from typing import Literal, NamedTuple
 
 import torch
 from jaxtyping import Float
-from torch import Tensor
+from torch import Tensor, nn
 
 from capsnet import functional as F
 from capsnet.errors import InputError
@@ -24,6 +24,8 @@ __all__ = [
     "check_iterations",
     "couplings_of",
     "dynamic_routing",
+    "inverted_attention_routing",
+    "inverted_attention_step",
     "self_routing",
     "uniform_routing",
 ]
@@ -208,6 +210,68 @@ def self_routing(
         sent = a_in[..., None] * c
         shares = sent / _divisor(sent.sum(-2, keepdim=True))
         return RoutingResult(_weighted_sum(shares, F.at_least_float32(votes)), a, c)
+
+
+def inverted_attention_step(
+    votes: Float[Tensor, "*batch in out dim"],
+    pose: Float[Tensor, "*batch out dim"] | None = None,
+    *,
+    scale: Float[Tensor, "dim"] | None = None,
+    offset: Float[Tensor, "dim"] | None = None,
+) -> RoutingResult:
+    """One iteration of inverted dot-product attention (Tsai et al., ICLR 2020, arXiv 2002.04764, Algorithm 1).
+
+    The output capsules compete for each input capsule by how well its votes agree with their poses so far:
+    `c_ij = softmax_j(u_hat_ij . v_j / sqrt(dim))`, and `v_j = LayerNorm(sum_i c_ij u_hat_ij)`. In the first iteration
+    there are no poses, and all couplings are 1 / out. Computed in float32 whatever the precision around it.
+
+    Args:
+        votes: `u_hat_ij`.
+        pose: of the output capsules after the iteration before; None in the first one.
+        scale: of the layer normalisation, over the components of a pose; None for 1.
+        offset: of the same; None for 0.
+
+    Returns:
+        Pose (at scale 1 and offset 0 of mean 0 and length `sqrt(dim)`), activation (1: the capsules have none) and
+        couplings, whose rows sum to 1.
+
+    Raises:
+        InputError: votes with fewer than 3 axes.
+    """
+    _check_votes(votes)
+    with F.full_precision(votes.device):
+        u_hat = F.at_least_float32(votes)
+        if pose is None:
+            c, s = torch.full_like(u_hat[..., 0], 1 / u_hat.shape[-2]), u_hat.sum(-3) / u_hat.shape[-2]
+        else:
+            logits = torch.einsum("...ijd,...jd->...ij", u_hat, F.at_least_float32(pose))
+            c = (logits / math.sqrt(u_hat.shape[-1])).softmax(-1)
+            s = _weighted_sum(c, u_hat)
+        v = nn.functional.layer_norm(s, s.shape[-1:], scale, offset)
+        return RoutingResult(v, torch.ones_like(v[..., 0]), c)
+
+
+def inverted_attention_routing(
+    votes: Float[Tensor, "*batch in out dim"],
+    *,
+    iterations: int = 2,
+    scale: Float[Tensor, "dim"] | None = None,
+    offset: Float[Tensor, "dim"] | None = None,
+) -> RoutingResult:
+    """Inverted dot-product attention: `iterations` of `inverted_attention_step` on the same votes.
+
+    Raises:
+        InputError: votes with fewer than 3 axes, or iterations that are not 1 to 100.
+
+    Example:
+        >>> inverted_attention_routing(torch.randn(2, 800, 10, 16)).pose.shape
+        torch.Size([2, 10, 16])
+    """
+    check_iterations(iterations)
+    result = inverted_attention_step(votes, scale=scale, offset=offset)
+    for _ in range(iterations - 1):
+        result = inverted_attention_step(votes, result.pose, scale=scale, offset=offset)
+    return result
 
 
 def couplings_of(

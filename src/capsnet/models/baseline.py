@@ -57,11 +57,7 @@ class ConvNet(Network):
         self, output: Output, labels: Int[Tensor, "batch *objects"], loss: LossOptions
     ) -> Float[Tensor, "batch"]:
         """Cross-entropy; where images show several objects that of a sigmoid for each class (Section 6)."""
-        if labels.ndim == 1:
-            return nn.functional.cross_entropy(output.scores, labels, reduction="none")
-        present = self.multi_hot(labels).to(output.scores.dtype)
-        each = nn.functional.binary_cross_entropy_with_logits(output.scores, present, reduction="none")
-        return each.sum(-1)
+        return F.cross_entropy(output.scores, labels)
 
     def features(
         self, images: Float[Tensor, "batch channels height width"], labels: Int[Tensor, "batch"]
