@@ -34,7 +34,7 @@ TESTED = 300
 """Photographs of each class that are tested."""
 SHAPES = {"disc": 24, "square": 18, "bar": 12}
 MORE_SHAPES = dict.fromkeys(("ring", "cross", "corner"), 12)
-NETWORK = "--model capsule-head --preset fast --balance"
+NETWORK = "--model capsule-head --preset fast --batch-size 32 --balance"
 TINY = "--conv-channels 8 --capsule-types 2 --primary-kernel-size 5 --conv-kernel-size 5 --decoder-sizes 16 --balance"
 
 
@@ -61,18 +61,18 @@ def main() -> None:
 
 def commands(*, tiny: bool, study: bool) -> Iterator[str]:
     """The steps from the photographs to a network in use."""
-    network, epochs = (TINY, (2, 2, 2)) if tiny else (NETWORK, (12, 8, 8))
+    network, epochs = (TINY, (2, 2, 2, 2)) if tiny else (NETWORK, (10, 8, 8, 6))
     yield f"capsnet train --data photos {network} --epochs {epochs[0]} --out scratch"
     yield "capsnet evaluate scratch --out judged"
     yield f"capsnet train --data others {network} --epochs {epochs[1]} --out before"
-    yield f"capsnet train --data photos --init-from before --balance --epochs {epochs[2]} --out tuned"
+    yield f"capsnet train --data photos {network} --init-from before --epochs {epochs[2]} --out tuned"
     yield "capsnet evaluate tuned --against scratch"
     yield "capsnet predict tuned photos/test --top 3 --csv"
     yield "capsnet export tuned --to onnx --serve served"
     yield f"python served/serve.py photos/test/{'bar' if tiny else 'cat'}/0.jpg"
     for seed in (0, 1) if study else ():
         for resize in ("pad", "crop", "squash"):
-            options = f"--resize {resize} --seed {seed} --epochs {epochs[0]}"
+            options = f"--resize {resize} --seed {seed} --epochs {epochs[3]}"
             yield f"capsnet train --data photos {network} {options} --no-report --out {resize}-{seed}"
 
 

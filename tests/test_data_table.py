@@ -16,7 +16,9 @@ from capsnet import cli
 from capsnet.checkpoints.run_directory import Run
 from capsnet.config import Config
 from capsnet.data import Dataset, is_own, load
+from capsnet.data.dataset import ImageFile
 from capsnet.data.grouping import drawn, units
+from capsnet.data.image_file import Header
 from capsnet.data.image_folder import scan
 from capsnet.data.manifest import Manifest
 from capsnet.data.table import Row, read_table
@@ -295,11 +297,9 @@ def test_copies_in_several_splits_or_classes_are_told(tmp_path: Path) -> None:
 
 
 def test_units_and_draws() -> None:
-    header = scan.__globals__["Header"](4, 4, False, None)
-    make = scan.__globals__["ImageFile"]
-    files = [
-        make(str(k), k % 2, "train", f"{k if k != 8 else 6}", header, "g" if k in (1, 6) else "") for k in range(12)
-    ]
+    header, content = Header(4, 4, colour=False, bits=None), [*range(8), 6, *range(9, 12)]
+    groups = ["g" if k in (1, 6) else "" for k in range(12)]
+    files = [ImageFile(str(k), k % 2, "train", str(content[k]), header, groups[k]) for k in range(12)]
     found = units(files)
     assert found[1] == found[6] == found[8]  # by a group, and a copy of its member
     assert len(set(found)) == 10

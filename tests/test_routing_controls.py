@@ -70,7 +70,7 @@ def test_max_min_has_the_right_gradient_and_none_that_is_not_finite() -> None:
 # uniform couplings
 
 
-def test_uniform_routing_is_dynamic_routing_of_one_iteration() -> None:
+def test_uniform_routing_is_dynamic_routing_of_one_iteration(unchecked: None) -> None:
     votes = random(BATCH, INS, OUTS, DIM)
     for part, whole in zip(uniform_routing(votes), dynamic_routing(votes, iterations=1), strict=True):
         torch.testing.assert_close(part, whole, rtol=1e-12, atol=1e-14)

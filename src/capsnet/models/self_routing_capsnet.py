@@ -1,7 +1,6 @@
 """SR-CapsNet of Hahn, Pyeon, Kim, "Self-Routing Capsule Networks" (NeurIPS 2019), on a residual network.
 
-Sizes and starting values are those of the authors' code (https://github.com/coder3000/SR-CapsNet), of which nothing is
-copied.
+Sizes and starting values are those of the authors' code (https://github.com/coder3000/SR-CapsNet).
 """
 
 import math
