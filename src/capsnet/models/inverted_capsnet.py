@@ -1,8 +1,8 @@
 """Capsules with inverted dot-product attention (Tsai, Srivastava, Goh, Salakhutdinov, ICLR 2020, arXiv 2002.04764).
 
 Sizes and starting values are those of the authors' code for CIFAR-10
-(https://github.com/apple/ml-capsules-inverted-attention-routing), but for its windows, which mix the components of poses
-with places.
+(https://github.com/apple/ml-capsules-inverted-attention-routing), but for its windows, which mix places with the
+components of poses.
 """
 
 import math
