@@ -184,7 +184,10 @@ def test_the_baseline_is_three_convolutions_and_three_linear_layers() -> None:
 def sizes_of(name: str) -> dict[str, Any]:
     """Options that make a network small."""
     few = {"conv_channels": (8, 8, 8, 16), "conv_kernel_sizes": (3, 2, 1, 2), "class_dim": 4}
-    return {"capsnet": SMALL, "efficient-capsnet": few}.get(name, {"width": 0.02})
+    matrix = {"conv_channels": 4, "conv_kernel_size": 3, "capsule_types": (2, 3), "capsule_kernel_sizes": (2,)}
+    sizes = {"capsnet": SMALL, "efficient-capsnet": few, "em-capsnet": {**matrix, "capsule_strides": (1,)}}
+    sizes["vb-capsnet"] = {**sizes["em-capsnet"], "primary_kernel_size": 1}
+    return sizes.get(name, {"width": 0.02})
 
 
 every_model = pytest.mark.parametrize("name", available())

@@ -217,7 +217,7 @@ def test_without_children_the_posterior_is_the_prior() -> None:
     votes, activation = inputs(dim=16)[:2]
     pose, evidence, _ = vb_evidence(votes, 0 * activation)
     log_det = sum(reference.digamma((17 - d) / 2) for d in range(16)) + 16 * math.log(2)
-    log_pi = reference.digamma(1) - reference.digamma(OUTS)
+    log_pi = reference.digamma(1.0) - reference.digamma(float(OUTS))
     entropy = 8 * math.log(2 * math.pi * math.e) - log_det / 2
     assert (pose == 0).all()
     torch.testing.assert_close(evidence, torch.full_like(evidence, -math.exp(log_pi) * entropy))

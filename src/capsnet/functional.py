@@ -340,7 +340,7 @@ def spread_loss(
     return ((margin - gap).clamp(min=0).square() * counted).sum((-2, -1))
 
 
-def spread_margin(step: float, *, rise: float = 50_000) -> float:
+def spread_margin(step: int | float, *, rise: int | float = 50_000) -> float:
     """The margin of the spread loss at a step of the training: `0.2 + 0.79 sigmoid(min(10, step / rise - 4))`.
 
     As in the authors' code (google-research, capsule_em): 0.214 at the start, 0.595 after 4 `rise`, towards 0.99.

@@ -19,7 +19,18 @@ from capsnet.errors import InputError
 from capsnet.layers import Convolution
 from capsnet.routing import RoutingResult, over_outputs, over_parents
 
-__all__ = ["SLICES", "ConvCapsules", "MatrixCapsules", "MatrixClassCapsules", "MatrixPrimary", "Routing", "patches"]
+__all__ = [
+    "SIDE",
+    "SLICES",
+    "CapsuleNorm",
+    "ConvCapsules",
+    "MatrixCapsules",
+    "MatrixClassCapsules",
+    "MatrixPrimary",
+    "Routing",
+    "TypeNorm",
+    "patches",
+]
 
 SIDE = 4
 """Rows and columns of a pose (Section 3)."""
@@ -130,6 +141,24 @@ class TypeNorm(nn.BatchNorm2d):
         else:
             flat = super().forward(flat)
         return flat.reshape(x.shape)
+
+
+class CapsuleNorm(nn.Module):
+    """Capsules after VB routing: poses and logits of activations, each normalised without weights; then the sigmoid.
+
+    Args:
+        types: kinds of capsules.
+    """
+
+    def __init__(self, types: int) -> None:
+        super().__init__()
+        self.pose_norm, self.activation_norm = (TypeNorm(types, affine=False) for _ in range(2))
+
+    def forward(self, routed: MatrixCapsules) -> MatrixCapsules:
+        """The capsules, of which `routed.activation` is any number, of a grid or of classes."""
+        with F.full_precision(routed.pose.device):
+            logit = self.activation_norm(routed.activation[..., None]).squeeze(-1)
+            return MatrixCapsules(self.pose_norm(routed.pose), logit.sigmoid())
 
 
 class ConvCapsules(nn.Module):
