@@ -48,10 +48,21 @@ PRESETS: dict[str, dict[str, Any]] = {
         "margin_scale": 1.0,  # not that of capsnet
         "reconstruction_weight": 0.0005,
     },
-    "fast": {},
+    "fast": {
+        "batch_size": 32,
+        "lr": 0.01,
+        "conv_channels": 32,
+        "capsule_types": (8, 8, 8),
+        "routing_iterations": 2,
+        "final_lambda": 0.5,
+        "class_lambda": 0.07,
+        "transform_std": 1.0,
+    },
 }
-"""`paper`: batches and learning rate by the authors' answer, quoted in the code of arXiv 1907.00652. `authors`: also the
-cost and the margin of their published code. Their weight decay, 2e-7 in the gradient, has no option here."""
+"""`paper`: batches and learning rate by the authors' answer, quoted in the code of arXiv 1907.00652. `authors`: also
+the cost and margin of their published code. Their weight decay, 2e-7 in the gradient, has no option here. `fast` is
+ours: inverse temperatures by which costs of either sign and of all layers move the activations from the first step on,
+as arXiv 1907.00652 scales costs by the numbers of parents and children."""
 SIDE_OF_IMAGE = 28
 """Pixels of the shorter side for every two pixels of the first convolution's stride."""
 LAST_MARGIN = F.spread_margin(math.inf)

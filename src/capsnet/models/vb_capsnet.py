@@ -26,7 +26,7 @@ __all__ = ["PRESETS", "Options", "VBCapsNet", "build"]
 
 PRESETS: dict[str, dict[str, Any]] = {
     "paper": {"lr_decay": 0.96, "lr_decay_steps": 20_000},
-    "fast": {},
+    "fast": {"batch_size": 64, "lr": 0.005},
 }
 """`paper`: Adam at 0.001 and batches of 128, which are the defaults, and EM's decay, by the authors' answer; their
 300 epochs are given as `--epochs 300`."""
