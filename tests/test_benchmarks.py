@@ -531,7 +531,7 @@ def test_wrong_results_end_the_command_with_one_line(
         ("step --device cuda", "device cuda must have a CUDA GPU"),
         (
             "step --model capsnt",
-            "capsnet, efficient-capsnet; got 'capsnt' (did you mean capsnet?)",
+            "capsnet, efficient-capsnet, em-capsnet, vb-capsnet; got 'capsnt' (did you mean capsnet?)",
         ),
         ("step --out .", "out must be a file; got the directory"),
         ("step --out old.json", "out must be a new file; "),

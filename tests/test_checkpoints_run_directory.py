@@ -106,7 +106,8 @@ def test_weights_that_do_not_fit_name_the_first_wrong_one(network: Network) -> N
     [
         (
             {"name": "resnet"},
-            "name must be one of baseline, baseline-multimnist, capsnet, efficient-capsnet; got 'resnet'",
+            "name must be one of baseline, baseline-multimnist, capsnet, efficient-capsnet, em-capsnet, "
+            "vb-capsnet; got 'resnet'",
         ),
         ({"bogus": 1}, "must hold options of model capsnet; got 'bogus'$"),
         ({"init": "x" * 3000}, "init must be one of pytorch, authors; got 'xxx"),

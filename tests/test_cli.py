@@ -80,7 +80,7 @@ def test_help(capsys: pytest.CaptureFixture[str]) -> None:
         ("--data EMPTY", "must hold a folder for each of at least 2 classes"),
         (
             "--model capsnt",
-            "capsnet, efficient-capsnet; got 'capsnt' (did you mean capsnet?)",
+            "capsnet, efficient-capsnet, em-capsnet, vb-capsnet; got 'capsnt' (did you mean capsnet?)",
         ),
         ("--preset paper2", "--preset must be one of paper, authors, fast; got 'paper2' (did you mean paper?)"),
         ("--channels 2", "--channels must be 1 or 3; got 2"),
@@ -283,7 +283,7 @@ def test_list(capsys: pytest.CaptureFixture[str], what: str) -> None:
     rows: list[dict[str, Any]] = json.loads(run(capsys, "list", what, "--json")[1])
     names = [row["name"] for row in rows]
     expected = {
-        "models": ["baseline", "baseline-multimnist", "capsnet", "efficient-capsnet"],
+        "models": ["baseline", "baseline-multimnist", "capsnet", "efficient-capsnet", "em-capsnet", "vb-capsnet"],
         "data": [
             *("affnist", "affnist-generated", "cifar10", "expanded-mnist", "fashion-mnist", "kmnist", "mnist"),
             *("multimnist", "smallnorb", "strokes", "svhn"),

@@ -71,7 +71,7 @@ def patches(
     """
     windows = x.unfold(1, kernel_size, stride).unfold(2, kernel_size, stride)  # [batch, rows, columns, ..., k, k]
     windows = windows.movedim((-2, -1), (3, 4))
-    return windows.reshape(len(x), windows.shape[1] * windows.shape[2], kernel_size**2, *x.shape[3:])
+    return windows.reshape(x.shape[0], windows.shape[1] * windows.shape[2], kernel_size**2, *x.shape[3:])
 
 
 class MatrixPrimary(nn.Module):
@@ -229,7 +229,7 @@ class ConvCapsules(nn.Module):
         pose, activation = _in_slices(
             routed, below, (self.weight, self.beta_u, self.beta_a), votes=math.prod(self.out_size), slices=self.slices
         )
-        places = (len(pose), *self.out_size)
+        places = (pose.shape[0], *self.out_size)
         return MatrixCapsules(pose.reshape(*places, *pose.shape[2:]), activation.reshape(*places, -1))
 
     def windows(self, axis: int) -> Float[Tensor, "out in"]:
@@ -349,7 +349,7 @@ def _in_slices(
     with F.full_precision(below.pose.device):
         inputs = [F.at_least_float32(x) for x in below]
         parameters = tuple(x.to(inputs[0].dtype) for x in parameters)
-        batch = len(inputs[0])
+        batch = inputs[0].shape[0]
         if not F.is_ordinary(below.pose) or batch == 0:  # an export or a transform: any number of images
             return tuple(routed(*inputs, *parameters))
         if slices == "auto":

@@ -272,9 +272,9 @@ def over_parents(
     offset = rows.offset[:, None, :, None] * kernel_size + columns.offset[:, None]
     seen = (rows.inside[:, None, :, None] & columns.inside[:, None]).flatten(0, 1).flatten(1)  # [children, n * n]
     windows = torch.where(seen, (place * kernel_size**2 + offset).flatten(0, 1).flatten(1), 0)
-    of_place = logits.logsumexp(-1).reshape(len(logits), -1, types)  # [batch, windows, types]
+    of_place = logits.logsumexp(-1).reshape(logits.shape[0], -1, types)  # [batch, windows, types]
     lowest = torch.finfo(logits.dtype).min
-    found = of_place.index_select(1, windows.flatten()).reshape(len(logits), *windows.shape, types)
+    found = of_place.index_select(1, windows.flatten()).reshape(logits.shape[0], *windows.shape, types)
     of_child = found.masked_fill(~seen[..., None], lowest).logsumexp(2)  # [batch, children, types]
     total = of_child.index_select(1, _children(in_size, kernel_size, stride, logits.device))
     log_couplings: Tensor = logits - total.reshape(*logits.shape[:-1], 1)
@@ -383,9 +383,9 @@ def vb_evidence(
             m = total / kappa
             scale = 1 + r @ (v - x).square() + mass / kappa * x.square()
             alpha = 1 + mass[..., 0, 0]
-            log_pi = alpha.digamma() - alpha.sum(-1, keepdim=True).digamma()  # [..., out]
+            log_pi = _digamma(alpha) - _digamma(alpha.sum(-1, keepdim=True))  # [..., out]
             below = torch.arange(dim, device=v.device)
-            log_det = ((nu - below) / 2).digamma().sum((-2, -1)) + dim * math.log(2) - scale.log().sum((-2, -1))
+            log_det = _digamma((nu - below) / 2).sum((-2, -1)) + dim * math.log(2) - scale.log().sum((-2, -1))
             if t < iterations - 1:
                 distance = ((v - m).square() @ (nu / scale).transpose(-2, -1)).squeeze(-1)
                 constant = log_pi + (log_det - dim * math.log(2 * math.pi) - dim / kappa[..., 0, 0]) / 2
@@ -397,6 +397,15 @@ def vb_evidence(
         if beta_u is not None:
             evidence = evidence - beta_u.to(v.dtype)
         return RoutingResult(m.squeeze(-2), evidence, log_r.exp())
+
+
+def _digamma(x: Tensor) -> Tensor:
+    """`psi(x)` for x of at least 1, to 2e-12: `torch.digamma` has no counterpart in ONNX."""
+    below = (x[..., None] + torch.arange(6, device=x.device)).reciprocal().sum(-1)  # psi(x + 6) - psi(x)
+    x = x + 6
+    y = x.square().reciprocal()
+    series = y * (1 / 12 - y * (1 / 120 - y * (1 / 252 - y * (1 / 240 - y / 132))))
+    return x.log() - 0.5 / x - series - below
 
 
 def uniform_routing(
