@@ -49,7 +49,7 @@ def network(name: str, **options: Any) -> Network:
     shape = SMALL if name == "baseline" else SHAPE
     one = create(name, image_shape=shape, num_classes=3, classes=CLASSES, **sizes).eval()
     if name in ("em-capsnet", "vb-capsnet"):
-        one.get_parameter("class_capsules.weight").data.mul_(20)  # else all classes score alike
+        one.get_parameter("class_capsules.weight").data.mul_(5)  # else all classes score alike
     return one
 
 
