@@ -41,10 +41,16 @@ CLASSES = ("zero", "one", "two")
 def network(name: str, **options: Any) -> Network:
     """A network of a few thousand weights, the same at each call."""
     few = {"conv_channels": (4, 4), "conv_kernel_sizes": (3, 3), "primary_dim": 2, "decoder_sizes": (8,)}
-    sizes = {**{"capsnet": tiny.SIZES, "efficient-capsnet": few}.get(name, {}), **options}
+    matrix = {"conv_channels": 4, "conv_kernel_size": 3, "capsule_types": (2, 3), "capsule_kernel_sizes": (2,)}
+    matrix |= {"capsule_strides": (1,), "decoder_sizes": (8,)}
+    few_of = {"capsnet": tiny.SIZES, "efficient-capsnet": few, "em-capsnet": matrix, "vb-capsnet": matrix}
+    sizes = {**few_of.get(name, {}), **options}
     torch.manual_seed(0)
     shape = SMALL if name == "baseline" else SHAPE
-    return create(name, image_shape=shape, num_classes=3, classes=CLASSES, **sizes).eval()
+    one = create(name, image_shape=shape, num_classes=3, classes=CLASSES, **sizes).eval()
+    if name in ("em-capsnet", "vb-capsnet"):
+        one.get_parameter("class_capsules.weight").data.mul_(5)  # else all classes score alike
+    return one
 
 
 def images(count: int, shape: tuple[int, int, int] = SMALL) -> Tensor:
@@ -64,6 +70,8 @@ KINDS: dict[str, Network] = {
         "capsnet", **tiny.SIZES, share_transform=True, share_decoder=True, routing_normalization="max-min"
     ),
     "dynamic on another stem": network("efficient-capsnet", routing="dynamic", share_decoder=True),
+    "em-capsnet": network("em-capsnet", transform_std=1.0),
+    "vb-capsnet": network("vb-capsnet", primary_kernel_size=2, primary_stride=1, reconstruction=True),
     "baseline": network("baseline"),
     "resnet": network("resnet", width=0.2),
     "inverted-capsnet": network(

@@ -20,6 +20,7 @@ LEVELS: tuple[tuple[str, ...], ...] = (
     ("routing",),
     ("kernels",),
     ("environment", "layers"),
+    ("matrix_capsules",),
     ("models",),
     ("config",),
     ("devices", "objective"),

@@ -262,6 +262,8 @@ def test_parts_that_are_asked_for_are_cut_further_where_they_do_not_fit(monkeypa
     [
         ("capsnet", ""),
         ("efficient-capsnet", " but for batch statistics, which are those of each part"),
+        ("em-capsnet", ""),
+        ("vb-capsnet", " but for batch statistics, which are those of each part"),
         ("baseline", " but for dropout, which is drawn for each part"),
     ],
 )

@@ -184,10 +184,13 @@ def test_the_baseline_is_three_convolutions_and_three_linear_layers() -> None:
 def sizes_of(name: str) -> dict[str, Any]:
     """Options that make a network small."""
     stem = {"conv_channels": (8, 8, 8, 16), "conv_kernel_sizes": (3, 2, 1, 2)}
+    matrix = {"conv_channels": 4, "conv_kernel_size": 3, "capsule_types": (2, 3), "capsule_kernel_sizes": (2,)}
     few = {
         "capsnet": SMALL,
         "efficient-capsnet": {**stem, "class_dim": 4},
         "efficient-cnn": stem,
+        "em-capsnet": {**matrix, "capsule_strides": (1,)},
+        "vb-capsnet": {**matrix, "capsule_strides": (1,), "primary_kernel_size": 1},
         "resnet": {"width": 0.2},
         "inverted-capsnet": {
             "capsule_types": 3,

@@ -28,6 +28,15 @@ from tiny import SIZES, same_weights, typed, weights
 
 pytestmark = pytest.mark.usefixtures("workplace", "blank_figure")
 
+MATRIX: dict[str, Any] = {
+    "conv_channels": 4,
+    "conv_kernel_size": 3,
+    "capsule_types": (2, 3),
+    "capsule_kernel_sizes": (2,),
+    "capsule_strides": (1,),
+    "reconstruction": True,
+    "decoder_sizes": (16,),
+}
 OPTIONS: dict[str, dict[str, Any]] = {
     "capsnet": SIZES,
     "efficient-capsnet": {
@@ -37,11 +46,14 @@ OPTIONS: dict[str, dict[str, Any]] = {
         "class_dim": 4,
         "decoder_sizes": (16,),
     },
+    "em-capsnet": MATRIX,
+    "vb-capsnet": {**MATRIX, "primary_kernel_size": 2, "primary_stride": 1},
     "baseline": {"width": 0.03},
     "capsule-head": {"grid": 3, "capsule_types": 2, "primary_dim": 3, "reconstruction": True, "decoder_sizes": (16,)},
 }
 BODY: dict[str, tuple[str, ...]] = {"capsnet": ("conv", "primary"), "efficient-capsnet": ("stem", "primary")}
 BODY["capsule-head"] = ("backbone", "primary")
+BODY["em-capsnet"] = BODY["vb-capsnet"] = ("stem", "primary", "capsules")
 BODY["baseline"] = tuple(f"layers.{k}" for k in (0, 2, 4, 7, 9))
 MODELS = list(OPTIONS)
 

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from capsnet.errors import InputError
 
 __all__ = [
+    "add_coordinates",
     "at_least_float32",
     "cross_entropy",
     "exponential_squash",
@@ -28,6 +29,8 @@ __all__ = [
     "multi_hot",
     "per_image_standardize",
     "reconstruction_loss",
+    "spread_loss",
+    "spread_margin",
     "squash",
     "top_k_mask",
     "votes",
@@ -172,6 +175,36 @@ def matrix_votes(
     return votes.flatten(-2).transpose(-3, -2)
 
 
+def add_coordinates(
+    votes: Float[Tensor, "*batch rows columns types out dim"],
+    rows: Float[Tensor, "rows"],
+    columns: Float[Tensor, "columns"],
+) -> Float[Tensor, "*batch rows columns types out dim"]:
+    """Add to each vote where its capsule stands: coordinate addition (Hinton, Sabour, Frosst 2018, Section 4.1).
+
+    The row is added to the first and the column to the second element of the right-hand column of the vote, a matrix
+    of `n x n`: to its components n - 1 and 2 n - 1.
+
+    Args:
+        votes: of the capsules of a grid, `dim` a square of at least 4.
+        rows: the coordinate of each row of the grid, as a share of the image.
+        columns: that of each column.
+
+    Returns:
+        The votes with the coordinates.
+
+    Raises:
+        InputError: votes that are no matrices of at least 2 x 2.
+    """
+    side = math.isqrt(votes.shape[-1])
+    if side * side != votes.shape[-1] or side < 2:
+        raise InputError(f"votes must be square matrices of at least 2 x 2, row by row; got {votes.shape[-1]} numbers")
+    component = torch.arange(votes.shape[-1], device=votes.device)
+    row, column = (component == k * side - 1 for k in (1, 2))
+    offset = rows[:, None, None] * row + columns[:, None] * column  # [rows, columns, dim]
+    return votes + offset[:, :, None, None]
+
+
 def lengths(pose: Float[Tensor, "*batch capsules dim"]) -> Float[Tensor, "*batch capsules"]:
     """Length of each capsule's vector: the probability that its entity is present (Section 2).
 
@@ -289,6 +322,45 @@ def margin_loss(
     present = presence * (m_pos - lengths).clamp(min=0).square()
     absent = down_weight * (1 - presence) * (lengths - m_neg).clamp(min=0).square()
     return (present + absent).sum(-1)
+
+
+def spread_loss(
+    scores: Float[Tensor, "*batch classes"], presence: Bool[Tensor, "*batch classes"], margin: float | Float[Tensor, ""]
+) -> Float[Tensor, "*batch"]:
+    """Spread loss (Hinton, Sabour, Frosst 2018, eq. 3): `sum_{k != t} max(0, m - (a_t - a_k))^2`, t the true class.
+
+    Args:
+        scores: activations of the class capsules, in [0, 1].
+        presence: whether the class is in the image; of several, each is compared with all that are not.
+        margin: m, in [0, 1], see `spread_margin`.
+
+    Returns:
+        The loss of each example, at least 0. All activations equal cost `(classes - 1) m^2`.
+
+    Raises:
+        InputError: the two shapes differ.
+
+    Example:
+        >>> spread_loss(torch.tensor([0.75, 0.5]), torch.tensor([True, False]), 0.5)  # (0.5 - 0.25)^2
+        tensor(0.0625)
+    """
+    if presence.shape != scores.shape:
+        raise InputError(f"presence must have the scores' shape {tuple(scores.shape)}; got {tuple(presence.shape)}")
+    gap = scores[..., :, None] - scores[..., None, :]
+    counted = presence[..., :, None] & ~presence[..., None, :]
+    return ((margin - gap).clamp(min=0).square() * counted).sum((-2, -1))
+
+
+def spread_margin(step: int | float, *, rise: int | float = 50_000) -> float:
+    """The margin of the spread loss at a step of the training: `0.2 + 0.79 sigmoid(min(10, step / rise - 4))`.
+
+    As in the authors' code (google-research, capsule_em): 0.214 at the start, 0.595 after 4 `rise`, towards 0.99.
+
+    Args:
+        step: finished steps, of 64 images in the paper.
+        rise: steps in which the argument of the sigmoid grows by 1.
+    """
+    return 0.2 + 0.79 / (1 + math.exp(-min(10.0, step / rise - 4)))
 
 
 def reconstruction_loss(

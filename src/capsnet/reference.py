@@ -10,14 +10,18 @@ from numpy.typing import NDArray
 __all__ = [
     "attention_routing",
     "conv2d",
+    "digamma",
     "dynamic_routing",
+    "em_routing",
     "exponential_squash",
     "inverted_attention_routing",
     "margin_loss",
     "matrix_votes",
     "reconstruction_loss",
     "self_routing",
+    "spread_loss",
     "squash",
+    "vb_routing",
     "votes",
 ]
 
@@ -182,6 +186,157 @@ def inverted_attention_routing(
             variance = sum((x - mean) ** 2 for x in s) / dim
             pose[j] = (s - mean) / np.sqrt(variance + epsilon) * scale + offset
     return pose, r
+
+
+def em_routing(
+    v: Array,
+    activation: Array,
+    beta_u: Array,
+    beta_a: Array,
+    iterations: int,
+    final_lambda: float = 0.01,
+    *,
+    momentum: float = 0.0,
+    variance_guard: float = 5e-4,
+    sees: NDArray[np.bool_] | None = None,
+) -> tuple[Array, Array, Array]:
+    """EM routing (Hinton, Sabour, Frosst 2018, Procedure 1) for the votes `v [in, out, dim]` of one example.
+
+    Args:
+        v: votes.
+        activation: `[in]`, of the children.
+        beta_u: `[out]`, the cost of each component of a parent's pose per child.
+        beta_a: `[out]`, the cost below which a parent is active.
+        iterations: T, at least 1.
+        final_lambda: of the inverse temperatures `final_lambda (1 - 0.95^(t + 1))`.
+        momentum: share of the former mean, which starts at 0, in each mean.
+        variance_guard: added to each variance.
+        sees: `[in, out]`, whether a child votes for a parent at all; None where each does.
+
+    Returns:
+        Poses `[out, dim]`, activations `[out]`, and the couplings of the last M step `[in, out]`.
+    """
+    ins, outs, dim = v.shape
+    seen = np.ones((ins, outs), dtype=bool) if sees is None else sees
+    couplings = np.zeros((ins, outs))
+    for i in range(ins):
+        for j in range(outs):
+            if seen[i, j]:
+                couplings[i, j] = 1 / sum(seen[i])
+    mu, variance, x = np.zeros((outs, dim)), np.zeros((outs, dim)), np.zeros(outs)
+    for t in range(iterations):
+        temperature = final_lambda * (1 - 0.95 ** (t + 1))
+        for j in range(outs):  # M step
+            children = [i for i in range(ins) if seen[i, j]]
+            r = {i: couplings[i, j] * activation[i] for i in children}
+            mass = max(sum(r.values()), 1e-7)
+            for h in range(dim):
+                mean = sum(r[i] * v[i, j, h] for i in children) / mass
+                mu[j, h] = momentum * mu[j, h] + (1 - momentum) * mean
+                variance[j, h] = sum(r[i] * (v[i, j, h] - mu[j, h]) ** 2 for i in children) / mass + variance_guard
+            cost = sum((beta_u[j] + np.log(variance[j, h]) / 2) * mass for h in range(dim))
+            x[j] = temperature * (beta_a[j] - cost)
+        if t == iterations - 1:
+            break
+        for i in range(ins):  # E step
+            logs = {}
+            for j in range(outs):
+                if seen[i, j]:
+                    log_p = 0.0
+                    for h in range(dim):
+                        log_p -= (v[i, j, h] - mu[j, h]) ** 2 / (2 * variance[j, h])
+                        log_p -= np.log(2 * np.pi * variance[j, h]) / 2
+                    logs[j] = -np.logaddexp(0, -x[j]) + log_p
+            if logs:
+                highest = max(logs.values())
+                total = sum(np.exp(one - highest) for one in logs.values())
+                for j, one in logs.items():
+                    couplings[i, j] = np.exp(one - highest) / total
+    return mu, 1 / (1 + np.exp(-x)), couplings
+
+
+def spread_loss(activations: Array, present: set[int], margin: float) -> float:
+    """`sum_k max(0, margin - (a_t - a_k))^2` over the classes k that are not in the image, for each t that is."""
+    loss = 0.0
+    for t in present:
+        for k in range(len(activations)):
+            if k not in present:
+                loss += max(0.0, margin - float(activations[t] - activations[k])) ** 2
+    return loss
+
+
+def digamma(x: float) -> float:
+    """The derivative of log Gamma for `x > 0`: by its recurrence to 10 and more, and there its asymptotic series."""
+    below = 0.0
+    while x < 10:
+        below += 1 / x
+        x += 1
+    series = ((2, 1 / 12), (4, -1 / 120), (6, 1 / 252), (8, -1 / 240), (10, 1 / 132), (12, -691 / 32760))
+    return float(np.log(x) - 1 / (2 * x) - sum(factor / x**power for power, factor in series) - below)
+
+
+def vb_routing(
+    v: Array,
+    activation: Array,
+    iterations: int,
+    *,
+    start: float | None = None,
+    places: int = 1,
+    sees: NDArray[np.bool_] | None = None,
+) -> tuple[Array, Array, Array]:
+    """Variational Bayes routing (De Sousa Ribeiro et al. 2020, arXiv 1905.11455) for the votes of one example.
+
+    Gaussians of diagonal precision, with the priors alpha0 = 1, m0 = 0, kappa0 = 1, Psi0 = I, nu0 = dim + 1.
+
+    Args:
+        v: votes `[in, out, dim]`.
+        activation: `[in]`, of the children.
+        iterations: T, at least 1.
+        start: the couplings before the first iteration; 1 / out if not given.
+        places: the parents, in order, are those of so many places, which have Dirichlet distributions of their own.
+        sees: `[in, out]`, whether a child votes for a parent at all; None where each does.
+
+    Returns:
+        Poses `[out, dim]`; the evidence `-exp(E[ln pi_j]) H_j`, of which a layer makes activations, `[out]`; and the
+        couplings of the last update of the posteriors `[in, out]`.
+    """
+    ins, outs, dim = v.shape
+    seen = np.ones((ins, outs), dtype=bool) if sees is None else sees
+    couplings = np.where(seen, places / outs if start is None else start, 0.0)
+    m, scale = np.zeros((outs, dim)), np.zeros((outs, dim))
+    alpha, kappa, nu, log_pi, log_det = (np.zeros(outs) for _ in range(5))
+    for t in range(iterations):
+        for j in range(outs):
+            r = [couplings[i, j] * activation[i] for i in range(ins)]
+            mass = sum(r)
+            alpha[j], kappa[j], nu[j] = 1 + mass, 1 + mass, dim + 1 + mass
+            for h in range(dim):
+                x = sum(r[i] * v[i, j, h] for i in range(ins)) / max(mass, 1e-7)
+                m[j, h] = mass * x / kappa[j]
+                around = sum(r[i] * (v[i, j, h] - x) ** 2 for i in range(ins))
+                scale[j, h] = 1 + around + mass / kappa[j] * x**2
+            log_det[j] = sum(digamma((nu[j] - d) / 2) for d in range(dim)) + dim * np.log(2)
+            log_det[j] -= sum(np.log(scale[j, h]) for h in range(dim))
+        types = outs // places
+        for j in range(outs):
+            place = j // types
+            log_pi[j] = digamma(alpha[j]) - digamma(sum(alpha[place * types : (place + 1) * types]))
+        if t == iterations - 1:
+            break
+        for i in range(ins):
+            logs = {}
+            for j in range(outs):
+                if seen[i, j]:
+                    distance = sum((v[i, j, h] - m[j, h]) ** 2 / scale[j, h] for h in range(dim))
+                    logs[j] = log_pi[j] + log_det[j] / 2 - dim * np.log(2 * np.pi) / 2
+                    logs[j] -= (dim / kappa[j] + nu[j] * distance) / 2
+            if logs:
+                highest = max(logs.values())
+                total = sum(np.exp(one - highest) for one in logs.values())
+                for j, one in logs.items():
+                    couplings[i, j] = np.exp(one - highest) / total
+    entropy = dim * np.log(2 * np.pi * np.e) / 2 - log_det / 2
+    return m, -np.exp(log_pi) * entropy, couplings
 
 
 def margin_loss(

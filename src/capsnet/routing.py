@@ -24,15 +24,24 @@ __all__ = [
     "check_iterations",
     "couplings_of",
     "dynamic_routing",
+    "em_routing",
     "inverted_attention_routing",
     "inverted_attention_step",
+    "over_outputs",
+    "over_parents",
     "self_routing",
     "uniform_routing",
+    "vb_evidence",
+    "vb_routing",
 ]
 
 Normalization = Literal["softmax", "max-min"]
 """How logits become couplings, see `couplings_of`."""
 
+VARIANCE_GUARD = 5e-4
+"""Added to the variances of `em_routing` (authors' code)."""
+LEAST_MASS = 1e-7
+"""Sum of couplings times activations that a parent has at least where something is divided by it (authors' code)."""
 MOST_ITERATIONS = 100
 """The paper tries up to 10, by which the couplings have settled; each costs the same time and memory again."""
 
@@ -50,6 +59,11 @@ class RoutingResult(NamedTuple):
     pose: Tensor
     activation: Tensor
     couplings: Tensor
+
+
+def over_outputs(logits: Float[Tensor, "*batch in out"]) -> Float[Tensor, "*batch in out"]:
+    """Log-softmax over the output capsules: logarithms of couplings where every capsule votes for every other."""
+    return logits.log_softmax(-1)
 
 
 def dynamic_routing(
@@ -137,6 +151,264 @@ def attention_routing(
         c = logits.softmax(-1) if prior is None else logits.softmax(-1) + prior
         v = F.exponential_squash(_weighted_sum(c, u_hat))
         return RoutingResult(v, F.lengths(v), c)
+
+
+def em_routing(
+    votes: Float[Tensor, "*batch in out dim"],
+    activation: Float[Tensor, "*batch in"],
+    beta_u: Float[Tensor, "out"],
+    beta_a: Float[Tensor, "out"],
+    *,
+    iterations: int = 3,
+    final_lambda: float = 0.01,
+    cost: Literal["paper", "google"] = "paper",
+    log_couplings: Callable[[Tensor], Tensor] = over_outputs,
+    variance_guard: float = VARIANCE_GUARD,
+) -> RoutingResult:
+    """EM routing: each output capsule is a Gaussian of the votes for it (Hinton, Sabour, Frosst 2018, Procedure 1).
+
+    Starting with couplings `R_ij` of 1 over the number of parents of capsule i, `iterations` M steps and one E step
+    less, with gradients through all of them, and `lambda_t = final_lambda (1 - 0.95^(t + 1))`, t from 0.
+
+    M step: `r_ij = R_ij a_i`; mean `mu_j` and variance `var_jh` of the votes weighted by `r_ij`; `m_j = sum_i r_ij`;
+    `cost_j = m_j sum_h (beta_u_j + log(var_jh) / 2)`; `a_j = sigmoid(lambda_t (beta_a_j - cost_j))`.
+    E step: `R_ij` is the softmax, over the parents of i, of `log a_j + log N(V_ij; mu_j, var_j)`.
+
+    Computed in float32 or better whatever the precision around it. `variance_guard` is added to each variance, as
+    votes that agree have a cost without bound else; and no parent has a mass `m_j` below 1e-7.
+
+    Args:
+        votes: `V_ij`, such as `functional.matrix_votes`.
+        activation: `a_i`, in [0, 1].
+        beta_u: cost of each component of a pose per child.
+        beta_a: cost below which a parent is more active than not.
+        iterations: T.
+        final_lambda: the inverse temperature that the sequence tends to.
+        cost: `google` is what the authors' published code computes (google-research, capsule_em): `beta_u` and `beta_a`
+            are its parameters s and alpha, for `(log(2 pi) + 1) s / 2` and `-2500 alpha` above; lambda is twice the
+            one above; and each mean is 0.9 of the new one and 0.1 of the former, of which the first is 0.
+        log_couplings: from `[*batch, in, out]` to the logarithms of the couplings; the log-softmax over the output
+            capsules, or for convolutional capsules `over_parents`. That of zeros starts the routing.
+        variance_guard: at least 0 (5e-4 in the authors' code).
+
+    Returns:
+        Pose `mu_j`, activation `a_j` in [0, 1], and the couplings of the last M step, whose rows sum to 1 over the
+            parents of a capsule.
+
+    Raises:
+        InputError: votes with fewer than 3 axes, or iterations that are not 1 to 100.
+
+    Example:
+        >>> em_routing(torch.randn(2, 144, 10, 16), torch.rand(2, 144), torch.zeros(10), torch.zeros(10)).pose.shape
+        torch.Size([2, 10, 16])
+    """
+    check_iterations(iterations)
+    _check_votes(votes)
+    with F.full_precision(votes.device):
+        v = F.at_least_float32(votes).transpose(-3, -2).contiguous()  # [..., out, in, dim]
+        a, beta_u, beta_a = (x.to(v.dtype) for x in (activation, beta_u, beta_a))
+        momentum = 0.0
+        if cost == "google":
+            beta_u, beta_a = (math.log(2 * math.pi) + 1) / 2 * beta_u, -2500 * beta_a
+            final_lambda, momentum = 2 * final_lambda, 0.1
+        log_r = log_couplings(v.new_zeros(v.shape[:-1]).transpose(-2, -1))
+        mean = None
+        for t in range(iterations):
+            r = (log_r.exp() * a[..., None]).transpose(-2, -1)  # [..., out, in]
+            mean, squares, variance, cost_j = _m_step(v, r, mean, beta_u, momentum=momentum, guard=variance_guard)
+            x = final_lambda * (1 - 0.95 ** (t + 1)) * (beta_a - cost_j)
+            if t < iterations - 1:
+                log_r = log_couplings(_e_step(x, squares, variance).transpose(-2, -1))
+        assert mean is not None
+        return RoutingResult(mean.squeeze(-2), x.sigmoid(), log_r.exp())
+
+
+def _m_step(
+    v: Tensor, r: Tensor, former: Tensor | None, beta_u: Tensor, *, momentum: float, guard: float
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Means, squared distances from them, variances, and costs of the parents, for `v [..., out, in, dim]`."""
+    mass = r.sum(-1).clamp(min=LEAST_MASS)  # [..., out]
+    shares = (r / mass[..., None])[..., None, :]  # [..., out, 1, in]
+    mean = shares @ v  # [..., out, 1, dim]
+    if momentum:
+        mean = (1 - momentum) * mean + (0 if former is None else momentum * former)
+    squares = (v - mean).square()
+    variance = shares @ squares + guard
+    cost = mass * (beta_u[:, None] + variance.squeeze(-2).log() / 2).sum(-1)
+    return mean, squares, variance, cost
+
+
+def _e_step(x: Tensor, squares: Tensor, variance: Tensor) -> Tensor:
+    """Logits of the couplings `[..., out, in]`: `log a_j + log N(V_ij; mu_j, var_j)`."""
+    distance = (squares @ variance.reciprocal().transpose(-2, -1)).squeeze(-1)
+    normalizer = nn.functional.logsigmoid(x) - (2 * math.pi * variance.squeeze(-2)).log().sum(-1) / 2
+    return normalizer[..., None] - distance / 2
+
+
+def over_parents(
+    logits: Float[Tensor, "batch places seen out"],
+    *,
+    types: int,
+    in_size: tuple[int, int],
+    kernel_size: int,
+    stride: int,
+) -> Float[Tensor, "batch places seen out"]:
+    """Log-softmax of the logits of convolutional capsules: over all parents of a child, their types and positions.
+
+    In the published code of EM routing each type of parent is normalised alone, and children are not found again at
+    other strides than 1; Gritzman 2019 (arXiv 1907.00652) has the competition as here.
+
+    Args:
+        logits: of each place of the output, row by row: what it sees, row by row of its window, `types` capsules each;
+            by types of parents.
+        types: of the children.
+        in_size: rows and columns of the grid of children.
+        kernel_size: rows and columns of a window.
+        stride: between windows.
+
+    Returns:
+        Logarithms of the couplings; those of a child that k places see are in k rows, and sum to 1 over these.
+    """
+    rows, columns = (_windows_of(size, kernel_size, stride, logits.device) for size in in_size)
+    across = (in_size[1] - kernel_size) // stride + 1
+    place = rows.place[:, None, :, None] * across + columns.place[:, None]  # [rows, columns, n, n]
+    offset = rows.offset[:, None, :, None] * kernel_size + columns.offset[:, None]
+    seen = (rows.inside[:, None, :, None] & columns.inside[:, None]).flatten(0, 1).flatten(1)  # [children, n * n]
+    windows = torch.where(seen, (place * kernel_size**2 + offset).flatten(0, 1).flatten(1), 0)
+    of_place = logits.logsumexp(-1).reshape(logits.shape[0], -1, types)  # [batch, windows, types]
+    lowest = torch.finfo(logits.dtype).min
+    found = of_place.index_select(1, windows.flatten()).reshape(logits.shape[0], *windows.shape, types)
+    of_child = found.masked_fill(~seen[..., None], lowest).logsumexp(2)  # [batch, children, types]
+    total = of_child.index_select(1, _children(in_size, kernel_size, stride, logits.device))
+    log_couplings: Tensor = logits - total.reshape(*logits.shape[:-1], 1)
+    return log_couplings
+
+
+class _Windows(NamedTuple):
+    """Along one axis, of each child the places that may see it, its offset there, and whether they do: `[size, n]`."""
+
+    place: Tensor
+    offset: Tensor
+    inside: Tensor
+
+
+def _windows_of(size: int, kernel_size: int, stride: int, device: torch.device) -> _Windows:
+    child = torch.arange(size, device=device)[:, None]
+    place = child // stride - torch.arange(-(-kernel_size // stride), device=device)
+    offset = child - place * stride
+    inside = (place >= 0) & (place <= (size - kernel_size) // stride) & (offset < kernel_size)
+    return _Windows(place, offset, inside)
+
+
+def _children(in_size: tuple[int, int], kernel_size: int, stride: int, device: torch.device) -> Tensor:
+    """The place in its grid of what each window sees, row by row: `[places * kernel_size^2]`."""
+    rows, columns = (
+        torch.arange((size - kernel_size) // stride + 1, device=device)[:, None] * stride
+        + torch.arange(kernel_size, device=device)
+        for size in in_size
+    )
+    return (rows[:, None, :, None] * in_size[1] + columns[:, None]).flatten()
+
+
+def vb_routing(
+    votes: Float[Tensor, "*batch in out dim"],
+    activation: Float[Tensor, "*batch in"],
+    beta_u: Float[Tensor, "out"] | None = None,
+    beta_a: Float[Tensor, "out"] | None = None,
+    *,
+    iterations: int = 3,
+    log_couplings: Callable[[Tensor], Tensor] = over_outputs,
+) -> RoutingResult:
+    """Variational Bayes routing (De Sousa Ribeiro, Leontidis, Kollias 2020, arXiv 1905.11455): EM with priors.
+
+    The parameters of each output capsule's Gaussian, of diagonal precision, have distributions: Dirichlet `alpha0 = 1`,
+    normal `m0 = 0`, `kappa0 = 1`, Wishart `Psi0 = I`, `nu0 = dim + 1`, which bound all that has to be guarded in
+    `em_routing`. Couplings `R_ij` start as 1 / out; `iterations` updates of the posteriors and one less of the
+    couplings. With `r_ij = R_ij a_i`, `M_j = sum_i r_ij` and `x_j` the mean of the votes weighted by `r_ij`:
+
+    `alpha_j = 1 + M_j`, `kappa_j = 1 + M_j`, `nu_j = dim + 1 + M_j`, `m_j = M_j x_j / kappa_j`,
+    `S_jh = 1 + sum_i r_ij (V_ijh - x_jh)^2 + (M_j / kappa_j) x_jh^2`,
+    `ln pi_j = psi(alpha_j) - psi(sum_j alpha_j)`,
+    `ln L_j = sum_d psi((nu_j - d) / 2) + dim log 2 - sum_h log S_jh`, d from 0, and the couplings are the softmax of
+    `ln pi_j + ln L_j / 2 - dim log(2 pi) / 2 - [dim / kappa_j + nu_j sum_h (V_ijh - m_jh)^2 / S_jh] / 2`.
+
+    Computed in float32 or better whatever the precision around it.
+
+    Args:
+        votes: `V_ij`, such as `functional.matrix_votes`.
+        activation: `a_i`, in [0, 1].
+        beta_u: offset of the activations; 0 if not given.
+        beta_a: the same with the other sign.
+        iterations: T.
+        log_couplings: as of `em_routing`. The sum over j in `ln pi_j` is over the last axis alone, the types of
+            capsules of one place.
+
+    Returns:
+        Pose `m_j`; activation, in [0, 1], `sigmoid(beta_a_j - exp(ln pi_j) H_j - beta_u_j)` with the entropy `H_j =
+            dim log(2 pi e) / 2 - ln L_j / 2`, which the paper's network normalises over the batch before the sigmoid;
+            and the couplings of the last update of the posteriors, whose rows sum to 1 over the parents of a capsule,
+            but for convolutional capsules with one iteration.
+
+    Raises:
+        InputError: votes with fewer than 3 axes, or iterations that are not 1 to 100.
+
+    Example:
+        >>> vb_routing(torch.randn(2, 144, 10, 16), torch.rand(2, 144)).pose.shape
+        torch.Size([2, 10, 16])
+    """
+    pose, evidence, couplings = vb_evidence(
+        votes, activation, beta_u, beta_a, iterations=iterations, log_couplings=log_couplings
+    )
+    return RoutingResult(pose, evidence.sigmoid(), couplings)
+
+
+def vb_evidence(
+    votes: Float[Tensor, "*batch in out dim"],
+    activation: Float[Tensor, "*batch in"],
+    beta_u: Float[Tensor, "out"] | None = None,
+    beta_a: Float[Tensor, "out"] | None = None,
+    *,
+    iterations: int = 3,
+    log_couplings: Callable[[Tensor], Tensor] = over_outputs,
+) -> RoutingResult:
+    """`vb_routing` before the sigmoid: `activation` is its argument, any number, which a layer may normalise."""
+    check_iterations(iterations)
+    _check_votes(votes)
+    with F.full_precision(votes.device):
+        v = F.at_least_float32(votes).transpose(-3, -2).contiguous()  # [..., out, in, dim]
+        a, dim = activation.to(v.dtype), v.shape[-1]
+        log_r = v.new_full(v.shape[:-1], -math.log(v.shape[-3])).transpose(-2, -1)
+        for t in range(iterations):
+            r = (log_r.exp() * a[..., None]).transpose(-2, -1)[..., None, :]  # [..., out, 1, in]
+            mass = r.sum(-1, keepdim=True)  # [..., out, 1, 1]
+            total = r @ v  # [..., out, 1, dim]
+            x, kappa, nu = total / mass.clamp(min=LEAST_MASS), 1 + mass, dim + 1 + mass
+            m = total / kappa
+            scale = 1 + r @ (v - x).square() + mass / kappa * x.square()
+            alpha = 1 + mass[..., 0, 0]
+            log_pi = _digamma(alpha) - _digamma(alpha.sum(-1, keepdim=True))  # [..., out]
+            below = torch.arange(dim, device=v.device)
+            log_det = _digamma((nu - below) / 2).sum((-2, -1)) + dim * math.log(2) - scale.log().sum((-2, -1))
+            if t < iterations - 1:
+                distance = ((v - m).square() @ (nu / scale).transpose(-2, -1)).squeeze(-1)
+                constant = log_pi + (log_det - dim * math.log(2 * math.pi) - dim / kappa[..., 0, 0]) / 2
+                log_r = log_couplings((constant[..., None] - distance / 2).transpose(-2, -1))
+        entropy = (dim * math.log(2 * math.pi * math.e) - log_det) / 2
+        evidence = -log_pi.exp() * entropy
+        if beta_a is not None:
+            evidence = evidence + beta_a.to(v.dtype)
+        if beta_u is not None:
+            evidence = evidence - beta_u.to(v.dtype)
+        return RoutingResult(m.squeeze(-2), evidence, log_r.exp())
+
+
+def _digamma(x: Tensor) -> Tensor:
+    """`psi(x)` for x of at least 1, to 2e-12: `torch.digamma` has no counterpart in ONNX."""
+    below = (x[..., None] + torch.arange(6, device=x.device)).reciprocal().sum(-1)  # psi(x + 6) - psi(x)
+    x = x + 6
+    y = x.square().reciprocal()
+    series = y * (1 / 12 - y * (1 / 120 - y * (1 / 252 - y * (1 / 240 - y / 132))))
+    return x.log() - 0.5 / x - series - below
 
 
 def uniform_routing(

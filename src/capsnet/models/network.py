@@ -129,6 +129,12 @@ class Network(nn.Module, ABC):
     ) -> Float[Tensor, "batch dim"]:
         """The last layer's representation of each image, of which `labels` are the true classes."""
 
+    def begin_step(self, step: int, steps: int) -> None:
+        """Called before each step of a training, of all of whose `steps` so many are done, for what changes with them.
+
+        What is set here must depend on these numbers alone: a run that goes on then ends as one that never stopped.
+        """
+
     def kernels(self, device: torch.device, precision: str) -> dict[str, str]:
         """The options that choose how the network is computed, and what they mean on `device`."""
         return {}

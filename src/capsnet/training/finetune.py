@@ -44,7 +44,8 @@ def start_from(network: Network, source: Network, *, name: str) -> str:
         raise InputError(f"init_from must be weights of model {ours}; {name} is of model {theirs}")
     by_class, trained = _class_axes(source), source.state_dict()
     order = _order(source.classes, network.classes)
-    replaced = [] if order else [part for part in network.parts() if any(_inside(key, part) for key in by_class)]
+    replaced = [part for part in network.parts() if any(_inside(key, part) for key in by_class)]
+    replaced = [] if order else [*replaced, *map(_layer, by_class)]  # batch statistics are in no part
     reordered = order != sorted(order)
     if reordered:
         trained |= {key: _reordered(trained[key], axis, order) for key, axis in by_class.items() if key in trained}

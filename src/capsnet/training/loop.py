@@ -125,6 +125,7 @@ def train_epochs(
                 for group in optimizer.param_groups:
                     group["lr"] = rate_here.fill_(rate) if graphed else rate
                     group["capturable"] = bool(graphed)
+                network.begin_step(at.epoch * steps + at.step, config.epochs * steps)
                 torch.manual_seed(seed_of(config.seed, at.epoch, at.step, fabric.global_rank))  # of dropout
 
                 losses = graphed(images) if graphed else step(images, share)
