@@ -503,6 +503,16 @@ def test_a_stopped_training_resumes_to_the_same_weights(
     assert metrics("whole") == metrics("run")
 
 
+@pytest.mark.usefixtures("workplace", "blank_figure")
+def test_training_says_where_each_step_stands(photos: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    told = list[tuple[int, int]]()
+    monkeypatch.setattr(EMCapsNet, "begin_step", lambda self, step, steps: told.append((step, steps)))
+    about: dict[str, Any] = {"model": "em-capsnet", "epochs": 2, "batch_size": 32, "out": "run", "report": False}
+    fit(Config.of(data=str(photos), **FEW, **about))
+    assert told == [(step, len(told)) for step in range(len(told))]
+    assert len(told) >= 4
+
+
 @every_model
 def test_every_verb_takes_it(model: str, workplace: Path, capsys: pytest.CaptureFixture[str]) -> None:
     data = photos(workplace / "data", count=12, size=(14, 13))

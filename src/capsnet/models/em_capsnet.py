@@ -61,7 +61,8 @@ PRESETS: dict[str, dict[str, Any]] = {
 """`paper`: batches and learning rate by the authors' answer, quoted in the code of arXiv 1907.00652. `authors`: also
 the cost and margin of their published code. Their weight decay, 2e-7 in the gradient, has no option here. `fast` is
 ours: inverse temperatures by which costs of either sign and of all layers move the activations from the first step on,
-as arXiv 1907.00652 scales costs by the numbers of parents and children."""
+as arXiv 1907.00652 scales costs by the numbers of parents and children; 5 epochs of 5,000 strokes reach an error of 3 %
+(one run)."""
 SIDE_OF_IMAGE = 28
 """Pixels of the shorter side for every two pixels of the first convolution's stride."""
 LAST_MARGIN = F.spread_margin(math.inf)
