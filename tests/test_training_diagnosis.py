@@ -67,6 +67,13 @@ def test_said_where_it_is_no_better_and_only_once(error: float, said: bool) -> N
     assert (again is None) == said
 
 
+def test_of_classes_that_count_alike_it_is_the_error_of_guessing() -> None:
+    balanced = chance(config=Config.of(epochs=100, primary_scale=1.0, balance=True))
+    assert balanced.percent == pytest.approx(200 / 3)
+    assert balanced.line(row(60.0), losses(MIXED)) is None
+    assert "guessing has 66.67 %; likely causes" in str(balanced.line(row(67.0), losses(MIXED)))
+
+
 @pytest.mark.parametrize(("epochs", "epoch", "said"), [(100, 24, False), (100, 25, True), (3, 2, False), (3, 3, True)])
 def test_not_before_50_steps_unless_there_are_no_more(epochs: int, epoch: int, said: bool) -> None:
     watch = chance(config=Config.of(epochs=epochs))

@@ -24,13 +24,16 @@ class Chance:
     """Says once when a training is no better than always naming the most frequent class.
 
     That has an error of so many `percent`; where images show k objects of different classes, always naming any one set
-    of k classes. Labels are `[n]` or `[n, k]`, `steps` those of each epoch.
+    of k classes. Of classes that count alike (`balance`) it is the error of guessing: naming the most frequent class is
+    then no better than naming another. Labels are `[n]` or `[n, k]`, `steps` those of each epoch.
     """
 
     def __init__(self, labels: Tensor, *, classes: int, objects_per_image: int, config: Config, steps: int) -> None:
         counts = labels.flatten().bincount(minlength=classes)
         single = objects_per_image == 1
         most = counts.max().item() / labels.numel() if single else 1 / math.comb(classes, objects_per_image)
+        if config.balance:
+            most = 1 / int((counts > 0).sum())
         self.percent = 100 * (1 - most)
         self.rarest = int(counts[counts > 0].min())
         self.config, self.steps, self.said = config, steps, False
@@ -47,7 +50,8 @@ class Chance:
         self.said = True
         return (
             f"at chance: {row['train_error_percent']:.2f} % of the training images wrong in epoch {row['epoch']}, and "
-            f"always naming the most frequent class has {self.percent:.2f} %; likely causes: "
+            f"{'guessing' if self.config.balance else 'always naming the most frequent class'} has {self.percent:.2f} %; "
+            f"likely causes: "
             + "; ".join(self._causes(row, losses, done))
         )
 
