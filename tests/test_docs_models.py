@@ -2,6 +2,7 @@
 
 import re
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -26,7 +27,7 @@ def table() -> str:
     rows = ["| network | 1 x 28 x 28 | 3 x 32 x 32 | 3 x 224 x 224 | voting capsules | score | steps | decoder |"]
     rows.append("| --- " * 8 + "|")
     for name in (*SCORES, "inverted-capsnet", "resnet", "efficient-cnn", "baseline"):
-        without = {"reconstruction": False} if "reconstruction" in create(name).config else {}
+        without: dict[str, Any] = {"reconstruction": False} if "reconstruction" in create(name).config else {}
         with torch.device("meta"):
             built = [create(name, image_shape=shape, **without) for shape in SHAPES]
         counts = [f"{network.parameter_count():,}" for network in built]

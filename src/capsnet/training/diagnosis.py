@@ -48,11 +48,10 @@ class Chance:
         if self.said or early or row["train_error_percent"] < self.percent - 1e-9:
             return None
         self.said = True
+        otherwise = "guessing" if self.config.balance else "always naming the most frequent class"
         return (
             f"at chance: {row['train_error_percent']:.2f} % of the training images wrong in epoch {row['epoch']}, and "
-            f"{'guessing' if self.config.balance else 'always naming the most frequent class'} has {self.percent:.2f} %; "
-            f"likely causes: "
-            + "; ".join(self._causes(row, losses, done))
+            f"{otherwise} has {self.percent:.2f} %; likely causes: {'; '.join(self._causes(row, losses, done))}"
         )
 
     def _causes(self, row: dict[str, Any], losses: Losses | None, done: int) -> list[str]:
