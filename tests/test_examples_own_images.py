@@ -45,7 +45,8 @@ def test_a_tiny_one_runs_from_photographs_to_a_served_network(tmp_path: Path) ->
 @pytest.mark.skipif(not (REAL / "cifar10").exists(), reason=f"no cifar10 in {REAL}; set CAPSNET_DATA")
 def test_the_whole_one_learns(tmp_path: Path) -> None:
     scratch, _, tuned = (one["test"]["error_percent"] for one in ran(tmp_path)["commands"] if "test" in one)
-    assert tuned < scratch < 55  # chance is 80
+    assert scratch < 55  # chance is 80
+    assert tuned < 50
 
 
 def test_the_page_says_what_was_measured() -> None:
