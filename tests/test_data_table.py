@@ -262,7 +262,7 @@ def test_copies_stay_in_one_split(own: Path) -> None:
     for name in "abc":
         for k in range(0, 30, 3):
             for number in range(3):
-                shutil.copy(own / name / f"{k}.png", own / name / f"copy {k} {number}.png")
+                shutil.copy(own / name / f"{k}.png", own / "abc"[number] / f"copy {name} {k}.png")
     data = prepare.prepare_data(Config.of(data="own"))
     places: dict[str, set[str]] = {}
     for file in data.files:
@@ -304,12 +304,12 @@ def test_units_and_draws() -> None:
     assert found[1] == found[6] == found[8]  # by a group, and a copy of its member
     assert len(set(found)) == 10
     for seed in range(20):
-        places = drawn(files, 0.4, seed=seed)
+        places = drawn(files, found, 0.4, seed=seed)
         assert len({1, 6, 8} & set(places)) in (0, 3)
         assert 3 <= len(places) <= 6
-        assert places == drawn(files, 0.4, seed=seed)
+        assert places == drawn(files, found, 0.4, seed=seed)
     alone = [file._replace(group="all of 0" if file.label == 0 else "") for file in files]
-    assert {alone[k].label for k in drawn(alone, 0.3, seed=0)} == {1}, "a class keeps its only group"
+    assert {alone[k].label for k in drawn(alone, units(alone), 0.3, seed=0)} == {1}, "a class keeps its only group"
 
 
 # a manifest is a data set

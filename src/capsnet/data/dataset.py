@@ -28,9 +28,9 @@ def check_memory(count: int, shape: tuple[int, ...]) -> None:
 
 
 class ImageFile(NamedTuple):
-    """An image of a folder."""
+    """An image of a folder or a table."""
 
-    path: str  # from the folder on, with `/`
+    path: str  # from the folder on, with `/`; or absolute, in a table
     label: int  # number of its class
     split: str  # `train`, `validation` or `test`; empty where it is still to be divided, `unused` where none wants it
     hash: str  # BLAKE2b of its content, 32 hexadecimal digits

@@ -7,11 +7,11 @@ import torch
 
 from capsnet.data.dataset import ImageFile
 
-__all__ = ["copies", "drawn", "units"]
+__all__ = ["belong_together", "copies", "drawn", "units"]
 
 
 def units(files: Sequence[ImageFile]) -> list[int]:
-    """A number for each file, the same for those of one group, and for copies in one class.
+    """A number for each file, the same for those of one group, and for copies, also in several classes.
 
     Where a class has but one image, under several names, its copies do not count as such: they are all there is.
     """
@@ -25,23 +25,28 @@ def units(files: Sequence[ImageFile]) -> list[int]:
             above[place] = place = above[above[place]]
         return place
 
-    first = dict[tuple[str, str, int], int]()
+    first = dict[tuple[str, str], int]()
     for place, file in enumerate(files):
-        keys = [("group", file.group, 0)] * bool(file.group)
-        keys += [("content", file.hash, file.label)] * (len(contents[file.label]) > 1)
+        keys = [("group", file.group)] * bool(file.group)
+        keys += [("content", file.hash)] * (len(contents[file.label]) > 1)
         for key in keys:
             one, other = sorted((top(place), top(first.setdefault(key, place))))
             above[other] = one
     return [top(place) for place in range(len(files))]
 
 
-def drawn(files: Sequence[ImageFile], share: float, *, seed: int) -> list[int]:
+def belong_together(units: Sequence[int]) -> bool:
+    """Whether some files share a number of `units`, so that files must not be divided one by one."""
+    return len(set(units)) < len(units)
+
+
+def drawn(files: Sequence[ImageFile], of: Sequence[int], share: float, *, seed: int) -> list[int]:
     """Places of about `share` of each class's files, at least one where it can be, units whole; of each one is left.
 
-    The same seed always draws the same.
+    `of` are the `units` of the files. The same seed always draws the same.
     """
     whole = dict[int, list[int]]()
-    for place, unit in enumerate(units(files)):
+    for place, unit in enumerate(of):
         whole.setdefault(unit, []).append(place)
     members = list(whole.values())
     sizes = [Counter(files[place].label for place in unit) for unit in members]

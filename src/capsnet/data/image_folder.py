@@ -91,11 +91,9 @@ class ImageFolder:
                 f"test_fraction must be a share, or 1 to {most} of the {len(self.files)} images; got {test}"
             )
         files = [file._replace(split="train") for file in sorted(self.files, key=lambda file: file.label)]
-        if self._bound(files):
-            count = round(len(files) / 6 if test is None else test if isinstance(test, int) else test * len(files))
-            return self._moved(files, max(count, 1), "test", seed)
-        if isinstance(test, int):
-            return self._moved(files, test, "test", seed)
+        if isinstance(test, int) or grouping.belong_together(grouping.units(files)):
+            tested = test if isinstance(test, int) else max(1, round(len(files) * (test or 1 / 6)))
+            return self._moved(files, tested, "test", seed)
         generator, start = torch.Generator().manual_seed(seed), 0
         for count in counts:
             tested = min(max(round(count * (test or 1 / 6)), 1), count - 1)
@@ -108,11 +106,6 @@ class ImageFolder:
         """Number of files of each class."""
         counts = Counter(file.label for file in self.files)
         return [counts[label] for label in range(len(self.classes))]
-
-    @staticmethod
-    def _bound(files: Sequence[ImageFile]) -> bool:
-        """Whether some of the files belong together, and must not be divided one by one."""
-        return len(set(grouping.units(files))) < len(files)
 
     def with_validation(self, count: int, *, seed: int) -> "ImageFolder":
         """The same with so many training images held out, of each class its share; 0: not even the folder's own.
@@ -142,12 +135,12 @@ class ImageFolder:
         """The same with so many training images in another split; about as many where some belong together."""
         place = [k for k, file in enumerate(files) if file.split == "train"]
         train = [files[k] for k in place]
-        labels = torch.tensor([file.label for file in train])
+        labels, units = torch.tensor([file.label for file in train]), grouping.units(train)
         notes = self.notes
         if to == "unused":
             moved = sorted(set(range(len(place))) - set(stratified(labels, len(place) - count, seed=seed).tolist()))
-        elif count and self._bound(train):
-            moved = grouping.drawn(train, count / len(train), seed=seed)
+        elif count and grouping.belong_together(units):
+            moved = grouping.drawn(train, units, count / len(train), seed=seed)
             absent = {file.label for file in train} - {train[k].label for k in moved}
             if to == "test" and not moved:
                 raise InputError(f"images of {self.root} must be of 2 groups or more to be divided; they are of one")
