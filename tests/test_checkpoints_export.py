@@ -284,6 +284,11 @@ def test_a_card_and_the_preprocessing_go_along(tmp_path: Path) -> None:
     (tmp_path / "z/config.json").write_text(json.dumps(told))
     with pytest.raises(InputError, match=r"preprocessing must make images of \(2, 3, 5\); it makes \(2, 7, 5\)$"):
         pretrained.load(tmp_path / "z")
+    for name, value in (("filter", "bicubic"), ("orientation", "none"), ("ground", "grey")):
+        other = told | {"preprocessing": told["preprocessing"] | {"height": 3, name: value}}
+        (tmp_path / "z/config.json").write_text(json.dumps(other))
+        with pytest.raises(InputError, match=rf"preprocessing.{name} must be one of .*; got '{value}'$"):
+            pretrained.load(tmp_path / "z")
     export(KINDS["baseline"], tmp_path / "x", format="safetensors", images=images(2), card=card)
     assert pretrained.load_card(tmp_path / "x") == card
     export(KINDS["baseline"], tmp_path / "y", format="safetensors", images=images(2))

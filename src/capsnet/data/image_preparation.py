@@ -55,6 +55,10 @@ class ImagePreparation:
         framing: `digits` for networks that know framed digits, else `off`.
         frame: where the digit lies, with framing "digits".
         resize: what becomes of an image's proportions, see `image_file.resized`; `squash` of weights from before this.
+        filter: of resizing. This and what follows has one value today, and is kept so that a file which comes to mean
+            something else is refused, and not read otherwise.
+        orientation: images are turned as their EXIF tag says.
+        ground: under transparency: white, or black where white would hide what is drawn, see `image_file`.
 
     Raises:
         InputError: a value outside its range, or a frame without framing, or the other way.
@@ -68,6 +72,9 @@ class ImagePreparation:
     framing: Framing = "off"
     frame: Frame | None = None
     resize: Resize = "squash"
+    filter: Literal["lanczos"] = "lanczos"
+    orientation: Literal["exif"] = "exif"
+    ground: Literal["white unless unseen"] = "white unless unseen"
 
     def __post_init__(self) -> None:
         if self.height < 1 or self.width < 1 or self.channels < 1:
