@@ -20,7 +20,7 @@ from capsnet.layers import ClassCapsules
 from capsnet.models import create
 from capsnet.models.baseline import ConvNet
 from capsnet.models.capsule_head import CapsuleHead
-from capsnet.models.network import cells
+from capsnet.models.network import parts_of_image
 from capsnet.models.resnet import BasicBlock, residual_stages
 from capsnet.training.fit import fit
 from tiny import typed
@@ -212,14 +212,14 @@ def test_both_kernels_and_the_trace_agree(routing: str, share: bool) -> None:
 
 
 def test_types_share_their_transformation_over_the_places() -> None:
-    layer = ClassCapsules(6, 3, 4, 5, share=True, types=2)
+    layer = ClassCapsules(6, 3, 4, 5, types=2)
     assert layer.weight.shape == (2, 3, 4, 5)
     whole = ClassCapsules(6, 3, 4, 5)
     with torch.no_grad():
         whole.weight.copy_(layer.weight.repeat(3, 1, 1, 1))
     u = F.squash(random(7, 6, 3).float())
     torch.testing.assert_close(layer(u), whole(u))
-    one = ClassCapsules(6, 3, 4, 5, share=True, types=2, iterations=1)
+    one = ClassCapsules(6, 3, 4, 5, types=2, iterations=1)
     with torch.no_grad():
         one.weight.copy_(layer.weight)
     whole.iterations = 1
@@ -230,12 +230,12 @@ def test_types_share_their_transformation_over_the_places() -> None:
 
 
 @pytest.mark.parametrize(("places", "pixels"), [(1, 5), (3, 7), (8, 32), (7, 224), (5, 3)])
-def test_cells_share_all_pixels(places: int, pixels: int) -> None:
-    shares = cells(places, pixels)
+def test_the_parts_of_an_image_share_all_pixels(places: int, pixels: int) -> None:
+    shares, columns = parts_of_image((places, 2), (1, pixels, 3))
     torch.testing.assert_close(shares.sum(1), torch.ones(places))
     torch.testing.assert_close(shares.sum(0), torch.full((pixels,), places / pixels))
     torch.testing.assert_close(shares.flip(0, 1), shares)
-    torch.testing.assert_close(cells(2, 3), torch.tensor([[2.0, 1, 0], [0, 1, 2]]) / 3)
+    torch.testing.assert_close(columns, torch.tensor([[2.0, 1, 0], [0, 1, 2]]) / 3)
 
 
 def test_what_a_place_says_is_drawn_on_its_part_of_the_image() -> None:

@@ -10,13 +10,14 @@ import torch
 from torch import Tensor
 
 from capsnet import functional as F
-from capsnet import memory, reference
+from capsnet import matrix_capsules, memory, reference
 from capsnet.analysis.routing_trace import evidence
 from capsnet.config import Config
 from capsnet.data import Dataset, Split
 from capsnet.errors import InputError
-from capsnet.models import create, inverted_capsnet
-from capsnet.models.inverted_capsnet import CapsuleLayer, InvertedCapsNet, patches
+from capsnet.matrix_capsules import patches
+from capsnet.models import create
+from capsnet.models.inverted_capsnet import CapsuleLayer, InvertedCapsNet
 from capsnet.routing import inverted_attention_routing, inverted_attention_step
 from capsnet.training.fit import fit
 from tiny import typed
@@ -166,7 +167,7 @@ def test_a_window_keeps_poses_whole() -> None:
     """On a tensor that counts: row, column, type, component."""
     rows, columns, types, dims = torch.meshgrid(*map(torch.arange, (5, 7, 3, 4)), indexing="ij")
     grid = (1000 * rows + 100 * columns + 10 * types + dims).float()[None]
-    seen = patches(grid, 2, 2)
+    seen = patches(grid, kernel_size=2, stride=2).flatten(3, 4)
     assert seen.shape == (1, 2, 3, 12, 4)
     for y, x, i, j, kind in ((0, 0, 0, 1, 2), (1, 2, 1, 0, 1), (1, 0, 1, 1, 0)):
         expected = 1000 * (2 * y + i) + 100 * (2 * x + j) + 10 * kind + torch.arange(4.0)
@@ -176,7 +177,7 @@ def test_a_window_keeps_poses_whole() -> None:
 @pytest.mark.parametrize("chunk", [1, 500, 2**21])
 def test_a_layer_is_an_iteration_of_its_votes(chunk: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """With all its gradients, whatever the number of places at a time."""
-    monkeypatch.setattr(inverted_capsnet, "CHUNK", chunk)
+    monkeypatch.setitem(matrix_capsules.SLICES, "small", chunk)
     layer = CapsuleLayer(INS, OUTS, 2).double()
     with torch.no_grad():
         layer.norm.weight.copy_(random(4, seed=3))

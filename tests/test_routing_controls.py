@@ -120,7 +120,7 @@ def test_the_stem_of_efficient_capsnet_with_other_routings(
     ids=str,
 )
 def test_a_shared_transformation_is_one_repeated(r: int, options: dict[str, Any], kernel: str) -> None:
-    shared = ClassCapsules(INS, 3, OUTS, DIM, iterations=r, share=True, routing_kernel=kernel, **options).double()
+    shared = ClassCapsules(INS, 3, OUTS, DIM, iterations=r, types=1, routing_kernel=kernel, **options).double()
     single = ClassCapsules(INS, 3, OUTS, DIM, iterations=r, routing_kernel=kernel, **options).double()
     with torch.no_grad():
         shared.weight.mul_(20)
@@ -141,7 +141,7 @@ def test_a_shared_transformation_is_one_repeated(r: int, options: dict[str, Any]
 
 
 def test_with_one_iteration_only_the_sum_of_the_poses_counts() -> None:
-    layer = ClassCapsules(INS, 3, OUTS, DIM, iterations=1, share=True).double()
+    layer = ClassCapsules(INS, 3, OUTS, DIM, iterations=1, types=1).double()
     assert layer.sums_poses
     u = random(BATCH, INS, 3)
     s = torch.einsum("np,pjd->njd", u.sum(1), layer.weight[0]) / OUTS
@@ -150,7 +150,7 @@ def test_with_one_iteration_only_the_sum_of_the_poses_counts() -> None:
     moved[:, 0] += 1
     moved[:, 1] -= 1
     torch.testing.assert_close(layer(moved).pose, layer(u).pose, rtol=1e-10, atol=1e-12)
-    assert not ClassCapsules(INS, 3, OUTS, DIM, iterations=2, share=True).sums_poses
+    assert not ClassCapsules(INS, 3, OUTS, DIM, iterations=2, types=1).sums_poses
 
 
 @pytest.mark.parametrize("side", [28, 40])

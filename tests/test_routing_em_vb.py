@@ -14,7 +14,7 @@ from capsnet import functional as F
 from capsnet import reference
 from capsnet.errors import InputError
 from capsnet.matrix_capsules import patches
-from capsnet.routing import RoutingResult, em_routing, over_outputs, over_parents, vb_evidence, vb_routing
+from capsnet.routing import RoutingResult, em_routing, over_outputs, over_parents, vb_routing
 
 BATCH, INS, OUTS, DIM = 2, 7, 5, 4
 ROUTINGS: dict[str, Any] = {
@@ -215,7 +215,7 @@ def test_google_starts_with_means_below_the_votes() -> None:
 
 def test_without_children_the_posterior_is_the_prior() -> None:
     votes, activation = inputs(dim=16)[:2]
-    pose, evidence, _ = vb_evidence(votes, 0 * activation)
+    pose, evidence, _ = vb_routing(votes, 0 * activation, before_sigmoid=True)
     log_det = sum(reference.digamma((17 - d) / 2) for d in range(16)) + 16 * math.log(2)
     log_pi = reference.digamma(1.0) - reference.digamma(float(OUTS))
     entropy = 8 * math.log(2 * math.pi * math.e) - log_det / 2
@@ -254,7 +254,7 @@ def seen_by(in_size: tuple[int, int], k: int, stride: int) -> list[list[int]]:
 @pytest.mark.parametrize(("in_size", "k", "stride"), GRIDS)
 def test_patches_are_what_windows_see(in_size: tuple[int, int], k: int, stride: int) -> None:
     x = random(2, *in_size, 3)
-    found, flat = patches(x, kernel_size=k, stride=stride), x.flatten(1, 2)
+    found, flat = patches(x, kernel_size=k, stride=stride).flatten(1, 2), x.flatten(1, 2)
     for place, seen in enumerate(seen_by(in_size, k, stride)):
         assert torch.equal(found[:, place], flat[:, seen])
 

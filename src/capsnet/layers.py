@@ -33,6 +33,17 @@ class BatchNorm(nn.BatchNorm2d):
         return super().forward(x)
 
 
+def windows(
+    outputs: int, inputs: int, *, kernel_size: int, stride: int, before: int = 0
+) -> Float[Tensor, "outputs inputs"]:
+    """1 where a place of the input is in the window of a place of the output, else 0, along one axis.
+
+    `before` zeros stand before the first place of the input.
+    """
+    start, place = torch.arange(outputs)[:, None] * stride - before, torch.arange(inputs)
+    return ((start <= place) & (place < start + kernel_size)).float()
+
+
 class Convolution(nn.Module):
     """A square convolution for images of one size.
 
@@ -127,10 +138,8 @@ class Convolution(nn.Module):
 
     def windows(self, axis: int) -> Float[Tensor, "out in"]:
         """1 where a place of the input is in the window of a place of the output, else 0; rows (0) or columns (1)."""
-        before = self.pads[2] if axis == 0 else self.pads[0]
-        start = torch.arange(self.out_size[axis])[:, None] * self.stride - before
-        place = torch.arange(self.in_size[axis])
-        return ((start <= place) & (place < start + self.kernel_size)).float()
+        before, sizes = self.pads[2] if axis == 0 else self.pads[0], (self.out_size[axis], self.in_size[axis])
+        return windows(*sizes, kernel_size=self.kernel_size, stride=self.stride, before=before)
 
     def extra_repr(self) -> str:
         """Sizes, for `print(model)`."""
@@ -228,15 +237,13 @@ class ClassCapsules(nn.Module):
         routing_kernel: `plain` (votes of the whole batch in memory), `fused` (never more than a few of them) or `auto`.
         epsilon: of `functional.squash`; above 0 the routing kernel is `plain`.
         normalization: how logits become couplings, see `routing.couplings_of`; with `max-min` the kernel is `plain`.
-        share: one transformation of each class for all capsules below (Gu and Tresp 2020, arXiv 1911.07968). With one
+        types: number of transformations to a class, which capsules of one type share; the types of a place lie side by
+            side. None for one for each capsule. 1 for one for all (Gu and Tresp 2020, arXiv 1911.07968): with one
             iteration, the class capsules then see nothing but the sum of all poses, and no vote is formed.
-        types: with `share`, number of types of the capsules below, those of one place side by side; each type has its
-            own transformation, which all places share.
 
     Parameters:
-        weight `W [in_capsules, in_dim, out_capsules, out_dim]`, or `[types, ...]` if they `share` it, normal with
-        standard deviation 0.1 (the paper gives none; the first author's code has 0.1, truncated); bias, if asked for,
-        `[out_capsules, out_dim]`, 0.1.
+        weight `W [types or in_capsules, in_dim, out_capsules, out_dim]`, normal with standard deviation 0.1 (the paper
+        gives none; the first author's code has 0.1, truncated); bias, if asked for, `[out_capsules, out_dim]`, 0.1.
 
     Raises:
         InputError: fewer than 1 iteration, an unknown routing kernel, `fused` with an epsilon or max-min, or `leaky`
@@ -257,8 +264,7 @@ class ClassCapsules(nn.Module):
         routing_kernel: str = "auto",
         epsilon: float = 0.0,
         normalization: Normalization = "softmax",
-        share: bool = False,
-        types: int = 1,
+        types: int | None = None,
     ) -> None:
         super().__init__()
         check_iterations(iterations)
@@ -270,7 +276,7 @@ class ClassCapsules(nn.Module):
         self.in_capsules, self.normalization = in_capsules, normalization
         self.iterations, self.leaky, self.detach_routing, self.epsilon = iterations, leaky, detach_routing, epsilon
         self.routing_kernel = "plain" if plain else routing_kernel
-        weight = torch.empty(types if share else in_capsules, in_dim, out_capsules, out_dim)
+        weight = torch.empty(types or in_capsules, in_dim, out_capsules, out_dim)
         if not weight.is_meta:  # where `normal_` changes nothing, and imports the compiler in two seconds
             weight.normal_(std=0.1)
         self.weight = nn.Parameter(weight)

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from capsnet import functional as F
 from capsnet.errors import InputError
 from capsnet.kernels.autograd import first_derivatives
-from capsnet.layers import Convolution
+from capsnet.layers import BatchNorm, Convolution, windows
 from capsnet.routing import RoutingResult, over_outputs, over_parents
 
 __all__ = [
@@ -29,13 +29,15 @@ __all__ = [
     "MatrixPrimary",
     "Routing",
     "TypeNorm",
+    "in_slices",
     "patches",
+    "slices_on",
 ]
 
 SIDE = 4
 """Rows and columns of a pose (Section 3)."""
 SLICES = {"small": 2**21, "large": 2**26}
-"""Numbers in the votes of as many images as are routed at once: 8 MiB, which stay in a CPU's cache; or 256 MiB."""
+"""Numbers in the votes of as many examples as are routed at once: 8 MiB, which stay in a CPU's cache; or 256 MiB."""
 Routing = Callable[..., RoutingResult]
 """`routing(votes, activation, beta_u, beta_a, log_couplings=...)`."""
 
@@ -54,7 +56,7 @@ class MatrixCapsules(NamedTuple):
 
 def patches(
     x: Float[Tensor, "batch rows columns *of_place"], *, kernel_size: int, stride: int
-) -> Float[Tensor, "batch places seen *of_place"]:
+) -> Float[Tensor, "batch _ _ seen *of_place"]:
     """What each window of a grid sees, without padding.
 
     Args:
@@ -63,15 +65,14 @@ def patches(
         stride: between windows.
 
     Returns:
-        Of each window, row by row, its places, row by row.
+        Of each window, of which there are rows and columns, its places, row by row.
 
     Example:
         >>> patches(torch.zeros(2, 5, 7, 8, 16), kernel_size=3, stride=2).shape
-        torch.Size([2, 6, 9, 8, 16])
+        torch.Size([2, 2, 3, 9, 8, 16])
     """
-    windows = x.unfold(1, kernel_size, stride).unfold(2, kernel_size, stride)  # [batch, rows, columns, ..., k, k]
-    windows = windows.movedim((-2, -1), (3, 4))
-    return windows.reshape(x.shape[0], windows.shape[1] * windows.shape[2], kernel_size**2, *x.shape[3:])
+    seen = x.unfold(1, kernel_size, stride).unfold(2, kernel_size, stride)  # [batch, rows, columns, ..., k, k]
+    return seen.movedim((-2, -1), (3, 4)).flatten(3, 4)
 
 
 class MatrixPrimary(nn.Module):
@@ -122,25 +123,12 @@ class MatrixPrimary(nn.Module):
             return MatrixCapsules(pose, (logit - self.offset).sigmoid())
 
 
-class TypeNorm(nn.BatchNorm2d):
-    """Batch normalisation of each type of capsules, over images, places and dimensions.
-
-    Where a batch has but one value for each type, by the running statistics.
-    """
-
-    def __init__(self, types: int, *, affine: bool) -> None:
-        super().__init__(types, affine=affine)
+class TypeNorm(BatchNorm):
+    """Batch normalisation of each type of capsules, over images, places and dimensions."""
 
     def forward(self, x: Float[Tensor, "batch *places types dim"]) -> Float[Tensor, "batch *places types dim"]:
         """`x`, normalised."""
-        flat = x.reshape(-1, *x.shape[-2:], 1)
-        if self.training and flat[:, 0].numel() == 1:
-            assert self.running_mean is not None
-            mean, variance, weight, bias = self.running_mean, self.running_var, self.weight, self.bias
-            flat = nn.functional.batch_norm(flat, mean, variance, weight, bias, eps=self.eps)
-        else:
-            flat = super().forward(flat)
-        return flat.reshape(x.shape)
+        return super().forward(x.reshape(-1, *x.shape[-2:], 1)).reshape(x.shape)
 
 
 class CapsuleNorm(nn.Module):
@@ -222,21 +210,19 @@ class ConvCapsules(nn.Module):
         couplings = partial(over_parents, **about)
 
         def routed(pose: Tensor, activation: Tensor, weight: Tensor, *betas: Tensor) -> tuple[Tensor, Tensor]:
-            seen, active = (patches(x, **window).flatten(2, 3) for x in (pose, activation))
+            seen, active = (patches(x, **window).flatten(1, 2).flatten(2, 3) for x in (pose, activation))
             found = self.routing(F.matrix_votes(seen, weight), active, *betas, log_couplings=couplings)
             return found.pose, found.activation
 
-        pose, activation = _in_slices(
-            routed, below, (self.weight, self.beta_u, self.beta_a), votes=math.prod(self.out_size), slices=self.slices
-        )
+        parameters = self.weight, self.beta_u, self.beta_a
+        pose, activation = in_slices(routed, below, parameters, votes=math.prod(self.out_size), slices=self.slices)
         places = (pose.shape[0], *self.out_size)
         return MatrixCapsules(pose.reshape(*places, *pose.shape[2:]), activation.reshape(*places, -1))
 
     def windows(self, axis: int) -> Float[Tensor, "out in"]:
         """1 where a row (0) or column (1) of the grid below is in the window of one of the output, else 0."""
-        start = torch.arange(self.out_size[axis])[:, None] * self.stride
-        place = torch.arange(self.in_size[axis])
-        return ((start <= place) & (place < start + self.kernel_size)).float()
+        sizes = self.out_size[axis], self.in_size[axis]
+        return windows(*sizes, kernel_size=self.kernel_size, stride=self.stride)
 
     def extra_repr(self) -> str:
         """Sizes, for `print(model)`."""
@@ -293,15 +279,8 @@ class MatrixClassCapsules(nn.Module):
         def routed(pose: Tensor, activation: Tensor, weight: Tensor, *betas: Tensor) -> RoutingResult:
             return self.routing(self.votes(pose, weight), activation.flatten(1), *betas, log_couplings=over_outputs)
 
-        return RoutingResult(
-            *_in_slices(
-                routed,
-                below,
-                (self.weight, self.beta_u, self.beta_a),
-                votes=self.in_capsules // len(self.weight),
-                slices=self.slices,
-            )
-        )
+        parameters, votes = (self.weight, self.beta_u, self.beta_a), self.in_capsules // len(self.weight)
+        return RoutingResult(*in_slices(routed, below, parameters, votes=votes, slices=self.slices))
 
     def votes(
         self, pose: Float[Tensor, "batch rows columns types dim"], weight: Float[Tensor, "transforms side out side"]
@@ -327,38 +306,41 @@ def _normal(*shape: int) -> Tensor:
     return tensor if tensor.is_meta else tensor.normal_()
 
 
-def _in_slices(
+def slices_on(device: torch.device, slices: str) -> str:
+    """The name of `SLICES` that `slices`, one of them or `auto`, means on a device: small on a CPU, else large."""
+    return ("small" if device.type in ("cpu", "meta") else "large") if slices == "auto" else slices
+
+
+def in_slices(
     routed: Callable[..., tuple[Tensor, ...]],
-    below: MatrixCapsules,
+    inputs: tuple[Tensor, ...],
     parameters: tuple[Tensor, ...],
     *,
-    votes: int,
-    slices: str,
+    votes: int = 1,
+    slices: str = "auto",
 ) -> tuple[Tensor, ...]:
-    """`routed(pose, activation, *parameters)` of a few images at a time; for the gradient it is computed again.
+    """`routed(*inputs, *parameters)` of a few examples at a time; for the gradient it is computed again.
 
-    So what routing holds is that of a slice, not of the batch. Each image is routed alone, so the result is the same.
+    So what routing holds is that of a slice, not of the batch. Each example is routed alone, so the result is the same.
 
     Args:
-        routed: of the capsules below; its results have a batch axis first.
-        below: all images.
+        routed: of some examples; its results have a batch axis first.
+        inputs: with a batch axis first.
         parameters: the first is the weight.
-        votes: how many votes of an image each matrix of the weight makes.
-        slices: see `ConvCapsules`.
+        votes: how many votes of an example each matrix of the weight makes.
+        slices: a name of `SLICES`, or `auto`.
     """
-    with F.full_precision(below.pose.device):
-        inputs = [F.at_least_float32(x) for x in below]
+    with F.full_precision(inputs[0].device):
+        inputs = tuple(F.at_least_float32(x) for x in inputs)
         parameters = tuple(x.to(inputs[0].dtype) for x in parameters)
         batch = inputs[0].shape[0]
-        if not F.is_ordinary(below.pose) or batch == 0:  # an export or a transform: any number of images
+        if not F.is_ordinary(inputs[0]) or batch == 0:  # an export or a transform: any number of examples
             return tuple(routed(*inputs, *parameters))
-        if slices == "auto":
-            slices = "small" if below.pose.device.type in ("cpu", "meta") else "large"
-        at_once = max(1, SLICES[slices] // (votes * parameters[0].numel()))
-        parts = []
-        for pose, activation in zip(*(torch.split(x, at_once) for x in inputs), strict=True):
-            part = _Recomputed.apply(routed, pose, activation, *parameters)  # type: ignore[no-untyped-call]
-            parts.append(part)
+        at_once = max(1, SLICES[slices_on(inputs[0].device, slices)] // (votes * parameters[0].numel()))
+        parts = [
+            _Recomputed.apply(routed, *part, *parameters)  # type: ignore[no-untyped-call]
+            for part in zip(*(torch.split(x, at_once) for x in inputs), strict=True)
+        ]
         return tuple(torch.cat(each) for each in zip(*parts, strict=True))
 
 
@@ -382,5 +364,7 @@ class _Recomputed(torch.autograd.Function):
         tensors = [x.detach().requires_grad_(on) for x, on in zip(ctx.saved_tensors, wanted, strict=True)]
         with torch.enable_grad():
             results = ctx.function(*tensors)
-        found = iter(torch.autograd.grad(results, [x for x in tensors if x.requires_grad], gradients))
+        pairs = [pair for pair in zip(results, gradients, strict=True) if pair[0].requires_grad]  # not constant ones
+        outputs, given = zip(*pairs, strict=True)
+        found = iter(torch.autograd.grad(outputs, [x for x in tensors if x.requires_grad], given))
         return (None, *(next(found) if on else None for on in wanted))

@@ -31,7 +31,6 @@ __all__ = [
     "over_parents",
     "self_routing",
     "uniform_routing",
-    "vb_evidence",
     "vb_routing",
 ]
 
@@ -318,6 +317,7 @@ def vb_routing(
     *,
     iterations: int = 3,
     log_couplings: Callable[[Tensor], Tensor] = over_outputs,
+    before_sigmoid: bool = False,
 ) -> RoutingResult:
     """Variational Bayes routing (De Sousa Ribeiro, Leontidis, Kollias 2020, arXiv 1905.11455): EM with priors.
 
@@ -342,12 +342,13 @@ def vb_routing(
         iterations: T.
         log_couplings: as of `em_routing`. The sum over j in `ln pi_j` is over the last axis alone, the types of
             capsules of one place.
+        before_sigmoid: return the argument of the sigmoid as the activation, any number, which a layer may normalise,
+            as the paper's network does over the batch.
 
     Returns:
         Pose `m_j`; activation, in [0, 1], `sigmoid(beta_a_j - exp(ln pi_j) H_j - beta_u_j)` with the entropy `H_j =
-            dim log(2 pi e) / 2 - ln L_j / 2`, which the paper's network normalises over the batch before the sigmoid;
-            and the couplings of the last update of the posteriors, whose rows sum to 1 over the parents of a capsule,
-            but for convolutional capsules with one iteration.
+            dim log(2 pi e) / 2 - ln L_j / 2`; and the couplings of the last update of the posteriors, whose rows sum to
+            1 over the parents of a capsule, but for convolutional capsules with one iteration.
 
     Raises:
         InputError: votes with fewer than 3 axes, or iterations that are not 1 to 100.
@@ -356,22 +357,6 @@ def vb_routing(
         >>> vb_routing(torch.randn(2, 144, 10, 16), torch.rand(2, 144)).pose.shape
         torch.Size([2, 10, 16])
     """
-    pose, evidence, couplings = vb_evidence(
-        votes, activation, beta_u, beta_a, iterations=iterations, log_couplings=log_couplings
-    )
-    return RoutingResult(pose, evidence.sigmoid(), couplings)
-
-
-def vb_evidence(
-    votes: Float[Tensor, "*batch in out dim"],
-    activation: Float[Tensor, "*batch in"],
-    beta_u: Float[Tensor, "out"] | None = None,
-    beta_a: Float[Tensor, "out"] | None = None,
-    *,
-    iterations: int = 3,
-    log_couplings: Callable[[Tensor], Tensor] = over_outputs,
-) -> RoutingResult:
-    """`vb_routing` before the sigmoid: `activation` is its argument, any number, which a layer may normalise."""
     check_iterations(iterations)
     _check_votes(votes)
     with F.full_precision(votes.device):
@@ -399,7 +384,7 @@ def vb_evidence(
             evidence = evidence + beta_a.to(v.dtype)
         if beta_u is not None:
             evidence = evidence - beta_u.to(v.dtype)
-        return RoutingResult(m.squeeze(-2), evidence, log_r.exp())
+        return RoutingResult(m.squeeze(-2), evidence if before_sigmoid else evidence.sigmoid(), log_r.exp())
 
 
 def _digamma(x: Tensor) -> Tensor:

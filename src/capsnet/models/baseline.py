@@ -8,8 +8,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from capsnet import functional as F
-from capsnet.models.network import Network, Output
-from capsnet.options import LossOptions
+from capsnet.models.network import Logits, Output
 from capsnet.options.schema import FRACTION, POSITIVE
 
 __all__ = ["ConvNet", "Options", "build", "widths"]
@@ -27,7 +26,7 @@ class Options:
     """Give each input image mean 0 and standard deviation 1, as the first author's code does for CIFAR-10."""
 
 
-class ConvNet(Network):
+class ConvNet(Logits):
     """A plain stack of layers whose output is one logit per class."""
 
     narrower = "a smaller --width"
@@ -48,16 +47,6 @@ class ConvNet(Network):
         self.check_images(images)
         logits: Tensor = self.layers(self.standardized(images))
         return Output(F.at_least_float32(logits))
-
-    def presence(self, output: Output) -> Float[Tensor, "batch classes"]:
-        """Softmax of the logits, or where images show several objects their sigmoid."""
-        return output.scores.softmax(-1) if self.objects_per_image == 1 else output.scores.sigmoid()
-
-    def classification_loss(
-        self, output: Output, labels: Int[Tensor, "batch *objects"], loss: LossOptions
-    ) -> Float[Tensor, "batch"]:
-        """Cross-entropy; where images show several objects that of a sigmoid for each class (Section 6)."""
-        return F.cross_entropy(output.scores, labels)
 
     def features(
         self, images: Float[Tensor, "batch channels height width"], labels: Int[Tensor, "batch"]

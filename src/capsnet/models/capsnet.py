@@ -10,14 +10,13 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from capsnet import functional as F
 from capsnet.kernels.select import is_bare, resolve_convolution, resolve_routing_kernel
 from capsnet.kernels.stem import winograd_stem
 from capsnet.kernels.winograd import saving
 from capsnet.layers import ClassCapsules, Convolution, Decoder, PrimaryCapsules
-from capsnet.models.network import CapsuleNetwork, RoutingTrace
+from capsnet.models.network import VectorCapsuleNetwork
 from capsnet.options.schema import AT_LEAST_1, FINITE, SIZES, Range
-from capsnet.routing import MOST_ITERATIONS, RoutingResult
+from capsnet.routing import MOST_ITERATIONS
 
 __all__ = ["CapsNet", "Options", "build"]
 
@@ -82,9 +81,11 @@ class Options:
     CIFAR-10."""
 
 
-class CapsNet(CapsuleNetwork):
+class CapsNet(VectorCapsuleNetwork):
     """Convolution and ReLU, primary capsules, class capsules, and a decoder if there is one (Figures 1 and 2)."""
 
+    primary: PrimaryCapsules
+    class_capsules: ClassCapsules
     narrower = "fewer --conv-channels and --capsule-types"
 
     def __init__(
@@ -111,11 +112,6 @@ class CapsNet(CapsuleNetwork):
         kinds = ((self.conv, Convolution), (self.primary, PrimaryCapsules), (second, Convolution))
         bare = all(is_bare(module, kind) for module, kind in kinds)
         return resolve_convolution(self.convolution, images, saved=saved, bare=bare)
-
-    def route(self, images: Float[Tensor, "batch channels height width"]) -> RoutingResult:
-        """The class capsules, routed from the primary capsules."""
-        routed: RoutingResult = self.class_capsules(self.primary_poses(images))
-        return routed
 
     def primary_poses(
         self, images: Float[Tensor, "batch channels height width"]
@@ -155,22 +151,6 @@ class CapsNet(CapsuleNetwork):
             yield
         finally:
             self.convolution, self.class_capsules.routing_kernel = convolution, kernel
-
-    @property
-    def in_capsules(self) -> int:
-        """Number of primary capsules."""
-        return self.primary.capsules
-
-    def trace_routing(self, images: Float[Tensor, "batch channels height width"]) -> RoutingTrace:
-        """Votes of the primary capsules, and dynamic routing after 1, 2, ... iterations.
-
-        About 1 MB of votes per image at the paper's size.
-        """
-        self.check_images(images)
-        layer = self.class_capsules
-        u = self.primary_poses(images).float()
-        u_hat = F.votes(u, layer.transforms())
-        return RoutingTrace.of(F.lengths(u), u_hat, [step() for step in layer.steps(u_hat)])
 
     def receptive_fields(self) -> tuple[Float[Tensor, "rows height"], Float[Tensor, "columns width"]]:
         """The share of a pixel is the number of paths from it through both convolutions to the capsule.
@@ -225,7 +205,7 @@ def build(image_shape: tuple[int, int, int], num_classes: int, options: Options)
         routing_kernel=options.routing_kernel,
         epsilon=options.squash_epsilon,
         normalization=options.routing_normalization,
-        share=options.share_transform,
+        types=1 if options.share_transform else None,
     )
     decoder = None
     if options.reconstruction:

@@ -18,10 +18,10 @@ from capsnet import functional as F
 from capsnet.kernels.select import resolve_routing_kernel
 from capsnet.layers import BatchNorm, ClassCapsules, Decoder
 from capsnet.models import efficient_capsnet
-from capsnet.models.network import CapsuleNetwork, RoutingTrace, cells, feature_map, pooled
+from capsnet.models.network import VectorCapsuleNetwork, feature_map, parts_of_image, pooled
 from capsnet.models.resnet import residual_stages
 from capsnet.options.schema import AT_LEAST_1, SIZES, Range
-from capsnet.routing import MOST_ITERATIONS, RoutingResult
+from capsnet.routing import MOST_ITERATIONS
 
 __all__ = ["CapsuleHead", "FeatureCapsules", "Options", "build"]
 
@@ -100,9 +100,11 @@ class FeatureCapsules(nn.Module):
         return F.exponential_squash(s) if self.exponential else F.squash(s)
 
 
-class CapsuleHead(CapsuleNetwork):
+class CapsuleHead(VectorCapsuleNetwork):
     """A backbone, primary capsules of its feature map, class capsules, and a decoder if there is one."""
 
+    primary: FeatureCapsules
+    class_capsules: ClassCapsules | efficient_capsnet.ClassCapsules
     narrower = "fewer --capsule-types, or a smaller --grid"
 
     def __init__(
@@ -120,11 +122,6 @@ class CapsuleHead(CapsuleNetwork):
         self.backbone, self.primary, self.class_capsules, self.decoder = backbone, primary, class_capsules, decoder
         self.couplings_sum_to_one = isinstance(class_capsules, ClassCapsules)
         self.routing_iterations = class_capsules.iterations if isinstance(class_capsules, ClassCapsules) else 2
-
-    def route(self, images: Float[Tensor, "batch channels height width"]) -> RoutingResult:
-        """The class capsules, routed from the primary capsules."""
-        routed: RoutingResult = self.class_capsules(self.primary_poses(images))
-        return routed
 
     def primary_poses(
         self, images: Float[Tensor, "batch channels height width"]
@@ -151,22 +148,9 @@ class CapsuleHead(CapsuleNetwork):
         finally:
             self.class_capsules.routing_kernel = kernel
 
-    @property
-    def in_capsules(self) -> int:
-        """Number of primary capsules."""
-        return self.primary.capsules
-
-    def trace_routing(self, images: Float[Tensor, "batch channels height width"]) -> RoutingTrace:
-        """Votes of the primary capsules, and the routing after each iteration or step."""
-        self.check_images(images)
-        u = self.primary_poses(images).float()
-        u_hat = F.votes(u, self.class_capsules.transforms())
-        return RoutingTrace.of(F.lengths(u), u_hat, [step() for step in self.class_capsules.steps(u_hat)])
-
     def receptive_fields(self) -> tuple[Float[Tensor, "rows height"], Float[Tensor, "columns width"]]:
-        """The part of the image that a place of the grid stands for, see `cells`; the backbone may see all of it."""
-        (rows, columns), (_, height, width) = self.primary.out_size, self.image_shape
-        return cells(rows, height), cells(columns, width)
+        """The part of the image that a place of the grid stands for; the backbone may see all of it."""
+        return parts_of_image(self.primary.out_size, self.image_shape)
 
 
 def build(
@@ -216,8 +200,7 @@ def build(
             *sizes,
             iterations=1 if options.routing == "uniform" else options.routing_iterations,
             routing_kernel=options.routing_kernel,
-            share=options.share_transform,
-            types=options.capsule_types,
+            types=options.capsule_types if options.share_transform else None,
         )
         if not class_capsules.weight.is_meta:
             scale = num_classes / math.sqrt(primary.capsules * options.class_dim)

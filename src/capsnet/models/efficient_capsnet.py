@@ -16,8 +16,8 @@ from torch import Tensor, nn
 
 from capsnet import functional as F
 from capsnet.errors import InputError
-from capsnet.layers import BatchNorm, Convolution, Decoder, each_capsule
-from capsnet.models.network import CapsuleNetwork, RoutingTrace
+from capsnet.layers import BatchNorm, Convolution, Decoder, each_capsule, windows
+from capsnet.models.network import VectorCapsuleNetwork
 from capsnet.options.schema import AT_LEAST_1, FRACTION, SIZES
 from capsnet.routing import RoutingResult, attention_routing, dynamic_routing, uniform_routing
 
@@ -135,9 +135,8 @@ class PrimaryCapsules(nn.Module):
 
     def windows(self, axis: int) -> Float[Tensor, "out in"]:
         """1 where a place of the input is in the window of a place of the output; rows (0) or columns (1)."""
-        start = torch.arange(self.out_size[axis])[:, None] * self.stride
-        place = torch.arange(self.in_size[axis])
-        return ((start <= place) & (place < start + self.weight.shape[2 + axis])).float()
+        kernel_size = self.weight.shape[2 + axis]
+        return windows(self.out_size[axis], self.in_size[axis], kernel_size=kernel_size, stride=self.stride)
 
 
 class ClassCapsules(nn.Module):
@@ -193,9 +192,11 @@ class ClassCapsules(nn.Module):
         )
 
 
-class EfficientCapsNet(CapsuleNetwork):
+class EfficientCapsNet(VectorCapsuleNetwork):
     """Convolutions, each with activation and normalisation; primary and class capsules; a decoder if there is one."""
 
+    primary: PrimaryCapsules
+    class_capsules: ClassCapsules
     narrower = "fewer --conv-channels, or larger --conv-strides"
 
     def __init__(
@@ -214,29 +215,12 @@ class EfficientCapsNet(CapsuleNetwork):
         self.couplings_sum_to_one = class_capsules.prior is None
         self.routing_iterations = {"uniform": 1, "attention": 2, "dynamic": 3}[class_capsules.routing]
 
-    def route(self, images: Float[Tensor, "batch channels height width"]) -> RoutingResult:
-        """The class capsules, routed from the primary capsules."""
-        routed: RoutingResult = self.class_capsules(self.primary_poses(images))
-        return routed
-
     def primary_poses(
         self, images: Float[Tensor, "batch channels height width"]
     ) -> Float[Tensor, "batch capsules dim"]:
         """Poses of the primary capsules."""
         u: Tensor = self.primary(self.stem(self.standardized(images)))
         return u
-
-    @property
-    def in_capsules(self) -> int:
-        """Number of primary capsules."""
-        return self.primary.capsules
-
-    def trace_routing(self, images: Float[Tensor, "batch channels height width"]) -> RoutingTrace:
-        """Votes of the primary capsules; then the routing after each step, of which the first is uniform."""
-        self.check_images(images)
-        u = self.primary_poses(images).float()
-        u_hat = F.votes(u, self.class_capsules.transforms())
-        return RoutingTrace.of(F.lengths(u), u_hat, [step() for step in self.class_capsules.steps(u_hat)])
 
     def receptive_fields(self) -> tuple[Float[Tensor, "rows height"], Float[Tensor, "columns width"]]:
         """The share of a pixel is the number of paths from it through all convolutions to the capsule."""

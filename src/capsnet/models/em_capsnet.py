@@ -27,13 +27,14 @@ from capsnet.matrix_capsules import (
     MatrixClassCapsules,
     MatrixPrimary,
     Routing,
+    slices_on,
 )
 from capsnet.models.network import CapsuleNetwork, Output, RoutingTrace
 from capsnet.options import LossOptions
 from capsnet.options.schema import AT_LEAST_1, FINITE, POSITIVE, SIZES, Range
 from capsnet.routing import MOST_ITERATIONS, RoutingResult, em_routing
 
-__all__ = ["PRESETS", "EMCapsNet", "Layers", "MatrixCapsNet", "Options", "build", "layers_of"]
+__all__ = ["PRESETS", "EMCapsNet", "LayerOptions", "Layers", "MatrixCapsNet", "Options", "build", "layers_of"]
 
 PRESETS: dict[str, dict[str, Any]] = {
     "paper": {"batch_size": 64, "lr": 0.003, "lr_decay": 0.96, "lr_decay_steps": 20_000},
@@ -72,8 +73,8 @@ RISES = 8
 
 
 @dataclass(frozen=True)
-class Options:
-    """Options of matrix capsules with EM routing."""
+class LayerOptions:
+    """Options of the layers of matrix capsules."""
 
     conv_channels: Annotated[int, AT_LEAST_1] = 64
     """Number of channels of the first convolution, A in the paper."""
@@ -93,6 +94,23 @@ class Options:
     """Stride of each layer of convolutional capsules, in places."""
     routing_iterations: Annotated[int, Range(1, MOST_ITERATIONS)] = 3
     """Number of routing iterations T into each layer; 1 means couplings by the number of parents, never updated."""
+    routing_slices: Literal["auto", "small", "large"] = "auto"
+    """Votes in memory at once in each layer: of as many images as make 8 MiB (small) or 256 MiB (large), computed again
+    for the gradient; the results are the same. auto: small on a CPU, large on a GPU."""
+    reconstruction: bool = False
+    """Train a decoder and add its loss. The paper has none."""
+    decoder_sizes: Annotated[tuple[int, ...], SIZES] = (512, 1024)
+    """Widths of the decoder's hidden layers."""
+    share_decoder: bool = False
+    """Let the decoder see the pose of one class capsule only, so that all classes share it (DeepCaps)."""
+    standardize: bool = False
+    """Give each input image mean 0 and standard deviation 1."""
+
+
+@dataclass(frozen=True)
+class Options(LayerOptions):
+    """Options of matrix capsules with EM routing."""
+
     cost: Literal["paper", "google"] = "paper"
     """Cost of a parent. google: with the parameters, averaged means and inverse temperatures of the authors' code."""
     final_lambda: Annotated[float, FINITE] = 0.01
@@ -105,17 +123,6 @@ class Options:
     margin_schedule: Literal["run", "published"] = "run"
     """How the margin of the spread loss rises, from 0.2 to 0.99. run: over the length of the run, to 0.98 of it.
     published: by 50,000s of steps, however few there are."""
-    routing_slices: Literal["auto", "small", "large"] = "auto"
-    """Votes in memory at once in each layer: of as many images as make 8 MiB (small) or 256 MiB (large), computed again
-    for the gradient; the results are the same. auto: small on a CPU, large on a GPU."""
-    reconstruction: bool = False
-    """Train a decoder and add its loss. The paper has none."""
-    decoder_sizes: Annotated[tuple[int, ...], SIZES] = (512, 1024)
-    """Widths of the decoder's hidden layers."""
-    share_decoder: bool = False
-    """Let the decoder see the pose of one class capsule only, so that all classes share it (DeepCaps)."""
-    standardize: bool = False
-    """Give each input image mean 0 and standard deviation 1."""
 
 
 class MatrixCapsNet(CapsuleNetwork, ABC):
@@ -172,8 +179,7 @@ class MatrixCapsNet(CapsuleNetwork, ABC):
 
     def kernels(self, device: torch.device, precision: str) -> dict[str, str]:
         """How many votes are in memory at once."""
-        chosen = self.class_capsules.slices
-        return {"routing_slices": ("small" if device.type == "cpu" else "large") if chosen == "auto" else chosen}
+        return {"routing_slices": slices_on(device, self.class_capsules.slices)}
 
     @property
     def in_capsules(self) -> int:
@@ -193,8 +199,7 @@ class MatrixCapsNet(CapsuleNetwork, ABC):
             self.normalized(layer.routing(votes, activation.flatten(1), layer.beta_u, layer.beta_a, iterations=t))
             for t in range(1, self.routing_iterations + 1)
         ]
-        couplings, poses = (torch.stack([getattr(each, name) for each in routed]) for name in ("couplings", "pose"))
-        return RoutingTrace(activation.flatten(1), votes, couplings, poses)
+        return RoutingTrace.of(activation.flatten(1), votes, routed)
 
     def receptive_fields(self) -> tuple[Float[Tensor, "rows height"], Float[Tensor, "columns width"]]:
         """The share of a pixel is the number of paths from it through all layers to the last grid of capsules."""
@@ -299,7 +304,7 @@ class Layers(NamedTuple):
 def layers_of(
     image_shape: tuple[int, int, int],
     num_classes: int,
-    options: Any,
+    options: LayerOptions,
     *,
     routing: Routing,
     class_routing: Routing,
@@ -313,7 +318,7 @@ def layers_of(
     Args:
         image_shape: channels, height and width.
         num_classes: number of class capsules.
-        options: their sizes, under the names of `Options`.
+        options: their sizes.
         routing: of the convolutional capsules.
         class_routing: of the class capsules.
         normalize: batch normalisation of the first convolution, which then has no bias, and of all capsules; and

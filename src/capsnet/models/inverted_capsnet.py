@@ -6,28 +6,22 @@ components of poses.
 """
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 from typing import Annotated, Literal
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from capsnet import functional as F
 from capsnet.errors import InputError
-from capsnet.models.network import CapsuleNetwork, Output, RoutingTrace, cells, feature_map, pooled
+from capsnet.matrix_capsules import in_slices, patches
+from capsnet.models.network import CapsuleNetwork, Logits, Output, RoutingTrace, feature_map, parts_of_image, pooled
 from capsnet.models.resnet import residual_stages
-from capsnet.options import LossOptions
 from capsnet.options.schema import AT_LEAST_1, SIZES, Range
 from capsnet.routing import MOST_ITERATIONS, RoutingResult, inverted_attention_step
 
-__all__ = ["CapsuleLayer", "InvertedCapsNet", "Options", "PrimaryCapsules", "build", "patches"]
-
-CHUNK = 2**21
-"""Numbers of the votes that are in memory at the same time, 8 MiB."""
+__all__ = ["CapsuleLayer", "InvertedCapsNet", "Options", "PrimaryCapsules", "build"]
 
 
 @dataclass(frozen=True)
@@ -55,24 +49,6 @@ class Options:
     """Number of blocks of each residual stage."""
     standardize: bool = False
     """Give each input image mean 0 and standard deviation 1."""
-
-
-def patches(
-    grid: Float[Tensor, "batch rows columns types dim"], kernel_size: int, stride: int
-) -> Float[Tensor, "batch _ _ in dim"]:
-    """The capsules that each place of a convolutional capsule layer sees, without padding.
-
-    Args:
-        grid: poses of capsules.
-        kernel_size: rows and columns of the window.
-        stride: its step.
-
-    Returns:
-        `[batch, rows, columns, kernel_size * kernel_size * types, dim]`: row by row of the window, in it place by
-        place, in it type by type.
-    """
-    windows = grid.unfold(1, kernel_size, stride).unfold(2, kernel_size, stride)  # [..., types, dim, k, k]
-    return windows.permute(0, 1, 2, 5, 6, 3, 4).flatten(3, 5)
 
 
 class PrimaryCapsules(nn.Module):
@@ -122,7 +98,7 @@ class CapsuleLayer(nn.Module):
         """One iteration, in float32 or better: from the poses below, and after the first from the layer's own.
 
         The votes are never all in memory: the first iteration is a product of matrices, and the others are computed for
-        a few places at a time, and again when their gradient is.
+        a few places at a time, see `matrix_capsules.in_slices`.
         """
         with F.full_precision(u.device):
             u = F.at_least_float32(u)
@@ -136,18 +112,9 @@ class CapsuleLayer(nn.Module):
                 c = u.new_full((), 1 / outs).expand(*u.shape[:-1], outs)
                 return RoutingResult(v, torch.ones_like(v[..., 0]), c)
             leading = u.shape[:-2]
-            u, pose = (x.reshape(-1, *x.shape[-2:]) for x in (u, pose))
-            count = max(1, CHUNK // weight.numel())
-            if not F.is_ordinary(u) or len(u) <= count:
-                parts = [self._again(u, pose, weight, scale, offset)]
-            else:
-                again: Callable[..., RoutingResult] = self._again
-                if torch.is_grad_enabled():
-                    again = partial(checkpoint, again, use_reentrant=False, preserve_rng_state=False)
-                chunks = zip(torch.split(u, count), torch.split(pose, count), strict=True)
-                parts = [again(*chunk, weight, scale, offset) for chunk in chunks]
-            whole = (torch.cat(each) for each in zip(*parts, strict=True))
-            return RoutingResult(*(each.reshape(*leading, *each.shape[1:]) for each in whole))
+            inputs = tuple(x.reshape(-1, *x.shape[-2:]) for x in (u, pose))
+            found = in_slices(self._again, inputs, (weight, scale, offset), slices="small")
+            return RoutingResult(*(each.reshape(*leading, *each.shape[1:]) for each in found))
 
     @staticmethod
     def _again(u: Tensor, pose: Tensor, weight: Tensor, scale: Tensor, offset: Tensor) -> RoutingResult:
@@ -155,7 +122,7 @@ class CapsuleLayer(nn.Module):
         return inverted_attention_step(F.matrix_votes(u, weight), pose, scale=scale, offset=offset)
 
 
-class InvertedCapsNet(CapsuleNetwork):
+class InvertedCapsNet(Logits, CapsuleNetwork):
     """Residual stages, primary capsules, convolutional capsule layers, class capsules, and one score for each class."""
 
     narrower = "fewer --capsule-types, or a smaller --grid"
@@ -229,7 +196,10 @@ class InvertedCapsNet(CapsuleNetwork):
 
     def _seen(self, k: int, grid: Tensor) -> Tensor:
         """The capsules of a grid that each place of layer `k` sees; the class capsules see all of them."""
-        return patches(grid, *self.windows[k]) if k < len(self.windows) else grid.flatten(1, 3)
+        if k == len(self.windows):
+            return grid.flatten(1, 3)
+        kernel_size, stride = self.windows[k]
+        return patches(grid, kernel_size=kernel_size, stride=stride).flatten(3, 4)
 
     @property
     def in_capsules(self) -> int:
@@ -247,19 +217,8 @@ class InvertedCapsNet(CapsuleNetwork):
         return RoutingTrace.of(torch.ones_like(votes[:, :, 0, 0]), votes, [result for _, result in found])
 
     def receptive_fields(self) -> tuple[Float[Tensor, "rows height"], Float[Tensor, "columns width"]]:
-        """The part of the image that a place of the grid stands for, see `cells`; the backbone may see all of it."""
-        (rows, columns), (_, height, width) = self.out_size, self.image_shape
-        return cells(rows, height), cells(columns, width)
-
-    def presence(self, output: Output) -> Float[Tensor, "batch classes"]:
-        """Softmax of the logits, or where images show several objects their sigmoid."""
-        return output.scores.softmax(-1) if self.objects_per_image == 1 else output.scores.sigmoid()
-
-    def classification_loss(
-        self, output: Output, labels: Int[Tensor, "batch *objects"], loss: LossOptions
-    ) -> Float[Tensor, "batch"]:
-        """Cross-entropy; where images show several objects that of a sigmoid for each class."""
-        return F.cross_entropy(output.scores, labels)
+        """The part of the image that a place of the grid stands for; the backbone may see all of it."""
+        return parts_of_image(self.out_size, self.image_shape)
 
 
 def build(image_shape: tuple[int, int, int], num_classes: int, options: Options) -> InvertedCapsNet:

@@ -23,13 +23,15 @@ if TYPE_CHECKING:
 
 __all__ = [
     "CapsuleNetwork",
+    "Logits",
     "Network",
     "Output",
     "RoutingTrace",
-    "cells",
+    "VectorCapsuleNetwork",
     "evaluation_mode",
     "feature_map",
     "inference_batch",
+    "parts_of_image",
     "pooled",
 ]
 
@@ -208,6 +210,20 @@ class Network(nn.Module, ABC):
         return self
 
 
+class Logits(Network, ABC):
+    """A network whose scores are logits, with cross-entropy."""
+
+    def presence(self, output: Output) -> Float[Tensor, "batch classes"]:
+        """Softmax of the logits, or where images show several objects their sigmoid."""
+        return output.scores.softmax(-1) if self.objects_per_image == 1 else output.scores.sigmoid()
+
+    def classification_loss(
+        self, output: Output, labels: Int[Tensor, "batch *objects"], loss: LossOptions
+    ) -> Float[Tensor, "batch"]:
+        """Cross-entropy; where images show several objects that of a sigmoid for each class."""
+        return F.cross_entropy(output.scores, labels)
+
+
 class CapsuleNetwork(Network):
     """A network whose last layer is a capsule for each class: `Output.pose` and `Output.couplings` are there.
 
@@ -286,16 +302,57 @@ class CapsuleNetwork(Network):
         return features
 
 
-def cells(places: int, pixels: int) -> Float[Tensor, "places pixels"]:
-    """Share of each pixel row (or column) in each of `places` equal parts of the image; the shares of a part sum to 1.
+class VectorCapsuleNetwork(CapsuleNetwork):
+    """A network whose primary capsules are vectors, each with a vote for every class capsule.
 
-    The receptive fields of a deep network, whose theoretical ones are the whole image: as in class activation maps, a
-    place of the last feature map stands for its part of the image.
+    Attributes:
+        primary: a layer with the number of its `capsules`.
+        class_capsules: a layer that routes their poses; with the transformation of each, `transforms()`, and `steps`,
+            which computes the routing of votes after each of its steps.
     """
-    edges = torch.arange(places + 1) * (pixels / places)
-    pixel = torch.arange(pixels)
-    overlap = torch.minimum(edges[1:, None], pixel + 1.0) - torch.maximum(edges[:-1, None], pixel)
-    return overlap.clamp(min=0) * (places / pixels)
+
+    primary: Any
+    class_capsules: Any
+
+    @abstractmethod
+    def primary_poses(
+        self, images: Float[Tensor, "batch channels height width"]
+    ) -> Float[Tensor, "batch capsules dim"]:
+        """Poses of the primary capsules."""
+
+    def route(self, images: Float[Tensor, "batch channels height width"]) -> RoutingResult:
+        """The class capsules, routed from the primary capsules."""
+        routed: RoutingResult = self.class_capsules(self.primary_poses(images))
+        return routed
+
+    @property
+    def in_capsules(self) -> int:
+        """Number of primary capsules."""
+        count: int = self.primary.capsules
+        return count
+
+    def trace_routing(self, images: Float[Tensor, "batch channels height width"]) -> RoutingTrace:
+        """Votes of the primary capsules, and the routing after each of its steps, of which the first is uniform."""
+        self.check_images(images)
+        u = self.primary_poses(images).float()
+        u_hat = F.votes(u, self.class_capsules.transforms())
+        return RoutingTrace.of(F.lengths(u), u_hat, [step() for step in self.class_capsules.steps(u_hat)])
+
+
+def parts_of_image(
+    grid: tuple[int, int], image_shape: tuple[int, int, int]
+) -> tuple[Float[Tensor, "rows height"], Float[Tensor, "columns width"]]:
+    """Receptive fields for a deep network: each place of a grid stands for its part of the image.
+
+    The theoretical ones of such a network are the whole image; as in class activation maps, a place of the last feature
+    map stands for what lies under it. The shares of a part sum to 1 over the pixels.
+    """
+    fields = []
+    for places, pixels in zip(grid, image_shape[1:], strict=True):
+        edges, pixel = torch.arange(places + 1) * (pixels / places), torch.arange(pixels)
+        overlap = torch.minimum(edges[1:, None], pixel + 1.0) - torch.maximum(edges[:-1, None], pixel)
+        fields.append(overlap.clamp(min=0) * (places / pixels))
+    return fields[0], fields[1]
 
 
 def pooled(size: tuple[int, int], grid: int) -> tuple[nn.Module, tuple[int, int]]:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from capsnet import functional as F
 from capsnet.layers import BatchNorm
-from capsnet.models.network import CapsuleNetwork, Output, RoutingTrace, cells, feature_map, pooled
+from capsnet.models.network import CapsuleNetwork, Output, RoutingTrace, feature_map, parts_of_image, pooled
 from capsnet.models.resnet import convolution, residual_stages
 from capsnet.options import LossOptions
 from capsnet.options.schema import AT_LEAST_1
@@ -140,9 +140,8 @@ class SelfRoutingCapsNet(CapsuleNetwork):
         return RoutingTrace.of(activation, votes, [uniform_routing(votes, squash=torch.positive), routed])
 
     def receptive_fields(self) -> tuple[Float[Tensor, "rows height"], Float[Tensor, "columns width"]]:
-        """The part of the image that a place of the grid stands for, see `cells`; the backbone may see all of it."""
-        (rows, columns), (_, height, width) = self.out_size, self.image_shape
-        return cells(rows, height), cells(columns, width)
+        """The part of the image that a place of the grid stands for; the backbone may see all of it."""
+        return parts_of_image(self.out_size, self.image_shape)
 
     def classification_loss(
         self, output: Output, labels: Int[Tensor, "batch *objects"], loss: LossOptions

@@ -10,17 +10,18 @@ makes what is learned of an image depend on its batch.
 import math
 from dataclasses import dataclass
 from functools import partial
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from capsnet import functional as F
 from capsnet.matrix_capsules import SIDE, ConvCapsules, MatrixClassCapsules
-from capsnet.models.em_capsnet import MatrixCapsNet, layers_of
+from capsnet.models.em_capsnet import LayerOptions, MatrixCapsNet, layers_of
 from capsnet.models.network import Output
 from capsnet.options import LossOptions
-from capsnet.options.schema import AT_LEAST_1, SIZES, Range
-from capsnet.routing import MOST_ITERATIONS, vb_evidence
+from capsnet.options.schema import AT_LEAST_1, SIZES
+from capsnet.routing import vb_routing
 
 __all__ = ["PRESETS", "Options", "VBCapsNet", "build"]
 
@@ -35,45 +36,21 @@ LEAST = 1e-6
 
 
 @dataclass(frozen=True)
-class Options:
+class Options(LayerOptions):
     """Options of matrix capsules with VB routing."""
 
-    conv_channels: Annotated[int, AT_LEAST_1] = 64
-    """Number of channels of the first convolution."""
-    conv_kernel_size: Annotated[int, AT_LEAST_1] = 5
-    """Kernel size of the first convolution, in pixels."""
-    conv_stride: Annotated[int | None, AT_LEAST_1] = None
-    """Stride of the first convolution, in pixels. Default: 2, but 4, 6, ... for images of two, three, ... times 28
-    pixels."""
-    padding: Literal["valid", "same"] = "valid"
-    """Padding of the first convolution."""
-    primary_kernel_size: Annotated[int, AT_LEAST_1] = 3
-    """Kernel size of the primary capsules, in places."""
-    primary_stride: Annotated[int, AT_LEAST_1] = 2
-    """Stride of the primary capsules, in places."""
     capsule_types: Annotated[tuple[int, ...], SIZES] = (16,)
     """Numbers of capsule types: primary, then of each layer of convolutional capsules. Default: the network of one
     routing. That of three has 8 16 16, --capsule-kernel-sizes 3 3, --capsule-strides 2 1, --primary-kernel-size 1,
     --primary-stride 1 and --share-class-transform."""
     capsule_kernel_sizes: Annotated[tuple[int, ...], SIZES] = ()
-    """Kernel size of each layer of convolutional capsules, in places."""
     capsule_strides: Annotated[tuple[int, ...], SIZES] = ()
-    """Stride of each layer of convolutional capsules, in places."""
+    primary_kernel_size: Annotated[int, AT_LEAST_1] = 3
+    """Kernel size of the primary capsules, in places."""
+    primary_stride: Annotated[int, AT_LEAST_1] = 2
+    """Stride of the primary capsules, in places."""
     share_class_transform: bool = False
     """Let all places share the transformation of a type to a class, and add their coordinates to the votes."""
-    routing_iterations: Annotated[int, Range(1, MOST_ITERATIONS)] = 3
-    """Number of routing iterations T into each layer; 1 means uniform couplings."""
-    routing_slices: Literal["auto", "small", "large"] = "auto"
-    """Votes in memory at once in each layer: of as many images as make 8 MiB (small) or 256 MiB (large), computed again
-    for the gradient; the results are the same. auto: small on a CPU, large on a GPU."""
-    reconstruction: bool = False
-    """Train a decoder and add its loss. The paper has none."""
-    decoder_sizes: Annotated[tuple[int, ...], SIZES] = (512, 1024)
-    """Widths of the decoder's hidden layers."""
-    share_decoder: bool = False
-    """Let the decoder see the pose of one class capsule only, so that all classes share it (DeepCaps)."""
-    standardize: bool = False
-    """Give each input image mean 0 and standard deviation 1."""
 
 
 class VBCapsNet(MatrixCapsNet):
@@ -83,11 +60,7 @@ class VBCapsNet(MatrixCapsNet):
         self, output: Output, labels: Int[Tensor, "batch *objects"], loss: LossOptions
     ) -> Float[Tensor, "batch"]:
         """Cross-entropy of the logits of the activations; of a sigmoid for each class where images show several."""
-        logits = output.scores.logit(LEAST)
-        if labels.ndim == 2:
-            present = self.multi_hot(labels).to(logits.dtype)
-            return nn.functional.binary_cross_entropy_with_logits(logits, present, reduction="none").sum(-1)
-        return nn.functional.cross_entropy(logits, labels, reduction="none")
+        return F.cross_entropy(output.scores.logit(LEAST), labels)
 
 
 def build(image_shape: tuple[int, int, int], num_classes: int, options: Options) -> VBCapsNet:
@@ -101,7 +74,7 @@ def build(image_shape: tuple[int, int, int], num_classes: int, options: Options)
     Raises:
         InputError: an image too small for the kernels, or options that exclude each other.
     """
-    routing = partial(vb_evidence, iterations=options.routing_iterations)
+    routing = partial(vb_routing, iterations=options.routing_iterations, before_sigmoid=True)
     layers = layers_of(
         image_shape,
         num_classes,
