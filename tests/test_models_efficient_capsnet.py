@@ -13,13 +13,11 @@ from capsnet import functional as F
 from capsnet import reference
 from capsnet.analysis.routing_trace import evidence
 from capsnet.config import Config
-from capsnet.errors import Interrupted
 from capsnet.layers import Convolution
 from capsnet.models import create
 from capsnet.models.efficient_capsnet import EfficientCapsNet
 from capsnet.routing import attention_routing
-from capsnet.training.fit import fit, resume
-from tiny import metrics, same_weights
+from tiny import resumed
 
 SMALL: dict[str, Any] = {
     "conv_channels": (3, 4, 6),
@@ -317,21 +315,4 @@ def test_a_stopped_training_resumes_with_the_statistics_of_its_batches(
     config = Config.of(
         data=str(photos), model="efficient-capsnet", epochs=2, batch_size=16, precision="32", **SMALL, report=False
     )
-    fit(config.changed(out="whole"))
-    with monkeypatch.context() as patch:
-        from capsnet.training.state import TrainingState
-
-        check, count = TrainingState.check, [0]
-
-        def stopped(state: TrainingState) -> None:
-            count[0] += 1
-            if count[0] == 3:
-                state.received.append(15)
-            check(state)
-
-        patch.setattr(TrainingState, "check", stopped)
-        with pytest.raises(Interrupted):
-            fit(config.changed(out="run", log_every=1))
-    resume("run")
-    assert same_weights("whole", "run")
-    assert metrics("whole") == metrics("run")
+    resumed(config, monkeypatch)

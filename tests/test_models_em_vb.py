@@ -17,15 +17,15 @@ from capsnet.checkpoints import pretrained
 from capsnet.cli import main
 from capsnet.config import Config
 from capsnet.demo.viewer import Viewer
-from capsnet.errors import InputError, Interrupted
+from capsnet.errors import InputError
 from capsnet.layers import Convolution
 from capsnet.matrix_capsules import ConvCapsules, MatrixCapsules, MatrixClassCapsules, TypeNorm
 from capsnet.models import create
 from capsnet.models.em_capsnet import LAST_MARGIN, EMCapsNet, MatrixCapsNet
 from capsnet.objective import Objective
 from capsnet.routing import em_routing
-from capsnet.training.fit import fit, resume
-from tiny import metrics, photos, reading, same_weights
+from capsnet.training.fit import fit
+from tiny import photos, reading, resumed
 
 SMALL: dict[str, Any] = {
     "conv_channels": 3,
@@ -483,24 +483,7 @@ def test_a_stopped_training_resumes_to_the_same_weights(
     config = Config.of(
         data=str(photos), model=model, epochs=2, batch_size=16, lr=0.01, precision="32", **sizes, report=False
     )
-    fit(config.changed(out="whole"))
-    with monkeypatch.context() as patch:
-        from capsnet.training.state import TrainingState
-
-        check, count = TrainingState.check, [0]
-
-        def stopped(state: TrainingState) -> None:
-            count[0] += 1
-            if count[0] == 3:
-                state.received.append(15)
-            check(state)
-
-        patch.setattr(TrainingState, "check", stopped)
-        with pytest.raises(Interrupted):
-            fit(config.changed(out="run", log_every=1))
-    resume("run")
-    assert same_weights("whole", "run")
-    assert metrics("whole") == metrics("run")
+    resumed(config, monkeypatch)
 
 
 @pytest.mark.usefixtures("workplace", "blank_figure")

@@ -13,14 +13,12 @@ from capsnet import functional as F
 from capsnet import memory, reference
 from capsnet.analysis.routing_trace import evidence
 from capsnet.config import Config
-from capsnet.errors import InputError, Interrupted
+from capsnet.errors import InputError
 from capsnet.models import create
 from capsnet.models.self_routing_capsnet import SelfRoutingCapsNet
 from capsnet.options import LossOptions
 from capsnet.routing import self_routing
-from capsnet.training.fit import fit, resume
-from capsnet.training.state import TrainingState
-from tiny import metrics, same_weights, typed
+from tiny import resumed, typed
 
 INS, OUTS, DIM = 7, 5, 4
 FEW: dict[str, Any] = {"blocks": 1, "grid": 3, "capsule_types": 2, "primary_dim": 3}
@@ -282,23 +280,7 @@ def test_it_learns_stops_and_resumes(photos: Path, monkeypatch: pytest.MonkeyPat
     config = Config.of(
         data=str(photos), model="self-routing-capsnet", epochs=4, batch_size=16, lr=0.01, precision="32", **FEW
     )
-    result = fit(config.changed(out="whole"))
-    assert result.test.error_percent < 20  # chance is 67
-    check, count = TrainingState.check, [0]
-
-    def stopped(state: TrainingState) -> None:
-        count[0] += 1
-        if count[0] == 3:
-            state.received.append(15)
-        check(state)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(TrainingState, "check", stopped)
-        with pytest.raises(Interrupted):
-            fit(config.changed(out="parts", log_every=1))
-    resume("parts")
-    assert same_weights("whole", "parts")
-    assert metrics("whole") == metrics("parts")
+    assert resumed(config, monkeypatch).test.error_percent < 20  # chance is 67
 
 
 @pytest.mark.usefixtures("workplace", "blank_figure")

@@ -27,7 +27,7 @@ from capsnet.training import batches, defaults, loop, prepare, schedule
 from capsnet.training import fit as training
 from capsnet.training.fit import fit, resume
 from capsnet.training.state import TrainingState
-from tiny import REAL, SIZES, files, metrics, pairs, same_weights, tiny, weights
+from tiny import REAL, SIZES, at_step, files, metrics, pairs, same_weights, tiny, weights
 
 pytestmark = pytest.mark.usefixtures("workplace", "blank_figure")
 
@@ -45,19 +45,6 @@ WRITTEN = {
     "report.html",
     "figures/reconstructions.png",
 }
-
-
-def at_step(monkeypatch: pytest.MonkeyPatch, number: int, what: Any) -> None:
-    """Call `what` in the middle of the training step `number`, counted from 1."""
-    count = [0]
-
-    def augmented(*arguments: Any) -> Any:
-        count[0] += 1
-        if count[0] == number:
-            what()
-        return augment(*arguments)
-
-    monkeypatch.setattr(batches, "augment", augmented)
 
 
 def send(number: int) -> None:

@@ -15,13 +15,12 @@ import yaml
 from capsnet import cli
 from capsnet.checkpoints import pretrained, run_directory
 from capsnet.config import Config, read
-from capsnet.data.augment import augment
 from capsnet.errors import InputError, Interrupted
 from capsnet.evaluation import evaluate
-from capsnet.training import batches, prepare
+from capsnet.training import prepare
 from capsnet.training.fit import fit, resume
 from capsnet.training.state import TrainingState, best_epoch
-from tiny import files, metrics, options, same_weights, tiny
+from tiny import at_step, files, metrics, options, same_weights, tiny
 
 pytestmark = pytest.mark.usefixtures("workplace", "blank_figure")
 ERRORS = (80.0, 30.0, 30.0, 50.0, 40.0)
@@ -45,19 +44,6 @@ def judged(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
         monkeypatch.setattr(TrainingState, "row", told)
 
     return judge
-
-
-def stop_at(monkeypatch: pytest.MonkeyPatch, step: int) -> None:
-    """Send SIGTERM in the middle of the training step `step`, counted from 1."""
-    count = [0]
-
-    def augmented(*arguments: Any) -> Any:
-        count[0] += 1
-        if count[0] == step:
-            signal.raise_signal(signal.SIGTERM)
-        return augment(*arguments)
-
-    monkeypatch.setattr(batches, "augment", augmented)
 
 
 def result_of(run: str) -> dict[str, Any]:
@@ -158,7 +144,7 @@ def test_a_stopped_and_resumed_run_keeps_the_same(
     config = tiny(photos, epochs=5, ema=ema)
     whole = fit(config.changed(out="whole"))
     with monkeypatch.context() as patch:
-        stop_at(patch, step)
+        at_step(patch, step, lambda: signal.raise_signal(signal.SIGTERM))
         with pytest.raises(Interrupted):
             fit(config.changed(out="run"))
     again = resume("run")

@@ -3,6 +3,7 @@
 import csv
 import os
 import shlex
+import signal
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -18,8 +19,12 @@ from torch import Tensor
 from capsnet.cli import main
 from capsnet.config import Config
 from capsnet.data import Dataset, Split
+from capsnet.data.augment import augment
 from capsnet.data.photo import Frame
 from capsnet.data.preprocessing import Preprocessing
+from capsnet.errors import Interrupted
+from capsnet.training import batches
+from capsnet.training.fit import Result, fit, resume
 
 SIZES: dict[str, Any] = {
     "conv_channels": 8,
@@ -105,6 +110,32 @@ def metrics(run: Path | str) -> list[dict[str, str]]:
     """Rows of metrics.csv without the columns that measure the machine."""
     with (Path(run) / "metrics.csv").open(encoding="utf-8", newline="") as file:
         return [{name: value for name, value in row.items() if name not in TIMES} for row in csv.DictReader(file)]
+
+
+def at_step(monkeypatch: pytest.MonkeyPatch, number: int, what: Callable[[], object]) -> None:
+    """Call `what` in the middle of the training step `number`, counted from 1."""
+    count = [0]
+
+    def augmented(*arguments: Any) -> Any:
+        count[0] += 1
+        if count[0] == number:
+            what()
+        return augment(*arguments)
+
+    monkeypatch.setattr(batches, "augment", augmented)
+
+
+def resumed(config: Config, monkeypatch: pytest.MonkeyPatch) -> Result:
+    """A training that is stopped in its third step, goes on, and must end as the one that is returned, which is not."""
+    whole = fit(config.changed(out="whole"))
+    with monkeypatch.context() as patch:
+        at_step(patch, 3, lambda: signal.raise_signal(signal.SIGTERM))
+        with pytest.raises(Interrupted):
+            fit(config.changed(out="parts"))
+    resume("parts")
+    assert same_weights("whole", "parts")
+    assert metrics("whole") == metrics("parts")
+    return whole
 
 
 def files(directory: Path | str) -> set[str]:
