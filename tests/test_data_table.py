@@ -288,12 +288,12 @@ def test_copies_in_several_splits_or_classes_are_told(tmp_path: Path) -> None:
     shutil.copy(tmp_path / "train/a/1.png", tmp_path / "test/a/again.png")
     shutil.copy(tmp_path / "train/b/2.png", tmp_path / "train/c/2.png")
     alike = (
-        "1 images are in several classes: train/b/2.png = train/c/2.png",
-        "1 images are in several splits: train/a/1.png = test/a/again.png",
+        "files that are in several classes: 1 (train/b/2.png = train/c/2.png)",
+        "files that are in several splits: 1 (train/a/1.png = test/a/again.png)",
     )
     assert scan(tmp_path).notes == alike
     assert scan(tmp_path, group_by=r"[0-3]\.png").notes == ("12 images in 4 groups, 13 in none", *alike)
-    assert scan(tmp_path, group_by="[abc]/").notes[1] == "3 groups are in several splits: a/, b/, c/"
+    assert scan(tmp_path, group_by="[abc]/").notes[1] == "groups in several splits: 3 (a/, b/, c/)"
 
 
 def test_units_and_draws() -> None:

@@ -58,7 +58,7 @@ class ImageFolder:
     classes: tuple[str, ...]  # names, in natural order ("2" before "10") and one Unicode form
     files: tuple[ImageFile, ...]  # by split, class and name
     tested: Literal["test", "validation"] = "test"  # `validation` where there is train/ and val/ but no test/
-    notes: tuple[str, ...] = ()  # what was passed over
+    notes: tuple[str, ...] = ()  # what was passed over, and what its owner should know
 
     def of(self, split: str) -> list[ImageFile]:
         """The files of a split."""
@@ -305,18 +305,17 @@ class ImageFolder:
         alone = sum(not file.group for file in files)
         groups.pop("", None)
         if groups:
-            notes.append(
-                f"{len(files) - alone:,} images in {len(groups):,} groups{f', {alone:,} in none' * bool(alone)}"
-            )
+            none = f", {alone:,} in none" if alone else ""
+            notes.append(f"{len(files) - alone:,} images in {len(groups):,} groups{none}")
         if several := [name for name, splits in groups.items() if len(splits - {"unused"}) > 1]:
-            notes.append(f"{len(several):,} groups are in several splits: {_some(several, most=3)}")
+            notes.append(f"groups in several splits: {len(several):,} ({_some(several, most=3)})")
         alike = grouping.copies(file for file in files if file.split != "unused")
         for kind in ("classes", "splits"):
             values = [{file.label if kind == "classes" else file.split for file in same} for same in alike]
             mixed = [same for same, found in zip(alike, values, strict=True) if len(found) > 1]
             if mixed:
                 told = _some((" = ".join(file.path for file in same[:3]) for same in mixed), most=3)
-                notes.append(f"{len(mixed):,} images are in several {kind}: {told}")
+                notes.append(f"files that are in several {kind}: {len(mixed):,} ({told})")
         return replace(self, files=files, notes=tuple(map(visible, notes)))
 
     def _sorted(self, files: Iterable[ImageFile]) -> "ImageFolder":
@@ -380,7 +379,7 @@ def scan(
     tested: Literal["test", "validation"] = "test"
     if divided and not any(one.split == "test" for one in listed):
         tested = "validation"
-    notes = listing.notes(listed, names, known="the network" if classes is not None else "training")
+    notes = listing.notes(listed, names, judged=classes is not None)
     return ImageFolder(root, names, tuple(files), tested, notes).grouped(group_by).without(faults)
 
 
@@ -392,7 +391,7 @@ def image_files(directory: Path) -> tuple[list[Path], tuple[str, ...]]:
     """
     listing = _Listing(directory, lenient=True)
     found = listing.images(directory, set())
-    return found, listing.notes((), (), known="")
+    return found, listing.notes((), (), judged=True)
 
 
 def one_form(name: str) -> str:
@@ -547,24 +546,23 @@ class _Listing:
         self.listed[directory] = found
         return found
 
-    def notes(self, listed: Sequence[_Listed], names: Sequence[str], *, known: str) -> tuple[str, ...]:
-        """What was passed over, and for `names`, the classes that `known` has, which are absent or others."""
+    def notes(self, listed: Sequence[_Listed], names: Sequence[str], *, judged: bool) -> tuple[str, ...]:
+        """What was passed over; which of the classes `names` are absent, and which others are left out.
+
+        They are those that training knows, and may be absent from any split, or those of a network that is `judged` on
+        all images together.
+        """
         notes = []
-        passed = [f"{count:,} {kind}" for kind, count in self.passed.items() if count > 0]
-        if passed:
+        if passed := [f"{count:,} {kind}" for kind, count in self.passed.items() if count > 0]:
             notes.append(f"passed over: {', '.join(passed)}")
-        by_split = dict[str, set[str]]()
-        for one in listed:
-            by_split.setdefault(one.split, set()).add(one.class_name)
-        together = {""} if known == "the network" else by_split.keys() - {"unused"}
-        for split in together:
-            found = set().union(*by_split.values()) if known == "the network" else by_split[split]
+        used = [one for one in listed if one.split != "unused"]
+        for split in [""] if judged else dict.fromkeys(one.split for one in used):
+            found = {one.class_name for one in used if judged or one.split == split}
             if absent := [name for name in names if name not in found]:
-                notes.append(f"no {split} image of {_some(absent)}".replace("  ", " "))
-        others = Counter(one.class_name for one in listed if one.class_name not in names and one.split != "unused")
-        if others:
+                notes.append(f"no {split}{' ' * bool(split)}image of {_some(absent)}")
+        if others := Counter(one.class_name for one in used if one.class_name not in names):
             told = _some(f"{name} ({count:,})" for name, count in others.items())
-            notes.append(f"left out, classes that {known} does not know: {told}")
+            notes.append(f"left out, classes that {'the network' if judged else 'training'} does not know: {told}")
         return tuple(map(visible, notes))
 
     def _name(self, path: Path) -> str:
