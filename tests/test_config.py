@@ -1,4 +1,3 @@
-import sys
 from dataclasses import FrozenInstanceError, fields, replace
 from pathlib import Path
 from typing import Any, get_args, get_type_hints
@@ -7,6 +6,7 @@ import pytest
 import yaml
 
 from capsnet import options
+from capsnet.cli.parsing import helped
 from capsnet.config import PRESETS, Config, from_dict, preset, preset_differences, read, with_defaults, write
 from capsnet.errors import InputError
 from capsnet.models import available, options_of
@@ -92,11 +92,10 @@ def test_an_unknown_preset_is_refused_and_the_nearest_named() -> None:
 
 @pytest.mark.parametrize("kind", [*GROUPS.values(), *map(options_of, available())])
 def test_every_option_says_what_it_is(kind: type) -> None:
-    lines = Path(sys.modules[kind.__module__].__file__ or "").read_text(encoding="utf-8").splitlines()
+    hints = get_type_hints(helped(kind), include_extras=True)
     for field in fields(kind):
-        at = [k for k, line in enumerate(lines) if line.startswith(f"    {field.name}: ") and " = " in line]
-        assert at, field.name
-        assert all(lines[k + 1].startswith('    """') for k in at), field.name
+        told = [each.help for each in getattr(hints[field.name], "__metadata__", ()) if hasattr(each, "help")]
+        assert any(told), field.name
 
 
 def test_every_option_has_one_group() -> None:
