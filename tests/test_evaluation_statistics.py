@@ -8,7 +8,16 @@ import torch
 from scipy import stats
 
 from capsnet.errors import InputError
-from capsnet.evaluation.statistics import McNemar, mcnemar, one_sample, paired_t, summarise, welch_t
+from capsnet.evaluation.statistics import (
+    McNemar,
+    holm,
+    mcnemar,
+    one_sample,
+    paired_images,
+    paired_t,
+    summarise,
+    welch_t,
+)
 
 # Student 1908, Biometrika 6, 1-25: hours of sleep gained by ten patients with either drug; t, df, p and intervals
 # below are those that t.test of R prints for its copy of these data (`sleep`)
@@ -73,6 +82,30 @@ def test_paired_t_of_the_sleep_data() -> None:
     swapped = paired_t(*reversed(SLEEP))
     assert swapped.difference == pytest.approx(1.58)
     assert swapped.p == pytest.approx(found.p)
+
+
+def test_paired_images_is_a_t_test_of_the_share_of_trainings_that_are_wrong() -> None:
+    ours, theirs = [{0, 1, 2, 5}, {0, 2, 7}], [{0, 3}, {3, 4, 7}]
+    shares = [[100 * sum(k in wrong for wrong in side) / 2 for k in range(40)] for side in (ours, theirs)]
+    found, truth = paired_images(ours, theirs, 40), stats.ttest_rel(*shares)
+    assert (found.t, found.p) == pytest.approx((truth.statistic, truth.pvalue))
+    assert found.interval == pytest.approx(tuple(truth.confidence_interval()))
+    assert found.difference == pytest.approx(100 * (7 - 5) / 2 / 40)
+    assert found.test == "paired t test over 40 images, errors averaged over 2 seeds"
+    assert "over 2 and 1 seeds" in paired_images(ours, theirs[:1], 40).test
+    assert paired_images(ours, ours, 40).p == 1
+
+
+def test_paired_images_of_whole_test_sets_differ() -> None:
+    assert paired_images([set(range(40))], [set()], 40).difference == 100
+
+
+def test_holm_of_a_worked_example() -> None:
+    # Holm's step-down at four hypotheses: 0.005 x 4, 0.01 x 3, 0.03 x 2, and 0.04 no less than that
+    assert holm([0.01, 0.04, 0.03, 0.005]) == pytest.approx([0.03, 0.06, 0.06, 0.02])
+    assert holm([0.7, 0.6]) == [1.0, 1.0]
+    assert holm([0.3]) == [0.3]
+    assert holm([]) == []
 
 
 def test_welch_t_of_the_sleep_data() -> None:
@@ -199,6 +232,8 @@ def test_every_result_is_json() -> None:
     [
         (paired_t, ([0.1], [0.2]), "ours must be the errors of at least 2 runs; got 1"),
         (welch_t, ([0.1, 0.2], [0.2]), "theirs must be the errors of at least 2 runs; got 1"),
+        (paired_images, ([{1}], [], 10), "theirs must be the wrong images of at least one training; got none"),
+        (paired_images, ([{1}], [{2}], 1), "images must be at least 2; got 1"),
         (paired_t, ([0.1, 0.2], [0.2, 0.3, 0.4]), "theirs must be as many as the 2 of ours, to be paired; got 3"),
         (summarise, ([],), "errors must be the errors of at least 1 run; got 0"),
         (one_sample, ([0.1, math.nan], 0.2), "ours must be finite; got 0.1, nan"),

@@ -149,6 +149,34 @@ def test_a_wrong_file_is_refused(tmp_path: Path, changes: dict[str, Any], told: 
         plans.read(path)
 
 
+def test_rows_of_another_file_are_all_or_those_that_are_named(tmp_path: Path) -> None:
+    rows = [ROW, {**ROW, "key": "two", "options": {"epochs": 5}}]
+    mine, other = tmp_path / "mine.yaml", tmp_path / "other.yaml"
+    mine.write_text(json.dumps({**GOOD, "rows": rows}), encoding="utf-8")
+    here = {name: value for name, value in GOOD.items() if name != "rows"} | {"rows_of": "mine"}
+    other.write_text(json.dumps(here), encoding="utf-8")
+    assert plans.read(other).rows == plans.read(mine).rows
+    other.write_text(json.dumps({**here, "rows": ["two"]}), encoding="utf-8")
+    assert plans.read(other).rows == plans.read(mine).rows[1:]
+    refused = {"three": "rows of mine must be among one, two; got 'three'", 3: r"rows\[0\] must be text; got 3"}
+    for key, told in refused.items():
+        other.write_text(json.dumps({**here, "rows": [key]}), encoding="utf-8")
+        with pytest.raises(InputError, match=told):
+            plans.read(other)
+
+
+def test_rows_that_name_no_preset_take_none_of_their_model(tmp_path: Path) -> None:
+    path = tmp_path / "mine.yaml"
+    options: list[dict[str, Any]] = [{"model": "em-capsnet"}, {"model": "em-capsnet", "preset": "paper"}]
+    rows = [{**ROW, "key": str(k), "options": given} for k, given in enumerate(options)]
+    path.write_text(json.dumps({**GOOD, "rows": rows}), encoding="utf-8")
+    one = plans.read(path)
+    plain, paper = (one.config(each, "full", 0) for each in one.rows)
+    assert (plain.batch_size, plain.lr) == (Config().batch_size, Config().lr)
+    assert (paper.batch_size, paper.lr) == (64, 0.003)
+    assert records.effective(plain) == {"model": "em-capsnet", "data": "mnist"}
+
+
 # records
 
 
@@ -456,8 +484,24 @@ def test_rows_are_compared_over_seeds_or_else_over_images(tmp_path: Path) -> Non
         "CapsNet, 1 routing iteration, with reconstruction against CapsNet, 3 routing iterations, with reconstruction"
     )
     assert f"- {name}, seed 0: exact McNemar test: 2 images mistaken only by the first, 5 only by the second" in table
-    records.write(tmp_path, [*pair, record(ours, 1, 42), record(theirs, 1, 40)])
-    assert f"- {name}: paired t test over 2 seeds: -0.025 +- 0.005 points" in render(experiment("table1"), tmp_path)
+    pair += [record(ours, 1, wrong=42), record(theirs, 1, wrong=40)]
+    records.write(tmp_path, pair)
+    told = f"- {name}: paired t test over 10,000 images, errors averaged over 2 seeds: -0.025 +- 0.015 points"
+    assert told in render(experiment("table1"), tmp_path)
+    records.write(tmp_path, [*pair, record(ours, 2, 41), record(theirs, 2, 37)])
+    assert f"- {name}: paired t test over 3 seeds: -0.030 +- 0.006 points" in render(experiment("table1"), tmp_path)
+
+
+def test_p_values_are_corrected_where_there_are_several(tmp_path: Path) -> None:
+    first = record("capsnet-3-reconstruction", wrong=40)
+    other = record("capsnet-1-reconstruction", wrong_images={"mnist": [*range(35), 100, 101]}, wrong=37)
+    records.write(tmp_path, [first, other])
+    (line,) = [line for line in render(experiment("table1"), tmp_path).splitlines() if " against CapsNet" in line]
+    assert line.endswith("p = 0.45")
+    far = record("capsnet-3", wrong_images={"mnist": list(range(52))}, wrong=52)
+    records.write(tmp_path, [first, other, far])
+    lines = [line for line in render(experiment("table1"), tmp_path).splitlines() if " against CapsNet" in line]
+    assert [line.partition("p = ")[2] for line in lines] == ["0.00049, corrected 0.00098", "0.45, corrected 0.45"]
 
 
 def test_rows_are_compared_at_the_budget_that_both_have(tmp_path: Path) -> None:

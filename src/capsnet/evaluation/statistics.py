@@ -7,6 +7,7 @@ single training has one seed.
 
 import math
 import statistics
+from collections import Counter
 from collections.abc import Sequence
 from collections.abc import Set as AbstractSet
 from dataclasses import asdict, dataclass
@@ -21,8 +22,10 @@ __all__ = [
     "McNemar",
     "Summary",
     "TTest",
+    "holm",
     "mcnemar",
     "one_sample",
+    "paired_images",
     "paired_t",
     "summarise",
     "welch_t",
@@ -151,6 +154,49 @@ def paired_t(ours: Sequence[float], theirs: Sequence[float]) -> TTest:
     differences = [one - other for one, other in zip(ours, theirs, strict=True)]
     error = _sd(differences, scale=scale) / math.sqrt(pairs)
     return _t_test(f"paired t test over {pairs} seeds", statistics.fmean(differences), error, pairs - 1.0, scale=scale)
+
+
+def paired_images(ours: Sequence[AbstractSet[int]], theirs: Sequence[AbstractSet[int]], images: int) -> TTest:
+    """Paired t test over test images, of the share of trainings that get each image wrong.
+
+    It is of these trainings, and not of what other seeds would give: for few seeds, whose spread says little.
+
+    Args:
+        ours: indices of the wrong images, in [0, images), of each training.
+        theirs: the same of the other side, at least one as well.
+        images: number of test images, at least 2.
+
+    Raises:
+        InputError: no trainings on a side, or fewer than 2 images.
+    """
+    if images < 2:
+        raise InputError(f"images must be at least 2; got {images}")
+    shares = []
+    for name, side in (("ours", ours), ("theirs", theirs)):
+        if not side:
+            raise InputError(f"{name} must be the wrong images of at least one training; got none")
+        counts = Counter(image for wrong in side for image in wrong)
+        shares.append({image: 100 * count / len(side) for image, count in counts.items()})
+    concerned = shares[0].keys() | shares[1].keys()
+    differences = [shares[0].get(image, 0.0) - shares[1].get(image, 0.0) for image in sorted(concerned)]
+    differences += [0.0] * (images - len(concerned))
+    seeds = f"{len(ours)}" if len(ours) == len(theirs) else f"{len(ours)} and {len(theirs)}"
+    test = f"paired t test over {images:,} images, errors averaged over {seeds} seeds"
+    error = _sd(differences, scale=100.0) / math.sqrt(images)
+    return _t_test(test, statistics.fmean(differences), error, images - 1.0, scale=100.0)
+
+
+def holm(p_values: Sequence[float]) -> list[float]:
+    """P values corrected for their number, in the same order (Holm 1979, Scand. J. Statist. 6, 65-70).
+
+    With the smallest times their number, the next times one less and so on, none below one before it and none above 1,
+    the chance of any false "below 0.05" is at most 0.05.
+    """
+    corrected, least = [0.0] * len(p_values), 0.0
+    for rank, k in enumerate(sorted(range(len(p_values)), key=p_values.__getitem__)):
+        least = max(least, min(1.0, p_values[k] * (len(p_values) - rank)))
+        corrected[k] = least
+    return corrected
 
 
 def welch_t(ours: Sequence[float], theirs: Sequence[float]) -> TTest:

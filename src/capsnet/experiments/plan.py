@@ -1,10 +1,10 @@
 """Experiments, one YAML file each beside this one: rows of a table as options that differ from a base.
 
 A new experiment is a new file: its name is the experiment's, and its fields are those of `Experiment`. In place of
-`rows`, `rows_of` takes those of another file: the same networks on another data set.
+`rows`, `rows_of` takes those of another file: the same networks on another data set, or those whose keys `rows` lists.
 """
 
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from functools import cache
 from pathlib import Path
 from typing import Any, Literal
@@ -21,6 +21,13 @@ BUDGETS = ("quick", "cpu", "full")
 QUICK: dict[str, dict[str, Any]] = {
     "capsnet": {"conv_channels": 16, "capsule_types": 4, "decoder_sizes": [64, 64]},
     "efficient-capsnet": {"conv_channels": [8, 8, 8, 16], "decoder_sizes": [64, 64]},
+    "capsule-head": {"capsule_types": 2},
+    "em-capsnet": {"conv_channels": 8, "capsule_types": [2, 2, 2]},
+    "vb-capsnet": {"conv_channels": 8, "capsule_types": [4]},
+    "self-routing-capsnet": {"blocks": 1, "capsule_types": 4},
+    "inverted-capsnet": {"backbone_channels": [8], "backbone_blocks": [1], "capsule_types": 4, "grid": 8},
+    "resnet": {"blocks": 1, "width": 0.25},
+    "efficient-cnn": {"conv_channels": [8, 8, 8, 16]},
     "baseline": {"width": 0.05},
     "baseline-multimnist": {"width": 0.05},
 }
@@ -101,18 +108,22 @@ class Experiment:
     def config(self, row: Row, budget: str, seed: int) -> Config:
         """The configuration that a row of this experiment is trained with; `budget` is one of `BUDGETS`.
 
+        Where it names no preset, all that it does not state is the default of `Config`, whatever presets a model has.
+
         Raises:
             InputError: an unknown budget, or options that no training can have.
         """
         if budget not in BUDGETS:
             raise InputError(f"budget must be one of {', '.join(BUDGETS)}; got {budget!r}")
         full = {**self.base, **row.options, "report": False}
+        plain = {} if "preset" in full else Config(model=full.get("model", "capsnet")).flat()
         changes = {
             "full": {},
             "cpu": {**self.cpu, **row.cpu},
             "quick": {"epochs": 1, "train_images": 1000, **QUICK.get(full.get("model", "capsnet"), {})},
         }[budget]
-        return replace(from_dict({**full, **changes}, source=f"experiment {self.name}, row {row.key}"), seed=seed)
+        source = f"experiment {self.name}, row {row.key}"
+        return replace(from_dict({**plain, **full, **changes}, source=source), seed=seed)
 
 
 def read(path: Path) -> Experiment:
@@ -125,8 +136,9 @@ def read(path: Path) -> Experiment:
     if isinstance(values, dict):
         values["name"] = path.stem
         if (other := values.pop("rows_of", None)) is not None:
-            theirs = read_yaml(path.with_name(f"{other}.yaml"), what=f"rows_of in {source}")
-            values["rows"] = theirs.get("rows") if isinstance(theirs, dict) else None
+            theirs = read(path.with_name(f"{other}.yaml"))
+            keys = values.get("rows", [row.key for row in theirs.rows])
+            values["rows"] = [asdict(theirs.row(key)) for key in checked(keys, list[str], name="rows", source=source)]
     one: Experiment = checked(values, Experiment, source=source)
     keys = [row.key for row in one.rows]
     if not keys or len(set(keys)) < len(keys):

@@ -75,7 +75,7 @@ def effective(config: Config) -> dict[str, Any]:
 
     Without the defaults, so that a new option changes no old fingerprint.
     """
-    default = with_defaults(Config.of(model=config.model)).flat() | {"model": "capsnet"}
+    default = with_defaults(Config(model=config.model)).flat() | {"model": "capsnet"}
     without_effect = {*roles(LOCAL), "routing_kernel", "seed"}
     chosen = {
         name: value

@@ -4,7 +4,17 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from capsnet.evaluation.statistics import TTest, mcnemar, one_sample, paired_t, summarise, welch_t
+from capsnet.evaluation.statistics import (
+    McNemar,
+    TTest,
+    holm,
+    mcnemar,
+    one_sample,
+    paired_images,
+    paired_t,
+    summarise,
+    welch_t,
+)
 from capsnet.experiments import records
 from capsnet.experiments.plan import Experiment, Row, available, experiment
 from capsnet.experiments.records import Record, fingerprint
@@ -14,6 +24,8 @@ __all__ = ["SHOWN", "comparisons", "overview", "render"]
 
 SHOWN = ("full", "cpu")
 """Budgets whose numbers mean something; of each row those of the first are shown that there are any of."""
+SEEDS = 2
+"""Up to so many, rows are compared over the test images: a t test over two seeds has an interval of 12.7 errors."""
 
 
 def render(one: Experiment, folder: Path, *, budgets: Sequence[str] = SHOWN) -> str:
@@ -77,11 +89,13 @@ def _beside_paper(one: Experiment, rows: dict[str, list[Record]]) -> Iterator[st
 
 def comparisons(
     one: Experiment, rows: dict[str, list[Record]], folder: Path, budgets: Sequence[str] = SHOWN
-) -> Iterator[str]:
-    """What is compared, with which test: over seeds where two or more are shared, else over the test images.
+) -> list[str]:
+    """What is compared, with which test, and its p value corrected for the number of these comparisons.
 
-    Two rows are compared at the first budget that both have records of, which is named where `rows` shows another.
+    Over seeds where three or more are shared, else over the test images: of two seeds together, or of one. Two rows are
+    compared at the first budget that both have records of, which is named where `rows` shows another.
     """
+    told, tests = list[str](), list[TTest | McNemar]()
     for row in one.rows:
         if row.against is None:
             continue
@@ -94,13 +108,25 @@ def comparisons(
             continue
         budget = ours[0].budget
         at = "" if rows[row.key][0].budget == rows[other.key][0].budget == budget else f", budget {budget}"
-        names = f"{row.title} against {_lower(other.title)}{at}"
-        if len(shared) > 1:
-            test = paired_t(*([pair[k].error(one.metric) for pair in shared] for k in (0, 1)))
-            yield f"{names}: {test.summary()}"
-        else:
-            wrong = (set(record.wrong_images[one.metric]) for record in shared[0])
-            yield f"{names}, seed {shared[0][0].seed}: {mcnemar(*wrong).summary()}"
+        seed = f", seed {shared[0][0].seed}" if len(shared) == 1 else ""
+        told.append(f"{row.title} against {_lower(other.title)}{at}{seed}")
+        tests.append(_compared(one.metric, shared))
+    with_p = [k for k, test in enumerate(tests) if test.p is not None]
+    corrected = dict(zip(with_p, holm([tests[k].p or 0.0 for k in with_p]), strict=True)) if len(with_p) > 1 else {}
+    return [
+        f"{name}: {test.summary()}" + (f", corrected {corrected[k]:.2g}" if k in corrected else "")
+        for k, (name, test) in enumerate(zip(told, tests, strict=True))
+    ]
+
+
+def _compared(metric: str, shared: Sequence[tuple[Record, Record]]) -> TTest | McNemar:
+    """The test between two rows, of records that have their seeds in common."""
+    if len(shared) > SEEDS:
+        return paired_t(*([pair[k].error(metric) for pair in shared] for k in (0, 1)))
+    ours, theirs = ([set(pair[k].wrong_images[metric]) for pair in shared] for k in (0, 1))
+    if len(shared) > 1:
+        return paired_images(ours, theirs, int(shared[0][0].results[metric]["total"]))
+    return mcnemar(ours[0], theirs[0])
 
 
 def _found(one: Experiment, row: Row, folder: Path, budgets: Sequence[str]) -> list[Record]:
