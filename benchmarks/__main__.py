@@ -23,7 +23,7 @@ from tyro.conf import Positional
 from benchmarks import record, sections
 from benchmarks.correctness import Incorrect
 from benchmarks.show import show
-from capsnet import config
+from capsnet import config, experiments
 from capsnet.cli.parsing import config_of, spelled_out, with_options
 from capsnet.errors import InputError
 
@@ -54,7 +54,8 @@ class Command:
     """Measurements of each number; default 7, with --quick 2."""
     compare: str | None = None
     """Measure variants of one option, and their ratios to the first: routing_kernel=plain,auto; or of several options:
-    routing_kernel+convolution=plain+direct,fused+winograd."""
+    routing_kernel+convolution=plain+direct,fused+winograd; or the rows of an experiment, at its budget cpu:
+    successors."""
     quick: bool = False
     """Small sizes and 2 repeats."""
     json: bool = False
@@ -86,6 +87,8 @@ def _run(arguments: list[str]) -> int:
     options, plan = config_of(command), sections.QUICK if command.quick else sections.FULL
     given = [name for name, value in options.flat().items() if value != base.flat().get(name)]
     record.check_measured({*given} - {"out", "overwrite"}, command.what, options.model)
+    if command.compare in experiments.available() and (others := {*given} - {"out", "overwrite", *record.PLACE}):
+        raise InputError(f"{min(others)} cannot be given beside --compare {command.compare}, whose rows say what it is")
     if options.out is not None:
         record.check_free(Path(options.out), overwrite=options.overwrite)
     if command.quick:

@@ -3,7 +3,7 @@
 import json
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from datetime import UTC, datetime
 from itertools import combinations
 from pathlib import Path
@@ -14,14 +14,17 @@ import torch
 from benchmarks.flops import Flops
 from benchmarks.sections import FULL, SECTIONS, Benchmark, Plan, measured
 from benchmarks.training_workload import random_images
-from capsnet import devices, environment
+from capsnet import devices, environment, experiments
 from capsnet.config import Config
 from capsnet.errors import InputError
 from capsnet.files import parse_yaml, write_atomically
 from capsnet.options.schema import did_you_mean
 from capsnet.training import prepare
 
-__all__ = ["check_free", "check_measured", "parse_compare", "run", "write"]
+__all__ = ["PLACE", "check_free", "check_measured", "parse_compare", "run", "write"]
+
+PLACE = ("device", "threads", "data_dir")
+"""What the rows of an experiment take from the command line."""
 
 
 def run(
@@ -101,19 +104,24 @@ def parse_compare(text: str, config: Config, what: Sequence[str]) -> list[tuple[
     """`lr=0.1,0.2` as names (`lr=0.1`) and configurations that differ from `config` in that option.
 
     Several options at once are joined by a plus, and so are their values:
-    `routing_kernel+convolution=plain+direct,fused+winograd`.
+    `routing_kernel+convolution=plain+direct,fused+winograd`. The name of an experiment stands for its rows at the
+    budget `cpu`, which take only the place from `config`.
 
     Raises:
         InputError: another form, an unknown option, one that makes no difference to all of `what`, fewer than two
             values, one that the option cannot have, or two that are the same.
     """
+    if text in experiments.available():
+        one, place = experiments.experiment(text), {name: getattr(config, name) for name in PLACE}
+        return [(row.key, replace(one.config(row, "cpu", config.seed), **place)) for row in one.rows]
     left, equals, right = text.partition("=")
     names = [name.strip().replace("-", "_") for name in left.split("+")]
     kinds: dict[str, Any] = get_type_hints(Config) | get_type_hints(type(config.options))
     unknown = [name for name in names if name not in kinds]
     if not equals or unknown:
         hint = did_you_mean(unknown[0], kinds) if unknown else ""
-        raise InputError(f"compare must be OPTION=A,B with an option of a run; got {text!r}{hint}")
+        rule = "OPTION=A,B with an option of a run, or the name of an experiment"
+        raise InputError(f"compare must be {rule}; got {text!r}{hint}")
     written = [[value.strip() for value in variant.split("+")] for variant in right.split(",")]
     if len(written) < 2 or any("" in values for values in written):
         raise InputError(f"compare must name two values or more, as in routing_kernel=plain,auto; got {text!r}")

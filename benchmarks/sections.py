@@ -50,8 +50,8 @@ def measured(section: str, model: str) -> set[str]:
     """The options of a run that the numbers of a section depend on."""
     machine_options = {"device", "threads"}
     options = {each.name for each in fields(options_of(model))} - {"init"}
-    network = {"model", "image_size", "channels"} | options | machine_options
-    unrouted = {"channels", "conv_channels", "primary_scale", "convolution"}
+    network = {"model", "data", "image_size", "channels"} | options | machine_options
+    unrouted = {"data", "channels", "conv_channels", "primary_scale", "convolution"}
     unrouted |= {"reconstruction", "decoder_sizes", "standardize"}
     augmentation = {"augment", "crop", "shift", "flip", "rotation", "scale", "shear", "brightness", "contrast", "erase"}
     parts = network | augmentation | {"batch_size", "precision", "mask", "weight_decay", "ema"}
@@ -161,7 +161,16 @@ class Benchmark:
         if not self._networks:
             self.say("checking results against float64 ...")
             self._networks = [self._checked(TrainingWorkload, config, label) for label, config in self.variants]
-            self.checked = [{"variant": w.label, **w.resolved, **asdict(w.checked)} for w in self._networks]
+            self.checked = [
+                {
+                    "variant": w.label,
+                    "parameters": w.network.parameter_count(),
+                    "forward_gflop_per_image": w.flops.forward() / 1e9,
+                    **w.resolved,
+                    **asdict(w.checked),
+                }
+                for w in self._networks
+            ]
         return self._networks
 
     def _checked(self, kind: type[Made], config: Config, label: str, classes: int = 0) -> Made:

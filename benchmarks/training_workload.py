@@ -14,7 +14,7 @@ from benchmarks.flops import Flops, plainly
 from benchmarks.timing import Stopwatch, Task, clock, timed
 from capsnet import devices, memory
 from capsnet.config import Config
-from capsnet.data import Dataset, Split
+from capsnet.data import Dataset, Split, describe
 from capsnet.models import Network, Output, create, evaluation_mode
 from capsnet.objective import Batch, Losses, Objective
 from capsnet.options import size_of
@@ -29,9 +29,10 @@ __all__ = ["TrainingWorkload", "random_images"]
 
 
 def random_images(config: Config, classes: int, *, count: int = 1) -> Dataset:
-    """Random images of the size that `config` asks for; that of MNIST where it asks for none."""
+    """Random images of the size and channels that `config` asks for; those of its data set where it asks for none."""
     draw = torch.Generator().manual_seed(config.seed)
-    shape = (count, config.channels or 1, *(size_of(config.image_size) or (28, 28)))
+    channels, *size = describe(config.data).image_shape
+    shape = (count, config.channels or channels, *(size_of(config.image_size) or size))
     labels = torch.randint(classes, (count,), generator=draw)
     split = Split(torch.randint(256, shape, dtype=torch.uint8, generator=draw), labels)
     return Dataset("random", tuple(map(str, range(classes))), split, split)
@@ -208,15 +209,18 @@ class TrainingWorkload:
                 copy.load_state_dict(self.network.state_dict())
             found = correctness.results(self.objective, self.network, *here, backward=self.fabric.backward)
         truth = correctness.results(Objective(reference, self.config), reference, images.double(), labels)
-        rounding = correctness.errors_of(
-            correctness.results(Objective(plain, self.config), plain, images, labels), truth
+        objective = self.fabric.setup_module(Objective(plain.to(self.device), self.config))
+        rounded = correctness.results(objective, plain, *here, backward=self.fabric.backward)
+        precision, convolution = self.resolved["precision"], self.resolved.get("convolution", "direct")
+        return correctness.check(
+            found,
+            truth,
+            allowed=correctness.tolerance(precision=precision, convolution=convolution, device=self.device),
+            images=count,
+            who=self.label or self.config.model,
+            rounding=correctness.errors_of(rounded, truth),
+            most_rounding=correctness.MOST_ROUNDING["bf16" if precision == "bf16" else "float32"],
         )
-        convolution = self.resolved.get("convolution", "direct")
-        allowed = correctness.tolerance(
-            precision=self.resolved["precision"], convolution=convolution, device=self.device
-        )
-        who = self.label or self.config.model
-        return correctness.check(found, truth, allowed=allowed, images=count, who=who, rounding=rounding)
 
 
 def _on_gradient(tensor: Tensor, act: Callable[[], None]) -> None:
@@ -226,14 +230,16 @@ def _on_gradient(tensor: Tensor, act: Callable[[], None]) -> None:
 
 @contextmanager
 def _longer_capsules(network: Network, images: Tensor) -> Iterator[None]:
-    """Inside, scale the vote weights of a capsule network so that |s| is about 1, and so the length a half."""
-    layer = getattr(network, "class_capsules", None)
-    if layer is None:
+    """Inside, scale the vote weights of a network whose scores are lengths so that |s| is about 1, and those a half."""
+    with torch.no_grad():
+        output: Output = network(images)
+    if output.pose is None or not torch.allclose(output.scores, output.pose.norm(dim=-1), rtol=1e-2):
         yield
         return
+    layer: Any = network.class_capsules
     before = layer.weight.detach().clone()
     with torch.no_grad():
-        length = network(images).scores.mean()
+        length = output.scores.mean()
         layer.weight.mul_(((1 - length) / length).sqrt())
     try:
         yield

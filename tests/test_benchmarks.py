@@ -263,6 +263,25 @@ def test_what_the_gate_compares() -> None:
     for wrong in ({**found, "a": torch.tensor([3.0, math.nan])}, {"a": found["a"]}, {**found, "b": torch.ones(2)}):
         with pytest.raises(Incorrect, match=r"^x: "):
             correctness.check(wrong, truth, allowed=0.2, images=2, who="x")
+    near_zero = {**truth, "b": torch.tensor([1e-12, 0.0]).double()}  # what float64 leaves of 0
+    assert correctness.check(found, near_zero, allowed=0.2, images=2, who="x") == Check(0.1, "a", 0.2, 2)
+
+
+def test_the_gate_allows_what_the_plain_network_has_of_rounding_result_by_result() -> None:
+    truth = {"a": torch.tensor([3.0, 4.0]).double(), "b": torch.tensor([1.0]).double()}
+    found = {"a": torch.tensor([3.0, 4.5]), "b": torch.tensor([1.0])}
+    check = partial(correctness.check, truth=truth, allowed=1e-4, images=2, who="x", most_rounding=0.2)
+    assert check(found, rounding={"a": 0.05}).tolerance == pytest.approx(0.15)
+    assert check(found, rounding={"a": 0.5}).tolerance == 0.2
+    for rounding in ({"a": 0.03}, {"b": 0.05}):
+        with pytest.raises(Incorrect, match=r"^x: a must be within"):
+            check(found, rounding=rounding)
+
+
+def test_networks_whose_scores_are_no_lengths_are_checked_as_they_are() -> None:
+    small: dict[str, Any] = {"backbone_channels": [8], "backbone_blocks": [1], "capsule_types": 2, "grid": 8}
+    config = Config.of(model="inverted-capsnet", image_size=20, batch_size=4, precision="32", device="cpu", **small)
+    assert TrainingWorkload(config, 3).check().error < 1e-3
 
 
 # variants
@@ -283,6 +302,9 @@ def test_compare_is_parsed() -> None:
         "routing_kernel=fused, batch_size=20",
     ]
     assert [(c.options.routing_kernel, c.batch_size) for _, c in several] == [("plain", 1), ("fused", 20)]
+    rows = dict(parse_compare("successors", TINY.changed(threads=1), ["step"]))
+    assert rows["vb"].model == "vb-capsnet"
+    assert {(c.threads, c.device, c.train_images) for c in rows.values()} == {(1, "cpu", 10_000)}
     networks = [c for _, c in parse_compare("model+ema=capsnet+0,efficient-capsnet+0.9", TINY, ["step"])]
     assert networks == [TINY.changed(ema=0.0), TINY.changed(model="efficient-capsnet", ema=0.9)]
 
@@ -290,7 +312,7 @@ def test_compare_is_parsed() -> None:
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("stem", "compare must be OPTION=A,B with an option of a run; got 'stem'"),
+        ("stem", "compare must be OPTION=A,B with an option of a run, or the name of an experiment; got 'stem'"),
         ("convoluton=direct,winograd", "did you mean convolution"),
         ("epochs=1,2", "epochs must be an option that makes a difference to step; it makes none"),
         ("convolution=direct,direct", "compare must name different values; got 'convolution=direct,direct'"),
@@ -501,7 +523,8 @@ def test_the_command_prints_tables_or_json_and_keeps_the_record(
 def test_wrong_results_end_the_command_with_one_line(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(correctness, "TOLERANCES", dict.fromkeys(correctness.TOLERANCES, 0.0))
+    monkeypatch.setattr(correctness, "TOLERANCES", dict.fromkeys(correctness.TOLERANCES, 1e-30))
+    monkeypatch.setattr(correctness, "MOST_ROUNDING", dict.fromkeys(correctness.MOST_ROUNDING, 0.0))
     assert main(["step", *SMALL, "--out", "bench.json"]) == 1
     out, err = capsys.readouterr()
     assert out == ""
@@ -518,6 +541,7 @@ def test_wrong_results_end_the_command_with_one_line(
             "--compare: convolution must be one of auto, direct, winograd; got 'fast'",
         ),
         ("step --compare convoluton=a,b", "did you mean convolution"),
+        ("step --compare successors --batch-size 64", "batch_size cannot be given beside --compare successors, whose"),
         (
             "--compare cuda_graph=false,true",
             "cuda_graph must be an option that makes a difference to inference and parts",
