@@ -444,9 +444,9 @@ def test_numbers_on_other_images_are_not_subtracted(tmp_path: Path) -> None:
     counts = {"error_percent": 30.0, "wrong": 3000, "total": 10_000}
     made = replace(record(), experiment="affnist", row="capsnet", results={"affnist-generated": counts})
     records.write(tmp_path, [replace(made, fingerprint=fingerprint(one.config(one.rows[0], "cpu", 0)))])
-    cells = lines_of(render(one, tmp_path))["CapsNet"]
-    assert cells[:2] == ["21 % (on affnist)", "30.00 %"]
-    assert cells[-1] == ""
+    lines = lines_of(render(one, tmp_path))
+    assert lines["CapsNet"][:2] == ["21 % (on affnist)", "30.00 %"]
+    assert "difference to the paper" not in lines["network"]
 
 
 def test_budgets_side_by_side_are_told_apart(tmp_path: Path) -> None:
@@ -522,6 +522,26 @@ def test_rows_at_different_budgets_are_not_compared(tmp_path: Path) -> None:
     assert "| 41 of 10,000 | cpu |" in table
     assert "| 41 of 10,000 | full |" in table
     assert " against " not in table
+
+
+def test_costs_stand_beside_the_rows_that_a_benchmark_measured(tmp_path: Path) -> None:
+    one, folder = experiment("successors"), tmp_path / "experiments"
+    name = one.row("vb").title
+    assert [*lines_of(render(one, folder))["network"]] == ["here", "published"]
+    (tmp_path / "bench").mkdir()
+    step = {"section": "step", "variant": "vb", "images_per_second": 150.0, "added_mib": 99.6}
+    variants = [{"variant": "vb", "forward_gflop_per_image": 0.0098}]
+    told = {"command": "the command", "device": "a chip", "torch": "2", "variants": variants, "rows": [step]}
+    (tmp_path / "bench" / "successors.json").write_text(json.dumps(told), encoding="utf-8")
+    table = render(one, folder)
+    assert lines_of(table)["network"] == ["here", "published", "million multiply-adds", "seconds an epoch", "MiB"]
+    assert lines_of(table)[name] == ["not run", "", "4.9", "400", "100"]
+    assert lines_of(table)[one.rows[0].title][2:] == ["", "", ""]
+    assert "weights and images: `the command`, on a chip, torch 2." in table
+    config = one.config(one.row("vb"), "full", 0)
+    full = replace(record(), experiment="successors", row="vb", budget="full", fingerprint=fingerprint(config))
+    records.write(folder, [full])
+    assert lines_of(render(one, folder))[name][-3:] != ["4.9", "400", "100"], "which are of the other budget"
 
 
 def test_measures_of_pairs_stand_in_columns_of_their_own(tmp_path: Path) -> None:

@@ -46,6 +46,7 @@ class Row:
         paper: error in percent that the paper reports; None where it reports none.
         spread: its standard deviation over three trainings, in points, where the paper states it (Table 1).
         against: key of the row it is compared with.
+        published: by data set, what a paper reports of its own network there and how it was selected, in words.
     """
 
     key: str
@@ -55,6 +56,7 @@ class Row:
     paper: float | None = None
     spread: float | None = None
     against: str | None = None
+    published: dict[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

@@ -1,8 +1,9 @@
 """Tables in Markdown, made of the records."""
 
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from capsnet.evaluation.statistics import (
     McNemar,
@@ -19,6 +20,8 @@ from capsnet.experiments import records
 from capsnet.experiments.plan import Experiment, Row, available, experiment
 from capsnet.experiments.records import Record, fingerprint
 from capsnet.experiments.reproduce import ENSEMBLE
+from capsnet.files import read_json
+from capsnet.options.schema import checked
 
 __all__ = ["SHOWN", "comparisons", "overview", "render"]
 
@@ -26,6 +29,9 @@ SHOWN = ("full", "cpu")
 """Budgets whose numbers mean something; of each row those of the first are shown that there are any of."""
 SEEDS = 2
 """Up to so many, rows are compared over the test images: a t test over two seeds has an interval of 12.7 errors."""
+
+EPOCH = 60_000
+"""Images of an epoch in tables of costs: those of MNIST."""
 
 
 def render(one: Experiment, folder: Path, *, budgets: Sequence[str] = SHOWN) -> str:
@@ -40,19 +46,19 @@ def render(one: Experiment, folder: Path, *, budgets: Sequence[str] = SHOWN) -> 
     shown = [record for ours in rows.values() for record in ours]
     tested = {name for record in shown for name in record.results} - {one.metric}
     others = [name for name in dict.fromkeys((one.config(one.rows[0], "full", 0).data, *one.also)) if name in tested]
-    pairs = any("missed_percent" in record.results.get(one.metric, {}) for record in shown)
     mixed = len({record.budget for record in shown}) > 1
-    heads = ["network", "paper", "here", "n", "wrong images", *(["missed digits"] if pairs else [])]
-    heads += [*(f"on {name}" for name in others), *(["budget"] if mixed else [])]
-    heads += ["epochs", "precision", "parameters", "difference to the paper"]
     measured = [(row, rows[row.key]) for row in one.rows]
     if one.ensemble:
         ours = _together(one, folder, budgets)
-        row = replace(one.row(one.ensemble[0]), title=_of_ensemble(one, ours), paper=one.ensemble[1])
+        row = replace(one.row(one.ensemble[0]), title=_of_ensemble(one, ours), paper=one.ensemble[1], published={})
         measured.append((row, ours))
-    lines = [[row.title, *_cells(one, row, ours, others, pairs=pairs, mixed=mixed)] for row, ours in measured]
+    costs = _costs(one, folder)
+    lines = [_line(one, row, ours, others, mixed=mixed) | costs.of(row, ours) for row, ours in measured]
+    heads = [head for head in lines[0] if any(line[head] for line in lines)]
     told = [f"- {line}" for line in (*_beside_paper(one, rows), *comparisons(one, rows, folder, budgets))]
-    return "\n".join([*_table(heads, lines), "", *_said(one, shown), *([""] if told else []), *told]) + "\n"
+    table = _table(heads, [[line[head] for head in heads] for line in lines])
+    costly = [costs.said()] if set(heads) & set(costs.heads) else []
+    return "\n".join([*table, "", *_said(one, shown), *costly, *([""] if told else []), *told]) + "\n"
 
 
 def overview(folder: Path) -> str:
@@ -156,25 +162,72 @@ def _of_ensemble(one: Experiment, ours: list[Record]) -> str:
     return f"The same, ensemble of {len(ours[0].members) if ours else one.seeds}"
 
 
-def _cells(one: Experiment, row: Row, ours: list[Record], others: list[str], *, pairs: bool, mixed: bool) -> list[str]:
-    """What stands in a line after its name."""
-    cells = [_paper(one, row.paper, row.spread), *_measured(ours, one.metric)]
-    cells += [_spread([r.results[one.metric]["missed_percent"] for r in ours])] if pairs else []
-    cells += [_spread([r.results[name]["error_percent"] for r in ours if name in r.results]) for name in others]
-    cells += [", ".join(sorted({r.budget for r in ours}))] if mixed else []
-    precision = ", ".join(sorted({{"32": "float32"}.get(p, p) for p in (r.environment["precision"] for r in ours)}))
-    epochs, parameters = _range([r.epochs for r in ours]), _range([r.parameters for r in ours])
-    return [*cells, epochs, precision, parameters, _gap(one, row, ours)]
+def _line(one: Experiment, row: Row, ours: list[Record], others: list[str], *, mixed: bool) -> dict[str, str]:
+    """The cells of a line by the heads of their columns; a column that is empty in all lines is left out."""
+    here, n, wrong = _measured(ours, one.metric)
+    missed = [r.results[one.metric]["missed_percent"] for r in ours if "missed_percent" in r.results[one.metric]]
+    precision = sorted({{"32": "float32"}.get(p, p) for p in (r.environment["precision"] for r in ours)})
+    return {
+        "network": row.title,
+        "paper": _paper(one, row.paper, row.spread),
+        "here": here,
+        "n": n,
+        "wrong images": wrong,
+        "missed digits": _spread(missed),
+        **{f"on {name}": _spread([r.error(name) for r in ours if name in r.results]) for name in others},
+        "budget": ", ".join(sorted({r.budget for r in ours})) if mixed else "",
+        "epochs": _range([r.epochs for r in ours]),
+        "precision": ", ".join(precision),
+        "parameters": _range([r.parameters for r in ours]),
+        "difference to the paper": _gap(one, row, ours),
+        "published": row.published.get(one.metric, ""),
+    }
 
 
-def _measured(ours: list[Record], metric: str) -> list[str]:
+@dataclass(frozen=True)
+class _Costs:
+    """What training costs, of the rows of an experiment at the budget `cpu`, as a benchmark of them found."""
+
+    record: dict[str, Any]
+    heads = ("million multiply-adds", "seconds an epoch", "MiB")
+
+    def of(self, row: Row, ours: list[Record]) -> dict[str, str]:
+        """The cells of a row; empty where nothing was measured, or its records are of another budget."""
+        told = dict.fromkeys(self.heads, "")
+        if any(record.budget != "cpu" for record in ours):
+            return told
+        for variant in self.record.get("variants", ()):
+            if variant["variant"] == row.key:
+                told[self.heads[0]] = f"{500 * variant['forward_gflop_per_image']:.1f}"
+        for measured in self.record.get("rows", ()):
+            if measured["section"] == "step" and measured["variant"] == row.key:
+                told[self.heads[1]] = f"{EPOCH / measured['images_per_second']:,.0f}"
+                told[self.heads[2]] = f"{measured['added_mib']:,.0f}" if "added_mib" in measured else ""
+        return told
+
+    def said(self) -> str:
+        """What the cells are, and the command."""
+        return (
+            f"Multiply-adds of one image forward, in convolutions and matrix products; training on {EPOCH:,} images, on "
+            f"one thread; memory that a step adds to weights and images: `{self.record['command']}`, on "
+            f"{self.record['device']}, torch {self.record['torch']}."
+        )
+
+
+def _costs(one: Experiment, folder: Path) -> _Costs:
+    """The record of the benchmark of an experiment, beside the folder of its records; empty where there is none."""
+    path = folder.parent / "bench" / f"{one.name}.json"
+    return _Costs(checked(read_json(path), dict[str, Any], source=f"record {path}") if path.is_file() else {})
+
+
+def _measured(ours: list[Record], metric: str) -> tuple[str, str, str]:
     """Cells of what was found: mean and standard deviation, number of seeds, wrong images of each."""
     if not ours:
-        return ["not run", "", ""]
+        return "not run", "", ""
     errors = [record.error(metric) for record in ours]
     wrong = ", ".join(f"{record.results[metric]['wrong']:,}" for record in ours)
     n = "" if ours[0].row == ENSEMBLE else str(len(ours))
-    return [_spread(errors), n, f"{wrong} of {ours[0].results[metric]['total']:,}"]
+    return _spread(errors), n, f"{wrong} of {ours[0].results[metric]['total']:,}"
 
 
 def _spread(errors: list[float]) -> str:
