@@ -208,8 +208,9 @@ class _Costs:
     def said(self) -> str:
         """What the cells are, and the command."""
         return (
-            f"Multiply-adds of one image forward, in convolutions and matrix products; training on {EPOCH:,} images, on "
-            f"one thread; memory that a step adds to weights and images: `{self.record['command']}`, on "
+            "Multiply-adds of one image forward, in convolutions and matrix products; training on "
+            f"{EPOCH:,} images, on one thread; memory that a step adds to weights and images: "
+            f"`{self.record['command']}`, on "
             f"{self.record['device']}, torch {self.record['torch']}."
         )
 
