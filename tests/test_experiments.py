@@ -467,7 +467,8 @@ def test_the_full_budget_is_shown_before_the_smaller_one(tmp_path: Path) -> None
     records.write(tmp_path, [record(budget="quick", wrong=9000)])
     assert lines_of(render(table1, tmp_path))[MAIN][1] == "0.25 %"
     assert lines_of(render(table1, tmp_path, budgets=["cpu"]))[MAIN][1] == "0.41 %"
-    assert f"| MNIST | {MAIN} | 0.25 ± 0.005 % | 0.25 % | 1 | 70 |" in overview(tmp_path)
+    line = f"| MNIST | {MAIN} | 0.25 % | 1 | 70 | 30 (a CPU) | 0.25 ± 0.005 %, epochs and selection not said |"
+    assert line in overview(tmp_path)
 
 
 def test_records_of_another_configuration_are_not_shown(tmp_path: Path) -> None:
@@ -557,20 +558,33 @@ def test_measures_of_pairs_stand_in_columns_of_their_own(tmp_path: Path) -> None
     assert lines["network"][4] == "missed digits"
     assert lines["CapsNet, 3 routing iterations"][1:5] == ["9.50 %", "1", "950 of 10,000", "5.00 %"]
     assert "half the width" in render(one, tmp_path)
+    assert "MultiMNIST" not in overview(tmp_path), "of narrower layers"
+    print_ = fingerprint(one.config(one.rows[0], "full", 0))
+    records.write(tmp_path, [replace(made, budget="full", fingerprint=print_, results=results, wrong_images=wrong)])
     first = overview(tmp_path).split("MultiMNIST, exact set | ")[1]
-    assert first.startswith("CapsNet, 3 routing iterations | 5.2 % | 9.50 % \\* | 1 | 20 |")
+    assert first.startswith("CapsNet, 3 routing iterations | 9.50 % | 1 | 20 | 30 (a CPU) | 5.2 % |")
+
+
+def test_the_minutes_of_an_overview_are_those_of_the_quickest_training(tmp_path: Path) -> None:
+    places = {"device": "AMD EPYC", "threads": 2}, {"device": "AMD EPYC", "threads": 1}
+    made = [
+        record(seed=k, seconds=seconds, environment={**record().environment, **place})
+        for k, (seconds, place) in enumerate(zip((4_000.0, 3_000.0), places, strict=True))
+    ]
+    records.write(tmp_path, made)
+    assert "| 2 | 20 | 50 (AMD EPYC, 1 thread) |" in overview(tmp_path)
 
 
 def test_an_ensemble_has_a_line_of_its_own(tmp_path: Path) -> None:
     one = experiment("cifar10")
-    print_ = fingerprint(one.config(one.rows[0], "cpu", 0))
+    print_ = fingerprint(one.config(one.rows[0], "full", 0))
     results = {"cifar10": {"error_percent": 30.0, "wrong": 3000, "total": 10_000}}
-    single = replace(record(), experiment="cifar10", row="capsnet", fingerprint=print_, results=results)
+    single = replace(record(budget="full"), experiment="cifar10", row="capsnet", fingerprint=print_, results=results)
     assert lines_of(render(one, tmp_path))["The same, ensemble of 7"][1] == "not run"
     two = replace(single, row=ENSEMBLE, seed=None, members=[0, 1])
     records.write(tmp_path, [single, two, replace(two, members=[0])])
     assert lines_of(render(one, tmp_path))["The same, ensemble of 2"][:2] == ["10.6 %", "30.00 %"]
-    assert "| CIFAR-10 | The same, ensemble of 2 | 10.6 % | 30.00 % \\* |  | 20 |" in overview(tmp_path)
+    assert "| CIFAR-10 | The same, ensemble of 2 | 30.00 % |  | 20 | 30 (a CPU) | 10.6 % |" in overview(tmp_path)
 
 
 # the pages and records of this repository

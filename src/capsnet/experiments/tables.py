@@ -62,27 +62,37 @@ def render(one: Experiment, folder: Path, *, budgets: Sequence[str] = SHOWN) -> 
 
 
 def overview(folder: Path) -> str:
-    """One table of the papers' experiments: the first row of each, its baseline, and its ensemble, as far as they ran.
+    """One table of the papers' experiments: the first row of each, its baseline, and its ensemble.
+
+    Only what ran as published: no networks that are narrower for the budget.
 
     Raises:
         InputError: a damaged record.
     """
-    heads = ["test images", "network", "paper", "here", "n", "epochs"]
+    heads = ["test images", "network", "test error", "n", "epochs", "minutes", "published"]
     lines = []
     for one in filter(lambda one: one.short, map(experiment, available())):
         chosen = [row for row in one.rows if row is one.rows[0] or row.key == "baseline"]
-        shown = [(row.title, row.paper, row.spread, _found(one, row, folder, SHOWN)) for row in chosen]
+        shown = [(row, _found(one, row, folder, SHOWN)) for row in chosen]
         if one.ensemble:
             ours = _together(one, folder, SHOWN)
-            shown.append((_of_ensemble(one, ours), one.ensemble[1], None, ours))
-        for title, paper, spread, ours in shown:
-            if not ours:
-                continue
-            here, n, _ = _measured(ours, one.metric)
-            narrower = " \\*" if ours and ours[0].budget == "cpu" and one.cpu_says else ""
-            epochs = _range([record.epochs for record in ours])
-            lines.append([one.short, title, _paper(one, paper, spread), here + narrower, n, epochs])
+            title = _of_ensemble(one, ours)
+            shown.append((Row(ENSEMBLE, title, paper=one.ensemble[1]), ours))
+        for row, ours in shown:
+            if ours and not (ours[0].budget == "cpu" and one.cpu_says):
+                here, n, _ = _measured(ours, one.metric)
+                epochs, paper = _range([record.epochs for record in ours]), _paper(one, row.paper, row.spread)
+                published = row.published.get(one.metric, paper)
+                lines.append([one.short, row.title, here, n, epochs, _minutes(ours), published])
     return "\n".join(_table(heads, lines)) + "\n"
+
+
+def _minutes(ours: Sequence[Record]) -> str:
+    """How long the quickest training took, and where."""
+    quickest = min(ours, key=lambda record: record.seconds)
+    threads, device = quickest.environment.get("threads"), quickest.environment["device"]
+    of = "" if device.startswith("NVIDIA") or threads is None else f", {threads} thread{'s' * (threads > 1)}"
+    return f"{quickest.seconds / 60:,.0f} ({device}{of})"
 
 
 def _beside_paper(one: Experiment, rows: dict[str, list[Record]]) -> Iterator[str]:
@@ -180,7 +190,7 @@ def _line(one: Experiment, row: Row, ours: list[Record], others: list[str], *, m
         "precision": ", ".join(precision),
         "parameters": _range([r.parameters for r in ours]),
         "difference to the paper": _gap(one, row, ours),
-        "published": row.published.get(one.metric, ""),
+        "published": row.published.get(one.metric, "") if row.paper is None else "",
     }
 
 
