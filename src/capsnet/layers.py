@@ -63,7 +63,7 @@ class Convolution(nn.Module):
         out_size: height and width of the output.
         pads: zeros at the left, right, top and bottom.
 
-    Parameters:
+    Weights:
         weight `[kernel_size, kernel_size, in_channels, out_channels]`: in this order `kernels.stem` and the optimiser
         use it without a copy; bias `[out_channels]`, if asked for. Both start uniform in +-1 / sqrt(fan in), as
         PyTorch does.
@@ -165,7 +165,7 @@ class PrimaryCapsules(nn.Module):
             these capsules too are made by one routing iteration with uniform couplings.
         epsilon: of `functional.squash`.
 
-    Parameters:
+    Weights:
         conv weight `[kernel_size, kernel_size, in_channels, types * dim]`; bias `[types * dim]`. Both start as in
         `Convolution`.
 
@@ -241,7 +241,7 @@ class ClassCapsules(nn.Module):
             side. None for one for each capsule. 1 for one for all (Gu and Tresp 2020, arXiv 1911.07968): with one
             iteration, the class capsules then see nothing but the sum of all poses, and no vote is formed.
 
-    Parameters:
+    Weights:
         weight `W [types or in_capsules, in_dim, out_capsules, out_dim]`, normal with standard deviation 0.1 (the paper
         gives none; the first author's code has 0.1, truncated); bias, if asked for, `[out_capsules, out_dim]`, 0.1.
 
@@ -351,7 +351,7 @@ class Decoder(nn.Module):
         image_shape: channels, height, width of the image to draw.
         sizes: widths of the hidden layers (paper: 512 and 1024).
 
-    Parameters:
+    Weights:
         fully connected weights and biases as torch.nn.Linear starts them.
     """
 
