@@ -14,7 +14,7 @@ __all__ = ["PAGES", "local", "requested"]
 
 ROOT = Path(__file__).resolve().parents[1]
 DOCS = ROOT / "docs"
-PAGES = {"changelog.md": "CHANGELOG.md", "records.md": "results/README.md"}
+PAGES = {"changelog.md": "CHANGELOG.md", "contributing.md": "CONTRIBUTING.md", "records.md": "results/README.md"}
 """Pages of the site that lie elsewhere, by their name in the site."""
 LINK = re.compile(r"(?<=\]\()(?!https?:|mailto:|#)([^)\s#]+)(#[^)\s]*)?(?=\))")
 """The target of a link or picture in Markdown, and its anchor."""
