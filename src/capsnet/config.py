@@ -166,6 +166,10 @@ def preset(name: str, *, model: str = "capsnet") -> Config:
 
     Raises:
         InputError: an unknown name.
+
+    Example:
+        >>> preset("fast").schedule
+        'linear'
     """
     return Config.of(preset=name, model=model)
 
