@@ -77,7 +77,7 @@ class Config(OutputOptions, MachineOptions, OptimisationOptions, LossOptions, Da
         Raises:
             InputError: an unknown preset, model or option, or a value of the wrong type or out of its range.
 
-        Example:
+        Examples:
             >>> Config.of(data="strokes", epochs=1, conv_channels=32).options.conv_channels
             32
         """
@@ -167,7 +167,7 @@ def preset(name: str, *, model: str = "capsnet") -> Config:
     Raises:
         InputError: an unknown name.
 
-    Example:
+    Examples:
         >>> preset("fast").schedule
         'linear'
     """

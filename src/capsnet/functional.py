@@ -50,7 +50,7 @@ def full_precision(device: torch.device) -> AbstractContextManager[object]:
 def at_least_float32(x: Tensor) -> Tensor:
     """`x` in float32 where it is of half precision, else as it is.
 
-    Example:
+    Examples:
         >>> at_least_float32(torch.zeros(2, dtype=torch.bfloat16)).dtype
         torch.float32
     """
@@ -83,7 +83,7 @@ def squash(s: Float[Tensor, "*batch dim"], *, epsilon: float = 0.0) -> Float[Ten
     Returns:
         Vectors of length in [0, 1); in float32 lengths above about 3,000 round to 1.
 
-    Example:
+    Examples:
         >>> squash(torch.tensor([3.0, 4.0]))  # length 5 becomes 25 / 26
         tensor([0.5769, 0.7692])
     """
@@ -113,7 +113,7 @@ def exponential_squash(s: Float[Tensor, "*batch dim"]) -> Float[Tensor, "*batch 
     Returns:
         Vectors of length in [0, 1); in float32 lengths above about 17 become 1. A zero stays zero, with a gradient.
 
-    Example:
+    Examples:
         >>> exponential_squash(torch.tensor([3.0, 4.0]))  # length 5 becomes 1 - exp(-5)
         tensor([0.5960, 0.7946])
     """
@@ -147,7 +147,7 @@ def votes(
     Returns:
         The vote of every input capsule for every output capsule.
 
-    Example:
+    Examples:
         >>> votes(torch.randn(2, 1152, 8), torch.randn(1152, 8, 10, 16)).shape
         torch.Size([2, 1152, 10, 16])
     """
@@ -170,7 +170,7 @@ def matrix_votes(
     Raises:
         InputError: a dimension of the poses that is not the square of the weight's side.
 
-    Example:
+    Examples:
         >>> matrix_votes(torch.randn(2, 144, 16), torch.randn(144, 4, 10, 4)).shape
         torch.Size([2, 144, 10, 16])
     """
@@ -205,7 +205,7 @@ def add_coordinates(
     Raises:
         InputError: votes that are no matrices of at least 2 x 2.
 
-    Example:
+    Examples:
         >>> share = torch.tensor([0.25, 0.75])  # of the image, of both rows and of both columns
         >>> add_coordinates(torch.zeros(1, 2, 2, 1, 1, 4), share, share)[0, 1, 0, 0, 0]
         tensor([0.0000, 0.7500, 0.0000, 0.2500])
@@ -228,7 +228,7 @@ def lengths(pose: Float[Tensor, "*batch capsules dim"]) -> Float[Tensor, "*batch
     Returns:
         Lengths, in [0, 1) where `pose` is squashed; the gradient at a zero vector is zero.
 
-    Example:
+    Examples:
         >>> lengths(torch.tensor([[0.6, 0.0], [0.3, 0.4]]))
         tensor([0.6000, 0.5000])
     """
@@ -251,7 +251,7 @@ def mask(
     Raises:
         InputError: not one index for each example.
 
-    Example:
+    Examples:
         >>> mask(torch.ones(1, 3, 2), torch.tensor([1]))
         tensor([[[0., 0.],
                  [1., 1.],
@@ -270,7 +270,7 @@ def multi_hot(labels: Int[Tensor, "batch *objects"], num_classes: int) -> Bool[T
         labels: true classes `[batch]`, or `[batch, k]` for k different ones in every image.
         num_classes: number of classes.
 
-    Example:
+    Examples:
         >>> multi_hot(torch.tensor([2, 0]), 3)
         tensor([[False, False,  True],
                 [ True, False, False]])
@@ -282,7 +282,7 @@ def multi_hot(labels: Int[Tensor, "batch *objects"], num_classes: int) -> Bool[T
 def top_k_mask(scores: Float[Tensor, "*batch classes"], k: int) -> Bool[Tensor, "*batch classes"]:
     """Whether each score is among the `k` largest.
 
-    Example:
+    Examples:
         >>> top_k_mask(torch.tensor([0.2, 0.9, 0.4]), 2)
         tensor([False,  True,  True])
     """
@@ -295,7 +295,7 @@ def cross_entropy(
 ) -> Float[Tensor, "batch"]:
     """Cross-entropy of a softmax; of several labels for each image, that of a sigmoid for each class, summed.
 
-    Example:
+    Examples:
         >>> cross_entropy(torch.zeros(1, 4), torch.tensor([2]))  # log 4
         tensor([1.3863])
     """
@@ -310,7 +310,7 @@ def misclassified(
 ) -> Bool[Tensor, "batch"]:
     """Whether the classes of the largest scores, as many as there are labels, are not exactly the true ones.
 
-    Example:
+    Examples:
         >>> misclassified(torch.tensor([[0.9, 0.1], [0.8, 0.3]]), torch.tensor([0, 1]))
         tensor([False,  True])
     """
@@ -324,7 +324,7 @@ def per_image_standardize(images: Float[Tensor, "*batch channels height width"])
     The standard deviation is taken to be at least 1 / sqrt(number of intensities), so an image of one intensity becomes
     zeros (as `per_image_standardization` of TensorFlow, which the first author's code calls for CIFAR-10).
 
-    Example:
+    Examples:
         >>> image = per_image_standardize(torch.rand(1, 3, 32, 32))
         >>> f"{image.mean():.1f}, {image.std(correction=0):.1f}".removeprefix("-")
         '0.0, 1.0'
@@ -362,7 +362,7 @@ def margin_loss(
     Raises:
         InputError: the two shapes differ (labels become `presence` by `torch.nn.functional.one_hot`).
 
-    Example:
+    Examples:
         >>> margin_loss(torch.tensor([0.5, 0.3]), torch.tensor([1.0, 0.0]))  # 0.4^2 + 0.5 * 0.2^2
         tensor(0.1800)
     """
@@ -389,7 +389,7 @@ def spread_loss(
     Raises:
         InputError: the two shapes differ.
 
-    Example:
+    Examples:
         >>> spread_loss(torch.tensor([0.75, 0.5]), torch.tensor([True, False]), 0.5)  # (0.5 - 0.25)^2
         tensor(0.0625)
     """
@@ -409,7 +409,7 @@ def spread_margin(step: int | float, *, rise: int | float = 50_000) -> float:
         step: finished steps, of 64 images in the paper.
         rise: steps in which the argument of the sigmoid grows by 1.
 
-    Example:
+    Examples:
         >>> [round(spread_margin(step), 3) for step in (0, 200_000)]
         [0.214, 0.595]
     """
@@ -435,7 +435,7 @@ def reconstruction_loss(
     Raises:
         InputError: the two shapes differ.
 
-    Example:
+    Examples:
         >>> reconstruction_loss(torch.zeros(2, 1, 28, 28), torch.ones(2, 1, 28, 28))
         tensor([784., 784.])
     """

@@ -71,7 +71,7 @@ class Convolution(nn.Module):
     Raises:
         InputError: the input is smaller than the kernel, or an unknown padding.
 
-    Example:
+    Examples:
         >>> conv = Convolution(1, 256, 9, 1, in_size=(28, 28), padding="valid", name="first convolution")
         >>> conv(torch.rand(2, 1, 28, 28)).shape
         torch.Size([2, 256, 20, 20])
@@ -177,7 +177,7 @@ class PrimaryCapsules(nn.Module):
     Raises:
         InputError: the input is smaller than the kernel.
 
-    Example:
+    Examples:
         >>> primary = PrimaryCapsules(256, in_size=(20, 20))
         >>> primary(torch.rand(2, 256, 20, 20)).shape
         torch.Size([2, 1152, 8])
@@ -259,7 +259,7 @@ class ClassCapsules(nn.Module):
         InputError: fewer than 1 iteration, an unknown routing kernel, `fused` with an epsilon or max-min, or `leaky`
             with max-min.
 
-    Example:
+    Examples:
         >>> digits = ClassCapsules(1152, 8, 10)
         >>> digits(torch.randn(2, 1152, 8)).pose.shape
         torch.Size([2, 10, 16])
@@ -352,7 +352,7 @@ class ClassCapsules(nn.Module):
 def each_capsule(weight: Float[Tensor, "types in_dim out dim"], capsules: int) -> Float[Tensor, "in in_dim out dim"]:
     """The transformation of each capsule; capsules of one type share it, and the types of a place lie side by side.
 
-    Example:
+    Examples:
         >>> each_capsule(torch.randn(32, 8, 10, 16), 1152).shape
         torch.Size([1152, 8, 10, 16])
     """
@@ -374,7 +374,7 @@ class Decoder(nn.Module):
     Weights:
         fully connected weights and biases as torch.nn.Linear starts them.
 
-    Example:
+    Examples:
         >>> decoder = Decoder(10, 16, (1, 28, 28))
         >>> decoder(torch.randn(2, 10, 16), torch.tensor([3, 7])).shape
         torch.Size([2, 1, 28, 28])

@@ -67,7 +67,7 @@ def patches(
     Returns:
         Of each window, of which there are rows and columns, its places, row by row.
 
-    Example:
+    Examples:
         >>> patches(torch.zeros(2, 5, 7, 8, 16), kernel_size=3, stride=2).shape
         torch.Size([2, 2, 3, 9, 8, 16])
     """

@@ -56,7 +56,7 @@ class Losses(NamedTuple):
 def class_weights(labels: Int[Tensor, "n"], classes: int) -> Float[Tensor, "classes"]:
     """Weight of the images of each class by which all classes count alike; 1 on average over the images `labels`.
 
-    Example:
+    Examples:
         >>> class_weights(torch.tensor([0, 0, 0, 1]), 2)  # each image of class 1 counts three times as much
         tensor([0.6667, 2.0000])
     """
@@ -71,7 +71,7 @@ class Objective(nn.Module):
     longest. Where images show k objects, the decoder draws each alone, and the cross-entropy is that of a sigmoid for
     each class (Section 6).
 
-    Example:
+    Examples:
         >>> objective = Objective(create("capsnet"), Config())
         >>> objective(torch.rand(2, 1, 28, 28), torch.tensor([3, 7])).total.shape
         torch.Size([2])

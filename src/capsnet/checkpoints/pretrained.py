@@ -60,7 +60,7 @@ def save_pretrained(network: Network, directory: str | Path, card: Card | None =
         InputError: the network is not one of `create`, or `load` would not give the same one: nothing is replaced; or
             the files cannot be written.
 
-    Example:
+    Examples:
         >>> network = create("capsnet", conv_channels=8, capsule_types=2)
         >>> save_pretrained(network, "folder")
         >>> load("folder").config == network.config
@@ -149,7 +149,7 @@ def load_card(path: str | Path) -> Card:
     Raises:
         InputError: `card.json` is damaged.
 
-    Example:
+    Examples:
         >>> load_card("capsnet-mnist").train_images
         55000
     """
@@ -172,7 +172,7 @@ def load(path: str | Path, **modules: nn.Module) -> Network:
         InputError: a file is missing or damaged, or the weights do not fit: the first wrong key and both shapes are
             named; or a module that the network was not made with, or was and is missing.
 
-    Example:
+    Examples:
         >>> load("capsnet-mnist")(torch.rand(2, 1, 28, 28)).scores.shape
         torch.Size([2, 10])
     """

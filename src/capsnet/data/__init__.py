@@ -28,7 +28,7 @@ __all__ = ["Dataset", "Entry", "Split", "available", "dataset_of", "describe", "
 def is_own(name: str | os.PathLike[str]) -> bool:
     """Whether a name is that of images of one's own, a folder or a table of them, and not of a published data set.
 
-    Example:
+    Examples:
         >>> is_own("mnist")
         False
     """
@@ -41,7 +41,7 @@ def describe(name: str | os.PathLike[str], *, data_dir: DataDir = None) -> Entry
     Raises:
         InputError: an unknown name, or a `data_dir` that is not a directory.
 
-    Example:
+    Examples:
         >>> describe("mnist").classes[:3]
         ('0', '1', '2')
     """
@@ -82,7 +82,7 @@ def load(
     Raises:
         InputError: an unknown name, a wrong argument, or files that are missing or not what they must be.
 
-    Example:
+    Examples:
         >>> load("strokes").image_shape
         (1, 28, 28)
     """
@@ -116,7 +116,7 @@ def load_split(
 
     The files of the other splits need not be there. All other arguments, and what is refused, are those of `load`.
 
-    Example:
+    Examples:
         >>> load_split("strokes", "test").images.shape
         torch.Size([2000, 1, 28, 28])
     """

@@ -52,7 +52,7 @@ class Split:
     Raises:
         InputError: an array of another type or shape, or counts that differ.
 
-    Example:
+    Examples:
         >>> images, labels = torch.zeros(6, 1, 28, 28, dtype=torch.uint8), torch.arange(6) % 3
         >>> len(Split(images, labels))
         6

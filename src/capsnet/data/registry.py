@@ -100,7 +100,7 @@ class Entry:
 def available(pattern: str = "*") -> list[str]:
     """Names of the data sets that match a shell pattern, sorted: `available("*mnist")`.
 
-    Example:
+    Examples:
         >>> available("*cifar*")
         ['cifar10']
     """

@@ -156,7 +156,7 @@ def evaluate(
     Raises:
         InputError: no images, images of another shape or of another number of objects, or an unknown precision.
 
-    Example:
+    Examples:
         >>> split = load_split("strokes", "test").take(torch.arange(20))
         >>> evaluate(load("capsnet-mnist"), split).summary()
         'error 0.00 % (0 of 20 wrong; 95 % interval 0.00 to 16.11 %)'
@@ -195,7 +195,7 @@ def calibration(winning: Float[Tensor, "n"], right: Bool[Tensor, "n"], *, bins: 
 
     A score on an edge belongs to the bin above it, 1 to the last. There is at least one prediction.
 
-    Example:
+    Examples:
         >>> round(calibration(torch.tensor([0.95, 0.85]), torch.tensor([True, False])).error, 2)
         0.45
     """

@@ -116,7 +116,7 @@ def predict_split(
     Raises:
         InputError: images of another shape or of another number of objects, or a batch size below 1.
 
-    Example:
+    Examples:
         >>> split = load_split("strokes", "test").take(torch.arange(20))
         >>> predict_split(load("capsnet-mnist"), split).scores.shape
         torch.Size([20, 10])
