@@ -4,6 +4,7 @@ import json
 import re
 import shlex
 import sys
+from dataclasses import fields
 from itertools import pairwise
 from pathlib import Path
 from types import SimpleNamespace
@@ -127,6 +128,21 @@ def test_a_command_is_accepted(
 def test_there_is_a_command_of_every_verb() -> None:
     assert {line.split()[0] for line in COMMANDS} == set(CAPSNET.verbs)
     assert len(COMMANDS) > 50
+
+
+@pytest.mark.parametrize("name", ["data", "migration", "recipes", "troubleshooting"])
+def test_the_options_that_prose_names_exist(name: str) -> None:
+    from capsnet.models import available, options_of
+
+    known = {each.name for kind in map(options_of, available()) for each in fields(kind)} | Config().flat().keys()
+    known |= {"resume", "dry_run", "classes"}  # the last one of `plot perturbations`
+    prose = (ROOT / "docs" / f"{name}.md").read_text(encoding="utf-8")
+    prose = re.sub(r"^```.*?^```", "", prose, flags=re.MULTILINE | re.DOTALL)
+    if name == "migration":
+        prose = re.sub(r"^\| .*? \|", "|", prose, flags=re.MULTILINE)  # the first column has theirs
+    words = re.findall(r"(?<!\S)--([a-z][a-z-]*)(?!\w)", " ".join(re.findall(r"`([^`]+)`", prose)))
+    assert words
+    assert {word.removeprefix("no-").replace("-", "_") for word in words} <= known
 
 
 # the messages that troubleshooting quotes
