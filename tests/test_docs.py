@@ -191,10 +191,3 @@ def test_the_number_of_make_train_is_that_of_the_record() -> None:
     test = json.loads((folder / "result.json").read_text(encoding="utf-8"))["test"]
     assert f"{test['error_percent']:.2f} % ({test['wrong']} of {test['total']:,}) wrong" in " ".join(README.split())
     assert read(folder / "config.yaml").epochs == with_defaults(Config()).epochs
-
-
-def test_the_speed_is_that_of_the_record() -> None:
-    record = json.loads((ROOT / "results/bench/plain-against-default.json").read_text(encoding="utf-8"))
-    plain, fast = (row for row in record["rows"] if row["section"] == "step")
-    assert f"{fast['median']:.0f} ms" in README
-    assert f"{plain['median'] / fast['median']:.1f} times as fast" in README
