@@ -4,11 +4,12 @@
 # make check                       lint, format, types
 # make bench                       speed, memory and exactness on this machine
 # make bench ARGS="step --compare routing_kernel=plain,fused"
+# make docs                        the site, into build/site; docs-serve shows it while it is written
 # make tables                      the tables of README and docs from the records; ARGS=--check compares only
 PYTHON ?= python3
 ARGS ?=
 
-.PHONY: train test check bench tables
+.PHONY: train test check bench tables docs docs-serve
 train: .venv/.stamp
 	.venv/bin/capsnet train $(or $(ARGS),--preset fast)
 
@@ -26,6 +27,12 @@ bench: .venv/.stamp
 tables: .venv/.stamp
 	.venv/bin/python -m tools.tables $(ARGS)
 
+docs: .venv/.docs-stamp
+	NO_MKDOCS_2_WARNING=1 .venv/bin/mkdocs build $(ARGS)
+
+docs-serve: .venv/.docs-stamp
+	NO_MKDOCS_2_WARNING=1 .venv/bin/mkdocs serve $(ARGS)
+
 .venv/.stamp: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
 	.venv/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e .
@@ -33,4 +40,8 @@ tables: .venv/.stamp
 
 .venv/.dev-stamp: .venv/.stamp
 	.venv/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	touch $@
+
+.venv/.docs-stamp: .venv/.stamp
+	.venv/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[docs]'
 	touch $@

@@ -1,6 +1,5 @@
 """Images that a program holds as a data set: what is taken, how it is read and divided, and what is refused."""
 
-import doctest
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,7 +15,6 @@ import capsnet
 from capsnet.data import Dataset, dataset_of, load
 from capsnet.data.in_memory import encoded, pixels_of, to_uint8
 from capsnet.errors import InputError
-from capsnet.prediction import predict
 from capsnet.training.fit import fit, resume
 from tiny import SIZES, same_weights
 from tiny import photos as folder_of
@@ -102,12 +100,6 @@ def test_a_subset_has_the_classes_of_the_whole(small: Path) -> None:
     with pytest.raises(InputError, match=r"^class b must have at least 2 images, one to train and one to test; got 0$"):
         dataset_of(part)
     assert dataset_of({"train": Folder(small), "test": part}).classes == ("a", "b", "c")
-
-
-def test_the_examples_of_the_docstrings_run() -> None:
-    for documented, names in ((dataset_of, {}), (predict, {"load": capsnet.load, "torch": torch})):
-        found = doctest.DocTestFinder().find(documented, globs={"np": np, documented.__name__: documented, **names})
-        assert [doctest.DocTestRunner().run(each) for each in found if each.examples] == [(0, len(found[0].examples))]
 
 
 def test_tensors_of_a_torch_dataset_are_their_pixels(small: Path) -> None:

@@ -77,7 +77,7 @@ class Config(OutputOptions, MachineOptions, OptimisationOptions, LossOptions, Da
         Raises:
             InputError: an unknown preset, model or option, or a value of the wrong type or out of its range.
 
-        Example:
+        Examples:
             >>> Config.of(data="strokes", epochs=1, conv_channels=32).options.conv_channels
             32
         """
@@ -166,6 +166,10 @@ def preset(name: str, *, model: str = "capsnet") -> Config:
 
     Raises:
         InputError: an unknown name.
+
+    Examples:
+        >>> preset("fast").schedule
+        'linear'
     """
     return Config.of(preset=name, model=model)
 

@@ -48,7 +48,12 @@ def full_precision(device: torch.device) -> AbstractContextManager[object]:
 
 
 def at_least_float32(x: Tensor) -> Tensor:
-    """`x` in float32 where it is of half precision, else as it is."""
+    """`x` in float32 where it is of half precision, else as it is.
+
+    Examples:
+        >>> at_least_float32(torch.zeros(2, dtype=torch.bfloat16)).dtype
+        torch.float32
+    """
     return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
 
 
@@ -78,7 +83,7 @@ def squash(s: Float[Tensor, "*batch dim"], *, epsilon: float = 0.0) -> Float[Ten
     Returns:
         Vectors of length in [0, 1); in float32 lengths above about 3,000 round to 1.
 
-    Example:
+    Examples:
         >>> squash(torch.tensor([3.0, 4.0]))  # length 5 becomes 25 / 26
         tensor([0.5769, 0.7692])
     """
@@ -108,7 +113,7 @@ def exponential_squash(s: Float[Tensor, "*batch dim"]) -> Float[Tensor, "*batch 
     Returns:
         Vectors of length in [0, 1); in float32 lengths above about 17 become 1. A zero stays zero, with a gradient.
 
-    Example:
+    Examples:
         >>> exponential_squash(torch.tensor([3.0, 4.0]))  # length 5 becomes 1 - exp(-5)
         tensor([0.5960, 0.7946])
     """
@@ -141,6 +146,10 @@ def votes(
 
     Returns:
         The vote of every input capsule for every output capsule.
+
+    Examples:
+        >>> votes(torch.randn(2, 1152, 8), torch.randn(1152, 8, 10, 16)).shape
+        torch.Size([2, 1152, 10, 16])
     """
     return torch.einsum("...ip,ipjd->...ijd", u, weight)
 
@@ -161,7 +170,7 @@ def matrix_votes(
     Raises:
         InputError: a dimension of the poses that is not the square of the weight's side.
 
-    Example:
+    Examples:
         >>> matrix_votes(torch.randn(2, 144, 16), torch.randn(144, 4, 10, 4)).shape
         torch.Size([2, 144, 10, 16])
     """
@@ -195,6 +204,11 @@ def add_coordinates(
 
     Raises:
         InputError: votes that are no matrices of at least 2 x 2.
+
+    Examples:
+        >>> share = torch.tensor([0.25, 0.75])  # of the image, of both rows and of both columns
+        >>> add_coordinates(torch.zeros(1, 2, 2, 1, 1, 4), share, share)[0, 1, 0, 0, 0]
+        tensor([0.0000, 0.7500, 0.0000, 0.2500])
     """
     side = math.isqrt(votes.shape[-1])
     if side * side != votes.shape[-1] or side < 2:
@@ -213,6 +227,10 @@ def lengths(pose: Float[Tensor, "*batch capsules dim"]) -> Float[Tensor, "*batch
 
     Returns:
         Lengths, in [0, 1) where `pose` is squashed; the gradient at a zero vector is zero.
+
+    Examples:
+        >>> lengths(torch.tensor([[0.6, 0.0], [0.3, 0.4]]))
+        tensor([0.6000, 0.5000])
     """
     length: Tensor = torch.linalg.vector_norm(pose, dim=-1)
     return length
@@ -232,6 +250,12 @@ def mask(
 
     Raises:
         InputError: not one index for each example.
+
+    Examples:
+        >>> mask(torch.ones(1, 3, 2), torch.tensor([1]))
+        tensor([[[0., 0.],
+                 [1., 1.],
+                 [0., 0.]]])
     """
     if index.shape != pose.shape[:-2]:
         raise InputError(f"index must be of shape {tuple(pose.shape[:-2])}, one an example; got {tuple(index.shape)}")
@@ -245,13 +269,23 @@ def multi_hot(labels: Int[Tensor, "batch *objects"], num_classes: int) -> Bool[T
     Args:
         labels: true classes `[batch]`, or `[batch, k]` for k different ones in every image.
         num_classes: number of classes.
+
+    Examples:
+        >>> multi_hot(torch.tensor([2, 0]), 3)
+        tensor([[False, False,  True],
+                [ True, False, False]])
     """
     mask = torch.zeros(len(labels), num_classes, dtype=torch.bool, device=labels.device)
     return mask.scatter(-1, labels if labels.ndim == 2 else labels[:, None], True)
 
 
 def top_k_mask(scores: Float[Tensor, "*batch classes"], k: int) -> Bool[Tensor, "*batch classes"]:
-    """Whether each score is among the `k` largest."""
+    """Whether each score is among the `k` largest.
+
+    Examples:
+        >>> top_k_mask(torch.tensor([0.2, 0.9, 0.4]), 2)
+        tensor([False,  True,  True])
+    """
     largest = scores.argmax(-1, keepdim=True) if k == 1 else scores.topk(k).indices
     return torch.zeros_like(scores, dtype=torch.bool).scatter(-1, largest, True)
 
@@ -259,7 +293,12 @@ def top_k_mask(scores: Float[Tensor, "*batch classes"], k: int) -> Bool[Tensor, 
 def cross_entropy(
     logits: Float[Tensor, "batch classes"], labels: Int[Tensor, "batch *objects"]
 ) -> Float[Tensor, "batch"]:
-    """Cross-entropy of a softmax; of several labels for each image, that of a sigmoid for each class, summed."""
+    """Cross-entropy of a softmax; of several labels for each image, that of a sigmoid for each class, summed.
+
+    Examples:
+        >>> cross_entropy(torch.zeros(1, 4), torch.tensor([2]))  # log 4
+        tensor([1.3863])
+    """
     if labels.ndim == 1:
         return nn.functional.cross_entropy(logits, labels, reduction="none")
     present = multi_hot(labels, logits.shape[-1]).to(logits.dtype)
@@ -269,7 +308,12 @@ def cross_entropy(
 def misclassified(
     scores: Float[Tensor, "batch classes"], labels: Int[Tensor, "batch *objects"]
 ) -> Bool[Tensor, "batch"]:
-    """Whether the classes of the largest scores, as many as there are labels, are not exactly the true ones."""
+    """Whether the classes of the largest scores, as many as there are labels, are not exactly the true ones.
+
+    Examples:
+        >>> misclassified(torch.tensor([[0.9, 0.1], [0.8, 0.3]]), torch.tensor([0, 1]))
+        tensor([False,  True])
+    """
     predicted = top_k_mask(scores, labels[:1].numel() if len(labels) else 1)
     return (predicted != multi_hot(labels, scores.shape[-1])).any(-1)
 
@@ -279,6 +323,11 @@ def per_image_standardize(images: Float[Tensor, "*batch channels height width"])
 
     The standard deviation is taken to be at least 1 / sqrt(number of intensities), so an image of one intensity becomes
     zeros (as `per_image_standardization` of TensorFlow, which the first author's code calls for CIFAR-10).
+
+    Examples:
+        >>> image = per_image_standardize(torch.rand(1, 3, 32, 32))
+        >>> f"{image.mean():.1f}, {image.std(correction=0):.1f}".removeprefix("-")
+        '0.0, 1.0'
     """
     if is_ordinary(images) and not images.numel():  # of which PyTorch warns that it has no deviation
         return images
@@ -313,7 +362,7 @@ def margin_loss(
     Raises:
         InputError: the two shapes differ (labels become `presence` by `torch.nn.functional.one_hot`).
 
-    Example:
+    Examples:
         >>> margin_loss(torch.tensor([0.5, 0.3]), torch.tensor([1.0, 0.0]))  # 0.4^2 + 0.5 * 0.2^2
         tensor(0.1800)
     """
@@ -340,7 +389,7 @@ def spread_loss(
     Raises:
         InputError: the two shapes differ.
 
-    Example:
+    Examples:
         >>> spread_loss(torch.tensor([0.75, 0.5]), torch.tensor([True, False]), 0.5)  # (0.5 - 0.25)^2
         tensor(0.0625)
     """
@@ -359,6 +408,10 @@ def spread_margin(step: int | float, *, rise: int | float = 50_000) -> float:
     Args:
         step: finished steps, of 64 images in the paper.
         rise: steps in which the argument of the sigmoid grows by 1.
+
+    Examples:
+        >>> [round(spread_margin(step), 3) for step in (0, 200_000)]
+        [0.214, 0.595]
     """
     return 0.2 + 0.79 / (1 + math.exp(-min(10.0, step / rise - 4)))
 
@@ -381,6 +434,10 @@ def reconstruction_loss(
 
     Raises:
         InputError: the two shapes differ.
+
+    Examples:
+        >>> reconstruction_loss(torch.zeros(2, 1, 28, 28), torch.ones(2, 1, 28, 28))
+        tensor([784., 784.])
     """
     if reconstruction.shape != images.shape:
         raise InputError(

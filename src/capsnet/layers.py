@@ -63,13 +63,18 @@ class Convolution(nn.Module):
         out_size: height and width of the output.
         pads: zeros at the left, right, top and bottom.
 
-    Parameters:
+    Weights:
         weight `[kernel_size, kernel_size, in_channels, out_channels]`: in this order `kernels.stem` and the optimiser
         use it without a copy; bias `[out_channels]`, if asked for. Both start uniform in +-1 / sqrt(fan in), as
         PyTorch does.
 
     Raises:
         InputError: the input is smaller than the kernel, or an unknown padding.
+
+    Examples:
+        >>> conv = Convolution(1, 256, 9, 1, in_size=(28, 28), padding="valid", name="first convolution")
+        >>> conv(torch.rand(2, 1, 28, 28)).shape
+        torch.Size([2, 256, 20, 20])
     """
 
     def __init__(
@@ -165,12 +170,17 @@ class PrimaryCapsules(nn.Module):
             these capsules too are made by one routing iteration with uniform couplings.
         epsilon: of `functional.squash`.
 
-    Parameters:
+    Weights:
         conv weight `[kernel_size, kernel_size, in_channels, types * dim]`; bias `[types * dim]`. Both start as in
         `Convolution`.
 
     Raises:
         InputError: the input is smaller than the kernel.
+
+    Examples:
+        >>> primary = PrimaryCapsules(256, in_size=(20, 20))
+        >>> primary(torch.rand(2, 256, 20, 20)).shape
+        torch.Size([2, 1152, 8])
     """
 
     def __init__(
@@ -241,13 +251,18 @@ class ClassCapsules(nn.Module):
             side. None for one for each capsule. 1 for one for all (Gu and Tresp 2020, arXiv 1911.07968): with one
             iteration, the class capsules then see nothing but the sum of all poses, and no vote is formed.
 
-    Parameters:
+    Weights:
         weight `W [types or in_capsules, in_dim, out_capsules, out_dim]`, normal with standard deviation 0.1 (the paper
         gives none; the first author's code has 0.1, truncated); bias, if asked for, `[out_capsules, out_dim]`, 0.1.
 
     Raises:
         InputError: fewer than 1 iteration, an unknown routing kernel, `fused` with an epsilon or max-min, or `leaky`
             with max-min.
+
+    Examples:
+        >>> digits = ClassCapsules(1152, 8, 10)
+        >>> digits(torch.randn(2, 1152, 8)).pose.shape
+        torch.Size([2, 10, 16])
     """
 
     def __init__(
@@ -335,7 +350,12 @@ class ClassCapsules(nn.Module):
 
 
 def each_capsule(weight: Float[Tensor, "types in_dim out dim"], capsules: int) -> Float[Tensor, "in in_dim out dim"]:
-    """The transformation of each capsule; capsules of one type share it, and the types of a place lie side by side."""
+    """The transformation of each capsule; capsules of one type share it, and the types of a place lie side by side.
+
+    Examples:
+        >>> each_capsule(torch.randn(32, 8, 10, 16), 1152).shape
+        torch.Size([1152, 8, 10, 16])
+    """
     if len(weight) == capsules:
         return weight
     return weight.expand(capsules // len(weight), *weight.shape).flatten(0, 1)
@@ -351,8 +371,13 @@ class Decoder(nn.Module):
         image_shape: channels, height, width of the image to draw.
         sizes: widths of the hidden layers (paper: 512 and 1024).
 
-    Parameters:
+    Weights:
         fully connected weights and biases as torch.nn.Linear starts them.
+
+    Examples:
+        >>> decoder = Decoder(10, 16, (1, 28, 28))
+        >>> decoder(torch.randn(2, 10, 16), torch.tensor([3, 7])).shape
+        torch.Size([2, 1, 28, 28])
     """
 
     def __init__(

@@ -67,7 +67,7 @@ def patches(
     Returns:
         Of each window, of which there are rows and columns, its places, row by row.
 
-    Example:
+    Examples:
         >>> patches(torch.zeros(2, 5, 7, 8, 16), kernel_size=3, stride=2).shape
         torch.Size([2, 2, 3, 9, 8, 16])
     """
@@ -87,7 +87,7 @@ class MatrixPrimary(nn.Module):
         offset: subtracted before the sigmoid (authors' code: 1).
         normalize: batch normalisation of both convolutions, of the poses one for each type (VB routing).
 
-    Parameters:
+    Weights:
         pose weight `[kernel_size, kernel_size, in_channels, types * 16]`; activation weight `[..., types]`; with
         `normalize` weight and bias of `types` numbers for each.
 
@@ -165,7 +165,7 @@ class ConvCapsules(nn.Module):
         slices: a name of `SLICES`, see there; or `auto`, small on a CPU and large elsewhere.
         name: the layer's name in errors.
 
-    Parameters:
+    Weights:
         weight `W [kernel_size^2 * in_types, 4, out_types, 4]`, standard normal; beta_u and beta_a `[out_types]`, 0.
 
     Raises:
@@ -244,7 +244,7 @@ class MatrixClassCapsules(nn.Module):
         columns: the same of its columns.
         slices: see `ConvCapsules`.
 
-    Parameters:
+    Weights:
         weight `W [in_types, 4, classes, 4]`, or `[rows * columns * in_types, ...]`, standard normal; beta_u and beta_a
         `[classes]`, 0.
     """

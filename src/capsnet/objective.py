@@ -54,7 +54,12 @@ class Losses(NamedTuple):
 
 
 def class_weights(labels: Int[Tensor, "n"], classes: int) -> Float[Tensor, "classes"]:
-    """Weight of the images of each class by which all classes count alike; 1 on average over the images `labels`."""
+    """Weight of the images of each class by which all classes count alike; 1 on average over the images `labels`.
+
+    Examples:
+        >>> class_weights(torch.tensor([0, 0, 0, 1]), 2)  # each image of class 1 counts three times as much
+        tensor([0.6667, 2.0000])
+    """
     counts = labels.bincount(minlength=classes)
     return len(labels) / (int((counts > 0).sum()) * counts.clamp(min=1))
 
@@ -65,6 +70,11 @@ class Objective(nn.Module):
     In training the decoder sees the capsule of the label (`mask="label"`, Section 4.1); in evaluation always the
     longest. Where images show k objects, the decoder draws each alone, and the cross-entropy is that of a sigmoid for
     each class (Section 6).
+
+    Examples:
+        >>> objective = Objective(create("capsnet"), Config())
+        >>> objective(torch.rand(2, 1, 28, 28), torch.tensor([3, 7])).total.shape
+        torch.Size([2])
     """
 
     def __init__(self, network: Network, config: Config) -> None:

@@ -109,7 +109,7 @@ def predict(
     Raises:
         InputError: a network for several objects in an image, or `sources` that are neither an image nor several.
 
-    Example:
+    Examples:
         >>> network = load("capsnet-mnist")
         >>> next(predict(network, torch.zeros(28, 28))).name
         'image 1'

@@ -53,6 +53,11 @@ class RoutingResult(NamedTuple):
         activation: presence of each output capsule, `[*batch, out]`, in [0, 1].
         couplings: `c` of the last iteration, `[*batch, in, out]`; what each input capsule's row sums to over the
             output capsules is said by the function: 1 in `dynamic_routing` (less with a leaky slot, more with max-min).
+
+    Examples:
+        >>> pose, activation, couplings = dynamic_routing(torch.randn(2, 1152, 10, 16))
+        >>> activation.shape, couplings.shape
+        (torch.Size([2, 10]), torch.Size([2, 1152, 10]))
     """
 
     pose: Tensor
@@ -61,7 +66,12 @@ class RoutingResult(NamedTuple):
 
 
 def over_outputs(logits: Float[Tensor, "*batch in out"]) -> Float[Tensor, "*batch in out"]:
-    """Log-softmax over the output capsules: logarithms of couplings where every capsule votes for every other."""
+    """Log-softmax over the output capsules: logarithms of couplings where every capsule votes for every other.
+
+    Examples:
+        >>> over_outputs(torch.zeros(1, 3, 4)).exp()[0, 0]
+        tensor([0.2500, 0.2500, 0.2500, 0.2500])
+    """
     return logits.log_softmax(-1)
 
 
@@ -98,7 +108,7 @@ def dynamic_routing(
     Raises:
         InputError: votes with fewer than 3 axes, iterations that are not 1 to 100, or a leaky slot without a softmax.
 
-    Example:
+    Examples:
         >>> dynamic_routing(torch.randn(2, 1152, 10, 16)).pose.shape
         torch.Size([2, 10, 16])
     """
@@ -139,7 +149,7 @@ def attention_routing(
     Raises:
         InputError: votes with fewer than 3 axes.
 
-    Example:
+    Examples:
         >>> attention_routing(torch.randn(2, 16, 10, 16)).pose.shape
         torch.Size([2, 10, 16])
     """
@@ -197,7 +207,7 @@ def em_routing(
     Raises:
         InputError: votes with fewer than 3 axes, or iterations that are not 1 to 100.
 
-    Example:
+    Examples:
         >>> em_routing(torch.randn(2, 144, 10, 16), torch.rand(2, 144), torch.zeros(10), torch.zeros(10)).pose.shape
         torch.Size([2, 10, 16])
     """
@@ -267,6 +277,12 @@ def over_parents(
 
     Returns:
         Logarithms of the couplings; those of a child that k places see are in k rows, and sum to 1 over these.
+
+    Examples:
+        >>> logits = torch.zeros(1, 4, 9, 5)  # 2 x 2 places with 5 types each see 3 x 3 of 4 x 4 children
+        >>> couplings = over_parents(logits, types=1, in_size=(4, 4), kernel_size=3, stride=1).exp()
+        >>> couplings[0, 0, 0, 0], couplings[0, 0, 8, 0]  # a child in the corner has 5 parents, one in the middle 20
+        (tensor(0.2000), tensor(0.0500))
     """
     rows, columns = (_windows_of(size, kernel_size, stride, logits.device) for size in in_size)
     across = (in_size[1] - kernel_size) // stride + 1
@@ -353,7 +369,7 @@ def vb_routing(
     Raises:
         InputError: votes with fewer than 3 axes, or iterations that are not 1 to 100.
 
-    Example:
+    Examples:
         >>> vb_routing(torch.randn(2, 144, 10, 16), torch.rand(2, 144)).pose.shape
         torch.Size([2, 10, 16])
     """
@@ -412,6 +428,11 @@ def uniform_routing(
 
     Raises:
         InputError: votes with fewer than 3 axes.
+
+    Examples:
+        >>> votes = torch.randn(2, 1152, 10, 16)
+        >>> torch.allclose(uniform_routing(votes).pose, dynamic_routing(votes, iterations=1).pose, atol=1e-5)
+        True
     """
     _check_votes(votes)
     with F.full_precision(votes.device):
@@ -445,7 +466,7 @@ def self_routing(
     Raises:
         InputError: logits or an activation of other shapes than the votes'.
 
-    Example:
+    Examples:
         >>> self_routing(torch.randn(2, 32, 10, 16), torch.rand(2, 32), torch.randn(2, 32, 10)).pose.shape
         torch.Size([2, 10, 16])
     """
@@ -494,6 +515,12 @@ def inverted_attention_step(
 
     Raises:
         InputError: votes with fewer than 3 axes.
+
+    Examples:
+        >>> votes = torch.randn(2, 800, 10, 16)
+        >>> first = inverted_attention_step(votes)
+        >>> inverted_attention_step(votes, first.pose).couplings.shape
+        torch.Size([2, 800, 10])
     """
     _check_votes(votes)
     with F.full_precision(votes.device):
@@ -520,7 +547,7 @@ def inverted_attention_routing(
     Raises:
         InputError: votes with fewer than 3 axes, or iterations that are not 1 to 100.
 
-    Example:
+    Examples:
         >>> inverted_attention_routing(torch.randn(2, 800, 10, 16)).pose.shape
         torch.Size([2, 10, 16])
     """
@@ -549,6 +576,14 @@ def couplings_of(
 
     Raises:
         InputError: `leaky` with `max-min`.
+
+    Examples:
+        >>> couplings_of(torch.tensor([0.0, 0.0]))
+        tensor([0.5000, 0.5000])
+        >>> couplings_of(torch.tensor([0.0, 0.0]), leaky=True)  # a third goes nowhere
+        tensor([0.3333, 0.3333])
+        >>> couplings_of(torch.tensor([1.0, 2.0, 3.0]), normalization="max-min")
+        tensor([0.0000, 0.5000, 1.0000])
     """
     if normalization == "max-min":
         if leaky:

@@ -59,6 +59,12 @@ def save_pretrained(network: Network, directory: str | Path, card: Card | None =
     Raises:
         InputError: the network is not one of `create`, or `load` would not give the same one: nothing is replaced; or
             the files cannot be written.
+
+    Examples:
+        >>> network = create("capsnet", conv_channels=8, capsule_types=2)
+        >>> save_pretrained(network, "folder")
+        >>> load("folder").config == network.config
+        True
     """
     from safetensors.torch import save
 
@@ -142,6 +148,10 @@ def load_card(path: str | Path) -> Card:
 
     Raises:
         InputError: `card.json` is damaged.
+
+    Examples:
+        >>> load_card("capsnet-mnist").train_images
+        55000
     """
     return Card.read(folder_of(path) / model_card.FILE)
 
@@ -161,6 +171,10 @@ def load(path: str | Path, **modules: nn.Module) -> Network:
     Raises:
         InputError: a file is missing or damaged, or the weights do not fit: the first wrong key and both shapes are
             named; or a module that the network was not made with, or was and is missing.
+
+    Examples:
+        >>> load("capsnet-mnist")(torch.rand(2, 1, 28, 28)).scores.shape
+        torch.Size([2, 10])
     """
     from safetensors import SafetensorError
     from safetensors.torch import load as tensors_in

@@ -26,7 +26,12 @@ __all__ = ["Dataset", "Entry", "Split", "available", "dataset_of", "describe", "
 
 
 def is_own(name: str | os.PathLike[str]) -> bool:
-    """Whether a name is that of images of one's own, a folder or a table of them, and not of a published data set."""
+    """Whether a name is that of images of one's own, a folder or a table of them, and not of a published data set.
+
+    Examples:
+        >>> is_own("mnist")
+        False
+    """
     return name not in ("", *available()) and is_own_images(name)
 
 
@@ -35,6 +40,10 @@ def describe(name: str | os.PathLike[str], *, data_dir: DataDir = None) -> Entry
 
     Raises:
         InputError: an unknown name, or a `data_dir` that is not a directory.
+
+    Examples:
+        >>> describe("mnist").classes[:3]
+        ('0', '1', '2')
     """
     about = entry(name)
     found = about.files(data_dir)
@@ -73,8 +82,9 @@ def load(
     Raises:
         InputError: an unknown name, a wrong argument, or files that are missing or not what they must be.
 
-    Example:
-        >>> load("mnist").image_shape  # (1, 28, 28)
+    Examples:
+        >>> load("strokes").image_shape
+        (1, 28, 28)
     """
     if is_own(name):
         from capsnet.data.image_folder import scan
@@ -105,6 +115,10 @@ def load_split(
     """One split, `train`, `test` or, where it has one, `validation`, of a registered data set.
 
     The files of the other splits need not be there. All other arguments, and what is refused, are those of `load`.
+
+    Examples:
+        >>> load_split("strokes", "test").images.shape
+        torch.Size([2000, 1, 28, 28])
     """
     about = entry(name)
     shape = fitting_shape(about, image_size, channels, seed)

@@ -213,7 +213,7 @@ def augment(
     Raises:
         InputError: not one set of parameters per image, or a crop larger than the images.
 
-    Example:
+    Examples:
         parameters = Augmentation(shift=2).draw(128, generator=torch.Generator().manual_seed(0))
         augment(torch.rand(128, 1, 28, 28), parameters)  # [128, 1, 28, 28]
     """

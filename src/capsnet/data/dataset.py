@@ -51,6 +51,11 @@ class Split:
 
     Raises:
         InputError: an array of another type or shape, or counts that differ.
+
+    Examples:
+        >>> images, labels = torch.zeros(6, 1, 28, 28, dtype=torch.uint8), torch.arange(6) % 3
+        >>> len(Split(images, labels))
+        6
     """
 
     images: Tensor

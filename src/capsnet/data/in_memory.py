@@ -67,7 +67,7 @@ def dataset_of(
     Raises:
         InputError: anything else, in one line that says which image or label.
 
-    Example:
+    Examples:
         >>> images, labels = np.zeros((12, 28, 28), np.uint8), ["cat", "dog"] * 6
         >>> dataset_of((images, labels)).image_shape
         (1, 28, 28)

@@ -98,7 +98,12 @@ class Entry:
 
 
 def available(pattern: str = "*") -> list[str]:
-    """Names of the data sets that match a shell pattern, sorted: `available("*mnist")`."""
+    """Names of the data sets that match a shell pattern, sorted: `available("*mnist")`.
+
+    Examples:
+        >>> available("*cifar*")
+        ['cifar10']
+    """
     folders = import_module("capsnet.data.sets").__path__
     names = (module.name.replace("_", "-") for module in pkgutil.iter_modules(folders))
     return sorted(fnmatch.filter(names, pattern))

@@ -115,6 +115,11 @@ def predict_split(
 
     Raises:
         InputError: images of another shape or of another number of objects, or a batch size below 1.
+
+    Examples:
+        >>> split = load_split("strokes", "test").take(torch.arange(20))
+        >>> predict_split(load("capsnet-mnist"), split).scores.shape
+        torch.Size([20, 10])
     """
     if batch_size is not None and batch_size < 1:
         raise InputError(f"batch_size must be at least 1; got {batch_size}")

@@ -255,7 +255,13 @@ def mcnemar(wrong_a: AbstractSet[int] | Bool[Tensor, "n"], wrong_b: AbstractSet[
 
 
 def wilson_interval(wrong: int, total: int) -> tuple[float, float]:
-    """95 % score interval of a proportion of at least one trial (Wilson 1927, JASA 22, 209-212), in [0, 1]."""
+    """95 % score interval of a proportion of at least one trial (Wilson 1927, JASA 22, 209-212), in [0, 1].
+
+    Examples:
+        >>> low, high = wilson_interval(25, 10_000)
+        >>> f"{100 * low:.2f} to {100 * high:.2f} %"
+        '0.17 to 0.37 %'
+    """
     from scipy.stats import binomtest
 
     low, high = binomtest(wrong, total).proportion_ci(method="wilson")

@@ -79,7 +79,7 @@ def transform(
     Raises:
         InputError: a parameter is missing, unknown or of another length, or a scale is not above 0.
 
-    Example:
+    Examples:
         turned = {name: torch.zeros(1) for name in (*FACTORS, "shift_x_pixels", "shift_y_pixels")}
         turned |= {"rotation_degrees": torch.tensor([90.0]), "scale_x": torch.ones(1), "scale_y": torch.ones(1)}
         transform(images, turned)  # uint8 [1, 1, 40, 40]

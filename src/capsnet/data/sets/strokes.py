@@ -116,7 +116,7 @@ def strokes(
     Raises:
         InputError: an argument out of its range, or images that do not fit into memory.
 
-    Example:
+    Examples:
         strokes(train=100).train.factors["slant_degrees"]  # float32 [100]
     """
     _check_size(image_size)
@@ -159,7 +159,7 @@ def render(
     Raises:
         InputError: a digit, a skeleton or a factor that does not exist, is missing, or has another length.
 
-    Example:
+    Examples:
         sweep = {name: torch.zeros(5) for name in FACTORS} | {"slant_degrees": torch.linspace(-20, 20, 5)}
         sweep |= {name: torch.ones(5) for name in ("scale", "aspect", "stroke_width_pixels")}
         render(torch.full((5,), 4), sweep)  # uint8 [5, 1, 28, 28]: a 4 that leans more and more to the right

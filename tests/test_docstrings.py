@@ -1,0 +1,47 @@
+"""The examples of the docstrings run and print what they say."""
+
+import doctest
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+import capsnet
+
+SOURCE = Path(capsnet.__file__).parent
+MODULES = [
+    ".".join(["capsnet", *path.relative_to(SOURCE).with_suffix("").parts]).removesuffix(".__init__")
+    for path in sorted(SOURCE.rglob("*.py"))
+    if ">>> " in path.read_text(encoding="utf-8")
+]
+PUBLIC: dict[str, Any] = {
+    "np": np,
+    "torch": torch,
+    "load_split": capsnet.data.load_split,
+    **{name: getattr(capsnet, name) for name in ("Config", "create", "load")},
+}
+"""Names that an example may use beside those of its module."""
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_the_examples_run(name: str, workplace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CAPSNET_NATIVE", "off")  # it would be compiled for each empty cache
+    module = import_module(name)
+    torch.manual_seed(0)
+    found = [each for each in doctest.DocTestFinder().find(module, globs={**PUBLIC, **vars(module)}) if each.examples]
+    assert found
+    for each in found:
+        failed = doctest.DocTestRunner(optionflags=doctest.ELLIPSIS).run(each).failed
+        assert failed == 0, each.name
+
+
+@pytest.mark.parametrize("part", ["functional", "routing", "layers"])
+def test_what_computes_has_an_example(part: str) -> None:
+    without = {"BatchNorm", "check_iterations", "full_precision", "is_ordinary", "is_transformed"}
+    module = getattr(capsnet, part)
+    for name in set(module.__all__) - without:
+        if callable(each := getattr(module, name)) and each.__module__ == module.__name__:
+            assert ">>> " in (each.__doc__ or ""), name
