@@ -396,6 +396,7 @@ def test_models_without_capsules() -> None:
 # the record
 
 
+@pytest.mark.slow
 def test_the_record_says_what_was_measured_where_and_how(record: dict[str, Any]) -> None:
     assert {row["section"] for row in record["rows"]} == set(sections.SECTIONS)
     assert {"date", "commit", "torch", "device", "threads", "cores", "load", "config", "plan"} <= record.keys()

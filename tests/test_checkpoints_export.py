@@ -120,6 +120,7 @@ def read(path: Path, format: str, batch: Tensor) -> dict[str, Tensor]:
     return {name: tensor for name, tensor in found.items() if tensor is not None}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("format", FORMATS)
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_file_does_what_the_network_does(kind: str, format: str, exported: Exported) -> None:
@@ -179,6 +180,7 @@ def pictures(tmp_path: Path) -> list[str]:
     return list(map(str, paths))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("kind", "format"), [("capsnet", "onnx"), ("baseline", "pt2"), ("efficient-capsnet", "pt2")])
 @pytest.mark.parametrize("framing", ["digits", "off"])
 def test_a_file_predicts_for_photographs_what_its_network_does(

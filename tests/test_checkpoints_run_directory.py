@@ -301,6 +301,7 @@ def test_what_a_run_predicted_is_read_for_the_same_images_only(photos: Path) -> 
     assert run.predictions(split) is None
 
 
+@pytest.mark.slow
 def test_figures_and_report_show_the_error_of_the_result(photos: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Also where another device or precision would predict otherwise."""
     training.fit(tiny(photos, out="run", epochs=1))

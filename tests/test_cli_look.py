@@ -142,6 +142,7 @@ def test_plot_results(run: Path, capsys: Capture) -> None:
     )
 
 
+@pytest.mark.slow
 def test_report(run: Path, capsys: Capture) -> None:
     assert told(capsys, "report run") == "report: run/report.html\n"
     page = (run / "report.html").read_text(encoding="utf-8")
@@ -151,6 +152,7 @@ def test_report(run: Path, capsys: Capture) -> None:
     assert "40 validation images" in page
 
 
+@pytest.mark.slow
 def test_ood(run: Path, capsys: Capture) -> None:
     record = json.loads(told(capsys, "analyse ood run --against noise --json --out record.json"))
     assert json.loads(Path("record.json").read_text(encoding="utf-8")) == record

@@ -192,6 +192,7 @@ def test_a_stream_that_lacks_a_character_shows_its_escape(capsys: Capture, monke
     assert rb"\xe9.png" in out.buffer.getvalue()
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("place")
 def test_figures(capsys: Capture) -> None:
     out = told(capsys, "plot", "all", RUN, "--format", "svg")

@@ -32,6 +32,7 @@ def same(outlined: Dataset, read: Dataset, *, labels: bool) -> None:
         assert getattr(outlined, field) == getattr(read, field), field
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "changes"),
     [(name, {}) for name in available()]

@@ -324,6 +324,7 @@ def test_values_that_do_not_exist_are_refused(values: tuple[Any, ...], message: 
         Preprocessing(*values)
 
 
+@pytest.mark.slow
 def test_photographs_are_trained_evaluated_and_predicted(
     workplace: Path, capsys: pytest.CaptureFixture[str], blank_figure: None
 ) -> None:

@@ -34,6 +34,8 @@ def ran(folder: Path, *words: str) -> dict[str, Any]:
     return found
 
 
+@pytest.mark.slow
+@pytest.mark.timeout(900)
 def test_a_tiny_one_runs_from_photographs_to_a_served_network(tmp_path: Path) -> None:
     found = ran(tmp_path, "--tiny")
     trained = [one for one in found["commands"] if "test" in one]

@@ -292,6 +292,7 @@ def test_it_is_available_on_a_gpu_or_interpreted(monkeypatch: pytest.MonkeyPatch
 # the whole routing
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("interpreted")
 @pytest.mark.parametrize("options", [{}, {"leaky": True}, {"detach_routing": True}], ids=str)
 @pytest.mark.parametrize("sizes", [(3, 7, 3, 5, 3), (2, 3, 8, 37, 3)], ids=str)
@@ -333,6 +334,7 @@ def fresh_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("fresh_cache")
 @pytest.mark.parametrize("sizes", [PAPER, (3, 7, 3, 37, 3)], ids=str)
 def test_the_kernels_compile_for_a_gpu(sizes: Sizes) -> None:

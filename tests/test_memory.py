@@ -209,6 +209,7 @@ def fitted(free: int, monkeypatch: pytest.MonkeyPatch, world_size: int = 1, **op
     return size, text or ""
 
 
+@pytest.mark.slow
 def test_the_fewest_parts_that_fit_are_taken(monkeypatch: pytest.MonkeyPatch) -> None:
     half = estimate(micro_batch=64)
     assert fitted(estimate(), monkeypatch) == (None, "")
@@ -257,6 +258,7 @@ def test_parts_that_are_asked_for_are_cut_further_where_they_do_not_fit(monkeypa
     assert fitted(asked - 1, monkeypatch, micro_batch=32)[0] == 16
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("model", "differs"),
     [
@@ -338,6 +340,7 @@ def test_weights_that_do_not_fit_are_not_loaded(monkeypatch: pytest.MonkeyPatch)
         pretrained.load("capsnet-mnist")
 
 
+@pytest.mark.slow
 def test_a_limited_process_ends_with_one_line_where_it_was_killed(photos: Path, workplace: Path) -> None:
     """Of its own address space: 3 GiB, in which 128 images of 300 x 224 never trained."""
     command = [sys.executable, "-m", "capsnet", "train", "--data", str(photos), "--image-size", "300x224"]
@@ -354,6 +357,8 @@ def test_a_limited_process_ends_with_one_line_where_it_was_killed(photos: Path, 
 # what is counted
 
 
+@pytest.mark.slow
+@pytest.mark.timeout(900)
 @pytest.mark.parametrize(
     "options", [{}, {"routing_kernel": "plain"}, {"convolution": "direct"}, {"reconstruction": False}], ids=str
 )

@@ -369,6 +369,7 @@ def test_it_learns_photographs(photos: Path, model: str) -> None:
     assert pretrained.load("run").config["name"] == model
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("workplace", "blank_figure")
 def test_every_verb(photos: Path, capsys: pytest.CaptureFixture[str]) -> None:
     words = f"--data {photos} --model capsule-head --grid 3 --capsule-types 2 --epochs 1 --batch-size 32"

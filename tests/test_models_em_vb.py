@@ -280,6 +280,7 @@ def test_slices_change_neither_the_result_nor_the_gradient(kind: str, monkeypatc
         torch.testing.assert_close(one, other, rtol=1e-8, atol=1e-11)
 
 
+@pytest.mark.slow
 def test_more_slices_need_less_memory() -> None:
     dataset, needed = _random(128), []
     for slices in ("small", "large"):
@@ -474,6 +475,7 @@ def test_presence_is_the_activation() -> None:
 # a run
 
 
+@pytest.mark.slow
 @every_model
 @pytest.mark.usefixtures("workplace", "blank_figure")
 def test_a_stopped_training_resumes_to_the_same_weights(
@@ -496,6 +498,8 @@ def test_training_says_where_each_step_stands(photos: Path, monkeypatch: pytest.
     assert len(told) >= 4
 
 
+@pytest.mark.slow
+@pytest.mark.timeout(900)
 @every_model
 def test_every_verb_takes_it(model: str, workplace: Path, capsys: pytest.CaptureFixture[str]) -> None:
     data = photos(workplace / "data", count=12, size=(14, 13))

@@ -47,6 +47,7 @@ def page(one: Network, dataset: Dataset, **about: object) -> str:
     return report.render(one, dataset, found, config=config, card=CARD, title="a <run>", **about)  # type: ignore[arg-type]
 
 
+@pytest.mark.slow
 def test_the_report_holds_everything_and_loads_nothing(dataset: Dataset) -> None:
     told = page(network(), dataset, rows=ROWS, result=RESULT)
     for heading in (
@@ -77,6 +78,7 @@ def test_the_report_holds_everything_and_loads_nothing(dataset: Dataset) -> None
     assert '<meta name="viewport"' in told
 
 
+@pytest.mark.slow
 def test_wrong_files_are_named_the_surest_first_and_the_most_confused_classes(dataset: Dataset) -> None:
     one = network("baseline", width=0.03)
     found = predict_split(one, dataset.test)
@@ -97,6 +99,7 @@ def test_wrong_files_are_named_the_surest_first_and_the_most_confused_classes(da
     assert "Wrong files" not in page(one, dataset)
 
 
+@pytest.mark.slow
 def test_the_epoch_that_validation_chose_is_said(dataset: Dataset) -> None:
     one = network("baseline", width=0.03)
     told = page(one, dataset, result={**RESULT, "selection": "none: weights after the last epoch, and so on"})
@@ -110,6 +113,7 @@ def test_the_epoch_that_validation_chose_is_said(dataset: Dataset) -> None:
     assert "kept: epoch 1" in base64.b64decode(curves).decode()
 
 
+@pytest.mark.slow
 def test_its_numbers_are_those_of_the_test_split(dataset: Dataset) -> None:
     one = network()
     with torch.no_grad():
@@ -120,6 +124,7 @@ def test_its_numbers_are_those_of_the_test_split(dataset: Dataset) -> None:
     assert "<h2>Training</h2>" not in told  # no rows
 
 
+@pytest.mark.slow
 def test_without_decoder_capsules_or_pose_those_parts_are_left_out(dataset: Dataset) -> None:
     assert "mean summed squared error per test image" in page(network(), dataset)
     told = page(network(reconstruction=False), dataset)
@@ -134,6 +139,7 @@ def test_without_decoder_capsules_or_pose_those_parts_are_left_out(dataset: Data
     assert "<h2>Errors</h2>" in told
 
 
+@pytest.mark.slow
 def test_a_colour_network_with_few_classes(photos: Path) -> None:
     from capsnet.data import load
 
@@ -142,6 +148,7 @@ def test_a_colour_network_with_few_classes(photos: Path) -> None:
     assert "<h2>Reconstructions</h2>" in page(one, own)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("classes", [30, 31])
 def test_of_more_than_30_classes_the_worst_are_drawn_and_a_table_has_all(classes: int) -> None:
     split = Split(torch.randint(256, (2 * classes, 1, 28, 28), dtype=torch.uint8), torch.arange(classes).repeat(2))
@@ -169,6 +176,7 @@ def test_routing_is_followed_for_fewer_images_where_there_are_many_classes() -> 
     assert followed(1000) == 1
 
 
+@pytest.mark.slow
 def test_write(dataset: Dataset, tmp_path: Path) -> None:
     path = tmp_path / "the-run" / "report.html"
     one = network("baseline")

@@ -41,6 +41,7 @@ def run(workplace: Path) -> Path:
     return Path("run")
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("workplace")
 @pytest.mark.parametrize("words", ["list data", "--help", "--version", "train --help", "plot"])
 def test_a_full_output_is_one_line_and_2(words: str) -> None:
@@ -50,6 +51,7 @@ def test_a_full_output_is_one_line_and_2(words: str) -> None:
     assert b"error: standard output must be writable; got: No space left on device" in done.stderr
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("workplace")
 @pytest.mark.parametrize("words", ["list data", "--help", "train --help"])
 @pytest.mark.parametrize("where", [">&-", "2>&-", ">&- 2>&-", "2> /dev/full", "| true"])
@@ -58,6 +60,7 @@ def test_closed_streams_and_a_full_stderr_change_nothing(words: str, where: str)
     assert (done.returncode, done.stderr) == (0, b"")
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("workplace")
 @pytest.mark.parametrize("words", ["list data", "--help", "train --help"])
 def test_a_pipe_that_nobody_reads_is_no_error(words: str) -> None:
@@ -74,6 +77,7 @@ def test_an_error_that_cannot_be_told_is_still_2(where: str) -> None:
     assert shell(f"$CAPSNET list nothing {where}").returncode == 2
 
 
+@pytest.mark.slow
 def test_json_and_tables_tell_a_full_output_too(run: Path) -> None:
     for words in (f"evaluate {run} --json", f"evaluate {run}"):
         done = shell(f"$CAPSNET {words} > /dev/full")
@@ -81,6 +85,7 @@ def test_json_and_tables_tell_a_full_output_too(run: Path) -> None:
         assert b"standard output must be writable" in done.stderr
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("where", "code"), [("> /dev/full", 2), ("2> /dev/full", 0), ("> /dev/full 2>&1", 2)])
 def test_a_training_that_cannot_print_keeps_its_results(workplace: Path, where: str, code: int) -> None:
     words = " ".join(options(tiny(photos(workplace / "data", count=6), epochs=1)))
@@ -143,6 +148,7 @@ def test_a_hang_up_that_is_ignored_stays_so() -> None:
         signal.signal(signal.SIGHUP, before)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("nohup", [False, True])
 def test_a_closed_terminal_saves_a_checkpoint_unless_under_nohup(workplace: Path, nohup: bool) -> None:
     import fcntl

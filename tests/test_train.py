@@ -104,6 +104,8 @@ class Killed(BaseException):
     """Stands for a SIGKILL: nothing of ours catches it."""
 
 
+@pytest.mark.slow
+@pytest.mark.timeout(900)
 @pytest.mark.usefixtures("blank_figure")
 def test_killed_before_or_after_any_write_and_resumed_ends_the_same(
     photos: Path, monkeypatch: pytest.MonkeyPatch
@@ -145,6 +147,7 @@ def test_killed_before_or_after_any_write_and_resumed_ends_the_same(
             assert files(run) == WRITTEN
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("step", [1, 3, 5, 6, 10])
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_saves_and_the_resumed_run_ends_the_same(
@@ -165,6 +168,7 @@ def test_a_signal_saves_and_the_resumed_run_ends_the_same(
     assert metrics("whole") == metrics("run")
 
 
+@pytest.mark.slow
 def test_a_signal_during_the_evaluations_stops_there(photos: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("capsnet.training.loop.inference_batch", lambda network, at_most: 4)
     fit(tiny(photos, out="whole"))
@@ -260,6 +264,7 @@ def test_a_learning_rate_far_too_high_diverges(photos: Path, changes: dict[str, 
         assert all(tensor.isfinite().all() for tensor in checkpoint("run")["network"].values())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "name", ["last.ckpt", "metrics.csv", "model.safetensors", "reconstructions.png", "result.json"]
 )
@@ -285,6 +290,7 @@ def test_a_full_disk_is_told_and_costs_nothing_that_was_saved(
     assert same_weights("whole", "run")
 
 
+@pytest.mark.slow
 def test_more_epochs_go_on_as_one_longer_run(photos: Path) -> None:
     fit(tiny(photos, out="long", epochs=3))
     fit(tiny(photos, out="run", epochs=1))
@@ -813,6 +819,7 @@ def test_a_run_that_is_never_good_enough_takes_all_its_epochs(photos: Path, monk
     assert left == []
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("step", [3, 8, 15])
 def test_a_resumed_run_stops_there_too(photos: Path, monkeypatch: pytest.MonkeyPatch, step: int) -> None:
     config = tiny(photos, epochs=6, validation=10, stop_at=30.0)  # 65 images: 5 steps an epoch
@@ -946,6 +953,7 @@ def test_pairs_are_learnt() -> None:
     assert result.test.missed_percent < 30  # chance is 50
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("changes", [{}, {"crop": 11, "shift": 2, "flip": True, "standardize": True}], ids=str)
 @pytest.mark.parametrize("step", [2, 7])
 def test_a_run_of_pairs_resumes_bit_for_bit(

@@ -76,6 +76,7 @@ def test_the_best_epoch(errors: list[float], losses: list[float], best: int) -> 
     assert best_epoch(rows) == best
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("ema", [0.0, 0.6])
 def test_the_best_weights_are_those_of_a_run_that_ended_there(
     photos: Path, judged: Callable[..., None], ema: float, capfd: pytest.CaptureFixture[str]
@@ -106,6 +107,7 @@ def test_the_best_weights_are_those_of_a_run_that_ended_there(
     assert files("run") == files("last")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("keep", ["best", "last"])
 def test_patience_stops(
     photos: Path, judged: Callable[..., None], keep: str, capfd: pytest.CaptureFixture[str]
@@ -136,6 +138,7 @@ def test_stop_at_ends_with_the_best_so_far(photos: Path, judged: Callable[..., N
     assert (result.epochs, result.kept_epoch) == (2, 2)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("step", "ema"), [(3, 0.0), (13, 0.6), (15, 0.0), (18, 0.6)])  # 68 images: 5 steps an epoch
 def test_a_stopped_and_resumed_run_keeps_the_same(
     photos: Path, judged: Callable[..., None], monkeypatch: pytest.MonkeyPatch, step: int, ema: float
@@ -170,6 +173,7 @@ class Killed(BaseException):
     """Stands for a SIGKILL: nothing of ours catches it."""
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("number", "after"), [(2, False), (2, True), (4, False)])
 def test_killed_before_or_after_a_checkpoint_it_keeps_the_same(
     photos: Path, judged: Callable[..., None], monkeypatch: pytest.MonkeyPatch, number: int, after: bool
@@ -277,6 +281,7 @@ def test_where_the_images_that_would_choose_are_tested_the_last_weights_are_kept
     assert result.selection == "none: weights after the last epoch, and there are no test images"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("words", [("--keep", "best"), ("--patience", "1")])
 def test_a_number_of_the_images_that_chose_is_said_to_be_too_good(
     photos: Path, judged: Callable[..., None], words: tuple[str, ...], capsys: pytest.CaptureFixture[str]

@@ -238,6 +238,7 @@ def test_the_command_answers_with_one_line_and_2(checkpoint: dict[str, Any], nam
     assert done.stderr.count("\n") == 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("seconds", "expected"), [(0.0, 8), (0.3, 2)])
 def test_checkpoints_of_short_epochs_take_a_small_share_of_the_time(
     photos: Path, monkeypatch: pytest.MonkeyPatch, seconds: float, expected: int

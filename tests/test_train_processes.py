@@ -103,6 +103,7 @@ def difference(one: str, other: str) -> float:
     return max(float((ours[name] - theirs[name]).norm() / theirs[name].norm()) for name in ours)
 
 
+@pytest.mark.slow
 def test_two_processes_train_what_one_does(photos: Path) -> None:
     """Measured: the weights differ by 3.9e-8; allowed is 2e-6. Every test image is counted once."""
     config = tiny(photos, batch_size=17)  # 68 images: four whole batches of 9 + 8
@@ -122,6 +123,7 @@ def test_two_processes_train_what_one_does(photos: Path) -> None:
     assert files("two") == files("one")
 
 
+@pytest.mark.slow
 def test_two_processes_keep_the_same_best_weights(photos: Path) -> None:
     """The second epoch of three is the best by far. Both measure its weights, and it is chosen again after a stop."""
     config = tiny(photos, epochs=3, batch_size=17, lr=0.03, validation=24)
@@ -141,6 +143,7 @@ def test_two_processes_keep_the_same_best_weights(photos: Path) -> None:
         assert told[split]["loss"] == pytest.approx(expected[split]["loss"], rel=1e-5)
 
 
+@pytest.mark.slow
 def test_terminated_it_saves_and_resumed_it_ends_the_same(photos: Path) -> None:
     config = tiny(photos)
     fit(replace(config, out="whole"))
@@ -309,6 +312,7 @@ def test_photos_of_one_kind_train_end_to_end_from_the_command_line() -> None:
     assert json.loads(told.stdout)["error_percent"] < 67
 
 
+@pytest.mark.slow
 def test_two_processes_in_parts_train_what_one_does_at_once(photos: Path) -> None:
     """Of batches of 17, one process has 9 and the other 8 images, in 3 parts each. Allowed is what it is without."""
     config = tiny(photos, batch_size=17)

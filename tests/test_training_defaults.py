@@ -140,6 +140,7 @@ def test_a_small_network_leaves_chance_with_10_images_a_class(
     leaves_chance(patterns(workplace / "data", classes), classes, *sizes, capsys=capsys)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("classes", [2, 3])
 def test_many_votes_for_few_classes_do_not_saturate(
     workplace: Path, classes: int, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch

@@ -179,6 +179,7 @@ def test_what_cannot_be_started_from_is_refused() -> None:
         start_from(made(), source, name="x")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("ema", [0.0, 0.9])
 @pytest.mark.parametrize("model", MODELS)
 def test_frozen_parts_end_as_they_began_and_the_others_move(model: str, ema: float) -> None:
