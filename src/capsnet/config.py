@@ -4,7 +4,7 @@ Options of a model live with it (`models`); a `Config` holds them as `options`. 
 records all options stand side by side; in `config.yaml` each group has its section. Importing this imports no torch.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -57,12 +57,38 @@ class Config(OutputOptions, MachineOptions, OptimisationOptions, LossOptions, Da
         if type(self.options) is not kind:
             raise InputError(f"options of model {self.model} must be {kind.__qualname__}; got {shown(self.options)}")
         faults = out_of_range(self.flat(), Config, kind)
-        if not faults and self.lr < self.lr_floor:
-            faults.append(f"lr must be at least lr_floor, {self.lr_floor:g}; got {self.lr:g}")
+        if not faults:
+            faults += self._contradictions()
         if not faults and self.preset != "paper" and not self._follows_preset(kind):
             faults.append(f"preset is a name only; start from capsnet.preset({self.preset!r}) to get its options")
         if faults:
             raise InputError(joined(faults))
+
+    def _contradictions(self) -> Iterator[str]:
+        """What is wrong with options beside one another; a preset's own may be without effect beside those given."""
+        if self.lr < self.lr_floor:
+            yield f"lr must be at least lr_floor, {self.lr_floor:g}; got {self.lr:g}"
+        sgd, steps = self.optimizer == "sgd", self.schedule == "steps"
+        if steps and not self.lr_milestones:
+            yield "lr_milestones must be given with schedule steps, as 0.5 0.75; got none"
+        if sgd and self.nesterov and not self.momentum:
+            yield "nesterov must be left out with momentum 0; got True"
+        recipe = preset_options(self.preset, self.model)
+        for name, used, beside in (
+            ("momentum", sgd, f"optimizer {self.optimizer}"),
+            ("nesterov", sgd, f"optimizer {self.optimizer}"),
+            ("lr_milestones", steps, f"schedule {self.schedule}"),
+        ):
+            value, default = getattr(self, name), getattr(Config, name)
+            if not used and value not in (default, recipe.get(name, default)):
+                yield f"{name} must be left out with {beside}; got {shown(value)}"
+
+    @property
+    def moments(self) -> tuple[str, ...]:
+        """The tensors that the optimiser keeps for each parameter, of its shape, by the names that PyTorch has."""
+        if self.optimizer == "adam":
+            return ("exp_avg", "exp_avg_sq")
+        return ("momentum_buffer",) if self.momentum else ()
 
     def _follows_preset(self, kind: Any) -> bool:
         """Whether any option has the value that the preset gives it."""
@@ -155,9 +181,12 @@ def renamed(options: Mapping[str, Any]) -> dict[str, Any]:
     today = {RENAMED.get(name, name): value for name, value in options.items()}
     if today.get("convolution") == "minimal":
         today["convolution"] = "winograd"
-    if {"image_size", "data_seed", "log_every"} <= today.keys() and "resize" not in today:  # of a whole run
+    whole = {"image_size", "data_seed", "log_every"} <= today.keys()  # of a run, with all the options there were
+    if whole and "resize" not in today:
         today = {"augment": "paper", **today, "resize": None if today["image_size"] is None else "squash"}
         today |= {name: None for name in WORDED if not today.get(name)}  # which left the word as it was
+    if whole and "optimizer" not in today:
+        today["optimizer"] = "adam"  # whatever the preset of its model has today
     return today
 
 

@@ -86,10 +86,10 @@ def training(
             losses.total.mean().backward()
             losses = losses.detached()
             trained = [each for each in objective.parameters() if each.requires_grad]
-            moments = moments or [torch.empty_like(each) for each in trained for _ in range(2)]
+            moments = moments or [torch.empty_like(each) for each in trained for _ in config.moments]
         copies = weights * (bool(config.ema) + (config.keep == "best"))  # their average, and the best ones
-        two = sum(each.nbytes for each in moments)
-        saving = watch.now + int(GROWTH * (weights + two + copies))  # these, two moments and their copies
+        kept = sum(each.nbytes for each in moments)
+        saving = watch.now + int(GROWTH * (weights + kept + copies))  # these, their moments and copies
         _infer(objective, network, min(evaluated, inference_batch(network, at_most=micro_batch)))
         whole, _, single_images = _batch(network, batch_size)
         augmented = 4 * whole.nbytes  # and its temporary arrays

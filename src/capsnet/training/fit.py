@@ -264,7 +264,7 @@ def _checkpoint(run: Run, config: Config, network: Network, dataset: Dataset) ->
     if not run.checkpoint_path.exists() and not run.result_path.exists():
         return None
     weights = sum(tensor.nbytes for tensor in network.state_dict().values())
-    most = 5 * weights + 2**26  # with two moments, the average, the best ones and rows
+    most = 5 * weights + 2**26  # with at most two moments, the average, the best ones and rows
     checkpoint, path = run.load_checkpoint(most=most), run.checkpoint_path
     theirs = defaults.as_begun(from_dict(checkpoint["config"], source=f"checkpoint {path}")).flat()
     for name, ours in config.flat().items():
@@ -282,10 +282,9 @@ def _checkpoint(run: Run, config: Config, network: Network, dataset: Dataset) ->
     checkpoint = fitting_checkpoint(
         checkpoint,
         network,
+        config=config,
         steps=steps,
         validated=dataset.validation is not None,
-        ema=bool(config.ema),
-        best=config.keep == "best",
         source=f"checkpoint {path}",
     )
     begun = checkpoint["state"]["epoch"] + (checkpoint["state"]["step"] > 0)
