@@ -110,12 +110,12 @@ class Config(OutputOptions, MachineOptions, OptimisationOptions, LossOptions, Da
         return from_dict({"preset": preset, "model": model, **options})
 
     def changed(self, **options: Any) -> "Config":
-        """The same with other values of some options; another `model` has its own defaults."""
+        """The same with other values of some options; another `model` has its own, and its own of the preset."""
         kept = self.flat()
         if options.get("model", self.model) != self.model:
-            recipe = preset_options(self.preset, self.model)  # whose values may be others of another model
-            own = {name for name, value in kept.items() if hasattr(self.options, name) or recipe.get(name) == value}
-            kept = {name: value for name, value in kept.items() if name not in own}
+            recipe = preset(self.preset, model=self.model).flat()
+            own = {name for name, value in kept.items() if hasattr(self.options, name) or recipe[name] == value}
+            kept = {"preset": self.preset} | {name: value for name, value in kept.items() if name not in own}
         return from_dict({**kept, **options})
 
     def flat(self) -> dict[str, Any]:
