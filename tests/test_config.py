@@ -83,6 +83,55 @@ def test_a_preset_has_values_of_the_model(tmp_path: Path) -> None:
     assert preset_differences(read(tmp_path / "config.yaml")) == {"lr": 0.01, "model": "efficient-capsnet"}
 
 
+SGD = {"optimizer": "sgd", "momentum": 0.9, "nesterov": False, "lr": 0.1, "schedule": "steps", "lr_decay": 0.1}
+CIFAR10 = SGD | {"lr_milestones": (150 / 350, 250 / 350)}
+ADAM = {"optimizer": "adam", "batch_size": 64, "lr": 0.003, "schedule": "exponential", "weight_decay": 0.0}
+RECIPES: dict[tuple[str, str], dict[str, Any]] = {  # of the papers and their authors' code
+    ("resnet", "paper"): SGD | {"lr_milestones": (0.5, 0.75), "weight_decay": 1e-4, "batch_size": 128},
+    ("self-routing-capsnet", "paper"): CIFAR10 | {"weight_decay": 1e-4, "batch_size": 64},
+    ("inverted-capsnet", "paper"): CIFAR10 | {"weight_decay": 5e-4, "batch_size": 128},
+    ("em-capsnet", "paper"): ADAM | {"lr_decay": 0.96, "lr_decay_steps": 20_000},
+    ("vb-capsnet", "paper"): ADAM | {"lr_decay": 0.96, "lr_decay_steps": 20_000, "batch_size": 128, "lr": 0.001},
+    ("efficient-capsnet", "authors"): ADAM
+    | {"lr": 5e-4, "lr_decay": 0.97, "lr_decay_steps": 0, "lr_floor": 5e-5, "batch_size": 16}
+    | {"reconstruction_weight": 0.0005, "margin_scale": 1.0, "m_pos": 0.9, "m_neg": 0.1, "down_weight": 0.5},
+}
+
+
+@pytest.mark.parametrize(("model", "name"), RECIPES)
+def test_the_published_recipe_of_a_network_is_its_preset(model: str, name: str) -> None:
+    flat = preset(name, model=model).flat()
+    assert {option: flat[option] for option in RECIPES[model, name]} == RECIPES[model, name]
+    other = preset("fast", model=model).flat()
+    assert (other["optimizer"], other["schedule"]) == ("adam", "linear")
+
+
+def test_another_model_has_its_own_of_a_preset() -> None:
+    for model in available():
+        assert Config().changed(model=model) == preset("paper", model=model)
+        assert preset("authors", model=model).changed(model="capsnet") == preset("authors")
+    assert Config.of(lr=0.02).changed(model="resnet") == preset("paper", model="resnet").changed(lr=0.02)
+
+
+def test_what_a_preset_has_may_be_without_effect_beside_what_is_given() -> None:
+    config = Config.of(model="resnet", optimizer="adam", schedule="linear", lr=0.001)
+    assert config.lr_milestones == (0.5, 0.75)
+    assert "lr_milestones" not in preset_differences(config)
+    with pytest.raises(InputError, match=r"^lr_milestones must be left out with schedule linear; got \(0.3,\)$"):
+        config.changed(lr_milestones=(0.3,))
+
+
+def test_a_run_from_before_there_was_an_optimiser_is_one_of_adam() -> None:
+    """Though the preset of its model, which it names, now has SGD."""
+    before = Config.of(model="resnet", optimizer="adam", lr=0.001, schedule="exponential", lr_decay=0.9)
+    for values in (before.flat(), before.nested()):
+        old = {name: value for name, value in values.items() if name not in ("optimizer", "momentum", "nesterov")}
+        if "optimisation" in values:
+            old["optimisation"] = {"lr": 0.001, "schedule": "exponential", "lr_decay": 0.9, "weight_decay": 1e-4}
+        assert from_dict(old, source="config.yaml") == before
+    assert from_dict({"model": "resnet"}).optimizer == "sgd"
+
+
 def test_an_unknown_preset_is_refused_and_the_nearest_named() -> None:
     with pytest.raises(InputError, match=r"^preset must be one of paper, authors, fast; got 'author' \(did you mean"):
         preset("author")

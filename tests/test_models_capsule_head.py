@@ -362,8 +362,8 @@ def test_seeing_the_size_of_a_map_changes_no_statistics() -> None:
 @pytest.mark.usefixtures("workplace", "blank_figure")
 @pytest.mark.parametrize("model", ["capsule-head", "resnet"])
 def test_it_learns_photographs(photos: Path, model: str) -> None:
-    options = FEW | {"capsule_types": 4} if model == "capsule-head" else {"width": 0.5}
-    config = Config.of(data=str(photos), model=model, epochs=6, batch_size=16, lr=0.003, precision="32", **options)
+    options = FEW | {"capsule_types": 4, "lr": 0.003} if model == "capsule-head" else {"width": 0.5}
+    config = Config.of(data=str(photos), model=model, epochs=6, batch_size=16, precision="32", **options)
     result = fit(config, out="run")
     assert result.test.error_percent < 20  # chance is 67
     assert pretrained.load("run").config["name"] == model

@@ -344,7 +344,7 @@ def test_it_learns_photographs(photos: Path, capsys: pytest.CaptureFixture[str])
         model="inverted-capsnet",
         epochs=8,
         batch_size=16,
-        lr=0.003,
+        lr=0.02,
         precision="32",
         **FEW | {"pose_side": 4, "capsule_types": 8, "backbone_channels": (16, 16)},
     )

@@ -277,9 +277,7 @@ def test_a_training_step_takes_little_memory() -> None:
 
 @pytest.mark.usefixtures("workplace", "blank_figure")
 def test_it_learns_stops_and_resumes(photos: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    config = Config.of(
-        data=str(photos), model="self-routing-capsnet", epochs=4, batch_size=16, lr=0.01, precision="32", **FEW
-    )
+    config = Config.of(data=str(photos), model="self-routing-capsnet", epochs=4, batch_size=16, precision="32", **FEW)
     assert resumed(config, monkeypatch).test.error_percent < 20  # chance is 67
 
 
