@@ -56,7 +56,7 @@ class Config(OutputOptions, MachineOptions, OptimisationOptions, LossOptions, Da
             object.__setattr__(self, "options", kind())
         if type(self.options) is not kind:
             raise InputError(f"options of model {self.model} must be {kind.__qualname__}; got {shown(self.options)}")
-        faults = out_of_range(self.flat(), Config, kind)
+        faults = out_of_range({name: x for name, x in self.flat().items() if name not in self.modules}, Config, kind)
         if not faults:
             faults += self._contradictions()
         if not faults and self.preset != "paper" and not self._follows_preset(kind):
@@ -82,6 +82,13 @@ class Config(OutputOptions, MachineOptions, OptimisationOptions, LossOptions, Da
             value, default = getattr(self, name), getattr(Config, name)
             if not used and value not in (default, recipe.get(name, default)):
                 yield f"{name} must be left out with {beside}; got {shown(value)}"
+
+    @property
+    def modules(self) -> dict[str, str]:
+        """The options of the model for which Python must give a module, with the full names of their classes."""
+        from capsnet.models.registry import classes_of_modules
+
+        return classes_of_modules(self.model, vars(self.options))
 
     @property
     def moments(self) -> tuple[str, ...]:
@@ -230,6 +237,8 @@ def from_dict(values: Mapping[str, Any], *, source: str = "") -> Config:
     Raises:
         InputError: an unknown option, or a value of the wrong type or out of range; all of them are named.
     """
+    from capsnet.models.registry import classes_of_modules
+
     given, old = _flattened(values)
     base: dict[str, Any] = {"preset": "paper", "model": "capsnet", **given}
     model, name, where = base["model"], base["preset"], f"{source}: " if source else ""
@@ -239,6 +248,8 @@ def from_dict(values: Mapping[str, Any], *, source: str = "") -> Config:
     kind = _model_options(model)
     hints = get_type_hints(Config) | get_type_hints(kind)
     hints.pop("options")
+    modules = classes_of_modules(model, base)
+    hints |= dict.fromkeys(modules, str)
     faults, clean = list[str](), dict[str, Any]()
     for key, value in base.items():
         if key not in hints:
@@ -255,7 +266,7 @@ def from_dict(values: Mapping[str, Any], *, source: str = "") -> Config:
             clean[key] = checked(_as_written(value, hints[key]), hints[key], name=key)
         except InputError as error:
             faults.append(str(error))
-    faults += out_of_range(clean, Config, kind)
+    faults += out_of_range({key: value for key, value in clean.items() if key not in modules}, Config, kind)
     merged = {**{key: value for key, value in preset_options(name, model).items() if key in hints}, **clean}
     options = {each.name: merged.pop(each.name) for each in fields(kind) if each.name in merged}
     if faults:

@@ -10,7 +10,6 @@ import os
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
-from copy import deepcopy
 from typing import Any
 
 import torch
@@ -25,7 +24,7 @@ from capsnet.devices import Launch, free
 from capsnet.errors import InputError
 from capsnet.kernels.buffers import pool
 from capsnet.kernels.stem import constant_weights
-from capsnet.models import Network, create, evaluation_mode, inference_batch
+from capsnet.models import Network, alike, evaluation_mode, inference_batch
 from capsnet.objective import Objective
 
 __all__ = [
@@ -288,8 +287,7 @@ def _counted(
     changed = {name: value for name, value in options.items() if name in network.config}
     try:
         with pool.set_aside(), _Watch() as watch, torch.device("meta"):
-            given = {name: deepcopy(module).to("meta") for name, module in network.given.items()}
-            copy = create(**{**network.config, **changed, **given})
+            copy = alike(network, **changed)
             copy.freeze(*network.frozen)
             objective = Objective(copy, config)
             with _Autocast() if precision == "bf16" else nullcontext():
