@@ -424,15 +424,15 @@ def test_a_module_is_trained_kept_and_used(capsys: pytest.CaptureFixture[str]) -
 def test_a_training_of_a_module_resumes_bit_for_bit(monkeypatch: pytest.MonkeyPatch) -> None:
     """From the middle of an epoch, with a module of other weights: those of the checkpoint take their place."""
     images = floats()
-    options = OWN | FEW | {"ema": 0.9}
-    fit(dataset=images, backbone=module(), out="whole", **options)
+    options, given = OWN | FEW | {"ema": 0.9}, module()
+    fit(dataset=images, backbone=given, out="whole", **options)
     with monkeypatch.context() as patch:
         at_step(patch, 2, lambda: signal.raise_signal(signal.SIGTERM))
         with pytest.raises(Interrupted):
             fit(dataset=images, backbone=module(), out="parts", **options)
     resume("parts", images, backbone=Net())
     assert same_weights("whole", "parts")
-    fit(dataset=images, backbone=module(), out="twice", **options)
+    fit(dataset=images, backbone=given, out="twice", **options)
     assert same_weights("whole", "twice"), "the module that was given is not changed by a training"
 
 
