@@ -70,7 +70,8 @@ class TrainingWorkload:
         optimizer = optimizer_of(self.network, config)
         self.objective, self.optimizer = self.fabric.setup(Objective(self.network, config), optimizer)
         for group in self.optimizer.param_groups:
-            group["capturable"] = config.cuda_graph
+            if "capturable" in group:
+                group["capturable"] = config.cuda_graph
         self.update = GraphedStep(self._update, batch_size=self.images) if config.cuda_graph else self._update
         self.batches = BatchLoader(dataset, config, self.device)
         self.flops = Flops.of(outline)

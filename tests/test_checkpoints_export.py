@@ -82,7 +82,9 @@ KINDS: dict[str, Network] = {
         backbone_channels=(4, 6),
         backbone_blocks=(1, 1),
     ),
-    "self-routing-capsnet": network("self-routing-capsnet", blocks=1, grid=3, capsule_types=2, primary_dim=3),
+    "self-routing-capsnet": network(
+        "self-routing-capsnet", blocks=1, grid=3, capsule_types=2, primary_dim=3, routing_layers=2
+    ),
     "capsule-head": network("capsule-head", grid=3, capsule_types=2, primary_dim=3, reconstruction=True),
     "capsule-head, all options": network(
         "capsule-head", backbone="efficient-capsnet", capsule_types=2, routing="attention", share_transform=True

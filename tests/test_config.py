@@ -83,6 +83,44 @@ def test_a_preset_has_values_of_the_model(tmp_path: Path) -> None:
     assert preset_differences(read(tmp_path / "config.yaml")) == {"lr": 0.01, "model": "efficient-capsnet"}
 
 
+SGD = {"optimizer": "sgd", "momentum": 0.9, "nesterov": False, "lr": 0.1, "schedule": "steps", "lr_decay": 0.1}
+CIFAR10 = SGD | {"lr_milestones": (150 / 350, 250 / 350)}
+ADAM = {"optimizer": "adam", "batch_size": 64, "lr": 0.003, "schedule": "exponential", "weight_decay": 0.0}
+RECIPES: dict[tuple[str, str], dict[str, Any]] = {  # of the papers and their authors' code
+    ("resnet", "authors"): SGD | {"lr_milestones": (0.5, 0.75), "weight_decay": 1e-4, "batch_size": 128},
+    ("self-routing-capsnet", "authors"): CIFAR10 | {"weight_decay": 1e-4, "batch_size": 64},
+    ("inverted-capsnet", "authors"): CIFAR10 | {"weight_decay": 5e-4, "batch_size": 128},
+    ("em-capsnet", "paper"): ADAM | {"lr_decay": 0.96, "lr_decay_steps": 20_000},
+    ("vb-capsnet", "paper"): ADAM | {"lr_decay": 0.96, "lr_decay_steps": 20_000, "batch_size": 128, "lr": 0.001},
+    ("efficient-capsnet", "authors"): ADAM
+    | {"lr": 5e-4, "lr_decay": 0.97, "lr_decay_steps": 0, "lr_floor": 5e-5, "batch_size": 16}
+    | {"reconstruction_weight": 0.0005, "margin_scale": 1.0, "m_pos": 0.9, "m_neg": 0.1, "down_weight": 0.5},
+}
+
+
+@pytest.mark.parametrize(("model", "name"), RECIPES)
+def test_the_published_recipe_of_a_network_is_its_preset(model: str, name: str) -> None:
+    flat = preset(name, model=model).flat()
+    assert {option: flat[option] for option in RECIPES[model, name]} == RECIPES[model, name]
+    other = preset("fast", model=model).flat()
+    assert (other["optimizer"], other["schedule"]) == ("adam", "linear")
+
+
+def test_another_model_has_its_own_of_a_preset() -> None:
+    for model in available():
+        assert Config().changed(model=model) == preset("paper", model=model)
+        assert preset("authors", model=model).changed(model="capsnet") == preset("authors")
+    assert Config.of(lr=0.02).changed(model="em-capsnet") == preset("paper", model="em-capsnet").changed(lr=0.02)
+
+
+def test_what_a_preset_has_may_be_without_effect_beside_what_is_given() -> None:
+    config = Config.of(preset="authors", model="resnet", optimizer="adam", schedule="linear", lr=0.001)
+    assert config.lr_milestones == (0.5, 0.75)
+    assert "lr_milestones" not in preset_differences(config)
+    with pytest.raises(InputError, match=r"^lr_milestones must be left out with schedule linear; got \(0.3,\)$"):
+        config.changed(lr_milestones=(0.3,))
+
+
 def test_an_unknown_preset_is_refused_and_the_nearest_named() -> None:
     with pytest.raises(InputError, match=r"^preset must be one of paper, authors, fast; got 'author' \(did you mean"):
         preset("author")

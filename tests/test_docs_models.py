@@ -1,13 +1,18 @@
 """The page of the networks: its table is what the networks are, and its code runs."""
 
 import re
+import shlex
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 
 from capsnet import create
+from capsnet.cli import main
+from capsnet.config import Config, preset
 from capsnet.models import CapsuleNetwork, available
+from capsnet.training import fit as training
 
 PAGE = (Path(__file__).parents[1] / "docs" / "models.md").read_text(encoding="utf-8")
 SHAPES = ((1, 28, 28), (3, 32, 32), (3, 224, 224))
@@ -20,6 +25,10 @@ SCORES = {  # what the loss sees; of others a logit
     "self-routing-capsnet": "activation",
 }
 DECODERS = {"capsnet": "yes", "efficient-capsnet": "yes"}  # and of others, where they have the option, if asked for
+
+
+class Parsed(Exception):
+    """Raised in place of a training."""
 
 
 def table() -> str:
@@ -50,3 +59,25 @@ def test_the_table_is_what_the_networks_are() -> None:
 def test_the_code_of_the_page_runs() -> None:
     for code in re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL):
         exec(code, {})
+
+
+def test_the_published_recipes_are_presets(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each command says what depends on the images only, and no option of the optimiser."""
+    asked = list[Config]()
+
+    def fit(config: Config) -> None:
+        asked.append(config)
+        raise Parsed
+
+    monkeypatch.setattr(training, "fit", fit)
+    rows = re.findall(r"^\| `([\w-]+)` \| `capsnet (train [^`]*)` \|", PAGE, re.MULTILINE)
+    for name, command in rows:
+        with pytest.raises(Parsed):
+            main(shlex.split(command))
+        assert asked[-1].model == name
+        recipe = preset(asked[-1].preset, model=name)
+        assert recipe != Config(model=name)
+        for option in ("optimizer", "lr", "schedule", "lr_decay", "lr_milestones", "weight_decay", "batch_size"):
+            assert getattr(asked[-1], option) == getattr(recipe, option)
+    ours = {"capsule-head", "efficient-cnn", "baseline", "baseline-multimnist"}
+    assert {name for name, _ in rows} == set(available()) - ours

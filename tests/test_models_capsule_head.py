@@ -1,5 +1,7 @@
 """Capsules on a backbone, and the convolutional networks that they are compared with."""
 
+import re
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -14,16 +16,16 @@ from capsnet import memory, reference
 from capsnet.analysis.routing_trace import evidence, fold
 from capsnet.checkpoints import pretrained
 from capsnet.checkpoints.export import export
-from capsnet.config import Config
-from capsnet.errors import InputError
+from capsnet.config import Config, read
+from capsnet.errors import InputError, Interrupted
 from capsnet.layers import ClassCapsules
 from capsnet.models import create
 from capsnet.models.baseline import ConvNet
 from capsnet.models.capsule_head import CapsuleHead
 from capsnet.models.network import parts_of_image
 from capsnet.models.resnet import BasicBlock, residual_stages
-from capsnet.training.fit import fit
-from tiny import typed
+from capsnet.training.fit import fit, resume
+from tiny import at_step, same_weights, typed
 
 ROUTINGS = ("dynamic", "attention", "uniform")
 FEW: dict[str, Any] = {"grid": 3, "capsule_types": 2, "primary_dim": 3, "class_dim": 5}
@@ -356,14 +358,124 @@ def test_seeing_the_size_of_a_map_changes_no_statistics() -> None:
         head(backbone=nn.Conv2d(3, 2, 3))
 
 
+def floats(count: int = 24) -> tuple[Tensor, Tensor]:
+    """Images of 3 x 16 x 16 in [0, 1], whose class is their brightest channel."""
+    draw = torch.Generator().manual_seed(3)
+    images, labels = 0.3 * torch.rand(count, 3, 16, 16, generator=draw), torch.arange(count) % 3
+    images[torch.arange(count), labels] += 0.6
+    return images, labels
+
+
+OWN: dict[str, Any] = {"model": "capsule-head", "batch_size": 8, "epochs": 2, "precision": "32", "report": False}
+
+
+def module() -> Net:
+    torch.manual_seed(7)
+    return Net()
+
+
+@pytest.mark.usefixtures("workplace", "blank_figure")
+def test_a_module_is_trained_kept_and_used(capsys: pytest.CaptureFixture[str]) -> None:
+    backbone = module()
+    before = {name: tensor.clone() for name, tensor in backbone.state_dict().items()}
+    images, labels = floats()
+    result = capsnet.fit(
+        dataset=(images, labels), backbone=backbone, out="run", **OWN | FEW | {"lr": 0.01, "epochs": 8}
+    )
+    assert result.test.error_percent < 20  # chance is 67
+    assert all(torch.equal(before[name], tensor) for name, tensor in backbone.state_dict().items()), "a copy is trained"
+    trained = result.network.get_submodule("backbone")
+    assert isinstance(trained, Net)
+    assert not torch.equal(trained.conv.weight, backbone.conv.weight)
+    again = capsnet.load("run", backbone=backbone)
+    with torch.no_grad():
+        assert torch.equal(again(images).scores, result.network(images).scores)
+    assert again.get_submodule("backbone") is backbone
+    found = capsnet.predict(again, [("one", images[1].mul(255).to(torch.uint8).permute(1, 2, 0).numpy())])
+    assert [getattr(one, "label", one) for one in found] == [result.network.classes[1]]
+    kind = f"{Net.__module__}.Net"
+    readme = Path("run/README.md").read_text(encoding="utf-8")
+    assert "by `capsnet.fit(model='capsule-head', data='in-memory', image_size=16, " in readme
+    assert ", backbone=backbone, grid=3, " in readme
+    assert 'capsnet.load("this/folder", backbone=backbone)' in readme
+    assert "capsnet predict" not in readme
+    assert read("run/config.yaml").modules == {"backbone": kind}
+    made = f"the network was made with a module of class {kind}"
+    said = f"backbone must be given in Python, as in CALL, backbone=module); {made}"
+    with pytest.raises(InputError, match=re.escape(said.replace("CALL", "capsnet.load(path"))):
+        capsnet.load("run")
+    with pytest.raises(InputError, match=re.escape(said.replace("CALL", "capsnet.fit(config"))):
+        capsnet.fit(read("run/config.yaml"), (images, labels))
+    with pytest.raises(InputError, match=re.escape(said.replace("CALL", "capsnet.resume(directory"))):
+        capsnet.resume("run", (images, labels), epochs=9)
+    capsys.readouterr()
+    for line, call in (
+        ("train --resume run", "capsnet.resume(directory"),
+        ("train --config run/config.yaml", "capsnet.fit(config"),
+        ("train --init-from run", "capsnet.load(path"),
+        ("evaluate run", "capsnet.load(path"),
+    ):
+        code, out, err = typed(capsys, line)
+        assert (code, out, err.count("\n")) == (2, "", 1), err
+        assert said.replace("CALL", call) in err
+
+
+@pytest.mark.usefixtures("workplace", "blank_figure")
+def test_a_training_of_a_module_resumes_bit_for_bit(monkeypatch: pytest.MonkeyPatch) -> None:
+    """From the middle of an epoch, with a module of other weights: those of the checkpoint take their place."""
+    images = floats()
+    options, given = OWN | FEW | {"ema": 0.9}, module()
+    fit(dataset=images, backbone=given, out="whole", **options)
+    with monkeypatch.context() as patch:
+        at_step(patch, 2, lambda: signal.raise_signal(signal.SIGTERM))
+        with pytest.raises(Interrupted):
+            fit(dataset=images, backbone=module(), out="parts", **options)
+    resume("parts", images, backbone=Net())
+    assert same_weights("whole", "parts")
+    fit(dataset=images, backbone=given, out="twice", **options)
+    assert same_weights("whole", "twice"), "the module that was given is not changed by a training"
+
+
+@pytest.mark.usefixtures("workplace", "blank_figure")
+def test_a_trained_module_is_fine_tuned() -> None:
+    images, labels = floats()
+    first = fit(dataset=(images, labels), backbone=module(), out="run", **OWN | FEW)
+    two = (images[labels < 2], labels[labels < 2])
+    about: dict[str, Any] = {"freeze": ("backbone",), "epochs": 1, "batch_size": 8, "report": False}
+    kept = first.network.state_dict()["backbone.conv.weight"]
+    for source, given in ((first.network, {}), ("run", {"backbone": module()})):
+        tuned = fit(dataset=two, init_from=source, **{**about, **given})
+        assert torch.equal(tuned.network.state_dict()["backbone.conv.weight"], kept)
+        assert not torch.equal(module().conv.weight, kept)
+        assert len(tuned.network.classes) == 2
+        assert tuned.network.config["primary_dim"] == FEW["primary_dim"]
+
+
+@pytest.mark.usefixtures("workplace", "unchecked")
+def test_modules_that_no_training_takes_are_refused() -> None:
+    images = floats()
+    for options, message in (
+        ({"routing": nn.Identity()}, "^routing must be one of dynamic, attention, uniform; got 'torch.nn"),
+        ({"backbone": Flat()}, r"^backbone must make feature maps \[batch, channels, rows, columns\]; got \[1, 768\]"),
+        ({"backbone": Net(), "model": "capsnet"}, "^backbone is an option of model capsule-head, not of capsnet$"),
+        ({"backbone": nn.Conv2d(1, 2, 3)}, "^backbone must take images of 3 x 16 x 16; got: .*channel"),
+    ):
+        with pytest.raises(InputError, match=message):
+            fit(dataset=images, **OWN | options)
+    assert not Path("runs").exists()
+    fit(dataset=images, **OWN | FEW | {"epochs": 0}, out="run")
+    with pytest.raises(InputError, match=r"^run run: backbone must be left out; the network was made without a module"):
+        resume("run", images, backbone=Net(), epochs=1)
+
+
 # training and every verb
 
 
 @pytest.mark.usefixtures("workplace", "blank_figure")
 @pytest.mark.parametrize("model", ["capsule-head", "resnet"])
 def test_it_learns_photographs(photos: Path, model: str) -> None:
-    options = FEW | {"capsule_types": 4} if model == "capsule-head" else {"width": 0.5}
-    config = Config.of(data=str(photos), model=model, epochs=6, batch_size=16, lr=0.003, precision="32", **options)
+    options = FEW | {"capsule_types": 4, "lr": 0.003} if model == "capsule-head" else {"width": 0.5}
+    config = Config.of(data=str(photos), model=model, epochs=6, batch_size=16, precision="32", **options)
     result = fit(config, out="run")
     assert result.test.error_percent < 20  # chance is 67
     assert pretrained.load("run").config["name"] == model

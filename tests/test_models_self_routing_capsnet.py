@@ -1,6 +1,7 @@
 """Self-routing: closed forms, the NumPy twin, published sizes, and what the common tests do not ask."""
 
 import math
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -10,12 +11,12 @@ import torch
 from torch import Tensor
 
 from capsnet import functional as F
-from capsnet import memory, reference
+from capsnet import matrix_capsules, memory, reference
 from capsnet.analysis.routing_trace import evidence
 from capsnet.config import Config
 from capsnet.errors import InputError
 from capsnet.models import create
-from capsnet.models.self_routing_capsnet import SelfRoutingCapsNet
+from capsnet.models.self_routing_capsnet import ConvCapsules, SelfRoutingCapsNet
 from capsnet.options import LossOptions
 from capsnet.routing import self_routing
 from tiny import resumed, typed
@@ -183,6 +184,8 @@ def test_shapes_that_do_not_fit_are_refused() -> None:
     ("options", "parameters", "capsules"),
     [
         ({}, 931_664, 2048),  # published
+        ({"routing_layers": 2}, 3_187_536, 512),  # of the authors' code
+        ({"routing_layers": 3}, 3_187_536 + 288 * (512 * 16 + 17 * 32) + 2 * 512, 512),
         ({"capsule_types": 16}, 269_072 + 64 * 9 * (16 + 256) + 2 * (16 + 256) + 1024 * 17 * 10, 1024),
         ({"image_shape": (3, 224, 224)}, 931_664 - 432 + 49 * 48 - (64 - 49) * 32 * 17 * 10, 1568),
     ],
@@ -195,9 +198,9 @@ def test_sizes(options: dict[str, Any], parameters: int, capsules: int) -> None:
     assert (network.parameter_count(), network.in_capsules) == (parameters, capsules)
 
 
-@pytest.mark.parametrize("classes", [1, 4, 10])
-def test_the_loss_starts_at_the_logarithm_of_the_classes(classes: int) -> None:
-    network = built(classes=classes)
+@pytest.mark.parametrize(("classes", "layers"), [(1, 1), (4, 1), (10, 1), (10, 2)])
+def test_the_loss_starts_at_the_logarithm_of_the_classes(classes: int, layers: int) -> None:
+    network = built(classes=classes, routing_layers=layers)
     labels = torch.arange(6) % classes
     output = network(torch.rand(6, 3, 12, 13))
     torch.testing.assert_close(output.scores, torch.full((6, classes), 1 / classes))
@@ -253,8 +256,61 @@ def test_the_network_is_the_one_written_in_loops() -> None:
         np.testing.assert_allclose(couplings, c, rtol=1e-10)
 
 
-def test_the_trace_is_the_routing_of_the_network() -> None:
-    network = built().eval()
+def convolutional(stride: int = 2) -> ConvCapsules:
+    """On 5 x 3 places, in evaluation mode and float64, away from where its weights start."""
+    torch.manual_seed(0)
+    layer = ConvCapsules(types=2, dim=3, in_size=(5, 3), stride=stride).double().eval()
+    for name, tensor in layer.state_dict().items():
+        if tensor.is_floating_point():
+            tensor.uniform_(0.5, 1.5) if "norm" in name else tensor.normal_(std=0.5)
+    return layer
+
+
+@pytest.mark.parametrize(("stride", "size"), [(1, (5, 3)), (2, (3, 2))])
+def test_convolutional_capsules_are_the_ones_written_in_loops(stride: int, size: tuple[int, int]) -> None:
+    """Of each place with the capsules that there are in its window."""
+    layer = convolutional(stride)
+    assert layer.out_size == size
+    u, activation = random(2, 30, 3), random(2, 30, seed=1).sigmoid()
+    p = {name: tensor.numpy() for name, tensor in layer.state_dict().items()}
+    with torch.no_grad():
+        found = layer(u, activation)
+    assert found[1].shape == (2, size[0] * size[1] * 2)
+    for b, y, x in product(range(2), range(size[0]), range(size[1])):
+        votes, a, logits = list[Any](), list[Any](), list[Any]()
+        for n, kind in product(range(9), range(2)):
+            row, column = stride * y + n // 3 - 1, stride * x + n % 3 - 1
+            if 0 <= row < 5 and 0 <= column < 3:
+                i, k = (row * 3 + column) * 2 + kind, 2 * n + kind
+                child = u[b, i].numpy()
+                votes.append(np.einsum("p,pjd->jd", child, p["weight"][k]))
+                logits.append(child @ p["gates.weight"][k] + p["gates.bias"][k])
+                a.append(activation[b, i].item())
+        v, expected, _ = reference.self_routing(np.array(votes), np.array(a), np.array(logits))
+        v = (v.flatten() - p["norm.running_mean"]) / np.sqrt(p["norm.running_var"] + 1e-5)
+        v = v * p["norm.weight"] + p["norm.bias"]
+        place = (y * size[1] + x) * 2
+        np.testing.assert_allclose(found[0][b, place : place + 2].flatten(), v, rtol=1e-10)
+        np.testing.assert_allclose(found[1][b, place : place + 2], expected, rtol=1e-10)
+
+
+def test_slices_of_a_batch_are_routed_alike(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Image by image, with the gradients of all at once."""
+    layer, given = convolutional(), (random(5, 30, 3).requires_grad_(), random(5, 30, seed=1).sigmoid())
+    results = []
+    for size in (2**21, 1):
+        monkeypatch.setitem(matrix_capsules.SLICES, "small", size)
+        pose, activation = layer(*given)
+        loss = (pose * torch.arange(3)).sum() + (activation**2).sum()
+        results.append((pose, activation, *torch.autograd.grad(loss, (given[0], *layer.parameters()))))
+    for one, other in zip(*results, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-10, atol=1e-12)
+        assert one.abs().max() > 0
+
+
+@pytest.mark.parametrize("layers", [1, 2])
+def test_the_trace_is_the_routing_of_the_network(layers: int) -> None:
+    network = built(routing_layers=layers).eval()
     with torch.no_grad():
         network.class_capsules.weight.normal_()
     images = torch.rand(2, 3, 12, 13)
@@ -276,10 +332,10 @@ def test_a_training_step_takes_little_memory() -> None:
 
 
 @pytest.mark.usefixtures("workplace", "blank_figure")
-def test_it_learns_stops_and_resumes(photos: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    config = Config.of(
-        data=str(photos), model="self-routing-capsnet", epochs=4, batch_size=16, lr=0.01, precision="32", **FEW
-    )
+@pytest.mark.parametrize("layers", [1, 2])
+def test_it_learns_stops_and_resumes(photos: Path, monkeypatch: pytest.MonkeyPatch, layers: int) -> None:
+    about = {"model": "self-routing-capsnet", "epochs": 5, "batch_size": 16, "routing_layers": layers, **FEW}
+    config = Config.of(data=str(photos), precision="32", **about)
     assert resumed(config, monkeypatch).test.error_percent < 20  # chance is 67
 
 

@@ -710,10 +710,10 @@ def test_a_cuda_graph_needs_one_gpu_and_no_dropout(photos: Path) -> None:
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
-@pytest.mark.parametrize("kernel", ["plain", "fused"])
-def test_a_cuda_graph_trains_the_same_network(photos: Path, kernel: str) -> None:
+@pytest.mark.parametrize(("kernel", "optimizer"), [("plain", "adam"), ("fused", "adam"), ("plain", "sgd")])
+def test_a_cuda_graph_trains_the_same_network(photos: Path, kernel: str, optimizer: str) -> None:
     """6 epochs of 5 steps, of which the last is smaller: eager, recorded and replayed steps, and both resumed."""
-    settings = {"epochs": 6, "routing_kernel": kernel, "out": "eager"}
+    settings = {"epochs": 6, "routing_kernel": kernel, "optimizer": optimizer, "out": "eager"}
     one = fit(tiny(photos, **settings))
     two = fit(tiny(photos, **{**settings, "out": "graph", "cuda_graph": True}))
     fit(tiny(photos, **{**settings, "epochs": 3, "out": "resumed", "cuda_graph": True}))

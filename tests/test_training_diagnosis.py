@@ -98,6 +98,12 @@ def test_not_before_50_steps_unless_there_are_no_more(epochs: int, epoch: int, s
         ),
         (GOOD, {}, torch.full((4, 3), 0.5), "all images look alike"),
         (GOOD, {"learning_rate": 2e-5}, MIXED, r"has fallen from 0.001 to 2e-05 \(--lr-decay-steps\)"),
+        (
+            Config.of(epochs=100, schedule="steps", lr_milestones=(0.1,)),
+            {"learning_rate": 2e-5},
+            MIXED,
+            r"has fallen from 0.001 to 2e-05 \(--lr-milestones\)",
+        ),
         (GOOD, {"epoch": 60}, MIXED, r"only 120 steps \(more --epochs, a smaller --batch-size\)"),
         (GOOD, {"train_reconstruction_loss": 1500.0}, MIXED, r"decoder's loss outweighs .*--reconstruction-weight"),
         (GOOD, {}, MIXED, r"likely causes: --lr, now 0.001, too high or too low; or labels that do not follow"),

@@ -4,7 +4,7 @@ Options of a model live with it (`models`); a `Config` holds them as `options`. 
 records all options stand side by side; in `config.yaml` each group has its section. Importing this imports no torch.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -56,13 +56,46 @@ class Config(OutputOptions, MachineOptions, OptimisationOptions, LossOptions, Da
             object.__setattr__(self, "options", kind())
         if type(self.options) is not kind:
             raise InputError(f"options of model {self.model} must be {kind.__qualname__}; got {shown(self.options)}")
-        faults = out_of_range(self.flat(), Config, kind)
-        if not faults and self.lr < self.lr_floor:
-            faults.append(f"lr must be at least lr_floor, {self.lr_floor:g}; got {self.lr:g}")
+        faults = out_of_range({name: x for name, x in self.flat().items() if name not in self.modules}, Config, kind)
+        if not faults:
+            faults += self._contradictions()
         if not faults and self.preset != "paper" and not self._follows_preset(kind):
             faults.append(f"preset is a name only; start from capsnet.preset({self.preset!r}) to get its options")
         if faults:
             raise InputError(joined(faults))
+
+    def _contradictions(self) -> Iterator[str]:
+        """What is wrong with options beside one another; a preset's own may be without effect beside those given."""
+        if self.lr < self.lr_floor:
+            yield f"lr must be at least lr_floor, {self.lr_floor:g}; got {self.lr:g}"
+        sgd, steps = self.optimizer == "sgd", self.schedule == "steps"
+        if steps and not self.lr_milestones:
+            yield "lr_milestones must be given with schedule steps, as 0.5 0.75; got none"
+        if sgd and self.nesterov and not self.momentum:
+            yield "nesterov must be left out with momentum 0; got True"
+        recipe = preset_options(self.preset, self.model)
+        for name, used, beside in (
+            ("momentum", sgd, f"optimizer {self.optimizer}"),
+            ("nesterov", sgd, f"optimizer {self.optimizer}"),
+            ("lr_milestones", steps, f"schedule {self.schedule}"),
+        ):
+            value, default = getattr(self, name), getattr(Config, name)
+            if not used and value not in (default, recipe.get(name, default)):
+                yield f"{name} must be left out with {beside}; got {shown(value)}"
+
+    @property
+    def modules(self) -> dict[str, str]:
+        """The options of the model for which Python must give a module, with the full names of their classes."""
+        from capsnet.models.registry import classes_of_modules
+
+        return classes_of_modules(self.model, vars(self.options))
+
+    @property
+    def moments(self) -> tuple[str, ...]:
+        """The tensors that the optimiser keeps for each parameter, of its shape, by the names that PyTorch has."""
+        if self.optimizer == "adam":
+            return ("exp_avg", "exp_avg_sq")
+        return ("momentum_buffer",) if self.momentum else ()
 
     def _follows_preset(self, kind: Any) -> bool:
         """Whether any option has the value that the preset gives it."""
@@ -84,12 +117,12 @@ class Config(OutputOptions, MachineOptions, OptimisationOptions, LossOptions, Da
         return from_dict({"preset": preset, "model": model, **options})
 
     def changed(self, **options: Any) -> "Config":
-        """The same with other values of some options; another `model` has its own defaults."""
+        """The same with other values of some options; another `model` has its own, and its own of the preset."""
         kept = self.flat()
         if options.get("model", self.model) != self.model:
-            recipe = preset_options(self.preset, self.model)  # whose values may be others of another model
-            own = {name for name, value in kept.items() if hasattr(self.options, name) or recipe.get(name) == value}
-            kept = {name: value for name, value in kept.items() if name not in own}
+            recipe = preset(self.preset, model=self.model).flat()
+            own = {name for name, value in kept.items() if hasattr(self.options, name) or recipe[name] == value}
+            kept = {"preset": self.preset} | {name: value for name, value in kept.items() if name not in own}
         return from_dict({**kept, **options})
 
     def flat(self) -> dict[str, Any]:
@@ -205,6 +238,8 @@ def from_dict(values: Mapping[str, Any], *, source: str = "") -> Config:
     Raises:
         InputError: an unknown option, or a value of the wrong type or out of range; all of them are named.
     """
+    from capsnet.models.registry import classes_of_modules
+
     given, old = _flattened(values)
     base: dict[str, Any] = {"preset": "paper", "model": "capsnet", **given}
     model, name, where = base["model"], base["preset"], f"{source}: " if source else ""
@@ -214,6 +249,8 @@ def from_dict(values: Mapping[str, Any], *, source: str = "") -> Config:
     kind = _model_options(model)
     hints = get_type_hints(Config) | get_type_hints(kind)
     hints.pop("options")
+    modules = classes_of_modules(model, base)
+    hints |= dict.fromkeys(modules, str)
     faults, clean = list[str](), dict[str, Any]()
     for key, value in base.items():
         if key not in hints:
@@ -230,7 +267,7 @@ def from_dict(values: Mapping[str, Any], *, source: str = "") -> Config:
             clean[key] = checked(_as_written(value, hints[key]), hints[key], name=key)
         except InputError as error:
             faults.append(str(error))
-    faults += out_of_range(clean, Config, kind)
+    faults += out_of_range({key: value for key, value in clean.items() if key not in modules}, Config, kind)
     merged = {**{key: value for key, value in preset_options(name, model).items() if key in hints}, **clean}
     options = {each.name: merged.pop(each.name) for each in fields(kind) if each.name in merged}
     if faults:

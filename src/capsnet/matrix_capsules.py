@@ -214,8 +214,8 @@ class ConvCapsules(nn.Module):
             found = self.routing(F.matrix_votes(seen, weight), active, *betas, log_couplings=couplings)
             return found.pose, found.activation
 
-        parameters = self.weight, self.beta_u, self.beta_a
-        pose, activation = in_slices(routed, below, parameters, votes=math.prod(self.out_size), slices=self.slices)
+        parameters, votes = (self.weight, self.beta_u, self.beta_a), math.prod(self.out_size) * self.weight.numel()
+        pose, activation = in_slices(routed, below, parameters, votes=votes, slices=self.slices)
         places = (pose.shape[0], *self.out_size)
         return MatrixCapsules(pose.reshape(*places, *pose.shape[2:]), activation.reshape(*places, -1))
 
@@ -279,7 +279,8 @@ class MatrixClassCapsules(nn.Module):
         def routed(pose: Tensor, activation: Tensor, weight: Tensor, *betas: Tensor) -> RoutingResult:
             return self.routing(self.votes(pose, weight), activation.flatten(1), *betas, log_couplings=over_outputs)
 
-        parameters, votes = (self.weight, self.beta_u, self.beta_a), self.in_capsules // len(self.weight)
+        parameters = self.weight, self.beta_u, self.beta_a
+        votes = self.in_capsules // len(self.weight) * self.weight.numel()
         return RoutingResult(*in_slices(routed, below, parameters, votes=votes, slices=self.slices))
 
     def votes(
@@ -316,7 +317,7 @@ def in_slices(
     inputs: tuple[Tensor, ...],
     parameters: tuple[Tensor, ...],
     *,
-    votes: int = 1,
+    votes: int | None = None,
     slices: str = "auto",
 ) -> tuple[Tensor, ...]:
     """`routed(*inputs, *parameters)` of a few examples at a time; for the gradient it is computed again.
@@ -327,7 +328,7 @@ def in_slices(
         routed: of some examples; its results have a batch axis first.
         inputs: with a batch axis first.
         parameters: the first is the weight.
-        votes: how many votes of an example each matrix of the weight makes.
+        votes: numbers in the votes of an example. Default: as many as in the weight.
         slices: a name of `SLICES`, or `auto`.
     """
     with F.full_precision(inputs[0].device):
@@ -336,7 +337,7 @@ def in_slices(
         batch = inputs[0].shape[0]
         if not F.is_ordinary(inputs[0]) or batch == 0:  # an export or a transform: any number of examples
             return tuple(routed(*inputs, *parameters))
-        at_once = max(1, SLICES[slices_on(inputs[0].device, slices)] // (votes * parameters[0].numel()))
+        at_once = max(1, SLICES[slices_on(inputs[0].device, slices)] // (votes or parameters[0].numel()))
         parts = [
             _Recomputed.apply(routed, *part, *parameters)  # type: ignore[no-untyped-call]
             for part in zip(*(torch.split(x, at_once) for x in inputs), strict=True)

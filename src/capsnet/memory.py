@@ -10,7 +10,6 @@ import os
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
-from copy import deepcopy
 from typing import Any
 
 import torch
@@ -25,7 +24,7 @@ from capsnet.devices import Launch, free
 from capsnet.errors import InputError
 from capsnet.kernels.buffers import pool
 from capsnet.kernels.stem import constant_weights
-from capsnet.models import Network, create, evaluation_mode, inference_batch
+from capsnet.models import Network, alike, evaluation_mode, inference_batch
 from capsnet.objective import Objective
 
 __all__ = [
@@ -86,10 +85,10 @@ def training(
             losses.total.mean().backward()
             losses = losses.detached()
             trained = [each for each in objective.parameters() if each.requires_grad]
-            moments = moments or [torch.empty_like(each) for each in trained for _ in range(2)]
+            moments = moments or [torch.empty_like(each) for each in trained for _ in config.moments]
         copies = weights * (bool(config.ema) + (config.keep == "best"))  # their average, and the best ones
-        two = sum(each.nbytes for each in moments)
-        saving = watch.now + int(GROWTH * (weights + two + copies))  # these, two moments and their copies
+        kept = sum(each.nbytes for each in moments)
+        saving = watch.now + int(GROWTH * (weights + kept + copies))  # these, their moments and copies
         _infer(objective, network, min(evaluated, inference_batch(network, at_most=micro_batch)))
         whole, _, single_images = _batch(network, batch_size)
         augmented = 4 * whole.nbytes  # and its temporary arrays
@@ -288,8 +287,7 @@ def _counted(
     changed = {name: value for name, value in options.items() if name in network.config}
     try:
         with pool.set_aside(), _Watch() as watch, torch.device("meta"):
-            given = {name: deepcopy(module).to("meta") for name, module in network.given.items()}
-            copy = create(**{**network.config, **changed, **given})
+            copy = alike(network, **changed)
             copy.freeze(*network.frozen)
             objective = Objective(copy, config)
             with _Autocast() if precision == "bf16" else nullcontext():

@@ -30,11 +30,12 @@ USE = """## Use
 ```python
 import capsnet
 
-network = capsnet.load("this/folder")  # or capsnet.from_pretrained("you/name")
+network = capsnet.load("this/folder"MODULES)  # or capsnet.from_pretrained("you/name"MODULES)
 for found in capsnet.predict(network, [("a photo", "photo.jpg")]):
     print(found.label, found.presence)
 ```
-
+"""
+COMMAND = """
 or `capsnet predict this/folder photo.jpg`.
 """
 
@@ -131,7 +132,9 @@ class Card:
         header = ["---", OURS, "pipeline_tag: image-classification", "tags: [capsule-network, image-classification]"]
         header += [f"datasets: [{data}]"] * known + ["---"]
         lines = [f"- {part[0].upper()}{part[1:]}." for part in parts if part]
-        return "\n".join([*header, f"# {network.config['name']}, trained on {data}", "", *lines, "", USE])
+        use = USE.replace("MODULES", "".join(f", {name}={name}" for name in network.given))
+        use += "" if network.given else COMMAND
+        return "\n".join([*header, f"# {network.config['name']}, trained on {data}", "", *lines, "", use])
 
     def trained(self) -> Config:
         """The configuration of the run.
@@ -175,9 +178,15 @@ def is_ours(readme: Path) -> bool:
 
 
 def command_of(config: Config) -> str:
-    """The shortest `capsnet train` command with this configuration, without places and what is only told or written."""
+    """The shortest `capsnet train` command with this configuration, without places and what is only told or written.
+
+    With modules of one's own, which no command can have, it is the call of `capsnet.fit`.
+    """
     changes = {} if config.preset == "paper" else {"preset": config.preset}
     changes |= {name: value for name, value in preset_differences(config).items() if name not in roles(LOCAL)}
+    if config.modules:
+        given = (f"{name}={name if name in config.modules else repr(value)}" for name, value in changes.items())
+        return f"capsnet.fit({', '.join(given)})"
     words = ["capsnet", "train"]
     for name, value in changes.items():
         option = f"--{name.replace('_', '-')}"

@@ -211,7 +211,8 @@ def _described(path: Path, modules: Mapping[str, nn.Module] = MappingProxyType({
         options["objects_per_image"] = options.pop("objects")
     reading = checked(options.pop("preprocessing", None), Preprocessing | None, name="preprocessing", source=source)
     name = checked(options.get("name"), Literal[tuple(models.available())], name="name", source=source)
-    _check_modules(name, options, modules, source=source)
+    classes = models.classes_of_modules(name, options)
+    models.check_modules(modules, classes, call="capsnet.load(path", source=source)
     kinds = get_type_hints(models.create) | get_type_hints(models.options_of(name))
     for key, value in options.items():
         if key not in kinds:
@@ -231,26 +232,13 @@ def _described(path: Path, modules: Mapping[str, nn.Module] = MappingProxyType({
         raise InputError(f"{source}: {error}") from None
 
 
-def _check_modules(name: str, options: Mapping[str, Any], modules: Mapping[str, nn.Module], *, source: str) -> None:
-    """Raise InputError unless `modules` are given for just those options that hold the name of a class."""
-    for option in models.module_options(name):
-        kind = options.get(option)
-        if isinstance(kind, str) and "." in kind and option not in modules:
-            raise InputError(
-                f"{source}: {option} must be given in Python, as in capsnet.load(path, {option}=module); the network "
-                f"was made with a module of class {brief(kind)}"
-            )
-    for option in modules:
-        kind = options.get(option)
-        if option not in models.module_options(name) or not (isinstance(kind, str) and "." in kind):
-            raise InputError(f"{source}: {option} must be left out; the network was made without a module for it")
-
-
-def options_of(model: Network | str | Path) -> dict[str, Any]:
+def options_of(model: Network | str | Path, **modules: nn.Module) -> dict[str, Any]:
     """The `model` and its options, without those that follow from the data, of a network or of weights as `load` takes.
 
+    In place of a module there is the name of its class; for `modules` of weights see `load`.
+
     Raises:
-        InputError: no `config.json` there, or it is damaged; or a network without a config.
+        InputError: no `config.json` there, or it is damaged; a network without a config; or see `load`.
     """
     if isinstance(model, Network):
         check_described(model, name="network")
@@ -258,7 +246,7 @@ def options_of(model: Network | str | Path) -> dict[str, Any]:
     else:
         folder = folder_of(model)
         _check_there(folder, "config.json", model)
-        config = _described(folder / "config.json").config
+        config = _described(folder / "config.json", modules).config
     options = {name: config[name] for name in vars(models.options_of(config["name"])())}
     return {"model": config["name"], **options}
 

@@ -89,8 +89,8 @@ class RunResult(TypedDict):
     validation: NotRequired[Tested | None]
 
 
-class AdamState(TypedDict):
-    """The moments of each parameter, by its number; the options of Adam are those of the configuration."""
+class OptimizerState(TypedDict):
+    """The moments of each parameter, by its number; the options of the optimiser are those of the configuration."""
 
     state: dict[int, dict[str, Tensor]]
 
@@ -101,7 +101,7 @@ class Checkpoint(TypedDict):
     config: dict[str, Any]
     train_images: int
     network: dict[str, Tensor]
-    optimizer: AdamState
+    optimizer: OptimizerState
     state: dict[str, Any]
     rows: list[Row]
     sums: Tensor

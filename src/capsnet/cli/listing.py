@@ -191,8 +191,9 @@ def _of_models(preset: str) -> dict[str, str]:
 
 def _words(changes: Mapping[str, Any]) -> str:
     """Options as they are typed."""
-    typed = {f"--{name.replace('_', '-')}": value for name, value in changes.items()}
-    return " ".join(
-        name if value is True else f"{name} {value:g}" if isinstance(value, float) else f"{name} {value}"
-        for name, value in typed.items()
-    )
+    words = list[str]()
+    for name, value in changes.items():
+        values = () if value is True else value if isinstance(value, tuple) else (value,)
+        words.append(f"--{name.replace('_', '-')}")
+        words += [f"{each:g}" if isinstance(each, float) else str(each) for each in values]
+    return " ".join(words)

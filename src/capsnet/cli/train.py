@@ -70,6 +70,11 @@ class Train:
                     base = base.changed(**theirs)
         if start.model is not None and start.model != base.model:
             base = base.changed(model=start.model)
+        if base.modules:
+            from capsnet.models import check_modules
+
+            call, source = ("resume(directory", "resume") if start.resume is not None else ("fit(config", "config")
+            check_modules({}, base.modules, call=f"capsnet.{call}", source=f"--{source} {getattr(start, source)}")
         return with_options(cls, base, preset=base.preset, model=base.model)
 
     def run(self, line: str) -> int:

@@ -8,7 +8,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import torch
 from jaxtyping import Float
@@ -32,7 +32,24 @@ __all__ = [
     "stem_of",
 ]
 
-PRESETS = {"fast": {"lr": 0.005}}
+PRESETS: dict[str, dict[str, Any]] = {
+    "authors": {
+        "batch_size": 16,
+        "lr": 5e-4,
+        "lr_decay": 0.97,
+        "lr_decay_steps": 0,
+        "lr_floor": 5e-5,
+        "margin_scale": 1.0,  # not that of capsnet
+        "reconstruction_weight": 0.0005,
+    },
+    "fast": {"lr": 0.005},
+}
+"""`authors`: their code for MNIST; its epochs, of all images, are given as `--epochs 150 --validation 0`. The learning
+rate falls smoothly, in the code after each epoch. Of the augmentation `--rotation 12 --erase 4` come near: angles with
+the same standard deviation of 7 degrees, and squares of the same size. Its squeeze of the width has no option. Three
+things are left out: the code keeps the epoch with the lowest error on the test images; it divides intensities by 256;
+and its pairs of digits may be of one class, with a target of 2. `fast` is ours.
+"""
 SIDE = 28
 """Pixels of the shorter side for each pixel of the first convolution's stride."""
 

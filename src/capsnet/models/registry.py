@@ -7,18 +7,32 @@ An option for which a `torch.nn.Module` may be given, in Python only, is also an
 
 import fnmatch
 import pkgutil
+from collections.abc import Mapping
+from copy import deepcopy
 from dataclasses import fields
 from importlib import import_module
 from inspect import signature
 from typing import Any
 
+import torch
 from torch import nn
 
 from capsnet.errors import InputError
 from capsnet.models.network import Network
-from capsnet.options.schema import check_known, did_you_mean, joined, out_of_range
+from capsnet.options.schema import brief, check_known, did_you_mean, joined, out_of_range
 
-__all__ = ["available", "class_name", "create", "module_options", "options_of", "presets", "summary"]
+__all__ = [
+    "alike",
+    "available",
+    "check_modules",
+    "class_name",
+    "classes_of_modules",
+    "create",
+    "module_options",
+    "options_of",
+    "presets",
+    "summary",
+]
 
 
 def available(pattern: str = "*") -> list[str]:
@@ -140,3 +154,44 @@ def module_options(name: str) -> list[str]:
 def class_name(module: nn.Module) -> str:
     """The full name of a module's class, which has a dot; no value of an option has one."""
     return f"{type(module).__module__}.{type(module).__qualname__}"
+
+
+def classes_of_modules(name: str, options: Mapping[str, Any]) -> dict[str, str]:
+    """Of the `options` of the network `name` those that hold the name of a module's class, see `class_name`.
+
+    Raises:
+        InputError: an unknown name.
+    """
+    values = {option: options.get(option) for option in module_options(name)}
+    return {option: value for option, value in values.items() if isinstance(value, str) and "." in value}
+
+
+def check_modules(modules: Mapping[str, nn.Module], classes: Mapping[str, str], *, call: str, source: str = "") -> None:
+    """Raise InputError unless `modules` are given for just those options that hold the name of a class, `classes`.
+
+    `call` is where they must be given, such as `capsnet.load(path`, and `source` a file that asks for them.
+    """
+    where = f"{source}: " if source else ""
+    for option, kind in classes.items():
+        if option not in modules:
+            raise InputError(
+                f"{where}{option} must be given in Python, as in {call}, {option}=module); the network was made with a "
+                f"module of class {brief(kind)}"
+            )
+    for option in modules:
+        if option not in classes:
+            raise InputError(f"{where}{option} must be left out; the network was made without a module for it")
+
+
+def alike(network: Network, **options: Any) -> Network:
+    """A new network like one of `create`, but for some options, with copies of the modules that it was given.
+
+    Returns:
+        A network in training mode, on the current default device.
+
+    Raises:
+        InputError: see `create`.
+    """
+    here = torch.empty(0).device
+    given = {option: deepcopy(module).to(here) for option, module in network.given.items()}
+    return create(**{**network.config, **given, **options})

@@ -3,7 +3,7 @@
 from collections import OrderedDict
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import torch
 from jaxtyping import Float
@@ -14,8 +14,33 @@ from capsnet.layers import BatchNorm
 from capsnet.models.baseline import ConvNet, widths
 from capsnet.options.schema import AT_LEAST_1, POSITIVE
 
-__all__ = ["LARGE_SIDE", "BasicBlock", "Options", "ResidualStages", "build", "convolution", "residual_stages"]
+__all__ = [
+    "LARGE_SIDE",
+    "PRESETS",
+    "BasicBlock",
+    "Options",
+    "ResidualStages",
+    "build",
+    "convolution",
+    "residual_stages",
+]
 
+PRESETS: dict[str, dict[str, Any]] = {
+    "authors": {
+        "optimizer": "sgd",
+        "lr": 0.1,
+        "weight_decay": 1e-4,
+        "schedule": "steps",
+        "lr_milestones": (0.5, 0.75),
+        "lr_decay": 0.1,
+        "lr_decay_steps": 0,
+        "margin_scale": 1.0,  # these two not as of capsnet
+    }
+}
+"""`authors`: the recipe for CIFAR-10 (Section 4.2): momentum 0.9 and batches of 128, which are the defaults, and a rate
+that falls to a tenth after 32,000 and 48,000 of 64,000 steps. On 45,000 images these are `--epochs 182`; the images are
+moved and mirrored, `--shift 4 --flip`. The paper also subtracts the mean of each pixel, for which there is no option.
+"""
 LARGE_SIDE = 64
 """Pixels of the shorter side up to which the first convolution looks at every pixel, as for CIFAR-10."""
 

@@ -5,6 +5,7 @@ Those of a model live with it, see `models`. Imports no torch.
 
 import re
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Annotated, Any, Literal
 
 from capsnet.options.schema import AT_LEAST_0, AT_LEAST_1, FINITE, FRACTION, LARGEST, POSITIVE, Range, Rule
@@ -70,6 +71,10 @@ COUNT_OR_SHARE = Rule(
 )
 SEED = Range(0, LARGEST_SEED)
 PATTERN = Rule(_compiles, "a regular expression")
+MILESTONES = Rule(
+    lambda x: all(before < share for before, share in pairwise((0, *x, 1))),
+    "shares of the run in (0, 1), each above the one before",
+)
 IMAGE_SIZE = Rule(lambda x: size_of(x) is not None, f"pixels, 1 to {LARGEST_SIDE:,}, or HEIGHTxWIDTH, as 48x64")
 
 
@@ -176,21 +181,34 @@ class OptimisationOptions:
     train/ and val/ without test/, where the images that choose would also be those of the reported error."""
     batch_size: Annotated[int, AT_LEAST_1] = 128
     """Images of one step over all devices together (first author's code: 128)."""
+    optimizer: Literal["adam", "sgd"] = "adam"
+    """adam: Adam (Section 4), or AdamW with `weight_decay`. sgd: stochastic gradient descent with momentum, as residual
+    networks are trained; it needs a larger `lr`, often 0.1."""
     lr: Annotated[float, POSITIVE] = 0.001
-    """Learning rate of Adam at the start, or after the warm-up (TensorFlow's default, Section 4)."""
-    schedule: Literal["exponential", "linear", "cosine"] = "exponential"
-    """How the learning rate falls. exponential: by `lr_decay`. linear, cosine: to `lr_floor` at the end of the run."""
+    """Learning rate at the start, or after the warm-up (TensorFlow's default for Adam, Section 4)."""
+    momentum: Annotated[float, FRACTION] = 0.9
+    """Of sgd: factor on the sum of the earlier gradients, to which each step adds its own."""
+    nesterov: bool = False
+    """Of sgd: Nesterov's momentum, in the form of torch.optim.SGD."""
+    schedule: Literal["exponential", "linear", "cosine", "steps"] = "exponential"
+    """How the learning rate falls. exponential: by `lr_decay`, smoothly. linear, cosine: to `lr_floor` at the end of
+    the run. steps: by `lr_decay` at each of `lr_milestones`."""
     warmup: Annotated[float, FRACTION] = 0.0
     """Share of the run over which the learning rate rises from 0 to `lr`."""
     lr_decay: Annotated[float, Range(0, 1, above=True, words="in (0, 1]")] = 0.9
     """Of the exponential schedule: factor on the learning rate every `lr_decay_steps` steps, smoothly (Section 4:
-    "exponentially decaying", no number; 0.9 an epoch is the habit of re-implementations)."""
+    "exponentially decaying", no number; 0.9 an epoch is the habit of re-implementations). Of steps: factor at each
+    milestone, for which residual networks have 0.1."""
     lr_decay_steps: Annotated[int, AT_LEAST_0] = 0
     """Of the exponential schedule: steps for one factor; 0 means one epoch."""
+    lr_milestones: Annotated[tuple[float, ...], MILESTONES] = ()
+    """Of steps: where the learning rate falls, as shares of the run: 0.5 0.75 is after half and three quarters."""
     lr_floor: Annotated[float, FINITE] = 1e-6
     """The learning rate never falls below this once it has risen (first author's code)."""
     weight_decay: Annotated[float, FINITE] = 0.0
-    """Share of every weight, times the learning rate, that each step takes away (AdamW); 0 is Adam."""
+    """With adam the share of every weight, times the learning rate, that each step takes away (AdamW); 0 is Adam. With
+    sgd the L2 term of torch.optim.SGD, as recipes of residual networks have it: the gradient of each weight gets this
+    times the weight."""
     ema: Annotated[float, FRACTION] = 0.0
     """Decay per step of an exponential moving average of all weights and batch statistics; it is what is evaluated and
     kept. At step t at most (1 + t) / (10 + t). 0: the weights of the last step."""

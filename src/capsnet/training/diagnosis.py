@@ -16,6 +16,8 @@ __all__ = ["Chance", "first_not_finite"]
 EARLIEST = 50
 """Steps before which a training may well be at chance; or all of them, where it has fewer."""
 FEW_STEPS, FEW_IMAGES = 200, 20
+FALLS = {"exponential": "--lr-decay-steps", "steps": "--lr-milestones"}
+"""What changes how fast the learning rate falls; in other schedules the number of epochs does."""
 ALIKE = 0.02
 """Standard deviation of a class capsule's length over a batch, below which all images look alike to it."""
 
@@ -76,7 +78,7 @@ class Chance:
         if row["learning_rate"] < config.lr / 10:
             causes.append(
                 f"the learning rate has fallen from {config.lr:g} to {row['learning_rate']:.2g} "
-                f"(--{'lr-decay-steps' if config.schedule == 'exponential' else 'epochs'})"
+                f"({FALLS.get(config.schedule, '--epochs')})"
             )
         if done < FEW_STEPS:
             causes.append(f"only {done} step{'s' * (done > 1)} (more --epochs, a smaller --batch-size)")

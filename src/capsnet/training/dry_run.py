@@ -13,7 +13,7 @@ from capsnet.config import Config
 from capsnet.data import Dataset, outline
 from capsnet.errors import InputError
 from capsnet.kernels import native
-from capsnet.models import Network
+from capsnet.models import Network, alike
 from capsnet.training import defaults, prepare
 from capsnet.training.finetune import frozen_line, name_of, start_from
 from capsnet.training.schedule import steps_of
@@ -73,7 +73,8 @@ def layer_table(network: Network) -> str:
         own = sum(parameter.numel() for parameter in module.parameters())
         rows.append((name, type(module).__name__, shape, f"{own:,}" if own else ""))
 
-    copy = pretrained.outline(**network.config)
+    with torch.device("meta"):
+        copy = alike(network)
     for name, layer in copy.named_modules():
         whole = name == "primary" or not list(layer.children())
         if name and whole and not name.startswith("primary."):

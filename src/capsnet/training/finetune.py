@@ -11,7 +11,7 @@ from torch import Tensor
 
 from capsnet.checkpoints import pretrained
 from capsnet.errors import InputError
-from capsnet.models import Network
+from capsnet.models import Network, alike
 from capsnet.options.schema import brief
 
 __all__ = ["IN_MEMORY", "frozen_line", "name_of", "start_from"]
@@ -92,8 +92,9 @@ def name_of(init_from: str) -> str:
 
 def _class_axes(network: Network) -> dict[str, int]:
     """The axis along which the classes lie, of each tensor that has one, by its name."""
-    more = {**network.config, "num_classes": len(network.classes) + 1, "classes": None}
-    same, grown = (pretrained.outline(**config).state_dict() for config in (network.config, more))
+    more = {"num_classes": len(network.classes) + 1, "classes": None}
+    with torch.device("meta"):
+        same, grown = (alike(network, **options).state_dict() for options in ({}, more))
     axes = dict[str, int]()
     for key, tensor in same.items():
         sizes = zip(tensor.shape, grown[key].shape, strict=True)

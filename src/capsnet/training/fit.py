@@ -1,12 +1,14 @@
 """A run from its configuration to its report: prepare, launch, train, measure, save, report."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack
+from copy import deepcopy
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from torch import nn
 
 from capsnet import environment, memory, report
 from capsnet.checkpoints import pretrained
@@ -20,7 +22,7 @@ from capsnet.errors import Diverged, InputError, Interrupted
 from capsnet.evaluation import Evaluation, predict_split
 from capsnet.evaluation.ood import threshold_for
 from capsnet.kernels.buffers import pool
-from capsnet.models import Network, inference_batch
+from capsnet.models import Network, check_modules, class_name, inference_batch
 from capsnet.options import LOCAL, RESUMABLE
 from capsnet.options.schema import checked, joined, shown
 from capsnet.training import defaults
@@ -94,7 +96,10 @@ def fit(
             or a mapping of "train", "test" and "validation" to such. Without a test split a sixth of each class tests.
         init_from: a trained network, or the path or name of its weights, to start from. Without `config` the model and
             its options are those of these weights, where `options` do not say otherwise.
-        options: other values of options, see `Config.of`: `fit(data="strokes", epochs=1, conv_channels=32)`.
+        options: other values of options, see `Config.of`: `fit(data="strokes", epochs=1, conv_channels=32)`. A module
+            may be one of them where `create` takes one: `fit(data="cifar10", model="capsule-head", backbone=Net())`. A
+            copy of it is trained, from its own weights. The run keeps the weights and the name of its class: `load` and
+            `resume` need such a module again.
 
     Raises:
         InputError: the configuration, data or directory do not fit; nothing was written.
@@ -102,13 +107,18 @@ def fit(
         Diverged: the loss is not finite; the last good checkpoint is kept.
     """
     source = init_from if isinstance(init_from, Network) else None
+    modules = {name: value for name, value in options.items() if isinstance(value, nn.Module)}
+    options |= {name: class_name(module) for name, module in modules.items()}
     if init_from is not None:
-        theirs = pretrained.options_of(init_from)
+        theirs = pretrained.options_of(init_from, **({} if source else modules))
         if config is None and options.get("model", theirs["model"]) == theirs["model"]:
             options = {**theirs, **options}
         options["init_from"] = IN_MEMORY if isinstance(init_from, Network) else str(init_from)
     config = config.changed(**options) if config and options else config or Config.of(**options)
-    return _launch(config, _in_memory(config, dataset), resumed=None, source=source)
+    if source is not None:
+        modules = {name: module for name, module in source.given.items() if name in config.modules} | modules
+    check_modules(modules, config.modules, call="capsnet.fit(config")
+    return _launch(config, _in_memory(config, dataset), modules, resumed=None, source=source)
 
 
 def resume(directory: str | Path, dataset: Any = None, **changes: Any) -> Result:
@@ -118,7 +128,8 @@ def resume(directory: str | Path, dataset: Any = None, **changes: Any) -> Result
         directory: of the run.
         dataset: the one that `fit` was given, if it was.
         changes: options to change, of those with the role `RESUMABLE` (see `capsnet.options`), which leave it the same
-            run: more `epochs`, for instance, or `data` where the same images have moved.
+            run: more `epochs`, for instance, or `data` where the same images have moved. And such modules as `fit` was
+            given: `resume(directory, backbone=Net())`.
 
     Raises:
         InputError: no run or checkpoint there, another process trains in it, or another option is to change; otherwise
@@ -128,6 +139,9 @@ def resume(directory: str | Path, dataset: Any = None, **changes: Any) -> Result
     saved, resumable = defaults.as_begun(run.config()), roles(RESUMABLE)
     if changes.get("model", saved.model) != saved.model:
         raise InputError(f"model of a resumed run must stay {saved.model}; got {changes['model']}")
+    modules = {name: value for name, value in changes.items() if isinstance(value, nn.Module)}
+    check_modules(modules, saved.modules, call="capsnet.resume(directory", source=f"run {directory}")
+    changes = {name: value for name, value in changes.items() if name not in modules}
     before = saved.flat()
     faults = [
         f"{name} of a resumed run must stay {before.get(name)!r}; got {value!r}"
@@ -139,7 +153,7 @@ def resume(directory: str | Path, dataset: Any = None, **changes: Any) -> Result
     if changes.get("data", saved.data) != saved.data and run.manifest() is None:
         raise InputError(f"data of a resumed run must stay {saved.data}, for it has no manifest; got {changes['data']}")
     config = saved.changed(**{name: value for name, value in changes.items() if name in resumable})
-    return _launch(config, _in_memory(config, dataset), resumed=run)
+    return _launch(config, _in_memory(config, dataset), modules, resumed=run)
 
 
 def _in_memory(config: Config, data: Any) -> Dataset | None:
@@ -157,7 +171,14 @@ def _in_memory(config: Config, data: Any) -> Dataset | None:
     )
 
 
-def _launch(config: Config, dataset: Dataset | None, resumed: Run | None, *, source: Network | None = None) -> Result:
+def _launch(
+    config: Config,
+    dataset: Dataset | None,
+    modules: Mapping[str, nn.Module],
+    *,
+    resumed: Run | None,
+    source: Network | None = None,
+) -> Result:
     """Check everything that can be checked, start the processes, train, and leave no process group behind."""
     if dataset is not None:
         config = replace(config, data=dataset.name)
@@ -175,7 +196,7 @@ def _launch(config: Config, dataset: Dataset | None, resumed: Run | None, *, sou
         recorded=recorded,
         shares=not (resumed and run.exists() and not recorded),
         tell=tell,
-        check=(lambda known: fits.append(_check_memory(config, known, device))) if first else None,
+        check=(lambda known: fits.append(_check_memory(config, known, device, modules))) if first else None,
     )
     micro_batch, in_parts = fits[0] if first else (None, None)
     config = replace(config, micro_batch=micro_batch)
@@ -183,13 +204,13 @@ def _launch(config: Config, dataset: Dataset | None, resumed: Run | None, *, sou
         same_images(dataset, recorded, config)
     given, config = config, defaults.resolved(as_read(config, dataset), dataset)
     with torch.random.fork_rng(devices=[]):
-        network = build(config, dataset)
+        network = build(config, dataset, modules)
     precision = resolve_precision(config, device, network)
     if config.cuda_graph:
         check_graph(config, device, network)
     fabric = make_fabric(config, device, precision)
     if config.init_from is not None and not (resumed and run.checkpoint_path.exists()):
-        source = source or pretrained.load(config.init_from)
+        source = source or pretrained.load(config.init_from, **deepcopy(dict(modules)))
         tell(start_from(network, source, name=name_of(config.init_from)))
     with ExitStack() as held:
         if first:
@@ -226,10 +247,12 @@ def _launch(config: Config, dataset: Dataset | None, resumed: Run | None, *, sou
             shutdown(fabric)
 
 
-def _check_memory(config: Config, dataset: Dataset, device: torch.device) -> tuple[int | None, str | None]:
+def _check_memory(
+    config: Config, dataset: Dataset, device: torch.device, modules: Mapping[str, nn.Module]
+) -> tuple[int | None, str | None]:
     """The `micro_batch` with which a training fits into memory, and what is to be said; InputError where none does."""
     config = defaults.resolved(as_read(config, dataset), dataset)
-    network = layout(config, dataset)
+    network = layout(config, dataset, modules)
     return memory.check_training(
         network,
         config,
@@ -264,7 +287,7 @@ def _checkpoint(run: Run, config: Config, network: Network, dataset: Dataset) ->
     if not run.checkpoint_path.exists() and not run.result_path.exists():
         return None
     weights = sum(tensor.nbytes for tensor in network.state_dict().values())
-    most = 5 * weights + 2**26  # with two moments, the average, the best ones and rows
+    most = 5 * weights + 2**26  # with at most two moments, the average, the best ones and rows
     checkpoint, path = run.load_checkpoint(most=most), run.checkpoint_path
     theirs = defaults.as_begun(from_dict(checkpoint["config"], source=f"checkpoint {path}")).flat()
     for name, ours in config.flat().items():
@@ -282,10 +305,9 @@ def _checkpoint(run: Run, config: Config, network: Network, dataset: Dataset) ->
     checkpoint = fitting_checkpoint(
         checkpoint,
         network,
+        config=config,
         steps=steps,
         validated=dataset.validation is not None,
-        ema=bool(config.ema),
-        best=config.keep == "best",
         source=f"checkpoint {path}",
     )
     begun = checkpoint["state"]["epoch"] + (checkpoint["state"]["step"] > 0)

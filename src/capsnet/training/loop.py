@@ -124,7 +124,8 @@ def train_epochs(
                 rate = learning_rate(config, at.epoch * steps + at.step, steps)
                 for group in optimizer.param_groups:
                     group["lr"] = rate_here.fill_(rate) if graphed else rate
-                    group["capturable"] = bool(graphed)
+                    if "capturable" in group:  # of Adam, which counts its steps on the device then
+                        group["capturable"] = bool(graphed)
                 network.begin_step(at.epoch * steps + at.step, config.epochs * steps)
                 torch.manual_seed(seed_of(config.seed, at.epoch, at.step, fabric.global_rank))  # of dropout
 

@@ -1,9 +1,12 @@
 """The data set and the untrained network of a run."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from copy import deepcopy
 from dataclasses import replace
+from types import MappingProxyType
 
 import torch
+from torch import nn
 
 from capsnet import models
 from capsnet.checkpoints import pretrained
@@ -197,12 +200,15 @@ def reading_of(network: Network, dataset: Dataset, config: Config) -> Preprocess
     )
 
 
-def layout(config: Config, dataset: Dataset) -> Network:
+def layout(config: Config, dataset: Dataset, modules: Mapping[str, nn.Module] = MappingProxyType({})) -> Network:
     """The network of `config` for the images and classes of `dataset`, without memory for its weights.
 
+    With copies of `modules`, which are those of one's own that `config` asks for.
+
     Raises:
-        InputError: see `pretrained.outline` and `Network.freeze`.
+        InputError: a module that is missing, or see `pretrained.outline` and `Network.freeze`.
     """
+    models.check_modules(modules, config.modules, call="capsnet.fit(config")
     about = {
         "image_shape": dataset.image_shape,
         "num_classes": len(dataset.classes),
@@ -210,18 +216,21 @@ def layout(config: Config, dataset: Dataset) -> Network:
         "objects_per_image": dataset.objects_per_image,
         **vars(with_defaults(config).options),
     }
+    about |= {name: deepcopy(module).to("meta") for name, module in modules.items()}
     network = pretrained.outline(config.model, **about)
     network.freeze(*config.freeze)
     return network
 
 
-def build(config: Config, dataset: Dataset) -> Network:
+def build(config: Config, dataset: Dataset, modules: Mapping[str, nn.Module] = MappingProxyType({})) -> Network:
     """The untrained network of `config` for the images and classes of `dataset`; weights follow the seed.
+
+    Those of `modules` are the ones that they have; in the network are copies.
 
     Raises:
         InputError: see `layout`.
     """
-    about = layout(config, dataset).config
+    about = {**layout(config, dataset, modules).config, **deepcopy(dict(modules))}
     torch.manual_seed(config.seed)
     network = models.create(**about)
     network.freeze(*config.freeze)

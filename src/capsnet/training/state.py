@@ -47,12 +47,12 @@ def best_epoch(rows: Sequence[Mapping[str, Any]]) -> int:
 
 
 def fitting_checkpoint(
-    checkpoint: Checkpoint, network: Network, *, steps: int, validated: bool, ema: bool, best: bool, source: str
+    checkpoint: Checkpoint, network: Network, *, config: Config, steps: int, validated: bool, source: str
 ) -> Checkpoint:
-    """A checkpoint, of the right form already, whose every part fits a training of `steps` an epoch.
+    """A checkpoint, of the right form already, whose every part fits a training by `config` of `steps` an epoch.
 
-    Where images are held out (`validated`), each row tells of them; where weights are averaged (`ema`), there is their
-    average; where the best ones are kept (`best`), there are those. `source` names the file in errors.
+    Where images are held out (`validated`), each row tells of them; where weights are averaged, there is their average;
+    where the best ones are kept, there are those. `source` names the file in errors.
 
     Raises:
         InputError: weights, moments, position, rows or sums that no such training can have.
@@ -79,33 +79,34 @@ def fitting_checkpoint(
     holds = not sums.any() if at.step == 0 else bool((sums >= 0).all())
     need(holds, "sums", "at least 0, and 0 before the first step of an epoch", sums.tolist())
     weights = fitted(network, checkpoint["network"], source=source)
-    moments = _fitting_moments(
-        checkpoint["optimizer"]["state"], network, done=at.epoch * steps + at.step, source=source
-    )
+    done = at.epoch * steps + at.step
+    moments = _fitting_moments(checkpoint["optimizer"]["state"], network, config.moments, done=done, source=source)
     fine: Checkpoint = {**checkpoint, "sums": sums, "network": weights, "optimizer": {"state": moments}}
-    if ema:
+    if config.ema:
         average = dict(checkpoint.get("average", {}))
         count = fitting(average.pop("n_averaged", torch.zeros(())), torch.tensor(0), name=f"{source}: n_averaged")
-        need(int(count) == at.epoch * steps + at.step, "n_averaged", "the steps done", int(count))
+        need(int(count) == done, "n_averaged", "the steps done", int(count))
         inside = {name.removeprefix("module."): tensor for name, tensor in average.items()}
         kept = fitted(network, inside, source=f"{source}: average")
         fine["average"] = {"n_averaged": count, **{f"module.{name}": tensor for name, tensor in kept.items()}}
-    if best:
+    if config.keep == "best":
         fine["best"] = fitted(network, checkpoint.get("best", {}), source=f"{source}: best")
     return fine
 
 
 def _fitting_moments(
-    state: dict[int, dict[str, Tensor]], network: Network, *, done: int, source: str
+    state: dict[int, dict[str, Tensor]], network: Network, moments: tuple[str, ...], *, done: int, source: str
 ) -> dict[int, dict[str, Tensor]]:
-    """The state of Adam, laid out in memory as its parameters are, for fused Adam walks through both at once."""
+    """The state of the optimiser, laid out in memory as its parameters: a fused one walks through both at once."""
     trained = [(name, parameter) for name, parameter in network.named_parameters() if parameter.requires_grad]
-    parameters = dict(enumerate(trained)) if done else {}
+    parameters = dict(enumerate(trained)) if done and moments else {}
     if state.keys() != parameters.keys():
         raise InputError(f"{source}: optimizer must hold the state of {len(parameters)} parameters; got {len(state)}")
     fine = dict[int, dict[str, Tensor]]()
     for k, (name, parameter) in parameters.items():
-        wanted = {"step": torch.zeros(()), "exp_avg": parameter, "exp_avg_sq": parameter}
+        wanted: dict[str, Tensor] = dict.fromkeys(moments, parameter)
+        if "exp_avg" in moments:  # of Adam, which counts its steps
+            wanted = {"step": torch.zeros(()), **wanted}
         if state[k].keys() != wanted.keys():
             got = shown(list(state[k]))
             raise InputError(f"{source}: optimizer must hold {', '.join(wanted)} of {name}; got {got}")
