@@ -290,6 +290,7 @@ def test_list(capsys: pytest.CaptureFixture[str], what: str) -> None:
         "experiments": [
             *("table1", "efficient-capsnet", "cost", "what-matters", "recipes", "multimnist", "affnist", "cifar10"),
             *("fashion-mnist", "svhn", "smallnorb", "successors", "successors-fashion-mnist", "successors-cifar10"),
+            "capsule-head",
         ],
     }
     assert names == expected[what]

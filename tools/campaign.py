@@ -10,7 +10,7 @@ Then `make tables` rewrites the tables.
 import argparse
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from capsnet.errors import Diverged, InputError, Interrupted
@@ -26,13 +26,13 @@ CAMPAIGN = Path(__file__).with_name("campaign.yaml")
 
 @dataclass(frozen=True)
 class Item:
-    """Trainings of some rows of an experiment: with seeds 0 to `seeds` - 1, in about `hours` of one thread."""
+    """Trainings of some or all rows of an experiment: with seeds 0 to `seeds` - 1, in about `hours` of one thread."""
 
     experiment: str
-    rows: tuple[str, ...]
     budget: str
     seeds: int
     hours: float
+    rows: tuple[str, ...] = ()
 
 
 def items(path: Path = CAMPAIGN) -> list[Item]:
@@ -42,11 +42,12 @@ def items(path: Path = CAMPAIGN) -> list[Item]:
         InputError: the file is no list of trainings that can be reproduced.
     """
     found: list[Item] = checked(read_yaml(path, what="campaign"), list[Item], source=f"campaign {path}")
-    for one in found:
+    whole = [replace(one, rows=one.rows or tuple(row.key for row in experiment(one.experiment).rows)) for one in found]
+    for one in whole:
         plan = experiment(one.experiment)
         for row in one.rows:
             plan.config(plan.row(row), one.budget, one.seeds - 1)
-    return found
+    return whole
 
 
 def missing(one: Item, folder: Path) -> list[tuple[str, int]]:
