@@ -87,7 +87,7 @@ def create(
     Raises:
         InputError: an unknown name or option, or an option out of its range.
 
-    Example:
+    Examples:
         >>> create("capsnet", image_shape=(3, 32, 32))(torch.rand(2, 3, 32, 32)).scores.shape
         torch.Size([2, 10])
     """
