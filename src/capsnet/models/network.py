@@ -113,7 +113,7 @@ class Network(nn.Module, ABC):
     objects_per_image: int = 1
     standardize: bool = False
     decoder: "Decoder | None"
-    narrower: str
+    narrower: str = "a smaller network"
     preprocessing: Any = None
     frozen: tuple[str, ...] = ()
     given: dict[str, nn.Module]
