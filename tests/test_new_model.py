@@ -93,6 +93,20 @@ def test_what_makes_it_smaller_may_be_left_out(
     assert capsys.readouterr().err.endswith("; choose a smaller --image-size, or a smaller network\n")
 
 
+def test_the_other_routing_of_the_page_takes_its_place(toy: None, workplace: Path) -> None:
+    (block,) = (each.split("```")[0] for each in PAGE.split("```python\n") if "def cosine_routing(votes" in each)
+    function = block[block.index("def ") : block.index("routed = cosine_routing(")]
+    code = TOY.replace(" mean_routing(votes)", " cosine_routing(votes)").replace("return mean_r", "return cosine_r")
+    path = workplace.parent / "more" / "toy.py"
+    path.write_text(code.replace("class Toy", f"{function}class Toy"), encoding="utf-8")
+    network = models.create("toy", image_shape=(3, 12, 12), num_classes=3)
+    images = torch.rand(2, 3, 12, 12)
+    _, votes, couplings, _ = network.trace_routing(images)  # type: ignore[operator]
+    cosine = torch.cosine_similarity(votes, votes.sum(1, keepdim=True), dim=-1)
+    torch.testing.assert_close(couplings[0], (4 * cosine).softmax(-1))
+    torch.testing.assert_close(network(images).couplings, couplings[0])
+
+
 def test_its_routing_is_that_of_loops(toy: None) -> None:
     """The twin of `mean_routing` in NumPy."""
     network = models.create("toy", image_shape=(3, 12, 12), num_classes=3)
