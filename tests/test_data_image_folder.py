@@ -336,7 +336,11 @@ def make(root: Path, *names: str) -> None:
         (["a/1.png", "a/2.png"], "must hold a folder for each of at least 2 classes; got 1"),
         (
             ["1.png", "2.png"],
-            r"1.png must be in the folder of its class; got an image beside the class folders",
+            "must hold a folder for each of at least 2 classes; got 0, and 2 images outside of them$",
+        ),
+        (
+            ["a/1.png", "a/2.png", "b/1.png", "b/2.png", "3.png"],
+            r"3.png must be in the folder of its class; got an image beside the class folders",
         ),
         (["a/1.png", "a/2.png", "b/"], "class folder .*b must hold at least one image; got none"),
         (["a/1.png", "a/2.png", "b/1.png"], "class b must have at least 2 images, .*; got 1"),
@@ -355,7 +359,7 @@ def make(root: Path, *names: str) -> None:
         (["train/a/1.png", "train/b/1.png", "test/A/1.png", "test/c/1.png"], "must hold test images; got none"),
         (["train/a/1.png", "train/b/1.png", "test/a/1.png", "test/b/1.png", "more/"], "got more/ as well"),
         (["train/a/1.png", "test/a/1.png", "val/a/1.png", "validation/a/1.png"], "got val/ as well"),
-        (["train/1.png", "test/1.png"], r"1.png must be in the folder of its class"),
+        (["train/1.png", "test/1.png"], "train must hold a folder for each .*; got 0, and 1 image outside of them$"),
     ],
 )
 def test_a_wrong_layout_is_told(tmp_path: Path, names: list[str], message: str) -> None:

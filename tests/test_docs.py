@@ -188,6 +188,9 @@ def test_the_first_screen_is_short() -> None:
 
 def test_the_number_of_make_train_is_that_of_the_record() -> None:
     folder = ROOT / "results" / "strokes-fast-3-epochs-seed0"
-    test = json.loads((folder / "result.json").read_text(encoding="utf-8"))["test"]
+    result = json.loads((folder / "result.json").read_text(encoding="utf-8"))
+    test = result["test"]
+    assert "wrong on drawn digits, in three minutes" in " ".join(README.split())
+    assert round(result["seconds"] / 60) == 3
     assert f"{test['error_percent']:.2f} % ({test['wrong']} of {test['total']:,}) wrong" in " ".join(README.split())
     assert read(folder / "config.yaml").epochs == with_defaults(Config()).epochs

@@ -97,6 +97,12 @@ def test_the_command_of_every_record_is_on_the_page(path: Path) -> None:
     assert f"(../results/analysis/{path.name})" in PAGE
 
 
+def half_width(rate: dict[str, Any], name: str) -> float:
+    """Half the width of the interval of a share, in percentage points."""
+    low, high = rate[f"{name}_interval"]
+    return float(50 * (high - low))
+
+
 def test_the_numbers_in_the_text() -> None:
     found = record("strangers-capsnet-mnist")
     assert f"of which {100 * found['known']['false_alarms']:.2f} % are flagged" in WORDS
@@ -105,6 +111,11 @@ def test_the_numbers_in_the_text() -> None:
     attack = record("attack-mnist")
     assert f"PGD in {attack['steps']}" in WORDS
     assert f"first {attack['models'][0]['images']} test images" in WORDS
+    rates = attack["models"][0]["rates"]
+    most = max(half_width(one, "success") for model in attack["models"] for one in model["rates"])
+    assert f"with {rates[0]['images']} images up to {most:.0f} points to either side" in WORDS
+    smallest = half_width(rates[0], "flagged_fooled")
+    assert f"and {smallest:.0f} for what is flagged of the {rates[0]['fooled']} that the smallest FGSM fooled" in WORDS
 
 
 @pytest.mark.parametrize("name", pretrained.shipped())

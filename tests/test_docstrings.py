@@ -1,6 +1,7 @@
 """The examples of the docstrings run and print what they say."""
 
 import doctest
+import re
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -45,3 +46,15 @@ def test_what_computes_has_an_example(part: str) -> None:
     for name in set(module.__all__) - without:
         if callable(each := getattr(module, name)) and each.__module__ == module.__name__:
             assert ">>> " in (each.__doc__ or ""), name
+
+
+def test_sections_have_the_names_that_the_reference_reads() -> None:
+    """`Example:` would be prose, in which `>>>` is a quotation; `Parameters:` would be arguments."""
+    for path in sorted(SOURCE.rglob("*.py")):
+        code = path.read_text(encoding="utf-8")
+        assert not re.findall(r"^ +(?:Example|Parameters|Return|Raise|Yield):$", code, re.MULTILINE), path.name
+
+
+def test_what_trains_has_an_example() -> None:
+    for each in (capsnet.fit, capsnet.resume, capsnet.Network):
+        assert ">>> " in (each.__doc__ or ""), each.__name__

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from capsnet.evaluation.statistics import mcnemar
 from tiny import REAL
 
 ROOT = Path(__file__).parents[1]
@@ -63,6 +64,27 @@ def test_the_page_says_what_was_measured() -> None:
         assert f"| `{way}` | {mean:.2f} % | {', '.join(str(test['wrong']) for test in tests)} |" in PAGE
     minutes = sum(one["seconds"] for one in RECORD["commands"][:8]) / 60
     assert f"{minutes:.1f} minutes" in PAGE
+    assert f"{sum(one['seconds'] for one in RECORD['commands'][8:]) / 60:.1f} more for `--study`" in PAGE
+
+
+def test_the_page_says_what_two_threads_measured() -> None:
+    path = ROOT / "results" / "examples" / "own-images-2-threads.json"
+    record = json.loads(path.read_text(encoding="utf-8"))
+    scratch, _, tuned = (one["test"]["error_percent"] for one in record["commands"] if "test" in one)
+    minutes = sum(one["seconds"] for one in record["commands"]) / 60
+    words = " ".join(PAGE.split())
+    assert record["threads"] == 2
+    assert f"on two threads, which round otherwise, took {minutes:.0f} minutes" in words
+    assert f"and ended at {scratch:.2f} and {tuned:.2f} % ([record](../results/examples/{path.name}))" in words
+
+
+def test_the_comparison_on_the_page_adds_up() -> None:
+    """`tuned` and `scratch` share their other mistakes, and the p value is that of these counts."""
+    tuned, scratch = (int(each) for each in re.findall(r"\(seed 0\): error .* % \((\d+) of 1,500 wrong", PAGE))
+    ((only, other, p),) = re.findall(r"(\d+) images mistaken only by tuned, (\d+) only by scratch, p = (\S+)\n", PAGE)
+    assert tuned - int(only) == scratch - int(other)
+    found = mcnemar(set(range(int(only))), set(range(10_000, 10_000 + int(other))))
+    assert f"{found.p:.1e}" == p
 
 
 def test_one_line_each_for_mlflow_and_wandb_reads_the_metrics() -> None:

@@ -1,6 +1,7 @@
 """The proof of the house: the network of docs/extending.md, one new file, which every verb takes as it is."""
 
 import json
+import re
 import sys
 from pathlib import Path
 
@@ -8,10 +9,11 @@ import numpy as np
 import pytest
 import torch
 
-from capsnet import models
+from capsnet import memory, models
 from capsnet.checkpoints import pretrained
 from capsnet.cli import main
 from capsnet.demo.viewer import Viewer
+from capsnet.devices import Free
 from tiny import photos, reading
 
 Capture = pytest.CaptureFixture[str]
@@ -60,6 +62,49 @@ def test_every_verb_takes_a_new_model(toy: None, workplace: Path, capsys: Captur
     assert main(["train", *words, "--patch", "0"]) == 2
     assert capsys.readouterr().err.endswith("patch must be at least 1; got 0\n")
     assert main(["train", "--conv-channels", "3", "--model", "toy"]) == 2
+
+
+@pytest.mark.parametrize(
+    ("line", "changed", "error"),
+    [
+        ("    def in_capsules(self):", "    def capsules(self):", "abstract method"),
+        ("return mean_routing(self.votes(images)[1])", "return mean_routing(images.mean().item())", "meta tensors"),
+        ("self.grid = height // options.patch, width // options.patch", "self.grid = 2, 2", "einsum"),
+    ],
+)
+def test_a_mistake_in_its_file_is_shown_as_python_shows_it(
+    toy: None, workplace: Path, line: str, changed: str, error: str
+) -> None:
+    path = workplace.parent / "more" / "toy.py"
+    path.write_text(TOY.replace(line, changed), encoding="utf-8")
+    data = photos(workplace / "data", count=6, size=(12, 12))
+    with pytest.raises((TypeError, RuntimeError), match=error):
+        main(["train", "--data", str(data), "--model", "toy", "--epochs", "1", "--out", "run"])
+
+
+def test_what_makes_it_smaller_may_be_left_out(
+    toy: None, workplace: Path, monkeypatch: pytest.MonkeyPatch, capsys: Capture
+) -> None:
+    path = workplace.parent / "more" / "toy.py"
+    path.write_text(re.sub("    narrower = .*\n", "", TOY), encoding="utf-8")
+    monkeypatch.setattr(memory, "free", lambda device: Free(3 * 2**20, "free in a test"))
+    data = photos(workplace / "data", count=6, size=(12, 12))
+    assert main(["train", "--data", str(data), "--model", "toy", "--epochs", "1", "--out", "run"]) == 2
+    assert capsys.readouterr().err.endswith("; choose a smaller --image-size, or a smaller network\n")
+
+
+def test_the_other_routing_of_the_page_takes_its_place(toy: None, workplace: Path) -> None:
+    (block,) = (each.split("```")[0] for each in PAGE.split("```python\n") if "def cosine_routing(votes" in each)
+    function = block[block.index("def ") : block.index("routed = cosine_routing(")]
+    code = TOY.replace(" mean_routing(votes)", " cosine_routing(votes)").replace("return mean_r", "return cosine_r")
+    path = workplace.parent / "more" / "toy.py"
+    path.write_text(code.replace("class Toy", f"{function}class Toy"), encoding="utf-8")
+    network = models.create("toy", image_shape=(3, 12, 12), num_classes=3)
+    images = torch.rand(2, 3, 12, 12)
+    _, votes, couplings, _ = network.trace_routing(images)  # type: ignore[operator]
+    cosine = torch.cosine_similarity(votes, votes.sum(1, keepdim=True), dim=-1)
+    torch.testing.assert_close(couplings[0], (4 * cosine).softmax(-1))
+    torch.testing.assert_close(network(images).couplings, couplings[0])
 
 
 def test_its_routing_is_that_of_loops(toy: None) -> None:

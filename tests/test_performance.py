@@ -73,6 +73,35 @@ def test_the_speed_in_the_readme_is_that_of_the_record() -> None:
     assert f"and {fastest:.1f} times as fast as the fastest public PyTorch implementation" in readme
 
 
+def test_the_rounding_is_that_of_the_record() -> None:
+    record = json.loads((ROOT / "results" / "bench" / "plain-against-default.json").read_text(encoding="utf-8"))
+    plain, default = (one["error"] for one in record["variants"])
+    words, readme = " ".join(PAGE.split()), " ".join((ROOT / "README.md").read_text(encoding="utf-8").split())
+    assert f"of the default are within {default:.1e}, and those of plain PyTorch within {plain:.1e}." in words
+    assert f"The gradients are within {default:.1e} of float64." in readme
+
+
+def test_the_words_on_the_gpu_are_those_of_the_records() -> None:
+    def rows(name: str) -> dict[tuple[str, str], dict[str, Any]]:
+        record = json.loads((ROOT / "results" / "bench" / f"{name}.json").read_text(encoding="utf-8"))
+        return {(row["name"], row["variant"]): row for row in record["rows"]}
+
+    words = " ".join(PAGE.split())
+    speed = {", ".join(part for part in name if part): row["median"] for name, row in rows("gpu-training").items()}
+    fastest = max(speed.values())
+    assert f"With one it is the GPU's, {128 / fastest:.1f} ms." in words
+    assert f"So 60,000 images take {60 / fastest:.1f} s." in words
+    tuned = "CUDA graph (cudnn.benchmark)"
+    bf16 = speed[f"training, bf16, fused, {tuned}"] / speed[f"training, bf16, plain, {tuned}"]
+    float32 = speed["training, float32, fused, CUDA graph"] / speed["training, float32, plain, CUDA graph"]
+    steps = [row for (name, _), row in rows("gpu-kernels").items() if name == "training step, 128 images"]
+    assert "gain a fifth over plain routing, in bf16 and in float32, with half of the memory" in words
+    assert [round(gain - 1, 1) for gain in (bf16, float32)] == [0.2, 0.2]
+    assert round(steps[1]["added_mib"] / steps[0]["added_mib"], 1) == 0.5
+    low, high = sorted(round(row["median"]) for row in steps)
+    assert f"{low} to {high} ms, whatever the kernels" in words
+
+
 @pytest.mark.parametrize("arm", ["native", "fast", "direct"])
 def test_the_wrong_images_of_each_seed_are_those_of_the_records(arm: str) -> None:
     start = {

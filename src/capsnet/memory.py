@@ -7,6 +7,7 @@ whatever the sizes. `CAPSNET_MEMORY=off` refuses nothing.
 """
 
 import os
+import re
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
@@ -35,6 +36,7 @@ __all__ = [
     "check_inference",
     "check_training",
     "inference",
+    "of_sizes",
     "training",
 ]
 
@@ -119,6 +121,11 @@ def check(needed: int | float, device: torch.device, *, task: str, remedy: str) 
         raise InputError(
             f"{task} needs about {amount(needed)} of memory, and {amount(there.size)} are {there.where}; {remedy}"
         )
+
+
+def of_sizes(error: Exception) -> bool:
+    """Whether PyTorch raised `error` because sizes do not fit into its integers, or tensors of them into memory."""
+    return isinstance(error, OverflowError) or bool(re.search("overflow|allocate memory", str(error), re.IGNORECASE))
 
 
 def check_training(
@@ -293,6 +300,8 @@ def _counted(
             with _Autocast() if precision == "bf16" else nullcontext():
                 yield objective, watch
     except (RuntimeError, OverflowError) as error:
+        if not of_sizes(error):
+            raise
         raise InputError(f"sizes must be ones that PyTorch can count; got: {str(error).splitlines()[0]}") from None
 
 

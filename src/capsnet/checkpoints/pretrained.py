@@ -260,7 +260,9 @@ def outline(name: str, **options: Any) -> Network:
     try:
         with torch.device("meta"):
             return models.create(name, **options)
-    except (RuntimeError, OverflowError, TypeError):
+    except (RuntimeError, OverflowError, TypeError) as error:
+        if not memory.of_sizes(error):
+            raise
         raise InputError(f"sizes of model {name} must be ones that PyTorch can count; they are too large") from None
 
 

@@ -147,7 +147,7 @@ class _Writer:
         else:
             if not self.begun:
                 others = "runner-up" if self.others == 1 else "runners-up"
-                show(self._row("file", "class", "presence", others, "error", "notes"))
+                show(self._row("file", "class", "presence", others, "reconstruction error", "notes"))
             self._line(found)
         self.begun = True
 
@@ -164,7 +164,7 @@ class _Writer:
     def _row(self, name: str, label: str, presence: str, others: str, error: str, notes: str) -> str:
         width = max(10, self.others * (self.longest + 7) - 2)
         start = f"{name:{self.width}}  {label:{self.label}}  {presence:>8}  {others:{width}}"
-        return f"{start}  {error:>7}  {notes}".rstrip()
+        return f"{start}  {error:>20}  {notes}".rstrip()
 
     def close(self) -> None:
         """Print what comes at the end."""

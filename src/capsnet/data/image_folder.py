@@ -485,9 +485,11 @@ class _Listing:
             else:
                 self.passed[_kind(file)] += 1
         if len(directories) < 2 and not lenient:
-            if self.faults and not directories:
-                raise InputError(_told(self.root, self.faults))
-            raise InputError(f"{directory} must hold a folder for each of at least 2 classes; got {len(directories)}")
+            images = sum(map(_is_image, loose))
+            among = f", and {images:,} image{'s' * (images != 1)} outside of them" if images else ""
+            raise InputError(
+                f"{directory} must hold a folder for each of at least 2 classes; got {len(directories)}{among}"
+            )
         classes, visited = dict[str, list[Path]](), dict[tuple[int, int], Path]()
         for one in directories:
             state = one.stat()

@@ -74,7 +74,7 @@ class FeatureCapsules(nn.Module):
         grid: most rows and columns of capsules, see `network.pooled`.
         exponential: squash by `functional.exponential_squash`, as self-attention routing does.
 
-    Parameters:
+    Weights:
         conv weight `[types * dim, channels, 1, 1]` as torch.nn.Conv2d starts it; norm weight and bias `[types * dim]`,
         1 and 0.
     """

@@ -111,7 +111,7 @@ class PrimaryCapsules(nn.Module):
         stride: its step.
         in_size: height and width of the input.
 
-    Parameters:
+    Weights:
         weight `[channels, 1, height, width]`, uniform as Keras starts a depthwise kernel; bias `[channels]`, 0.
 
     Raises:
@@ -168,7 +168,7 @@ class ClassCapsules(nn.Module):
         types: number of transformations, which the capsules below share as in `layers.ClassCapsules`; None for one
             for each.
 
-    Parameters:
+    Weights:
         weight `W [types or in_capsules, in_dim, out_capsules, out_dim]`, truncated normal as Keras's `he_normal`; prior
         `[in_capsules, out_capsules]`, 0, of attention only.
     """

@@ -72,7 +72,7 @@ class Options:
 class PrimaryCapsules(nn.Module):
     """Poses of a feature map: a 1x1 convolution without bias, and layer normalisation of each pose.
 
-    Parameters:
+    Weights:
         conv weight `[types * dim, channels, 1, 1]` as torch.nn.Conv2d starts it; norm weight and bias `[dim]`, 1 and 0.
     """
 
@@ -98,7 +98,7 @@ class CapsuleLayer(nn.Module):
         out_capsules: types of capsules at a place, or classes.
         side: rows and columns of a pose.
 
-    Parameters:
+    Weights:
         weight `W [in_capsules, side, out_capsules, side]`, which all places share, normal with a standard deviation of
         `sqrt(out_capsules / (side * in_capsules))`; scale and offset of the layer normalisation `[side^2]`, 1 and 0.
     """

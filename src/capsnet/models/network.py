@@ -94,6 +94,17 @@ class Network(nn.Module, ABC):
         preprocessing: how image files become what it sees, a `data.preprocessing.Preprocessing`; None until trained.
         frozen: names of the parts that are not trained, see `freeze`.
         given: modules that `create` was given, by option; `create(**config, **given)` has the same ones in it.
+
+    Examples:
+        >>> network = create("capsnet", image_shape=(1, 20, 20), num_classes=2, conv_channels=4, capsule_types=1)
+        >>> list(network.parts())
+        ['conv', 'primary', 'class_capsules', 'decoder']
+        >>> network.freeze("conv")
+        >>> output = network(torch.rand(3, 1, 20, 20))
+        >>> network.presence(output).shape, output.pose.shape
+        (torch.Size([3, 2]), torch.Size([3, 2, 16]))
+        >>> create(**network.config).parameter_count() == network.parameter_count()
+        True
     """
 
     config: dict[str, Any]
@@ -102,7 +113,7 @@ class Network(nn.Module, ABC):
     objects_per_image: int = 1
     standardize: bool = False
     decoder: "Decoder | None"
-    narrower: str
+    narrower: str = "a smaller network"
     preprocessing: Any = None
     frozen: tuple[str, ...] = ()
     given: dict[str, nn.Module]

@@ -92,8 +92,8 @@ def create(
         num_classes: number of classes.
         classes: their names; "0", "1", ... if not given.
         objects_per_image: number of objects, of different classes, that an image shows.
-        options: of the network, see the `Options` in its file. A module that is given for one is used as it is, and
-            the `config` has the name of its class.
+        options: of the network: the fields of `options_of(name)`, which `capsnet train --help --model NAME` explains. A
+            module that is given for one is used as it is, and the `config` has the name of its class.
 
     Returns:
         A network in training mode, on the current default device.
@@ -101,7 +101,7 @@ def create(
     Raises:
         InputError: an unknown name or option, or an option out of its range.
 
-    Example:
+    Examples:
         >>> create("capsnet", image_shape=(3, 32, 32))(torch.rand(2, 3, 32, 32)).scores.shape
         torch.Size([2, 10])
     """

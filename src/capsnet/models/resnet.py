@@ -68,7 +68,7 @@ class BasicBlock(nn.Module):
             with zeros in the new channels (option A of the paper, no parameters); `projection`: a 1x1 convolution with
             batch normalisation (option B).
 
-    Parameters:
+    Weights:
         convolutions without bias, normal as He et al. 2015 start them (fan out); batch normalisations 1 and 0.
     """
 

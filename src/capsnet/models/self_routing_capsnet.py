@@ -69,7 +69,7 @@ class PrimaryCapsules(nn.Module):
     The poses are not squashed; an activation is a sigmoid. Capsule `i = (y * columns + x) * types + type` has the
     channels `type * dim ... type * dim + dim - 1` of a place.
 
-    Parameters:
+    Weights:
         weights as `models.resnet.convolution` starts them; batch normalisations 1 and 0.
     """
 
@@ -152,7 +152,7 @@ class ClassGates(nn.Module):
         in_dim: length of their vectors.
         out_capsules: number of classes.
 
-    Parameters:
+    Weights:
         weight `G [in_capsules, in_dim, out_capsules]`, bias `g [in_capsules, out_capsules]`; both 0, so that all
         classes start alike.
     """

@@ -105,6 +105,14 @@ def fit(
         InputError: the configuration, data or directory do not fit; nothing was written.
         Interrupted: Ctrl-C or SIGTERM; a checkpoint was written.
         Diverged: the loss is not finite; the last good checkpoint is kept.
+
+    Examples:
+        >>> images, labels = torch.rand(24, 1, 20, 20), torch.arange(24) % 2
+        >>> result = fit(dataset=(images, labels), epochs=1, conv_channels=4, capsule_types=1, report=False)
+        >>> result.test.total  # a sixth of each class was held out
+        4
+        >>> result.network(images[:3]).scores.shape
+        torch.Size([3, 2])
     """
     source = init_from if isinstance(init_from, Network) else None
     modules = {name: value for name, value in options.items() if isinstance(value, nn.Module)}
@@ -134,6 +142,12 @@ def resume(directory: str | Path, dataset: Any = None, **changes: Any) -> Result
     Raises:
         InputError: no run or checkpoint there, another process trains in it, or another option is to change; otherwise
             as `fit`.
+
+    Examples:
+        >>> mine = torch.rand(24, 1, 20, 20), torch.arange(24) % 2
+        >>> begun = fit(dataset=mine, model="efficient-cnn", epochs=1, out="run", report=False)
+        >>> resume("run", dataset=mine, epochs=2).epochs
+        2
     """
     run = Run(directory)
     saved, resumable = defaults.as_begun(run.config()), roles(RESUMABLE)

@@ -1,0 +1,50 @@
+"""The numbers in the text of docs/experiments.md, beside its tables, are those of the records."""
+
+import json
+from pathlib import Path
+from statistics import mean, stdev
+from typing import Any
+
+ROOT = Path(__file__).parent.parent
+WORDS = " ".join((ROOT / "docs" / "experiments.md").read_text(encoding="utf-8").split())
+
+
+def records(path: str, row: str = "") -> list[dict[str, Any]]:
+    """The records of a file under results/, of one row if it is given."""
+    lines = (ROOT / "results" / path).read_text(encoding="utf-8").splitlines()
+    return [record for record in map(json.loads, lines) if row in ("", record["row"])]
+
+
+def wrong(record: dict[str, Any], data: str = "mnist") -> int:
+    return int(record["results"][data]["wrong"])
+
+
+def test_twenty_epochs_on_a_cpu() -> None:
+    counts = [wrong(one) for one in records("experiments/table1-cpu.jsonl", "capsnet-3-reconstruction")]
+    error = f"{mean(counts) / 100:.3f} ± {stdev(counts) / 100:.3f} %"
+    said = "{}: {}, {} and {} of 10,000 wrong".format(error, *counts)
+    assert f"20 epochs on a CPU in float32 three seeds had {said}" in WORDS
+
+
+def test_efficient_capsnet() -> None:
+    minutes = min(one["seconds"] for one in records("experiments/efficient-capsnet-full.jsonl")) / 60
+    assert f"30 epochs took {minutes:.0f} minutes of one thread in the quickest of three trainings" in WORDS
+    (ten,) = records("experiments/cost-cpu.jsonl", "efficient-capsnet-10")
+    assert f"After 10 epochs one seed had {wrong(ten) / 100:.2f} %" in WORDS
+
+
+def test_recipes_after_three_epochs() -> None:
+    found = {one["row"]: wrong(one) for one in records("recipes-3-epochs.jsonl")}
+    assert len(found) == 8
+    assert sorted(found, key=lambda row: found[row])[:2] == ["loss-scale", "reconstruction-weight"]
+    fewest = f"({found['loss-scale']} and {found['reconstruction-weight']} against {found['paper']} of the text)"
+    assert f"made the fewest errors {fewest}" in WORDS
+    assert max(found.values()) == found["primary-scale"]
+    assert f"dividing the primary capsules by 32 the most ({found['primary-scale']})" in WORDS
+
+
+def test_affnist() -> None:
+    ours, theirs = (records("experiments/affnist-cpu.jsonl", row)[0] for row in ("capsnet", "baseline"))
+    placed = [wrong(one, "expanded-mnist") / 100 for one in (ours, theirs)]
+    lead = (wrong(theirs, "affnist-generated") - wrong(ours, "affnist-generated")) / 100
+    assert f"({placed[0]:.2f} % wrong against {placed[1]:.2f} %), and by {lead:.2f} points on transformed ones" in WORDS
