@@ -56,7 +56,8 @@ class Config(OutputOptions, MachineOptions, OptimisationOptions, LossOptions, Da
             object.__setattr__(self, "options", kind())
         if type(self.options) is not kind:
             raise InputError(f"options of model {self.model} must be {kind.__qualname__}; got {shown(self.options)}")
-        faults = out_of_range({name: x for name, x in self.flat().items() if name not in self.modules}, Config, kind)
+        modules = self.modules
+        faults = out_of_range({name: x for name, x in self.flat().items() if name not in modules}, Config, kind)
         if not faults:
             faults += self._contradictions()
         if not faults and self.preset != "paper" and not self._follows_preset(kind):

@@ -162,8 +162,9 @@ def classes_of_modules(name: str, options: Mapping[str, Any]) -> dict[str, str]:
     Raises:
         InputError: an unknown name.
     """
-    values = {option: options.get(option) for option in module_options(name)}
-    return {option: value for option, value in values.items() if isinstance(value, str) and "." in value}
+    dotted = {option: value for option, value in options.items() if isinstance(value, str) and "." in value}
+    taken = module_options(name) if dotted else ()
+    return {option: value for option, value in dotted.items() if option in taken}
 
 
 def check_modules(modules: Mapping[str, nn.Module], classes: Mapping[str, str], *, call: str, source: str = "") -> None:

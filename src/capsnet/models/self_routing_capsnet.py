@@ -99,7 +99,7 @@ class ConvCapsules(nn.Module):
         in_size: rows and columns of the grid below.
         stride: between windows.
 
-    Parameters:
+    Weights:
         weight `W [9 * types, dim, types, dim]`, uniform as the authors' code starts it, of each sign up to
         `sqrt(6 / (types * dim * dim))`; gates `G [9 * types, dim, types]` and `g [9 * types, types]`, both 0, as in
         `ClassGates`; norm weight and bias `[types * dim]`, 1 and 0.
