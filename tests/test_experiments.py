@@ -692,6 +692,22 @@ def test_a_curve_of_time_is_of_all_records_that_differ_in_epochs_and_seed(tmp_pa
         figures.error_by_time(cost, "cpu", tmp_path, speed=speed)
 
 
+def test_a_point_of_cost_is_a_row_at_the_speed_of_its_benchmark(tmp_path: Path) -> None:
+    one, folder = experiment("successors"), tmp_path / "experiments"
+    for key, seed, percent in (("vb", 0, 2.0), ("vb", 1, 4.0), ("em", 0, 8.0), ("resnet", 0, 1.0)):
+        config, fine = one.config(one.row(key), "cpu", 0), {"error_percent": percent, "wrong": 1, "total": 100}
+        made = replace(record(), experiment=one.name, row=key, seed=seed, fingerprint=fingerprint(config))
+        records.add(folder, replace(made, results={"mnist": fine}))
+    speed = tmp_path / "bench" / "successors.json"
+    assert not [*figures.draw(one, "cpu", folder, tmp_path)], "without a benchmark"
+    speed.parent.mkdir()
+    rows = [{"variant": key, "images_per_second": rate} for key, rate in (("vb", 500.0), ("em", 100.0))]
+    speed.write_text(json.dumps({"rows": rows}), encoding="utf-8")
+    assert [*figures.draw(one, "cpu", folder, tmp_path)] == [folder / "successors-cpu.png"]
+    axes: Any = figures.error_by_cost(one, "cpu", folder, speed=speed).axes[0]
+    assert {text.get_text(): text.xy for text in axes.texts} == {"em": (10.0, 8.0), "vb": (2.0, 3.0)}
+
+
 # the command line
 
 

@@ -18,7 +18,7 @@ from torch import Tensor
 from capsnet import plots
 from capsnet.checkpoints import pretrained, run_directory
 from capsnet.config import with_defaults
-from capsnet.data import Split
+from capsnet.data import Split, describe
 from capsnet.errors import InputError
 from capsnet.experiments import records
 from capsnet.experiments.plan import BUDGETS, Experiment, available, experiment
@@ -31,7 +31,7 @@ from capsnet.report import reconstruction_figure
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-__all__ = ["draw", "error_by_time", "main"]
+__all__ = ["draw", "error_by_cost", "error_by_time", "main"]
 
 LOOKED_AT = 400  # test images among which right and wrong ones to draw are looked for
 SPEED = Path(__file__).parents[1] / "results/bench/one-core.json"
@@ -70,6 +70,8 @@ def draw(
         yield plots.save(plots.errors_by_factor(masks, split.factors), path, command=command)
     if one.name == "cost":
         yield plots.save(error_by_time(one, budget, folder), path, command=command)
+    if (speed := speeds(folder, one.name)).is_file():
+        yield plots.save(error_by_cost(one, budget, folder, speed=speed), path, command=command)
 
 
 @styled
@@ -128,6 +130,45 @@ def error_by_time(one: Experiment, budget: str, folder: Path, *, speed: Path = S
     axes.xaxis.set_minor_locator(NullLocator())
     axes.legend()
     return figure
+
+
+@styled
+def error_by_cost(one: Experiment, budget: str, folder: Path, *, speed: Path) -> "Figure":
+    """Error on the test images against minutes of one core, a point for each row, a colour and mark for each network.
+
+    Minutes are those of the training steps, at the speed that the benchmark of the record `speed` measured.
+    """
+    rates = {row["variant"]: row["images_per_second"] for row in json.loads(speed.read_text())["rows"]}
+    errors = defaultdict[str, list[float]](list)
+    for record in records.read(folder, one.name, budget):
+        if record.row in rates and record.fingerprint == fingerprint(one.config(one.row(record.row), budget, 0)):
+            errors[record.row].append(record.error(one.metric))
+    figure = new(6.4, 4.4)
+    axes = figure.add_subplot()
+    models = list(dict.fromkeys(one.config(row, budget, 0).model for row in one.rows))
+    for row in one.rows:
+        if row.key not in errors:
+            continue
+        config, found = one.config(row, budget, 0), errors[row.key]
+        images = (config.train_images or describe(config.data).train) * (config.epochs or 0)
+        x, y, k = images / rates[row.key] / 60, fmean(found), models.index(config.model)
+        spread = stdev(found) if len(found) > 1 else 0.0
+        color = ORDER[k % len(ORDER)]
+        axes.errorbar(x, y, spread, fmt="os^Dv"[k // len(ORDER)], color=color, markersize=4, capsize=2)
+        axes.annotate(row.key, (x, y), (5, 3), textcoords="offset points", fontsize=7, color=color)
+    axes.set_xscale("log")
+    axes.set_yscale("log")
+    axes.set_xlabel("minutes of one core")
+    axes.set_ylabel(f"test error on {one.metric}, %")
+    for axis in (axes.xaxis, axes.yaxis):
+        axis.set_major_formatter("{x:g}")
+        axis.set_minor_formatter("{x:g}")
+    return figure
+
+
+def speeds(folder: Path, name: str) -> Path:
+    """Where the benchmark of the rows of an experiment is, beside the folder of its records."""
+    return folder.parent / "bench" / f"{name}.json"
 
 
 def _but_for_epochs(options: Mapping[str, Any]) -> dict[str, Any]:
