@@ -308,7 +308,8 @@ def _range(values: list[int]) -> str:
 
 
 def _lower(title: str) -> str:
-    return title if title[:4] == "Caps" else title[0].lower() + title[1:]
+    """A title inside a sentence; a first word with another capital letter is a name."""
+    return title if title.split()[0][1:].lower() != title.split()[0][1:] else title[0].lower() + title[1:]
 
 
 def _table(heads: list[str], rows: list[list[str]]) -> list[str]:
