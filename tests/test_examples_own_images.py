@@ -45,6 +45,7 @@ def test_a_tiny_one_runs_from_photographs_to_a_served_network(tmp_path: Path) ->
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(3000)
 @pytest.mark.skipif(not (REAL / "cifar10").exists(), reason=f"no cifar10 in {REAL}; set CAPSNET_DATA")
 def test_the_whole_one_learns(tmp_path: Path) -> None:
     scratch, _, tuned = (one["test"]["error_percent"] for one in ran(tmp_path)["commands"] if "test" in one)
