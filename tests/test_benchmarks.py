@@ -33,7 +33,7 @@ from capsnet.models import available, options_of
 from tiny import SIZES
 
 ROOT = Path(__file__).parent.parent
-README = (ROOT / "README.md").read_text(encoding="utf-8")
+COMMANDS = (ROOT / "docs" / "commands.md").read_text(encoding="utf-8")
 KEPT = sorted(
     path for path in (ROOT / "results" / "bench").glob("*.json") if path.stem not in ("peers", "gpu-training")
 )
@@ -585,8 +585,8 @@ def test_usage_is_explained(capsys: pytest.CaptureFixture[str], words: str) -> N
     assert words.split()[-1].lstrip("-") in told
 
 
-@pytest.mark.parametrize("line", [line for line in README.splitlines() if line.startswith("python -m benchmarks")])
-def test_the_commands_in_the_readme_parse(line: str, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("line", [line for line in COMMANDS.splitlines() if line.startswith("python -m benchmarks")])
+def test_the_commands_in_the_docs_parse(line: str, monkeypatch: pytest.MonkeyPatch) -> None:
     class Parsed(Exception):
         pass
 
