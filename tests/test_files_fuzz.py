@@ -205,6 +205,7 @@ def change_bytes(name: str, how: settings, run: Path, dataset: Dataset) -> None:
     change()
 
 
+@pytest.mark.usefixtures("unchecked")  # a whole number where there is one with a fraction is right, and no float
 @pytest.mark.parametrize("name", TREES)
 def test_wrong_values_are_one_line(name: str, run: Path, finished: Path, dataset: Dataset) -> None:
     change_values(name, FEW, run, finished, dataset)

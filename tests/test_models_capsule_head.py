@@ -374,7 +374,7 @@ def module() -> Net:
     return Net()
 
 
-@pytest.mark.usefixtures("workplace", "blank_figure")
+@pytest.mark.usefixtures("workplace", "blank_figure", "unchecked")
 def test_a_module_is_trained_kept_and_used(capsys: pytest.CaptureFixture[str]) -> None:
     backbone = module()
     before = {name: tensor.clone() for name, tensor in backbone.state_dict().items()}
@@ -420,7 +420,7 @@ def test_a_module_is_trained_kept_and_used(capsys: pytest.CaptureFixture[str]) -
         assert said.replace("CALL", call) in err
 
 
-@pytest.mark.usefixtures("workplace", "blank_figure")
+@pytest.mark.usefixtures("workplace", "blank_figure", "unchecked")
 def test_a_training_of_a_module_resumes_bit_for_bit(monkeypatch: pytest.MonkeyPatch) -> None:
     """From the middle of an epoch, with a module of other weights: those of the checkpoint take their place."""
     images = floats()
@@ -436,7 +436,7 @@ def test_a_training_of_a_module_resumes_bit_for_bit(monkeypatch: pytest.MonkeyPa
     assert same_weights("whole", "twice"), "the module that was given is not changed by a training"
 
 
-@pytest.mark.usefixtures("workplace", "blank_figure")
+@pytest.mark.usefixtures("workplace", "blank_figure", "unchecked")
 def test_a_trained_module_is_fine_tuned() -> None:
     images, labels = floats()
     first = fit(dataset=(images, labels), backbone=module(), out="run", **OWN | FEW)

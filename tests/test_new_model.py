@@ -64,6 +64,7 @@ def test_every_verb_takes_a_new_model(toy: None, workplace: Path, capsys: Captur
     assert main(["train", "--conv-channels", "3", "--model", "toy"]) == 2
 
 
+@pytest.mark.usefixtures("unchecked")
 @pytest.mark.parametrize(
     ("line", "changed", "error"),
     [
