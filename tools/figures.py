@@ -143,6 +143,8 @@ def error_by_cost(one: Experiment, budget: str, folder: Path, *, speed: Path) ->
     for record in records.read(folder, one.name, budget):
         if record.row in rates and record.fingerprint == fingerprint(one.config(one.row(record.row), budget, 0)):
             errors[record.row].append(record.error(one.metric))
+    from matplotlib.ticker import LogLocator, NullLocator
+
     figure = new(6.4, 4.4)
     axes = figure.add_subplot()
     models = list(dict.fromkeys(one.config(row, budget, 0).model for row in one.rows))
@@ -155,14 +157,15 @@ def error_by_cost(one: Experiment, budget: str, folder: Path, *, speed: Path) ->
         spread = stdev(found) if len(found) > 1 else 0.0
         color = ORDER[k % len(ORDER)]
         axes.errorbar(x, y, spread, fmt="os^Dv"[k // len(ORDER)], color=color, markersize=4, capsize=2)
-        axes.annotate(row.key, (x, y), (5, 3), textcoords="offset points", fontsize=7, color=color)
-    axes.set_xscale("log")
-    axes.set_yscale("log")
+        where = (5, 3) if len(axes.texts) % 2 else (5, -8)  # that neighbours do not lie on one another
+        axes.annotate(row.key, (x, y), where, textcoords="offset points", fontsize=7, color=color)
     axes.set_xlabel("minutes of one core")
     axes.set_ylabel(f"test error on {one.metric}, %")
-    for axis in (axes.xaxis, axes.yaxis):
+    for scale, axis in ((axes.set_xscale, axes.xaxis), (axes.set_yscale, axes.yaxis)):
+        scale("log")
         axis.set_major_formatter("{x:g}")
-        axis.set_minor_formatter("{x:g}")
+        axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axis.set_minor_locator(NullLocator())
     return figure
 
 
