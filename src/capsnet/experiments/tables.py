@@ -130,7 +130,7 @@ def comparisons(
     with_p = [k for k, test in enumerate(tests) if test.p is not None]
     corrected = dict(zip(with_p, holm([tests[k].p or 0.0 for k in with_p]), strict=True)) if len(with_p) > 1 else {}
     return [
-        f"{name}: {test.summary()}" + (f", corrected {corrected[k]:.2g}" if k in corrected else "")
+        f"{name}: {test.summary()}" + (f", corrected {max(corrected[k], 1e-300):.2g}" if k in corrected else "")
         for k, (name, test) in enumerate(zip(told, tests, strict=True))
     ]
 
