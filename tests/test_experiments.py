@@ -502,7 +502,10 @@ def test_p_values_are_corrected_where_there_are_several(tmp_path: Path) -> None:
     far = record("capsnet-3", wrong_images={"mnist": list(range(52))}, wrong=52)
     records.write(tmp_path, [first, other, far])
     lines = [line for line in render(experiment("table1"), tmp_path).splitlines() if " against CapsNet" in line]
-    assert [line.partition("p = ")[2] for line in lines] == ["0.00049, corrected 0.00098", "0.45, corrected 0.45"]
+    assert [line.partition("p = ")[2] for line in lines] == [
+        "0.00049, corrected p = 0.00098",
+        "0.45, corrected p = 0.45",
+    ]
 
 
 def test_rows_are_compared_at_the_budget_that_both_have(tmp_path: Path) -> None:

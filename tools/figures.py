@@ -24,7 +24,7 @@ from capsnet.experiments import records
 from capsnet.experiments.plan import BUDGETS, Experiment, available, experiment
 from capsnet.experiments.records import Record, effective, fingerprint
 from capsnet.experiments.reproduce import RECORDS, RUNS, place_of, split_of
-from capsnet.experiments.tables import SHOWN
+from capsnet.experiments.tables import SHOWN, benchmark_of
 from capsnet.plots.style import ORDER, new, styled
 from capsnet.report import reconstruction_figure
 
@@ -70,7 +70,7 @@ def draw(
         yield plots.save(plots.errors_by_factor(masks, split.factors), path, command=command)
     if one.name == "cost":
         yield plots.save(error_by_time(one, budget, folder), path, command=command)
-    if (speed := speeds(folder, one.name)).is_file():
+    if (speed := benchmark_of(folder, one.name)).is_file():
         yield plots.save(error_by_cost(one, budget, folder, speed=speed), path, command=command)
 
 
@@ -145,9 +145,10 @@ def error_by_cost(one: Experiment, budget: str, folder: Path, *, speed: Path) ->
             errors[record.row].append(record.error(one.metric))
     from matplotlib.ticker import LogLocator, NullLocator
 
-    figure = new(6.4, 4.4)
+    figure = new(8, 5.4)
     axes = figure.add_subplot()
     models = list(dict.fromkeys(one.config(row, budget, 0).model for row in one.rows))
+    points = dict[str, tuple[float, float, str]]()
     for row in one.rows:
         if row.key not in errors:
             continue
@@ -157,8 +158,7 @@ def error_by_cost(one: Experiment, budget: str, folder: Path, *, speed: Path) ->
         spread = stdev(found) if len(found) > 1 else 0.0
         color = ORDER[k % len(ORDER)]
         axes.errorbar(x, y, spread, fmt="os^Dv"[k // len(ORDER)], color=color, markersize=4, capsize=2)
-        where = (5, 3) if len(axes.texts) % 2 else (5, -8)  # that neighbours do not lie on one another
-        axes.annotate(row.key, (x, y), where, textcoords="offset points", fontsize=7, color=color)
+        points[row.key] = x, y, color
     axes.set_xlabel("minutes of one core")
     axes.set_ylabel(f"test error on {one.metric}, %")
     for scale, axis in ((axes.set_xscale, axes.xaxis), (axes.set_yscale, axes.yaxis)):
@@ -166,12 +166,31 @@ def error_by_cost(one: Experiment, budget: str, folder: Path, *, speed: Path) ->
         axis.set_major_formatter("{x:g}")
         axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
         axis.set_minor_locator(NullLocator())
+    _label(axes, points)
     return figure
 
 
-def speeds(folder: Path, name: str) -> Path:
-    """Where the benchmark of the rows of an experiment is, beside the folder of its records."""
-    return folder.parent / "bench" / f"{name}.json"
+BESIDE = [("left", 5, -3), ("right", -5, -3), ("center", 0, 5), ("center", 0, -11)]
+BESIDE += [(side, right, up) for up in (3, -9) for side, right in (("left", 4), ("right", -4))]
+"""Places of a name beside its point, nearest first: alignment, and points to the right and up."""
+
+
+def _label(axes: Any, points: Mapping[str, tuple[float, float, str]]) -> None:
+    """Write the name of each point beside it, where it lies on no other name and no point if there is such a place."""
+    from matplotlib.transforms import Bbox
+
+    axes.figure.canvas.draw()
+    at = axes.transData.transform([point[:2] for point in points.values()])
+    taken = [Bbox.from_bounds(x - 4, y - 4, 8, 8) for x, y in at]
+    for name, (x, y, color) in points.items():
+        text = axes.annotate(name, (x, y), (0, 0), textcoords="offset points", fontsize=7, color=color)
+        for side, right, up in BESIDE:
+            text.set_horizontalalignment(side)
+            text.xyann = right, up
+            box = text.get_window_extent()
+            if box.x0 > axes.bbox.x0 and not box.count_overlaps(taken):
+                break
+        taken.append(box)
 
 
 def _but_for_epochs(options: Mapping[str, Any]) -> dict[str, Any]:

@@ -23,6 +23,7 @@ __all__ = [
     "Summary",
     "TTest",
     "holm",
+    "in_words",
     "mcnemar",
     "one_sample",
     "paired_images",
@@ -103,7 +104,7 @@ class TTest:
         if self.p is None or self.interval is None:
             return f"{told}; no p value: the standard error is 0"
         low, high = self.interval
-        return f"{told}, 95 % interval {low:+.3f} to {high:+.3f}, p {_p(self.p)}"
+        return f"{told}, 95 % interval {low:+.3f} to {high:+.3f}, p {in_words(self.p)}"
 
 
 @dataclass(frozen=True)
@@ -127,7 +128,7 @@ class McNemar:
     def summary(self, first: str = "by the first", second: str = "by the second") -> str:
         """One line: `exact McNemar test: 12 images mistaken only by the first, 8 only by the second, p = 0.5`."""
         ours = f"{self.b:,} image{'s' * (self.b != 1)} mistaken only {first}"
-        return f"exact McNemar test: {ours}, {self.c:,} only {second}, p {_p(self.p)}"
+        return f"exact McNemar test: {ours}, {self.c:,} only {second}, p {in_words(self.p)}"
 
 
 def summarise(errors: Sequence[float]) -> Summary:
@@ -268,7 +269,7 @@ def wilson_interval(wrong: int, total: int) -> tuple[float, float]:
     return float(low), float(high)
 
 
-def _p(p: float) -> str:
+def in_words(p: float) -> str:
     """A p value in words: `= 0.012`; below what a float holds, `< 1e-300`."""
     return "< 1e-300" if p < 1e-300 else f"= {p:.2g}"
 

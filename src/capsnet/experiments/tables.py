@@ -9,6 +9,7 @@ from capsnet.evaluation.statistics import (
     McNemar,
     TTest,
     holm,
+    in_words,
     mcnemar,
     one_sample,
     paired_images,
@@ -23,13 +24,12 @@ from capsnet.experiments.reproduce import ENSEMBLE
 from capsnet.files import read_json
 from capsnet.options.schema import checked
 
-__all__ = ["SHOWN", "comparisons", "overview", "render"]
+__all__ = ["SHOWN", "benchmark_of", "comparisons", "overview", "render"]
 
 SHOWN = ("full", "cpu")
 """Budgets whose numbers mean something; of each row those of the first are shown that there are any of."""
 SEEDS = 2
-"""Up to so many, rows are compared over the test images: a t test over two seeds has an interval of 12.7 errors."""
-
+"""Up to so many, rows are compared over images: the 95 % interval of two seeds is 12.7 standard errors to each side."""
 EPOCH = 60_000
 """Images of an epoch in tables of costs: those of MNIST."""
 
@@ -130,7 +130,7 @@ def comparisons(
     with_p = [k for k, test in enumerate(tests) if test.p is not None]
     corrected = dict(zip(with_p, holm([tests[k].p or 0.0 for k in with_p]), strict=True)) if len(with_p) > 1 else {}
     return [
-        f"{name}: {test.summary()}" + (f", corrected {max(corrected[k], 1e-300):.2g}" if k in corrected else "")
+        f"{name}: {test.summary()}" + (f", corrected p {in_words(corrected[k])}" if k in corrected else "")
         for k, (name, test) in enumerate(zip(told, tests, strict=True))
     ]
 
@@ -194,6 +194,11 @@ def _line(one: Experiment, row: Row, ours: list[Record], others: list[str], *, m
     }
 
 
+def benchmark_of(folder: Path, name: str) -> Path:
+    """Where the benchmark of the rows of an experiment is, if there is one, for records in `folder`."""
+    return folder.parent / "bench" / f"{name}.json"
+
+
 @dataclass(frozen=True)
 class _Costs:
     """What training costs, of the rows of an experiment at the budget `cpu`, as a benchmark of them found."""
@@ -218,16 +223,15 @@ class _Costs:
     def said(self) -> str:
         """What the cells are, and the command."""
         return (
-            "Multiply-adds of one image forward, in convolutions and matrix products; training on "
-            f"{EPOCH:,} images, on one thread; memory that a step adds to weights and images: "
-            f"`{self.record['command']}`, on "
-            f"{self.record['device']}, torch {self.record['torch']}."
+            f"Multiply-adds of one image forward, in convolutions and matrix products; training on {EPOCH:,} images, "
+            f"on one thread; memory that a step adds to weights and images: `{self.record['command']}`, "
+            f"on {self.record['device']}, torch {self.record['torch']}."
         )
 
 
 def _costs(one: Experiment, folder: Path) -> _Costs:
     """The record of the benchmark of an experiment, beside the folder of its records; empty where there is none."""
-    path = folder.parent / "bench" / f"{one.name}.json"
+    path = benchmark_of(folder, one.name)
     return _Costs(checked(read_json(path), dict[str, Any], source=f"record {path}") if path.is_file() else {})
 
 
