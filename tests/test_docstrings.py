@@ -4,6 +4,7 @@ import doctest
 import re
 from importlib import import_module
 from pathlib import Path
+from types import FunctionType
 from typing import Any
 
 import numpy as np
@@ -11,6 +12,7 @@ import pytest
 import torch
 
 import capsnet
+from test_site import members
 
 SOURCE = Path(capsnet.__file__).parent
 MODULES = [
@@ -39,12 +41,12 @@ def test_the_examples_run(name: str, workplace: Path, monkeypatch: pytest.Monkey
         assert failed == 0, each.name
 
 
-@pytest.mark.parametrize("part", ["functional", "routing", "layers"])
-def test_what_computes_has_an_example(part: str) -> None:
-    without = {"BatchNorm", "check_iterations", "full_precision", "is_ordinary", "is_transformed"}
-    module = getattr(capsnet, part)
-    for name in set(module.__all__) - without:
-        if callable(each := getattr(module, name)) and each.__module__ == module.__name__:
+def test_every_public_name_has_an_example() -> None:
+    public = members(capsnet)
+    public |= {f"{part}.{name}": each for part, module in public.items() for name, each in members(module).items()}
+    fetched = {"from_pretrained"}  # from another host
+    for name in public.keys() - fetched:
+        if isinstance(each := public[name], type | FunctionType):
             assert ">>> " in (each.__doc__ or ""), name
 
 
@@ -53,8 +55,3 @@ def test_sections_have_the_names_that_the_reference_reads() -> None:
     for path in sorted(SOURCE.rglob("*.py")):
         code = path.read_text(encoding="utf-8")
         assert not re.findall(r"^ +(?:Example|Parameters|Return|Raise|Yield):$", code, re.MULTILINE), path.name
-
-
-def test_what_trains_has_an_example() -> None:
-    for each in (capsnet.fit, capsnet.resume, capsnet.Network):
-        assert ">>> " in (each.__doc__ or ""), each.__name__

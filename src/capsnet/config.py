@@ -44,6 +44,12 @@ class Config(OutputOptions, MachineOptions, OptimisationOptions, LossOptions, Da
 
     Raises:
         InputError: options out of their range; all of them are named.
+
+    Examples:
+        >>> Config(epochs=5).batch_size
+        128
+        >>> Config.of(model="vb-capsnet", capsule_types=(8,)).options.capsule_types
+        (8,)
     """
 
     preset: Literal["paper", "authors", "fast"] = "paper"

@@ -41,7 +41,13 @@ LARGE = 2.0**32
 
 
 def full_precision(device: torch.device) -> AbstractContextManager[object]:
-    """A context in which autocast leaves the types alone, for what must be computed in float32."""
+    """A context in which autocast leaves the types alone, for what must be computed in float32.
+
+    Examples:
+        >>> with torch.autocast("cpu", dtype=torch.bfloat16), full_precision(torch.device("cpu")):
+        ...     print((torch.ones(2, 2) @ torch.ones(2, 2)).dtype)
+        torch.float32
+    """
     if torch.amp.is_autocast_available(device.type):
         return torch.autocast(device.type, enabled=False)
     return nullcontext()
@@ -58,13 +64,23 @@ def at_least_float32(x: Tensor) -> Tensor:
 
 
 def is_ordinary(tensor: Tensor) -> bool:
-    """Whether `tensor` holds numbers that can be looked at: nothing exports, compiles or transforms it."""
+    """Whether `tensor` holds numbers that can be looked at: nothing exports, compiles or transforms it.
+
+    Examples:
+        >>> is_ordinary(torch.ones(2))
+        True
+    """
     tracing = torch.compiler.is_compiling() or is_transformed()
     return type(tensor) in (Tensor, nn.Parameter) and not tracing
 
 
 def is_transformed() -> bool:
-    """Whether a transform of torch.func (vmap, grad, jvp, ...) or `torch.jit.trace` is under way."""
+    """Whether a transform of torch.func (vmap, grad, jvp, ...) or `torch.jit.trace` is under way.
+
+    Examples:
+        >>> is_transformed()
+        False
+    """
     traced = not torch.compiler.is_compiling() and torch._C._is_tracing()  # the compiler cannot ask this
     return bool(torch._C._are_functorch_transforms_active() or traced)
 

@@ -21,7 +21,12 @@ __all__ = ["BatchNorm", "ClassCapsules", "Convolution", "Decoder", "PrimaryCapsu
 
 
 class BatchNorm(nn.BatchNorm2d):
-    """Batch normalisation, by the running statistics where a batch has but one value for each channel."""
+    """Batch normalisation, by the running statistics where a batch has but one value for each channel.
+
+    Examples:
+        >>> BatchNorm(3)(torch.rand(1, 3, 1, 1)).shape
+        torch.Size([1, 3, 1, 1])
+    """
 
     def forward(self, x: Tensor) -> Tensor:
         """`x [batch, channels, rows, columns]`, normalised."""

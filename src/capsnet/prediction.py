@@ -42,6 +42,12 @@ class Prediction:
         notes: what else is to be told: that the image is empty, or what reading it lost or changed.
         image: as the network saw it, `float32 [channels, height, width]` in [0, 1].
         reconstruction: of the same shape, None without a decoder.
+
+    Examples:
+        >>> from capsnet.prediction import predict
+        >>> [found] = predict(load("capsnet-mnist"), load_split("strokes", "test").images[0, 0].numpy())
+        >>> found.label, found.runner_up, round(found.presence, 1)
+        ('5', '2', 0.9)
     """
 
     name: str

@@ -599,7 +599,14 @@ def couplings_of(
 
 
 def check_iterations(iterations: int) -> None:
-    """Raise InputError unless there are 1 to `MOST_ITERATIONS` routing iterations."""
+    """Raise InputError unless there are 1 to `MOST_ITERATIONS` routing iterations.
+
+    Examples:
+        >>> check_iterations(0)
+        Traceback (most recent call last):
+            ...
+        capsnet.errors.InputError: routing iterations must be at least 1; got 0
+    """
     if not 1 <= iterations <= MOST_ITERATIONS:
         rule = "least 1" if iterations < 1 else f"most {MOST_ITERATIONS}"
         raise InputError(f"routing iterations must be at {rule}; got {shown(iterations)}")

@@ -125,6 +125,12 @@ class Dataset:
     Raises:
         InputError: a label outside `[0, len(classes))`, a split without images, splits that differ in shape, an image
             that shows one class twice, or pairs of images that are all of one class.
+
+    Examples:
+        >>> images = torch.zeros(4, 1, 8, 8, dtype=torch.uint8)
+        >>> split = Split(images, torch.tensor([0, 1, 0, 1]))
+        >>> Dataset("mine", ("dark", "light"), train=split, test=split).image_shape
+        (1, 8, 8)
     """
 
     name: str

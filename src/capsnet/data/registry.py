@@ -55,6 +55,12 @@ class Entry:
         placed: see `Dataset`.
         where: its files on this machine, unverified; empty where there are none, or where none are needed.
         missing: names of files that are not on this machine; empty where none are.
+
+    Examples:
+        >>> from capsnet.data import describe
+        >>> about = describe("cifar10")
+        >>> about.image_shape, about.train, about.classes[:2]
+        ((3, 32, 32), 50000, ('airplane', 'automobile'))
     """
 
     name: str

@@ -43,6 +43,14 @@ class Evaluation:
         wrong: number of images given a wrong class; where they show several, of those whose set of classes is not
             exactly right.
         objects_per_image: number of objects, of different classes, in every image.
+
+    Examples:
+        >>> from capsnet.evaluation import Predictions
+        >>> scores = torch.tensor([[0.9, 0.1], [0.2, 0.7], [0.6, 0.5]])
+        >>> found = Predictions(scores, torch.tensor([0, 1, 1]), scores.argmax(-1), torch.zeros(3, 3), None)
+        >>> evaluation = Evaluation.of(found, ("cat", "dog"))
+        >>> evaluation.wrong, evaluation.confusion
+        (1, ((1, 0), (1, 1)))
     """
 
     confusion: tuple[tuple[int, ...], ...]
@@ -181,6 +189,12 @@ class Calibration:
         accuracies: share of right predictions in each bin; None where it is empty.
         error: expected calibration error: mean of |accuracy - score| over the bins, weighted by counts, in [0, 1]
             (Guo et al. 2017, "On Calibration of Modern Neural Networks", arXiv 1706.04599, eq. 3).
+
+    Examples:
+        >>> from capsnet.evaluation import calibration
+        >>> found = calibration(torch.tensor([0.9, 0.8, 0.6]), torch.tensor([True, True, False]))
+        >>> round(found.error, 2)
+        0.3
     """
 
     edges: tuple[float, ...]

@@ -29,6 +29,15 @@ class Predictions(NamedTuple):
         losses: total, classification and unweighted reconstruction loss, see `Losses`, `float32 [n, 3]`.
         reconstruction_errors: sum of squared differences between each image and its reconstruction from the longest
             capsule `[n]`; None without a decoder, and for images of several objects.
+
+    Examples:
+        >>> scores = torch.tensor([[0.9, 0.1], [0.2, 0.7], [0.6, 0.5]])
+        >>> found = Predictions(scores, torch.tensor([0, 1, 1]), scores.argmax(-1), torch.zeros(3, 3), None)
+        >>> found.wrong
+        tensor([False, False,  True])
+        >>> found.confusion
+        tensor([[1, 0],
+                [1, 1]])
     """
 
     scores: Tensor

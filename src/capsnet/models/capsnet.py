@@ -82,7 +82,15 @@ class Options:
 
 
 class CapsNet(VectorCapsuleNetwork):
-    """Convolution and ReLU, primary capsules, class capsules, and a decoder if there is one (Figures 1 and 2)."""
+    """Convolution and ReLU, primary capsules, class capsules, and a decoder if there is one (Figures 1 and 2).
+
+    Examples:
+        >>> network = create("capsnet", conv_channels=8, capsule_types=2)
+        >>> type(network).__name__, network.in_capsules
+        ('CapsNet', 72)
+        >>> network(torch.rand(3, 1, 28, 28)).pose.shape
+        torch.Size([3, 10, 16])
+    """
 
     primary: PrimaryCapsules
     class_capsules: ClassCapsules

@@ -50,6 +50,11 @@ class Output(NamedTuple):
             height, width]`, each object alone, from a network for images of k objects.
         pose: class capsules' vectors `[batch, classes, dim]`, or None without capsules.
         couplings: of the last routing iteration `[batch, in, classes]`, or None without capsules.
+
+    Examples:
+        >>> output = create("capsnet", conv_channels=8, capsule_types=2)(torch.rand(2, 1, 28, 28))
+        >>> output.scores.shape, output.pose.shape, output.couplings.shape
+        (torch.Size([2, 10]), torch.Size([2, 10, 16]), torch.Size([2, 72, 10]))
     """
 
     scores: Tensor
@@ -66,6 +71,12 @@ class RoutingTrace(NamedTuple):
         votes: `[batch, in, classes, dim]`.
         couplings: `[iterations, batch, in, classes]`; what they sum to is said by the routing function.
         pose: class capsules after each iteration `[iterations, batch, classes, dim]`.
+
+    Examples:
+        >>> network = create("capsnet", conv_channels=8, capsule_types=2)
+        >>> trace = network.trace_routing(torch.rand(2, 1, 28, 28))
+        >>> trace.votes.shape, trace.pose.shape
+        (torch.Size([2, 72, 10, 16]), torch.Size([3, 2, 10, 16]))
     """
 
     activation: Tensor
@@ -243,6 +254,13 @@ class CapsuleNetwork(Network):
         routing_iterations: number of routing iterations.
         leaky: whether the couplings of a capsule may sum to less than 1, the rest going to "none of the above".
         couplings_sum_to_one: whether they are shares; else they may be negative.
+
+    Examples:
+        >>> network = create("capsnet", conv_channels=8, capsule_types=2)
+        >>> isinstance(network, CapsuleNetwork), network.routing_iterations
+        (True, 3)
+        >>> network.trace_routing(torch.rand(2, 1, 28, 28)).couplings.shape
+        torch.Size([3, 2, 72, 10])
     """
 
     leaky: bool = False
@@ -400,6 +418,10 @@ def inference_batch(network: Network, *, at_most: int | None = None) -> int:
     """Images at a time without gradients: 256, or as many as take no more memory than 256 of 40 x 40 pixels.
 
     No more than `at_most`, if it is given.
+
+    Examples:
+        >>> inference_batch(create("capsnet", conv_channels=8, capsule_types=2))
+        256
     """
     _, height, width = network.image_shape
     return max(1, min(256, 256 * LARGE_IMAGE // (height * width), at_most or 256))
@@ -410,6 +432,14 @@ def evaluation_mode(network: nn.Module) -> Iterator[None]:
     """Inside, `network` is in evaluation mode; afterwards, also after an error, each of its modules is as it was.
 
     Threads may evaluate one network at the same time: the last one that leaves restores the modes.
+
+    Examples:
+        >>> network = create("capsnet", conv_channels=8, capsule_types=2)
+        >>> with evaluation_mode(network):
+        ...     print(network.training)
+        False
+        >>> network.training
+        True
     """
     modules = list(network.modules())
     with _lock:

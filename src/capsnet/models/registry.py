@@ -36,7 +36,12 @@ __all__ = [
 
 
 def available(pattern: str = "*") -> list[str]:
-    """Names of the networks that match a shell pattern, sorted: `available("caps*")`."""
+    """Names of the networks that match a shell pattern, sorted: `available("caps*")`.
+
+    Examples:
+        >>> "capsnet" in available(), available("efficient*")
+        (True, ['efficient-capsnet', 'efficient-cnn'])
+    """
     folders = import_module("capsnet.models").__path__
     names = (module.name.replace("_", "-") for module in pkgutil.iter_modules(folders))
     return sorted(fnmatch.filter((name for name in names if name not in ("network", "registry")), pattern))
@@ -53,6 +58,10 @@ def options_of(name: str) -> Any:
 
     Raises:
         InputError: an unknown name.
+
+    Examples:
+        >>> options_of("capsnet")().routing_iterations
+        3
     """
     return _file(name).Options
 
@@ -71,6 +80,10 @@ def summary(name: str) -> str:
 
     Raises:
         InputError: an unknown name.
+
+    Examples:
+        >>> summary("resnet")
+        'ResNet-20 of He, Zhang, Ren, Sun (CVPR 2016, arXiv 1512.03385, Section 4.2), the control of capsule heads.'
     """
     return str(_file(name).__doc__).splitlines()[0]
 
@@ -146,13 +159,22 @@ def module_options(name: str) -> list[str]:
 
     Raises:
         InputError: an unknown name.
+
+    Examples:
+        >>> module_options("capsule-head")
+        ['backbone']
     """
     taken = signature(_file(name).build).parameters
     return [each.name for each in fields(options_of(name)) if each.name in taken]
 
 
 def class_name(module: nn.Module) -> str:
-    """The full name of a module's class, which has a dot; no value of an option has one."""
+    """The full name of a module's class, which has a dot; no value of an option has one.
+
+    Examples:
+        >>> class_name(nn.ReLU())
+        'torch.nn.modules.activation.ReLU'
+    """
     return f"{type(module).__module__}.{type(module).__qualname__}"
 
 
@@ -161,6 +183,10 @@ def classes_of_modules(name: str, options: Mapping[str, Any]) -> dict[str, str]:
 
     Raises:
         InputError: an unknown name.
+
+    Examples:
+        >>> classes_of_modules("capsule-head", {"backbone": "mine.Net", "routing": "uniform"})
+        {'backbone': 'mine.Net'}
     """
     dotted = {option: value for option, value in options.items() if isinstance(value, str) and "." in value}
     taken = module_options(name) if dotted else ()
@@ -171,6 +197,12 @@ def check_modules(modules: Mapping[str, nn.Module], classes: Mapping[str, str], 
     """Raise InputError unless `modules` are given for just those options that hold the name of a class, `classes`.
 
     `call` is where they must be given, such as `capsnet.load(path`, and `source` a file that asks for them.
+
+    Examples:
+        >>> check_modules({}, {"backbone": "mine.Net"}, call="capsnet.load(path")
+        Traceback (most recent call last):
+            ...
+        capsnet.errors.InputError: backbone must be given in Python, as in capsnet.load(path, backbone=module); ...
     """
     where = f"{source}: " if source else ""
     for option, kind in classes.items():
@@ -192,6 +224,11 @@ def alike(network: Network, **options: Any) -> Network:
 
     Raises:
         InputError: see `create`.
+
+    Examples:
+        >>> network = create("capsnet", conv_channels=8, capsule_types=2)
+        >>> alike(network, routing_iterations=1).routing_iterations
+        1
     """
     here = torch.empty(0).device
     given = {option: deepcopy(module).to(here) for option, module in network.given.items()}

@@ -65,6 +65,12 @@ class Result:
         figure: inputs beside their reconstructions, or None without a decoder.
         report: the page with everything, or None where it was not asked for.
         network: the trained network, on the CPU and in evaluation mode.
+
+    Examples:
+        >>> from capsnet.config import Config
+        >>> result = fit(Config.of(epochs=1, train_images=64, conv_channels=8, capsule_types=2, report=False))
+        >>> result.epochs, result.test.total, result.tested
+        (1, 2000, 'test')
     """
 
     directory: Path
