@@ -69,7 +69,7 @@ def architecture(network: CapsNet) -> str:
             360,
             "primary capsules",
             f"{primary.types} x {rows} x {columns} = {primary.capsules:,} of {in_dim}-D",
-            f"{primary.conv.kernel_size} x {primary.conv.kernel_size}, step {primary.conv.stride}",
+            f"{primary.conv.kernel_size} x {primary.conv.kernel_size}, stride {primary.conv.stride}",
             _maps(350, 48, 6),
         ),
         (
