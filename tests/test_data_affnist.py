@@ -1,5 +1,6 @@
 import io
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from capsnet import data
 from capsnet.data import Split
 from capsnet.data.sets import affnist_generated
 from capsnet.data.sets.affnist import parse
-from capsnet.data.sets.affnist_generated import FACTORS, generated, transform
+from capsnet.data.sets.affnist_generated import FACTORS, generated, in_place, transform
 from capsnet.data.sets.expanded_mnist import padded, placed
 from capsnet.errors import InputError
 from tiny import REAL
@@ -151,6 +152,19 @@ def test_same_seed_same_bytes_and_true_factors() -> None:
     assert all(values.dtype == torch.float32 for values in first.factors.values())
     assert torch.equal(transform(split.images, first.factors), first.images)
     assert torch.equal(first.labels, split.labels)
+
+
+def test_in_place_images_keep_their_size_and_centre_and_have_the_factors_of_the_generated_set() -> None:
+    split = digits(30, size=28)
+    made, moved = in_place(split, seed=5), generated(split, seed=5)
+    assert set(made.factors) == set(FACTORS)
+    for name in FACTORS:
+        assert torch.equal(made.factors[name], moved.factors[name])
+    still = {**made.factors, **dict.fromkeys(SHIFTS, torch.zeros(30))}
+    assert torch.equal(made.images, transform(split.images, still, size=28))
+    assert torch.equal(made.labels, split.labels)
+    tall = replace(split, images=split.images[:, :, 1:-1])  # two rows of black less
+    assert torch.equal(in_place(tall, seed=5).images, made.images[:, :, 1:-1])
 
 
 def test_factors_are_uniform_in_their_ranges_and_independent() -> None:

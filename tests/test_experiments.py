@@ -5,7 +5,7 @@ import math
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, cast, get_args
 
 import pytest
 import torch
@@ -14,11 +14,25 @@ from capsnet.checkpoints import pretrained, run_directory
 from capsnet.cli import main
 from capsnet.config import PRESETS, Config
 from capsnet.data import Dataset, Split
+from capsnet.data.sets.affnist_generated import in_place
 from capsnet.errors import Diverged, InputError, Interrupted
+from capsnet.evaluation import predict_split
 from capsnet.evaluation.ensemble import Ensemble, ensemble_scores
-from capsnet.experiments import BUDGETS, Experiment, Record, Row, available, experiment, fingerprint, read, records
+from capsnet.experiments import (
+    BUDGETS,
+    Experiment,
+    Record,
+    Row,
+    available,
+    experiment,
+    fingerprint,
+    measures,
+    read,
+    records,
+)
 from capsnet.experiments import plan as plans
 from capsnet.experiments import reproduce as reproduction
+from capsnet.experiments.measures import MEASURES
 from capsnet.experiments.reproduce import ENSEMBLE, place_of, reproduce, split_of
 from capsnet.experiments.tables import overview, render
 from capsnet.training import fit as training
@@ -307,6 +321,49 @@ def test_a_data_set_that_came_later_is_measured_without_training(
     assert later[0].results["other"] == first[0].results["other"]
 
 
+def test_further_measures_are_those_of_the_network_and_made_without_training(
+    small: Experiment, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An attack of epsilon 0, and images that take the place of KMNIST's, have known answers."""
+    (first,) = reproduce(replace(small, measures=("pgd",)), budget="cpu", seeds=1, rows=["one"])
+    assert first.measures["pgd"] >= first.error("some")
+    monkeypatch.setattr(training, "fit", None)
+    monkeypatch.setattr(measures, "EPSILON", 0.0)
+    config = small.config(small.row("one"), "cpu", 0)
+    split, network = split_of(config, "some"), pretrained.load(place_of(config))
+    monkeypatch.setitem(MEASURES, "ood", replace(MEASURES["ood"], other="some"))
+    whole = replace(small, measures=("affine", "pgd", "ood"))
+    (later,) = reproduce(whole, budget="cpu", seeds=1, rows=["one"])
+    assert replace(later, measures={}) == replace(first, measures={})
+    wrong = predict_split(network, in_place(split, seed=0)).wrong
+    expected = {"affine": 100 * float(wrong.double().mean()), "pgd": later.error("some"), "ood": 0.5}
+    assert later.measures == pytest.approx(expected)
+    monkeypatch.setattr(reproduction, "predict_split", None)  # nothing is measured twice
+    assert reproduce(whole, budget="cpu", seeds=1, rows=["one"]) == [later]
+
+
+def test_a_measure_whose_images_are_not_here_is_left_out(small: Experiment, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(MEASURES, "ood", replace(MEASURES["ood"], other="absent"))
+    found = reproduce(replace(small, measures=("ood", "affine")), budget="cpu", seeds=1, rows=["one"])
+    assert set(found[0].measures) == {"affine"}
+
+
+def test_the_presence_of_the_class_tells_known_images_from_blank_ones(small: Experiment) -> None:
+    """Images that a network finds no class in count as told apart, not the other way round."""
+    reproduce(small, budget="cpu", seeds=1, rows=["one"])
+    config = small.config(small.row("one"), "cpu", 0)
+    network, split = pretrained.load(place_of(config)), split_of(config, "some")
+    winning = predict_split(network, split).winning
+    most, least = (winning.argsort(descending=down)[:10] for down in (True, False))
+    assert MEASURES["ood"].of(network, config, split.take(most), split.take(least)) == 1.0
+
+
+def test_every_further_measure_has_a_name_in_the_files_of_experiments() -> None:
+    assert set(MEASURES) == set(get_args(plans.MeasureName))
+    for one in map(experiment, available()):
+        assert set(one.measures) <= set(MEASURES)
+
+
 def test_what_others_recorded_in_the_meantime_stays(small: Experiment, monkeypatch: pytest.MonkeyPatch) -> None:
     fit = training.fit
 
@@ -546,6 +603,20 @@ def test_costs_stand_beside_the_rows_that_a_benchmark_measured(tmp_path: Path) -
     full = replace(record(), experiment="successors", row="vb", budget="full", fingerprint=fingerprint(config))
     records.write(folder, [full])
     assert lines_of(render(one, folder))[name][-3:] != ["4.9", "400", "100"], "which are of the other budget"
+
+
+def test_further_measures_stand_in_columns_with_what_they_are_below(tmp_path: Path) -> None:
+    one = replace(experiment("table1"), measures=("affine", "pgd", "ood"))
+    now = fingerprint(one.config(one.row(MAIN_KEY), "cpu", 0))
+    for seed, error in enumerate((20.0, 30.0)):
+        measured = {"affine": error, "ood": 0.5 + error / 100}
+        records.add(tmp_path, record(seed=seed, fingerprint=now, measures=measured))
+    table = render(one, tmp_path)
+    assert "| transformed | AUROC, KMNIST |" in table
+    assert "| 25.0 % | 0.750 |" in table
+    assert "attacked" not in table
+    assert MEASURES["ood"].said in table
+    assert MEASURES["pgd"].said not in table
 
 
 def test_measures_of_pairs_stand_in_columns_of_their_own(tmp_path: Path) -> None:

@@ -74,6 +74,11 @@ def test_records_of_another_clone_are_added_once(tmp_path: Path, capsys: pytest.
     assert campaign.main(["--results", str(ours), "--merge", str(theirs)]) == 0
     assert capsys.readouterr().out == "0 records added\n"
     assert all(one.seconds != 1.0 for one in read(ours, "table1", "cpu"))
+    more = replace(record("table1", "capsnet-3", "cpu", 1), measures={"pgd": 50.0})  # says more than ours
+    records.add(theirs, more)
+    assert campaign.main(["--results", str(ours), "--merge", str(theirs)]) == 0
+    assert capsys.readouterr().out == "1 records added\n"
+    assert more in read(ours, "table1", "cpu")
 
 
 def test_what_stops_it_is_one_line(

@@ -63,7 +63,7 @@ def missing(one: Item, folder: Path) -> list[tuple[str, int]]:
 
 
 def merge(others: Path, folder: Path) -> int:
-    """Add the records in the folder `others` of networks that have none in `folder`, and say how many those were.
+    """Take the records in the folder `others` that `folder` lacks or that say more, and return how many those were.
 
     Raises:
         InputError: a file of records is damaged, or cannot be written.
@@ -71,12 +71,17 @@ def merge(others: Path, folder: Path) -> int:
     added = 0
     for name in available():
         for budget in BUDGETS:
-            known = {records.identity(record) for record in records.read(folder, name, budget)}
+            known = {records.identity(record): _measured(record) for record in records.read(folder, name, budget)}
             for record in records.read(others, name, budget):
-                if records.identity(record) not in known:
+                if known.get(records.identity(record), set()) < _measured(record):
                     records.add(folder, record)
                     added += 1
     return added
+
+
+def _measured(record: records.Record) -> set[str]:
+    """What a record says of its network: data sets it was tested on, and further measures."""
+    return {*record.results, *record.measures}
 
 
 def main(arguments: Sequence[str]) -> int:

@@ -18,6 +18,7 @@ __all__ = ["BUDGETS", "Experiment", "Row", "available", "experiment", "read"]
 
 BUDGETS = ("quick", "cpu", "full")
 """From a proof that it works, in minutes, to the published sizes."""
+MeasureName = Literal["affine", "pgd", "ood"]
 QUICK: dict[str, dict[str, Any]] = {
     "capsnet": {"conv_channels": 16, "capsule_types": 4, "decoder_sizes": [64, 64]},
     "efficient-capsnet": {"conv_channels": [8, 8, 8, 16], "decoder_sizes": [64, 64]},
@@ -77,6 +78,7 @@ class Experiment:
         split: the images that its numbers are of; `validation` for a study that is to choose something.
         paper_data: test images that the papers' numbers are of, where they are others.
         also: further data sets that every network is tested on; those that are not on this machine are left out.
+        measures: further columns, see `measures.MEASURES`; left out likewise where they take a further data set.
         ensemble: row whose seeds are combined into one more row, and the paper's number for it.
         seeds: trainings of each row in the paper; the default of `capsnet reproduce`.
     """
@@ -94,6 +96,7 @@ class Experiment:
     split: Literal["test", "validation"] = "test"
     paper_data: str = ""
     also: tuple[str, ...] = ()
+    measures: tuple[MeasureName, ...] = ()
     ensemble: tuple[str, float | None] | None = None
     seeds: int = 3
 

@@ -8,6 +8,7 @@ from typing import Any
 
 from capsnet.config import Config, roles, with_defaults
 from capsnet.errors import InputError
+from capsnet.experiments.plan import MeasureName
 from capsnet.files import parse_json, read_text, write_atomically
 from capsnet.options import LOCAL
 from capsnet.options.schema import checked
@@ -26,6 +27,7 @@ class Record:
         fingerprint: of the configuration, see `fingerprint`.
         seed: of the training; None for an ensemble.
         members: seeds of an ensemble's networks.
+        measures: by name, see `measures.MEASURES`.
         epochs: passes over the training images that were made.
         parameters: of the network.
         results: by data set: error in percent, wrong and total test images, and for images of several objects those
@@ -49,6 +51,7 @@ class Record:
     config: dict[str, Any]
     environment: dict[str, Any]
     members: list[int] = field(default_factory=list)
+    measures: dict[MeasureName, float] = field(default_factory=dict)
 
     def error(self, data: str) -> float:
         """Error in percent on the test images of a data set.

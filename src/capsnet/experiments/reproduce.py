@@ -15,7 +15,8 @@ from capsnet.errors import Diverged, InputError, Interrupted
 from capsnet.evaluation import Evaluation, predict_split
 from capsnet.evaluation.ensemble import Ensemble, ensemble_scores
 from capsnet.experiments import records
-from capsnet.experiments.plan import Experiment, Row
+from capsnet.experiments.measures import MEASURES
+from capsnet.experiments.plan import Experiment, MeasureName, Row
 from capsnet.experiments.records import Record, fingerprint
 from capsnet.models import Network
 from capsnet.training import fit as training
@@ -57,7 +58,10 @@ def reproduce(
         raise InputError(f"seeds must be at least 1; got {seeds}")
     chosen = [experiment.row(key) for key in rows] or list(experiment.rows)
     found, diverged = records.read(folder, experiment.name, budget), list[str]()
-    also = [name for name in experiment.also if is_here(name, machine_options.get("data_dir"))]
+    data_dir = machine_options.get("data_dir")
+    also = [name for name in experiment.also if is_here(name, data_dir)]
+    others = {name: MEASURES[name].other for name in experiment.measures}
+    measures = [name for name, other in others.items() if other is None or is_here(other, data_dir)]
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -65,7 +69,7 @@ def reproduce(
     for seed in range(seeds):
         for row in chosen:
             config = replace(experiment.config(row, budget, seed), **machine_options)
-            if _known(found, row.key, config, also):
+            if _known(found, row.key, config, also, measures):
                 continue
             say(f"{experiment.name} {row.key}, seed {seed} ({budget}): {place_of(config, runs_folder)}")
             try:
@@ -77,7 +81,7 @@ def reproduce(
             except Interrupted as stop:
                 where = str(stop).partition(";")[0]
                 raise Interrupted(f"{where}; the same command continues it", stop.signal_number) from None
-            found = records.add(folder, _measured(experiment, row, budget, config, directory, also))
+            found = records.add(folder, _measured(experiment, row, budget, config, directory, also, measures))
     if experiment.ensemble and seeds > 1 and experiment.ensemble[0] in [row.key for row in chosen]:
         together = _together(experiment, budget, seeds, found, runs_folder, say, **machine_options)
         found = found if together is None else records.add(folder, together)
@@ -96,10 +100,13 @@ def place_of(config: Config, runs_folder: Path = RUNS) -> Path:
     return runs_folder / f"{config.data}-{config.model}-{fingerprint(config)}-seed{config.seed}"
 
 
-def _known(found: Sequence[Record], key: str, config: Config, data: Sequence[str]) -> bool:
-    """Whether there is a record of this network, with results on all of `data`."""
+def _known(
+    found: Sequence[Record], key: str, config: Config, data: Sequence[str], measures: Sequence[MeasureName]
+) -> bool:
+    """Whether there is a record of this network, with results on all of `data` and all of `measures`."""
     wanted = key, fingerprint(config), config.seed
-    return any((one.row, one.fingerprint, one.seed) == wanted and set(data) <= set(one.results) for one in found)
+    ours = [one for one in found if (one.row, one.fingerprint, one.seed) == wanted]
+    return any(set(data) <= set(one.results) and set(measures) <= set(one.measures) for one in ours)
 
 
 def _trained(config: Config, runs_folder: Path) -> Path:
@@ -120,7 +127,13 @@ def _trained(config: Config, runs_folder: Path) -> Path:
 
 
 def _measured(
-    experiment: Experiment, row: Row, budget: str, config: Config, directory: Path, also: Sequence[str]
+    experiment: Experiment,
+    row: Row,
+    budget: str,
+    config: Config,
+    directory: Path,
+    also: Sequence[str],
+    measures: Sequence[MeasureName],
 ) -> Record:
     """The record of a finished training, measured on all test images of its own data set, the metric's and `also`."""
     run = run_directory.Run(directory)
@@ -137,6 +150,12 @@ def _measured(
         judged = Evaluation.of(found, network.classes)
         wrong_images[name] = found.wrong.nonzero().flatten().tolist()
         results[name] = {count: getattr(judged, count) for count in counted}
+    measured = dict[MeasureName, float]()
+    for name in measures:
+        measure = MEASURES[name]
+        splits = [split_of(config, data) for data in (experiment.metric, measure.other) if data]
+        with as_trained:
+            measured[name] = measure.of(network, config, *splits)
     return Record(
         experiment=experiment.name,
         row=row.key,
@@ -150,6 +169,7 @@ def _measured(
         seconds=result["seconds"],
         config=records.effective(config),
         environment={name: result.get(name) for name in ENVIRONMENT},
+        measures=measured,
     )
 
 

@@ -18,7 +18,8 @@ from capsnet.evaluation.statistics import (
     welch_t,
 )
 from capsnet.experiments import records
-from capsnet.experiments.plan import Experiment, Row, available, experiment
+from capsnet.experiments.measures import MEASURES
+from capsnet.experiments.plan import Experiment, MeasureName, Row, available, experiment
 from capsnet.experiments.records import Record, fingerprint
 from capsnet.experiments.reproduce import ENSEMBLE
 from capsnet.files import read_json
@@ -57,8 +58,9 @@ def render(one: Experiment, folder: Path, *, budgets: Sequence[str] = SHOWN) -> 
     heads = [head for head in lines[0] if any(line[head] for line in lines)]
     told = [f"- {line}" for line in (*_beside_paper(one, rows), *comparisons(one, rows, folder, budgets))]
     table = _table(heads, [[line[head] for head in heads] for line in lines])
-    costly = [costs.said()] if set(heads) & set(costs.heads) else []
-    return "\n".join([*table, "", *_said(one, shown), *costly, *([""] if told else []), *told]) + "\n"
+    further = [MEASURES[name].said for name in one.measures if MEASURES[name].head in heads]
+    further += [costs.said()] if set(heads) & set(costs.heads) else []
+    return "\n".join([*table, "", *_said(one, shown), *further, *([""] if told else []), *told]) + "\n"
 
 
 def overview(folder: Path) -> str:
@@ -185,6 +187,7 @@ def _line(one: Experiment, row: Row, ours: list[Record], others: list[str], *, m
         "wrong images": wrong,
         "missed digits": _spread(missed),
         **{f"on {name}": _spread([r.error(name) for r in ours if name in r.results]) for name in others},
+        **{MEASURES[name].head: _mean(name, ours) for name in one.measures},
         "budget": ", ".join(sorted({r.budget for r in ours})) if mixed else "",
         "epochs": _range([r.epochs for r in ours]),
         "precision": ", ".join(precision),
@@ -250,6 +253,12 @@ def _spread(errors: list[float]) -> str:
         return ""
     found = summarise(errors)
     return f"{found.mean:.2f} %" if found.sd is None else f"{found.mean:.3f} ± {found.sd:.3f} %"
+
+
+def _mean(measure: MeasureName, ours: list[Record]) -> str:
+    """Cell of a further column: the mean over the seeds that it was measured of."""
+    found = [record.measures[measure] for record in ours if measure in record.measures]
+    return MEASURES[measure].form.format(summarise(found).mean) if found else ""
 
 
 def _gap(one: Experiment, row: Row, ours: list[Record]) -> str:

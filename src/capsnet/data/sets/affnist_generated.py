@@ -14,7 +14,7 @@ from capsnet.data.sets import expanded_mnist, mnist
 from capsnet.data.sets.expanded_mnist import SHIFTS, SIZE
 from capsnet.errors import InputError
 
-__all__ = ["ENTRY", "FACTORS", "generated", "read", "transform"]
+__all__ = ["ENTRY", "FACTORS", "generated", "in_place", "read", "transform"]
 
 FACTORS: dict[str, tuple[float, float]] = {
     "rotation_degrees": (-20.0, 20.0),
@@ -47,18 +47,38 @@ def generated(split: Split, *, seed: int) -> Split:
     Raises:
         InputError: images with ink that does not fit into 40 x 40 pixels when transformed.
     """
-    generator = torch.Generator().manual_seed(seed)
-    drawn = torch.rand(len(FACTORS) + len(SHIFTS), len(split), generator=generator, dtype=torch.float64)
-    factors = {
-        name: (low + (high - low) * values).float()
-        for (name, (low, high)), values in zip(FACTORS.items(), drawn, strict=False)
-    }
+    drawn = _drawn(len(split), seed)
+    factors = _factors(drawn)
     lowest, highest = _room(split.images, _matrix(factors))
     if bool((lowest > highest).any()):
         raise InputError(f"images must hold ink that fits into {SIZE} x {SIZE} pixels when transformed; got larger")
     shift = lowest + (highest - lowest) * drawn[len(FACTORS) :].T
     factors |= dict(zip(SHIFTS, shift.float().T.contiguous(), strict=True))
     return Split(transform(split.images, factors), split.labels, {**split.factors, **factors})
+
+
+def in_place(split: Split, *, seed: int) -> Split:
+    """Each image once under the rotation, shear and scales that `generated` draws, on a canvas of its own size.
+
+    Nothing is moved; ink beyond the edges is lost.
+    """
+    factors = _factors(_drawn(len(split), seed))
+    still = dict.fromkeys(SHIFTS, torch.zeros(len(split)))
+    images = _sampled(split.images, factors | still, *split.images.shape[-2:])
+    return Split(images, split.labels, {**split.factors, **factors})
+
+
+def _drawn(count: int, seed: int) -> Float[Tensor, "factors images"]:
+    """A number in [0, 1) for each factor, then for each direction of a shift, of each image."""
+    generator = torch.Generator().manual_seed(seed)
+    return torch.rand(len(FACTORS) + len(SHIFTS), count, generator=generator, dtype=torch.float64)
+
+
+def _factors(drawn: Float[Tensor, "factors images"]) -> dict[str, Tensor]:
+    return {
+        name: (low + (high - low) * values).float()
+        for (name, (low, high)), values in zip(FACTORS.items(), drawn, strict=False)
+    }
 
 
 def transform(
@@ -94,20 +114,24 @@ def transform(
             )
         if name.startswith("scale") and bool((values <= 0).any()):
             raise InputError(f"{name} of transform must be above 0; got {float(values.min()):g}")
+    return _sampled(images, parameters, size, size)
+
+
+def _sampled(images: Tensor, parameters: Mapping[str, Tensor], rows: int, columns: int) -> Tensor:
+    """The same onto black of any height and width."""
     height, width = images.shape[-2:]
     inverse = torch.linalg.inv(_matrix(parameters))
     shift = torch.stack([parameters[name] for name in SHIFTS], dim=-1).double()
-    place = torch.arange(size, dtype=torch.float64) - (size - 1) / 2
-    y, x = torch.meshgrid(place, place, indexing="ij")
+    y, x = torch.meshgrid(*(torch.arange(side).double() - (side - 1) / 2 for side in (rows, columns)), indexing="ij")
     pixels = torch.stack([x, y], dim=-1)  # of the result, from its centre
     half = torch.tensor([width, height]) / 2  # grid_sample counts in halves of the image's sides
-    result = torch.empty(len(images), images.shape[1], size, size, dtype=torch.uint8)
+    result = torch.empty(*images.shape[:2], rows, columns, dtype=torch.uint8)
     for start in range(0, len(images), _CHUNK):
-        rows = slice(start, start + _CHUNK)
-        source = torch.einsum("nij,nyxj->nyxi", inverse[rows], pixels - shift[rows, None, None])
+        part = slice(start, start + _CHUNK)
+        source = torch.einsum("nij,nyxj->nyxi", inverse[part], pixels - shift[part, None, None])
         grid = (source / half).float()
-        drawn = F.grid_sample(images[rows].float(), grid, mode="bilinear", padding_mode="zeros", align_corners=False)
-        result[rows] = drawn.round().clamp(0, 255)
+        drawn = F.grid_sample(images[part].float(), grid, mode="bilinear", padding_mode="zeros", align_corners=False)
+        result[part] = drawn.round().clamp(0, 255)
     return result
 
 

@@ -1,0 +1,81 @@
+"""What a table says of a trained network beside its test error: a column each."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from capsnet.config import Config
+from capsnet.data import Split
+from capsnet.data.dataset import to_float
+from capsnet.data.sets import affnist_generated
+from capsnet.evaluation import predict_split
+from capsnet.evaluation.adversarial import attack_rates
+from capsnet.evaluation.ood import auroc
+from capsnet.experiments.plan import MeasureName
+from capsnet.models import Network
+
+__all__ = ["MEASURES", "Measure"]
+
+ATTACKED = 1_000
+EPSILON = 0.1
+STEPS = 10
+SEED = 0
+
+
+@dataclass(frozen=True)
+class Measure:
+    """A column.
+
+    Attributes:
+        head: over it.
+        said: what it is, under the table.
+        form: of a cell, for `str.format`.
+        of: its value for a network, the configuration of its training, its test images, and those of `other`.
+        other: data set whose test images it takes beside; None if none.
+    """
+
+    head: str
+    said: str
+    form: str
+    of: Callable[..., float]
+    other: str | None = None
+
+
+def _transformed(network: Network, _: Config, split: Split) -> float:
+    wrong = predict_split(network, affnist_generated.in_place(split, seed=SEED)).wrong
+    return 100 * float(wrong.double().mean())
+
+
+def _attacked(network: Network, config: Config, split: Split) -> float:
+    device = next(network.parameters()).device
+    images, labels = to_float(split.images[:ATTACKED]).to(device), split.labels[:ATTACKED].to(device)
+    rates = attack_rates(network, images, labels, attack="pgd", epsilon=EPSILON, steps=STEPS, seed=SEED, config=config)
+    return 100 * rates.wrong_after / rates.images
+
+
+def _separated(network: Network, _: Config, split: Split, other: Split) -> float:
+    known, unknown = (predict_split(network, images).winning for images in (split, other))
+    return auroc(-known, -unknown)
+
+
+MEASURES: dict[MeasureName, Measure] = {
+    "affine": Measure(
+        "transformed",
+        "Transformed: error on the test images turned, sheared and scaled within affNIST's ranges.",
+        "{:.1f} %",
+        _transformed,
+    ),
+    "pgd": Measure(
+        "attacked",
+        f"Attacked: error on the first {ATTACKED:,} test images after {STEPS} steps of PGD, epsilon {EPSILON:g}.",
+        "{:.1f} %",
+        _attacked,
+    ),
+    "ood": Measure(
+        "AUROC, KMNIST",
+        "AUROC: how well the presence of the predicted class tells test images from KMNIST's; 0.5 is guessing.",
+        "{:.3f}",
+        _separated,
+        "kmnist",
+    ),
+}
+"""By the names in the files of experiments."""
