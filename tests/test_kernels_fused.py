@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from capsnet.functional import votes
-from capsnet.kernels import buffers, sweeps_cpu
-from capsnet.kernels.fused import votes_and_routing
-from capsnet.routing import RoutingResult, dynamic_routing
+from capsnet.kernels import buffers, native, sweeps_cpu, sweeps_native
+from capsnet.kernels.fused import Sweeps, votes_and_attention, votes_and_routing
+from capsnet.routing import RoutingResult, attention_routing, dynamic_routing
 
 OUTS, DIM, IN_DIM = 5, 3, 2
 
@@ -224,3 +224,54 @@ def test_poses_in_half_precision_are_routed_in_float32(dtype: torch.dtype) -> No
     for one, other in zip(found, wanted, strict=True):
         assert one.dtype == torch.float32
         assert torch.equal(one, other)
+
+
+# self-attention
+
+
+def attended(u: Tensor, weight: Tensor, *, bias: Tensor | None = None) -> RoutingResult:
+    return attention_routing(votes(u, weight), prior=bias)
+
+
+def swept(sweeps: type[Sweeps], u: Tensor, weight: Tensor, *, bias: Tensor | None = None) -> RoutingResult:
+    return votes_and_attention(sweeps, u, weight, prior=bias)
+
+
+def with_prior(ins: int, *leading: int, dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor, Tensor | None]:
+    u, weight, _ = inputs(ins, *leading, dtype=dtype)
+    return u, weight * 3, random(ins, OUTS, seed=3).to(dtype) * 0.1  # larger votes: couplings far from uniform
+
+
+@pytest.mark.parametrize("leading", [(5,), (), (2, 3), (0,)], ids=str)
+@pytest.mark.parametrize("prior", [False, True], ids=["no-prior", "prior"])
+def test_swept_attention_equals_plain_in_float64(
+    inputs_per_chunk: Callable[[int], None], leading: tuple[int, ...], prior: bool
+) -> None:
+    inputs_per_chunk(5 * OUTS * IN_DIM * 8)
+    u, weight, given = with_prior(7, *leading)
+    arguments = u, weight, given if prior else None
+    expected = outputs_and_gradients(attended, arguments)
+    assert leading == (0,) or float((attended(*arguments[:2]).couplings - 1 / OUTS).abs().max()) > 0.1
+    for name, x in outputs_and_gradients(partial(swept, sweeps_cpu.Sweeps), arguments).items():
+        assert x.shape == expected[name].shape
+        assert not x.numel() or distance(x, expected[name]) < 1e-12, name
+
+
+@pytest.mark.parametrize("sweeps", [sweeps_cpu.Sweeps, sweeps_native.Sweeps], ids=["torch", "c"])
+@pytest.mark.parametrize(("ins", "batch"), [(1, 1), (7, 3), (63, 17), (100, 33)])
+def test_swept_attention_in_float32_is_as_exact_as_plain(sweeps: type[Sweeps], ins: int, batch: int) -> None:
+    if sweeps is sweeps_native.Sweeps and not native.usable(torch.zeros(1), torch.zeros(1)):
+        pytest.skip("no compiler")
+    arguments = with_prior(ins, batch, dtype=torch.float32)
+    exact = outputs_and_gradients(attended, tuple(None if x is None else x.double() for x in arguments))  # type: ignore[arg-type]
+    expected = outputs_and_gradients(attended, arguments)
+    for name, x in outputs_and_gradients(partial(swept, sweeps), arguments).items():
+        assert distance(x, exact[name]) < 2 * distance(expected[name], exact[name]) + 3e-6, name
+
+
+def test_swept_attention_refuses_second_derivatives() -> None:
+    u, weight, _ = with_prior(7, 3)
+    u.requires_grad_()
+    (first,) = torch.autograd.grad(swept(sweeps_cpu.Sweeps, u, weight).activation.sum(), u, create_graph=True)
+    with pytest.raises(RuntimeError, match="has first derivatives only; use kernel plain"):
+        torch.autograd.grad(first.sum(), u)

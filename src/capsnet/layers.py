@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from capsnet import functional as F
 from capsnet.errors import InputError
 from capsnet.kernels import fused, native
-from capsnet.kernels.select import SMALL_VOTES, is_small, resolve_routing_kernel, sweeps_for
+from capsnet.kernels.select import is_small, resolve_routing_kernel, routing_kernel_for, sweeps_for
 from capsnet.kernels.squash import biased_squash
 from capsnet.routing import Normalization, RoutingResult, check_iterations, couplings_of, dynamic_routing
 
@@ -310,12 +310,8 @@ class ClassCapsules(nn.Module):
             bias = None if self.bias is None else self.bias.to(u.dtype)
             if self.sums_poses:
                 return self._of_sum(u, bias)
-            votes_bytes = u[..., 0].numel() * weight[0, 0].numel() * weight.element_size()
-            ordinary = F.is_ordinary(u)  # in an export, comparing sizes would limit the batch
-            small = ordinary and votes_bytes <= SMALL_VOTES and not torch.is_grad_enabled()
-            kernel = resolve_routing_kernel(self.routing_kernel, u.device, ordinary=ordinary, small=small)
             options: dict[str, Any] = {"leaky": self.leaky, "detach_routing": self.detach_routing, "bias": bias}
-            if kernel == "fused":
+            if routing_kernel_for(self.routing_kernel, u, weight) == "fused":
                 weight = weight.contiguous()  # of shared transformations one for each capsule
                 return fused.votes_and_routing(sweeps_for(u, weight), u, weight, iterations=self.iterations, **options)
             return self.route_votes(F.votes(u, weight), **options)

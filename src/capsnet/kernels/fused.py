@@ -1,4 +1,4 @@
-"""Votes and dynamic routing as one function that never stores the votes, on any device.
+"""Votes and routing, dynamic or by self-attention, as one function that never stores the votes, on any device.
 
 Plain routing writes the votes of the whole batch (94 MB for 128 images at the paper's size) and reads them again in
 every iteration. Two observations make that needless. First, the logits of iteration t are the agreement with the sum
@@ -16,11 +16,13 @@ capsules. So can the backward, with `d x` the gradient that reaches x:
     d g_t    = sum_i d b_t u_hat                          and  d u_hat += d b_t g_t
     d v_t   += d g_{t+1} + ... + d g_r
 
-The first iteration has uniform couplings and is one matrix product. The sweeps are those of `sweeps_cpu.py` and
+The first iteration has uniform couplings and is one matrix product. Self-attention is a single sweep, with gains of
+another kind: `g = sum_i u_hat / sqrt(dim)`, one matrix product, too. The sweeps are those of `sweeps_cpu.py` and
 `sweeps_triton.py`.
 """
 
 from collections.abc import Callable
+from math import sqrt
 from typing import Any, Protocol, runtime_checkable
 
 import torch
@@ -31,7 +33,7 @@ from capsnet import functional as F
 from capsnet.kernels.autograd import first_derivatives
 from capsnet.routing import RoutingResult, check_iterations
 
-__all__ = ["Sweeps", "add_first", "votes_and_routing"]
+__all__ = ["Sweeps", "add_first", "votes_and_attention", "votes_and_routing"]
 
 
 @runtime_checkable
@@ -99,6 +101,61 @@ def votes_and_routing(
         pose, couplings = apply(sweeps, F.at_least_float32(flat), weight, bias, iterations, leaky, detach_routing)
         pose, couplings = (x.reshape(*u.shape[:-2], *x.shape[1:]) for x in (pose, couplings))
         return RoutingResult(pose, F.lengths(pose), couplings)
+
+
+def votes_and_attention(
+    sweeps: type[Sweeps],
+    u: Float[Tensor, "*batch in in_dim"],
+    weight: Float[Tensor, "in in_dim out dim"],
+    *,
+    prior: Float[Tensor, "in out"] | None = None,
+) -> RoutingResult:
+    """`attention_routing(votes(u, weight), prior=prior)` without the votes in memory, see `votes_and_routing`.
+
+    Args:
+        sweeps: how the votes are read.
+        u: poses of the input capsules.
+        weight: `W_ij`, with the axes of one matrix product an input capsule.
+        prior: as in `routing.attention_routing`.
+
+    Returns:
+        The same RoutingResult, with the same gradients (first derivatives only).
+    """
+    flat = u.reshape(-1, *u.shape[-2:])
+    with F.full_precision(u.device):
+        apply: Callable[..., tuple[Tensor, Tensor]] = _Attention.apply
+        u_flat = F.at_least_float32(flat)
+        s, couplings = apply(sweeps, u_flat, weight)
+        if prior is not None:
+            s = s + (u_flat.flatten(1) @ _matrix(weight * prior[:, None, :, None])).view(s.shape)
+            couplings = couplings + prior
+        s, couplings = (x.reshape(*u.shape[:-2], *x.shape[1:]) for x in (s, couplings))
+        pose = F.exponential_squash(s)
+        return RoutingResult(pose, F.lengths(pose), couplings)
+
+
+class _Attention(torch.autograd.Function):
+    """The sum of votes weighted by `softmax_j(u_hat_ij . sum_k u_hat_kj / sqrt(dim))`, and these couplings."""
+
+    @staticmethod
+    def forward(ctx: Any, sweeps: type[Sweeps], u: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+        gains = (u.flatten(1) @ _matrix(weight)).view(len(u), *weight.shape[2:]) / sqrt(weight.shape[3])
+        ctx.sweep = sweeps(u, weight, leaky=False)
+        s, couplings = ctx.sweep.weighted_sum(gains)
+        ctx.save_for_backward(u, weight, gains)
+        ctx.set_materialize_grads(False)
+        return s, couplings
+
+    @staticmethod
+    @first_derivatives("kernel fused", "kernel plain", once=False)
+    def backward(ctx: Any, d_s: Tensor | None, d_couplings: Tensor | None) -> tuple[Tensor | None, ...]:
+        u, weight, gains = ctx.saved_tensors
+        sweep: Sweeps = ctx.sweep
+        sweep.rebind(u, weight)
+        d_sum = torch.zeros_like(gains) if d_s is None else d_s
+        d_gains = sweep.weighted_sum_backward(gains, d_sum, d_couplings, detached=False)
+        assert d_gains is not None
+        return None, *sweep.gradients(d_gains / sqrt(weight.shape[3]))
 
 
 class _Routing(torch.autograd.Function):

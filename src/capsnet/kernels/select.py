@@ -18,6 +18,7 @@ __all__ = [
     "is_small",
     "resolve_convolution",
     "resolve_routing_kernel",
+    "routing_kernel_for",
     "sweeps_for",
 ]
 
@@ -62,6 +63,18 @@ def resolve_routing_kernel(
             "routing_kernel fused must have Triton on a GPU; it is not installed (pip install 'capsnet[triton]')"
         )
     return routing_kernel
+
+
+def routing_kernel_for(routing_kernel: str, u: Tensor, weight: Tensor) -> str:
+    """The routing kernel that `routing_kernel` means for the votes of `u` and `weight`, see `resolve_routing_kernel`.
+
+    Raises:
+        InputError: see there.
+    """
+    votes_bytes = u[..., 0].numel() * weight[0, 0].numel() * weight.element_size()
+    ordinary = F.is_ordinary(u)  # in an export, comparing sizes would limit the batch
+    small = ordinary and votes_bytes <= SMALL_VOTES and not torch.is_grad_enabled()
+    return resolve_routing_kernel(routing_kernel, u.device, ordinary=ordinary, small=small)
 
 
 def sweeps_for(u: Tensor, weight: Tensor) -> type[fused.Sweeps]:

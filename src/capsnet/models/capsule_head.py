@@ -8,7 +8,7 @@ import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import torch
 from jaxtyping import Float
@@ -123,6 +123,12 @@ class CapsuleHead(VectorCapsuleNetwork):
         self.couplings_sum_to_one = isinstance(class_capsules, ClassCapsules)
         self.routing_iterations = class_capsules.iterations if isinstance(class_capsules, ClassCapsules) else 2
 
+    @property
+    def routing_steps(self) -> tuple[str, ...]:
+        """Attention has no iterations: its couplings are found in one step, from uniform ones."""
+        iterative = isinstance(self.class_capsules, ClassCapsules)
+        return super().routing_steps if iterative else ("uniform", "attention")
+
     def primary_poses(
         self, images: Float[Tensor, "batch channels height width"]
     ) -> Float[Tensor, "batch capsules dim"]:
@@ -131,17 +137,12 @@ class CapsuleHead(VectorCapsuleNetwork):
         return u
 
     def kernels(self, device: torch.device, precision: str) -> dict[str, str]:
-        """The kernel of dynamic routing."""
-        if not isinstance(self.class_capsules, ClassCapsules):
-            return {}
+        """The kernel of the routing."""
         return {"routing_kernel": resolve_routing_kernel(self.class_capsules.routing_kernel, device)}
 
     @contextmanager
     def plain(self) -> Iterator[None]:
         """Inside, the routing kernel is plain."""
-        if not isinstance(self.class_capsules, ClassCapsules):
-            yield
-            return
         kernel, self.class_capsules.routing_kernel = self.class_capsules.routing_kernel, "plain"
         try:
             yield
@@ -190,18 +191,16 @@ def build(
         exponential=attention,
     )
     sizes = primary.capsules, options.primary_dim, num_classes, options.class_dim
+    same: dict[str, Any] = {
+        "types": options.capsule_types if options.share_transform else None,
+        "routing_kernel": options.routing_kernel,
+    }
     class_capsules: ClassCapsules | efficient_capsnet.ClassCapsules
     if attention:
-        class_capsules = efficient_capsnet.ClassCapsules(
-            *sizes, types=options.capsule_types if options.share_transform else None
-        )
+        class_capsules = efficient_capsnet.ClassCapsules(*sizes, **same)
     else:
-        class_capsules = ClassCapsules(
-            *sizes,
-            iterations=1 if options.routing == "uniform" else options.routing_iterations,
-            routing_kernel=options.routing_kernel,
-            types=options.capsule_types if options.share_transform else None,
-        )
+        iterations = 1 if options.routing == "uniform" else options.routing_iterations
+        class_capsules = ClassCapsules(*sizes, iterations=iterations, **same)
         if not class_capsules.weight.is_meta:
             scale = num_classes / math.sqrt(primary.capsules * options.class_dim)
             nn.init.normal_(class_capsules.weight, std=min(0.1, scale))

@@ -16,6 +16,8 @@ from torch import Tensor, nn
 
 from capsnet import functional as F
 from capsnet.errors import InputError
+from capsnet.kernels import fused
+from capsnet.kernels.select import routing_kernel_for, sweeps_for
 from capsnet.layers import BatchNorm, Convolution, Decoder, each_capsule, windows
 from capsnet.models.network import VectorCapsuleNetwork
 from capsnet.options.schema import AT_LEAST_1, FRACTION, SIZES
@@ -167,6 +169,7 @@ class ClassCapsules(nn.Module):
         routing: `attention`, `dynamic` or `uniform`, see `Options`.
         types: number of transformations, which the capsules below share as in `layers.ClassCapsules`; None for one
             for each.
+        routing_kernel: of attention, see there; few capsules below are as quick in the plain one.
 
     Weights:
         weight `W [types or in_capsules, in_dim, out_capsules, out_dim]`, truncated normal as Keras's `he_normal`; prior
@@ -182,9 +185,10 @@ class ClassCapsules(nn.Module):
         *,
         routing: str = "attention",
         types: int | None = None,
+        routing_kernel: str = "plain",
     ) -> None:
         super().__init__()
-        self.routing, self.in_capsules = routing, in_capsules
+        self.routing, self.in_capsules, self.routing_kernel = routing, in_capsules, routing_kernel
         self.weight = nn.Parameter(torch.empty(types or in_capsules, in_dim, out_capsules, out_dim))
         _he_normal(self.weight, fan_in=in_capsules * in_dim * out_capsules)  # Keras takes all axes but the last
         self.prior = nn.Parameter(torch.zeros(in_capsules, out_capsules)) if routing == "attention" else None
@@ -193,7 +197,11 @@ class ClassCapsules(nn.Module):
         """Route the poses `u`; in float32 or better whatever the precision around it."""
         with F.full_precision(u.device):
             u = F.at_least_float32(u)
-            return self.steps(F.votes(u, self.transforms().to(u.dtype)))[-1]()
+            weight = self.transforms().to(u.dtype)
+            if self.routing == "attention" and routing_kernel_for(self.routing_kernel, u, weight) == "fused":
+                weight = weight.contiguous()  # of shared transformations one for each capsule
+                return fused.votes_and_attention(sweeps_for(u, weight), u, weight, prior=self.prior)
+            return self.steps(F.votes(u, weight))[-1]()
 
     def transforms(self) -> Float[Tensor, "in in_dim out dim"]:
         """`W_ij` of each capsule below, also where they share it."""
@@ -231,6 +239,12 @@ class EfficientCapsNet(VectorCapsuleNetwork):
         self.stem, self.primary, self.class_capsules, self.decoder = stem, primary, class_capsules, decoder
         self.couplings_sum_to_one = class_capsules.prior is None
         self.routing_iterations = {"uniform": 1, "attention": 2, "dynamic": 3}[class_capsules.routing]
+
+    @property
+    def routing_steps(self) -> tuple[str, ...]:
+        """Attention has no iterations: its couplings are found in one step, from uniform ones."""
+        attention = self.class_capsules.routing == "attention"
+        return ("uniform", "attention") if attention else super().routing_steps
 
     def primary_poses(
         self, images: Float[Tensor, "batch channels height width"]

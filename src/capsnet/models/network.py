@@ -251,7 +251,7 @@ class CapsuleNetwork(Network):
 
     Attributes:
         in_capsules: number of capsules below the class capsules.
-        routing_iterations: number of routing iterations.
+        routing_iterations: number of routing iterations; 2 for couplings found in one step, which follow uniform ones.
         leaky: whether the couplings of a capsule may sum to less than 1, the rest going to "none of the above".
         couplings_sum_to_one: whether they are shares; else they may be negative.
 
@@ -271,6 +271,11 @@ class CapsuleNetwork(Network):
     @abstractmethod
     def in_capsules(self) -> int:
         """Number of capsules below the class capsules."""
+
+    @property
+    def routing_steps(self) -> tuple[str, ...]:
+        """What the couplings of `trace_routing` are called, one by one: the number of an iteration, or a name."""
+        return tuple(str(step + 1) for step in range(self.routing_iterations))
 
     @abstractmethod
     def trace_routing(self, images: Float[Tensor, "batch channels height width"]) -> RoutingTrace:

@@ -175,6 +175,7 @@ class SelfRoutingCapsNet(CapsuleNetwork):
 
     narrower = "fewer --capsule-types, or a smaller --grid"
     routing_iterations = 2
+    routing_steps = ("uniform", "self-routing")
 
     def __init__(
         self,
