@@ -115,6 +115,16 @@ def test_plot_couplings(run: Path, capsys: Capture) -> None:
     out = told(capsys, "plot couplings run --image images/0.png")
     assert "images/0.png: mean of 1 images" in out
     assert len(out.splitlines()) == 6
+    assert "iteration  entropy" in out
+
+
+@pytest.mark.usefixtures("run")
+def test_couplings_found_in_one_step_are_told_by_name(capsys: Capture) -> None:
+    words = "--model efficient-capsnet --conv-channels 8 8 8 16 --data strokes --epochs 1 --no-report"
+    assert typed(capsys, f"train {words} --out attention")[0] == 0
+    out = told(capsys, "plot couplings attention --images 4")
+    assert "iteration" not in out
+    assert [line.split()[0] for line in out.splitlines()[1:4]] == ["couplings", "uniform", "attention"]
 
 
 def test_pose(run: Path, capsys: Capture) -> None:

@@ -101,7 +101,7 @@ def test_the_model_is_described(shape: tuple[int, int, int]) -> None:
         "height": shape[1],
         "width": shape[2],
         "dim": 4,
-        "iterations": 3,
+        "steps": ["1", "2", "3"],
         "frame": {"ground": 0.0, "box": 0.7},
         "threshold": 7.5,
     }

@@ -68,7 +68,8 @@ def address() -> Iterator[str]:
 @pytest.fixture(scope="module")
 def colour_address() -> Iterator[str]:
     torch.manual_seed(0)
-    network = create("capsnet", image_shape=(3, 24, 40), num_classes=12, **SIZES).eval().requires_grad_(False)
+    sizes = {**SIZES, "routing_iterations": 1}
+    network = create("capsnet", image_shape=(3, 24, 40), num_classes=12, **sizes).eval().requires_grad_(False)
     yield from serving(
         Viewer(network, "colour", reading=reading((3, 24, 40)), threshold=Threshold(1e-6, 0.05, 9, "train"))
     )
@@ -337,5 +338,6 @@ def test_a_network_for_colour_images_of_other_sizes(browser: Any, colour_address
     assert "perhaps none of the classes" in page.locator("#verdict").inner_text()
     page.locator("#overlay").check(force=True)
     page.wait_for_selector("#coupling-map", state="visible")
+    assert not page.locator("#iteration").is_visible()  # of one iteration there is nothing to choose
     assert visit.said == []
     visit.context.close()

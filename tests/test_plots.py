@@ -105,12 +105,18 @@ def test_sweep_swings_forth_and_back() -> None:
 def test_couplings_draws_every_iteration(iterations: int) -> None:
     one = create("capsnet", image_shape=(1, 12, 13), num_classes=3, routing_iterations=iterations, **SIZES).eval()
     assert isinstance(one, CapsNet)
-    figure = plots.couplings(evidence(one, images(4)), images(4), torch.tensor([0, 1, 2, 0]), NAMES, show=2)
+    found, labels = evidence(one, images(4)), torch.tensor([0, 1, 2, 0])
+    figure = plots.couplings(found, images(4), labels, NAMES, show=2)
     opened(figure)
     told = texts(figure)
     assert "n = 4 images" in told
-    assert f"support, {iterations}" in told
+    assert ("support, 3" if iterations == 3 else "support") in told
     assert ("coupling, 2" in told) == (iterations > 1)
+    assert ("iteration" in told) == (iterations > 1)
+    if iterations == 3:
+        named = texts(plots.couplings(found, images(4), labels, NAMES, show=2, steps=("uniform", "b", "c")))
+        assert "support, uniform" in named
+        assert "iteration" not in named
 
 
 def test_factors_names_networks_and_factors() -> None:

@@ -244,13 +244,15 @@ class _Couplings(_FigureOptions):
         found = Evidence(*(torch.cat(each, 1) for each in zip(*parts, strict=True)))
         strongest = F.lengths(found.pose[-1]).argmax(-1)
         labels = strongest if labels is None else labels
-        figure = plots.couplings(found, inputs, labels, network.classes, show=self.show)
+        steps = network.routing_steps
+        figure = plots.couplings(found, inputs, labels, network.classes, steps=steps, show=self.show)
         won = F.multi_hot(strongest, len(network.classes)).bool()
         uniform = math.log2(len(network.classes) + network.leaky)
         entropies, winners, others = (
             each.mean(1).tolist() for each in (found.entropy, found.agreement[:, won], found.agreement[:, ~won])
         )
-        rows = enumerate(zip(entropies, winners, others, strict=True), 1)
+        rows, wide = zip(steps, entropies, winners, others, strict=True), max(map(len, ("iteration", *steps)))
+        head = "iteration" if steps[0] == "1" else "couplings"
         return self.finish(
             {
                 "command": line,
@@ -265,8 +267,11 @@ class _Couplings(_FigureOptions):
                 **environment.describe(torch.device("cpu")),
             },
             f"{name}: mean of {len(inputs)} images; uniform couplings have {uniform:.4f} bits",
-            "iteration  entropy, bits  agreement of the winner  of the others",
-            *(f"{t:9}  {entropy:13.4f}  {winner:23.4f}  {other:13.4f}" for t, (entropy, winner, other) in rows),
+            f"{head:>{wide}}  entropy, bits  agreement of the winner  of the others",
+            *(
+                f"{step:>{wide}}  {entropy:13.4f}  {winner:23.4f}  {other:13.4f}"
+                for step, entropy, winner, other in rows
+            ),
         )
 
 

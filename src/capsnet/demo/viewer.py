@@ -61,7 +61,7 @@ class Viewer:
             "height": height,
             "width": width,
             "dim": self.dim,
-            "iterations": self.network.routing_iterations,
+            "steps": list(self.network.routing_steps),
             "frame": None if self.reading.frame is None else asdict(self.reading.frame),
             "threshold": self.threshold.value if self.threshold else None,
         }

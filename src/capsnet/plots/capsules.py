@@ -139,15 +139,17 @@ def couplings(
     labels: Tensor,
     classes: tuple[str, ...],
     *,
+    steps: Sequence[str] = (),
     show: int = 6,
 ) -> "Figure":
-    """Where the winning capsules' evidence comes from, and how sure routing is, by iteration.
+    """Where the winning capsules' evidence comes from, and how sure routing is, by its iterations.
 
     `found` is of `images`, whose intensities are in [0, 1]. So many as `show` are drawn, under their true class where
-    it is not the winning one; the curves are of all.
+    it is not the winning one; the curves are of all. `steps` names the iterations, see `CapsuleNetwork.routing_steps`;
+    default: their numbers.
     """
     iterations, count = found.entropy.shape
-    shown = min(show, count)
+    shown, names = min(show, count), tuple(steps) or tuple(str(t + 1) for t in range(iterations))
     winners = found.pose[-1].norm(dim=-1).argmax(-1)
     every = torch.arange(count)
     maps, support = found.maps[:, every, winners], found.support[:, every, winners]
@@ -172,8 +174,8 @@ def couplings(
             supported = grid[k, iterations + t].imshow(support[t, k].numpy(), cmap="cividis", vmin=0, vmax=top)
     for t in range(iterations):
         if t:
-            grid[0, t].set_title(f"coupling, {t + 1}")
-        grid[0, iterations + t].set_title(f"support, {t + 1}")
+            grid[0, t].set_title(f"coupling, {names[t]}")
+        grid[0, iterations + t].set_title(f"support, {names[t]}" if iterations > 1 else "support")
     if iterations > 1:
         left.colorbar(coupled, ax=list(grid[:, 1:iterations].flat), shrink=0.9, location="bottom", aspect=30).set_label(
             "coupling x activation\n(1: as with uniform couplings)"
@@ -184,9 +186,11 @@ def couplings(
     upper, lower = right.subplots(2, 1, sharex=True)
     _entropy(upper, found, len(classes))
     _agreement(lower, found, winners)
-    lower.set_xlabel("routing iteration")
-    lower.set_xticks(range(1, iterations + 1))
-    figure.suptitle("The winning class capsule (true class in brackets where it is another), by routing iteration")
+    numbered = iterations > 1 and names[0] == "1"
+    lower.set_xlabel("routing iteration" if numbered else "")
+    lower.set_xticks(range(1, iterations + 1), names)
+    title = "The winning class capsule (true class in brackets where it is another)"
+    figure.suptitle(title + ", by routing iteration" * numbered)
     return figure
 
 

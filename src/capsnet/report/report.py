@@ -298,12 +298,14 @@ def _capsules(network: CapsuleNetwork, split: Split, found: Predictions) -> Iter
         )
     inputs = to_float(split.images[: _routed(network, to_float(split.images[:1]))])
     routed = evidence(network, inputs)
-    figure = plots.couplings(routed, inputs, split.labels[: len(inputs)], network.classes, show=4)
+    figure = plots.couplings(
+        routed, inputs, split.labels[: len(inputs)], network.classes, steps=network.routing_steps, show=4
+    )
     yield Section(
         "Routing",
         "Where the winning capsule's evidence comes from: the couplings of the primary capsules beside uniform ones, "
         "and what their votes add to the winner's length.",
-        [[_picture(figure, "Couplings and support by routing iteration", "png")]],
+        [[_picture(figure, "Couplings and support", "png")]],
     )
 
 

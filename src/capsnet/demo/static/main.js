@@ -189,22 +189,27 @@ async function start() {
     evidence.ask({ body: { class: index(), image: state.seen.image }, place: state.place, name: model.classes[index()] });
   }
 
+  const numbered = model.steps[0] === "1"; // attention has no iterations
   function showMap() {
     const found = at("overlay").checked && state.seen && state.evidence;
     const iteration = at("iteration").valueAsNumber;
     if (found) map.show(found.maps, iteration - 1, found.place);
     else map.hide();
-    at("iteration-value").textContent = `${iteration} of ${model.iterations}`;
+    at("iteration-value").textContent = numbered
+      ? `${iteration} of ${model.steps.length}`
+      : model.steps[iteration - 1];
     const most = Math.log2(model.classes.length).toFixed(3);
     at("overlay-text").textContent = found
-      ? `Light marks the parts whose coupled votes make up ${found.name}. Its length is now ${found.lengths[iteration - 1].toFixed(2)}; ` +
+      ? `Light marks the parts whose coupled votes make up ${found.name}. Its length is ${found.lengths[iteration - 1].toFixed(2)}; ` +
         `the couplings' entropy is ${found.entropy[iteration - 1].toFixed(3)} bits, where ${most} is undecided.`
       : "The parts of the image whose votes, coupled by the routing, make up the capsule.";
   }
 
   // controls
 
-  at("iteration").max = at("iteration").value = model.iterations;
+  at("iteration").max = at("iteration").value = model.steps.length;
+  at("iteration").hidden = at("iteration-field").hidden = model.steps.length === 1; // uniform couplings
+  at("iteration-name").textContent = numbered ? "Routing iteration" : "Couplings";
   at("iteration").addEventListener("input", showMap);
   at("overlay").addEventListener("change", () => {
     at("overlay-controls").hidden = !at("overlay").checked;
