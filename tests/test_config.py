@@ -72,13 +72,14 @@ def from_paper(config: Config) -> dict[str, Any]:
 
 
 def test_a_preset_has_values_of_the_model(tmp_path: Path) -> None:
-    assert from_paper(preset("fast")) == {"preset": "fast", **PRESETS["fast"]}
+    narrow = {"conv_channels": 64, "capsule_types": 8, "lr": 0.004}
+    assert from_paper(preset("fast")) == {"preset": "fast", **PRESETS["fast"], **narrow}
     other = preset("fast", model="efficient-capsnet")
     assert (other.lr, other.ema) == (0.005, PRESETS["fast"]["ema"])
     assert preset_differences(other) == {"model": "efficient-capsnet"}
     assert preset("fast").changed(model="efficient-capsnet") == other
     assert preset("fast").changed(model="efficient-capsnet", lr=0.002).lr == 0.002
-    assert preset("fast").changed(lr=0.004).changed(model="efficient-capsnet").lr == 0.004
+    assert preset("fast").changed(lr=0.003).changed(model="efficient-capsnet").lr == 0.003
     write(other.changed(lr=0.01), tmp_path / "config.yaml")
     assert preset_differences(read(tmp_path / "config.yaml")) == {"lr": 0.01, "model": "efficient-capsnet"}
 

@@ -17,14 +17,13 @@ from torch import Tensor
 
 from capsnet import plots
 from capsnet.checkpoints import pretrained, run_directory
-from capsnet.config import with_defaults
 from capsnet.data import Split, describe
 from capsnet.errors import InputError
 from capsnet.experiments import records
 from capsnet.experiments.plan import BUDGETS, Experiment, available, experiment
 from capsnet.experiments.records import Record, effective, fingerprint
 from capsnet.experiments.reproduce import RECORDS, RUNS, place_of, split_of
-from capsnet.experiments.tables import SHOWN, benchmark_of
+from capsnet.experiments.tables import EPOCH, SHOWN, benchmark_of
 from capsnet.plots.style import ORDER, new, styled
 from capsnet.report import reconstruction_figure
 
@@ -34,8 +33,6 @@ if TYPE_CHECKING:
 __all__ = ["draw", "error_by_cost", "error_by_time", "main"]
 
 LOOKED_AT = 400  # test images among which right and wrong ones to draw are looked for
-SPEED = Path(__file__).parents[1] / "results/bench/one-core.json"
-"""Record of `python -m benchmarks step --threads 1`, with a variant for each network of the experiment `cost`."""
 CLAIMED = {"CapsNet-Keras, its own claim": ("CapsNet", 50, 0.34)}
 """Network, epochs and error in percent that others state: https://github.com/XifengGuo/CapsNet-Keras, whose validation
 images are the test images."""
@@ -68,19 +65,19 @@ def draw(
         split = split_of(next(iter(configs.values())), one.metric, data_dir)
         masks = {title: _mask(kept, one.metric, split) for title, kept in ours.items() if kept}
         yield plots.save(plots.errors_by_factor(masks, split.factors), path, command=command)
-    if one.name == "cost":
-        yield plots.save(error_by_time(one, budget, folder), path, command=command)
     if (speed := benchmark_of(folder, one.name)).is_file():
-        yield plots.save(error_by_cost(one, budget, folder, speed=speed), path, command=command)
+        drawn = error_by_time if one.name == "cost" else error_by_cost
+        yield plots.save(drawn(one, budget, folder, speed=speed), path, command=command)
 
 
 @styled
-def error_by_time(one: Experiment, budget: str, folder: Path, *, speed: Path = SPEED) -> "Figure":
+def error_by_time(one: Experiment, budget: str, folder: Path, *, speed: Path) -> "Figure":
     """Error on the test images against minutes of one core, a curve for each network of the experiment `one`.
 
     A curve is of all records in `folder` that differ in epochs and seed only, of whatever experiment. Minutes are those
     of the training steps, at the speed that the benchmark of the record `speed` measured on one thread.
     """
+    rates = _rates(speed)
     curves: dict[str, dict[int, dict[int | None, float]]] = {}
     found = [
         record
@@ -97,7 +94,9 @@ def error_by_time(one: Experiment, budget: str, folder: Path, *, speed: Path = S
         for record in found:
             if _but_for_epochs(record.config) == alike:
                 errors[record.epochs][record.seed] = record.error(one.metric)
-        minutes[label] = _minutes_an_epoch(with_defaults(config).flat(), speed)
+        if row.key not in rates:
+            raise InputError(f"{speed} must have a variant of each row; got none of {row.key}")
+        minutes[label] = EPOCH / rates[row.key] / 60
     from matplotlib.ticker import LogLocator, NullLocator
 
     figure = new(6.4, 3.8)
@@ -138,8 +137,7 @@ def error_by_cost(one: Experiment, budget: str, folder: Path, *, speed: Path) ->
 
     Minutes are those of the training steps, at the speed that the benchmark of the record `speed` measured.
     """
-    rates = {row["variant"]: row["images_per_second"] for row in json.loads(speed.read_text())["rows"]}
-    errors = defaultdict[str, list[float]](list)
+    rates, errors = _rates(speed), defaultdict[str, list[float]](list)
     for record in records.read(folder, one.name, budget):
         if record.row in rates and record.fingerprint == fingerprint(one.config(one.row(record.row), budget, 0)):
             errors[record.row].append(record.error(one.metric))
@@ -197,13 +195,9 @@ def _but_for_epochs(options: Mapping[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in options.items() if name != "epochs"}
 
 
-def _minutes_an_epoch(options: Mapping[str, Any], speed: Path) -> float:
-    """Minutes for the 60,000 training images of MNIST at the speed of the variant that has these options."""
-    for row in json.loads(speed.read_text())["rows"]:
-        variant = dict(part.split("=") for part in row["variant"].split(", "))
-        if all(str(options[name]) == value for name, value in variant.items()):
-            return float(60_000 / row["images_per_second"] / 60)
-    raise InputError(f"{speed} must have a variant of each network; got none of {options['model']}")
+def _rates(speed: Path) -> dict[str, float]:
+    """Images a second of each row, in the record of a benchmark."""
+    return {row["variant"]: row["images_per_second"] for row in json.loads(speed.read_text())["rows"]}
 
 
 def _mask(record: Record, data: str, split: Split) -> Tensor:

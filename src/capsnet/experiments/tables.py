@@ -25,7 +25,7 @@ from capsnet.experiments.reproduce import ENSEMBLE
 from capsnet.files import read_json
 from capsnet.options.schema import checked
 
-__all__ = ["SHOWN", "benchmark_of", "comparisons", "overview", "render"]
+__all__ = ["EPOCH", "SHOWN", "benchmark_of", "comparisons", "overview", "render"]
 
 SHOWN = ("full", "cpu")
 """Budgets whose numbers mean something; of each row those of the first are shown that there are any of."""

@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import torch
 from jaxtyping import Float
@@ -18,7 +18,10 @@ from capsnet.models.network import VectorCapsuleNetwork
 from capsnet.options.schema import AT_LEAST_1, FINITE, SIZES, Range
 from capsnet.routing import MOST_ITERATIONS
 
-__all__ = ["CapsNet", "Options", "build"]
+__all__ = ["PRESETS", "CapsNet", "Options", "build"]
+
+PRESETS: dict[str, dict[str, Any]] = {"fast": {"conv_channels": 64, "capsule_types": 8, "lr": 0.004}}
+"""`fast` is ours: a quarter of the width, and a larger learning rate, which it bears."""
 
 
 @dataclass(frozen=True)

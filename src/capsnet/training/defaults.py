@@ -14,7 +14,7 @@ from dataclasses import replace
 from typing import Any
 
 from capsnet.checkpoints import pretrained
-from capsnet.config import OPEN, Config, with_defaults
+from capsnet.config import Config, open_values, with_defaults
 from capsnet.data import Dataset, available
 from capsnet.errors import InputError
 from capsnet.models import CapsuleNetwork
@@ -46,20 +46,20 @@ def resolved(config: Config, dataset: Dataset) -> Config:
             raise InputError("keep must be last without validation images to judge by; got best")
     if dataset.name in available():
         return with_defaults(config)
-    chosen = dict[str, Any]()
+    usual, chosen = open_values(config.preset), dict[str, Any]()
     if config.keep is None:
         chosen["keep"] = "last" if dataset.validation is None or dataset.tested == "validation" else "best"
     if config.epochs is None:
         steps = steps_of(config, len(dataset.train))
-        epochs = max(OPEN["epochs"], math.ceil(FEWEST_STEPS / steps))
+        epochs = max(usual["epochs"], math.ceil(FEWEST_STEPS / steps))
         chosen["epochs"] = epochs
-        if epochs > OPEN["epochs"] and not config.lr_decay_steps and config.schedule == "exponential":
-            chosen["lr_decay_steps"] = math.ceil(epochs * steps / OPEN["epochs"])
+        if epochs > usual["epochs"] and not config.lr_decay_steps and config.schedule == "exponential":
+            chosen["lr_decay_steps"] = math.ceil(epochs * steps / usual["epochs"])
     if getattr(config.options, "primary_scale", 1) is None:
-        chosen["primary_scale"] = 0.0 if _votes(config, dataset) > MOST_VOTES else OPEN["primary_scale"]
+        chosen["primary_scale"] = 0.0 if _votes(config, dataset) > MOST_VOTES else usual["primary_scale"]
     if config.augment is None:
         read = dataset.preprocessing is not None  # from files, or what a program held
-        chosen["augment"] = "photo" if read and dataset.image_shape[0] == 3 else OPEN["augment"]
+        chosen["augment"] = "photo" if read and dataset.image_shape[0] == 3 else usual["augment"]
     return config.changed(**chosen)
 
 
@@ -70,14 +70,14 @@ def as_begun(config: Config) -> Config:
 
 def told(config: Config, chosen: Config, dataset: Dataset) -> str | None:
     """One line on what `resolved` chose that is not the paper's, and on what photo leaves off; None where all is."""
-    parts = []
-    if config.epochs is None and chosen.epochs != OPEN["epochs"]:
+    parts, usual = [], open_values(config.preset)
+    if config.epochs is None and chosen.epochs != usual["epochs"]:
         parts.append(f"--epochs {chosen.epochs}, at least {FEWEST_STEPS} steps for few images")
     given, resolved_ = (getattr(one.options, "primary_scale", 1) for one in (config, chosen))
-    if given is None and resolved_ != OPEN["primary_scale"]:
+    if given is None and resolved_ != usual["primary_scale"]:
         parts.append("--primary-scale 0, for many capsules and few classes")
     about = augmentation_of(chosen, dataset)
-    if config.augment is None and chosen.augment != OPEN["augment"]:
+    if config.augment is None and chosen.augment != usual["augment"]:
         parts.append(f"--augment {chosen.augment}, for images in colour: {about}")
     if config.augment == "photo" and not about.flip:
         parts.append(f"--augment photo without flip, for images in grey (--flip mirrors them): {about}")
