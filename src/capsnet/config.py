@@ -149,7 +149,7 @@ class Config(OutputOptions, MachineOptions, OptimisationOptions, LossOptions, Da
 
 OPEN: dict[str, Any] = {"epochs": 3, "keep": "last", "primary_scale": 1.0, "augment": "paper"}
 """Options that may be left open (None), with their values for published data sets."""
-QUICK_EPOCHS = 12
+QUICK_EPOCHS = 20
 """Epochs of preset `fast`, whose networks are small."""
 
 

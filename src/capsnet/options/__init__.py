@@ -169,7 +169,7 @@ class OptimisationOptions:
     """How long and how fast."""
 
     epochs: Annotated[int | None, AT_LEAST_0, RESUMABLE] = None
-    """Passes over the training images. Default: 3, with preset fast 12; but for few images of one's own as many as make
+    """Passes over the training images. Default: 3, with preset fast 20; but for few images of one's own as many as make
     200 steps, over which the learning rate then decays as over those epochs."""
     stop_at: Annotated[float | None, Range(0, 100, words="0 to 100 percent")] = None
     """Stop early, once the error on the validation images is at most this many percent."""
