@@ -1,4 +1,4 @@
-# make train                       train on the embedded data set, in a few minutes on two cores: capsnet train --preset fast
+# make train                       train on the embedded data set, in two minutes on two cores: capsnet train --preset fast
 # make train ARGS="--data mnist"   capsnet train with these options instead
 # make test                        the tests
 # make check                       lint, format, types

@@ -288,7 +288,8 @@ def test_list(capsys: pytest.CaptureFixture[str], what: str) -> None:
         ],
         "presets": ["paper", "authors", "fast"],
         "experiments": [
-            *("table1", "efficient-capsnet", "cost", "what-matters", "recipes", "multimnist", "affnist", "cifar10"),
+            *("table1", "efficient-capsnet", "cost", "what-matters", "what-matters-capsnet", "recipes"),
+            *("multimnist", "affnist", "cifar10"),
             *("fashion-mnist", "svhn", "smallnorb", "successors", "successors-fashion-mnist", "successors-cifar10"),
             "capsule-head",
         ],
