@@ -342,6 +342,22 @@ def test_further_measures_are_those_of_the_network_and_made_without_training(
     assert reproduce(whole, budget="cpu", seeds=1, rows=["one"]) == [later]
 
 
+def test_shifted_views_are_measured_of_each_network_and_of_the_ensemble(small: Experiment) -> None:
+    found = reproduce(replace(small, measures=("views",)), budget="cpu", seeds=2, rows=["one"])
+    assert [one.row for one in found] == ["one", "one", ENSEMBLE]
+    configs = [small.config(small.row("one"), "cpu", seed) for seed in range(2)]
+    split = split_of(configs[0], "some")
+    frame = torch.nn.functional.pad(split.images / 255, (1, 1, 1, 1))
+    views = [frame[..., top : top + 12, left : left + 13] for top in range(3) for left in range(3)]
+    scores = [
+        torch.stack([network(view).scores for view in views]).mean(0)
+        for network in (pretrained.load(place_of(config)) for config in configs)
+    ]
+    for one, seen in zip(found, (*scores, torch.stack(scores).sum(0)), strict=True):
+        wrong = (seen.argmax(-1) != split.labels).double().mean()
+        assert one.measures == {"views": pytest.approx(100 * float(wrong))}
+
+
 def test_a_measure_whose_images_are_not_here_is_left_out(small: Experiment, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(MEASURES, "ood", replace(MEASURES["ood"], other="absent"))
     found = reproduce(replace(small, measures=("ood", "affine")), budget="cpu", seeds=1, rows=["one"])
@@ -613,7 +629,7 @@ def test_further_measures_stand_in_columns_with_what_they_are_below(tmp_path: Pa
         records.add(tmp_path, record(seed=seed, fingerprint=now, measures=measured))
     table = render(one, tmp_path)
     assert "| transformed | AUROC, KMNIST |" in table
-    assert "| 25.0 % | 0.750 |" in table
+    assert "| 25.0 ± 7.1 % | 0.750 ± 0.071 |" in table
     assert "attacked" not in table
     assert MEASURES["ood"].said in table
     assert MEASURES["pgd"].said not in table

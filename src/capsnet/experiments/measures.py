@@ -1,6 +1,6 @@
 """What a table says of a trained network beside its test error: a column each."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from capsnet.config import Config
@@ -9,15 +9,18 @@ from capsnet.data.dataset import to_float
 from capsnet.data.sets import affnist_generated
 from capsnet.evaluation import predict_split
 from capsnet.evaluation.adversarial import attack_rates
+from capsnet.evaluation.ensemble import Ensemble, ensemble_scores
 from capsnet.evaluation.ood import auroc
+from capsnet.evaluation.statistics import summarise
 from capsnet.experiments.plan import MeasureName
 from capsnet.models import Network
 
-__all__ = ["MEASURES", "Measure"]
+__all__ = ["MEASURES", "SHIFTS", "Measure"]
 
 ATTACKED = 1_000
 EPSILON = 0.1
 STEPS = 10
+SHIFTS = 1
 SEED = 0
 
 
@@ -28,16 +31,26 @@ class Measure:
     Attributes:
         head: over it.
         said: what it is, under the table.
-        form: of a cell, for `str.format`.
+        digits: after the point of a cell.
         of: its value for a network, the configuration of its training, its test images, and those of `other`.
         other: data set whose test images it takes beside; None if none.
+        unit: of a cell.
     """
 
     head: str
     said: str
-    form: str
+    digits: int
     of: Callable[..., float]
     other: str | None = None
+    unit: str = " %"
+
+    def cell(self, values: Sequence[float]) -> str:
+        """Mean and standard deviation of what several seeds have; empty of none."""
+        if not values:
+            return ""
+        found = summarise(values)
+        spread = "" if found.sd is None else f" ± {found.sd:.{self.digits}f}"
+        return f"{found.mean:.{self.digits}f}{spread}{self.unit}"
 
 
 def _transformed(network: Network, _: Config, split: Split) -> float:
@@ -52,6 +65,10 @@ def _attacked(network: Network, config: Config, split: Split) -> float:
     return 100 * rates.wrong_after / rates.images
 
 
+def _viewed(network: Network, _: Config, split: Split) -> float:
+    return Ensemble.of(ensemble_scores([network], split, shifts=SHIFTS), split.labels).error_percent
+
+
 def _separated(network: Network, _: Config, split: Split, other: Split) -> float:
     known, unknown = (predict_split(network, images).winning for images in (split, other))
     return auroc(-known, -unknown)
@@ -61,21 +78,28 @@ MEASURES: dict[MeasureName, Measure] = {
     "affine": Measure(
         "transformed",
         "Transformed: error on the test images turned, sheared and scaled within affNIST's ranges.",
-        "{:.1f} %",
+        1,
         _transformed,
     ),
     "pgd": Measure(
         "attacked",
         f"Attacked: error on the first {ATTACKED:,} test images after {STEPS} steps of PGD, epsilon {EPSILON:g}.",
-        "{:.1f} %",
+        1,
         _attacked,
     ),
     "ood": Measure(
         "AUROC, KMNIST",
         "AUROC: how well the presence of the predicted class tells test images from KMNIST's; 0.5 is guessing.",
-        "{:.3f}",
+        3,
         _separated,
         "kmnist",
+        "",
+    ),
+    "views": Measure(
+        "9 views",
+        f"9 views: error with the mean of the scores over all shifts of an image by up to {SHIFTS} pixel.",
+        3,
+        _viewed,
     ),
 }
 """By the names in the files of experiments."""

@@ -18,7 +18,7 @@ __all__ = ["BUDGETS", "Experiment", "Row", "available", "experiment", "read"]
 
 BUDGETS = ("quick", "cpu", "full")
 """From a proof that it works, in minutes, to the published sizes."""
-MeasureName = Literal["affine", "pgd", "ood"]
+MeasureName = Literal["affine", "pgd", "ood", "views"]
 QUICK: dict[str, dict[str, Any]] = {
     "capsnet": {"conv_channels": 16, "capsule_types": 4, "decoder_sizes": [64, 64]},
     "efficient-capsnet": {"conv_channels": [8, 8, 8, 16], "decoder_sizes": [64, 64]},

@@ -15,7 +15,7 @@ from capsnet.errors import Diverged, InputError, Interrupted
 from capsnet.evaluation import Evaluation, predict_split
 from capsnet.evaluation.ensemble import Ensemble, ensemble_scores
 from capsnet.experiments import records
-from capsnet.experiments.measures import MEASURES
+from capsnet.experiments.measures import MEASURES, SHIFTS
 from capsnet.experiments.plan import Experiment, MeasureName, Row
 from capsnet.experiments.records import Record, fingerprint
 from capsnet.models import Network
@@ -206,6 +206,10 @@ def _together(
     networks, split = [pretrained.load(place) for place in places], split_of(configs[0], experiment.metric)
     with _as_trained(configs[0], *networks):
         judged = Ensemble.of(ensemble_scores(networks, split), split.labels)
+        measures = dict[MeasureName, float]()
+        if "views" in experiment.measures:
+            shifted = ensemble_scores(networks, split, shifts=SHIFTS)
+            measures["views"] = Ensemble.of(shifted, split.labels).error_percent
     singles = [one for one in found if one.fingerprint == wanted and one.row == row.key and one.seed in members]
     return replace(
         singles[0],
@@ -216,6 +220,7 @@ def _together(
         results={experiment.metric: {name: judged.to_dict()[name] for name in ("error_percent", "wrong", "total")}},
         wrong_images={experiment.metric: judged.wrong.nonzero().flatten().tolist()},
         seconds=sum(one.seconds for one in singles),
+        measures=measures,
     )
 
 

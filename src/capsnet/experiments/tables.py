@@ -19,7 +19,7 @@ from capsnet.evaluation.statistics import (
 )
 from capsnet.experiments import records
 from capsnet.experiments.measures import MEASURES
-from capsnet.experiments.plan import Experiment, MeasureName, Row, available, experiment
+from capsnet.experiments.plan import Experiment, Row, available, experiment
 from capsnet.experiments.records import Record, fingerprint
 from capsnet.experiments.reproduce import ENSEMBLE
 from capsnet.files import read_json
@@ -187,7 +187,10 @@ def _line(one: Experiment, row: Row, ours: list[Record], others: list[str], *, m
         "wrong images": wrong,
         "missed digits": _spread(missed),
         **{f"on {name}": _spread([r.error(name) for r in ours if name in r.results]) for name in others},
-        **{MEASURES[name].head: _mean(name, ours) for name in one.measures},
+        **{
+            MEASURES[name].head: MEASURES[name].cell([r.measures[name] for r in ours if name in r.measures])
+            for name in one.measures
+        },
         "budget": ", ".join(sorted({r.budget for r in ours})) if mixed else "",
         "epochs": _range([r.epochs for r in ours]),
         "precision": ", ".join(precision),
@@ -253,12 +256,6 @@ def _spread(errors: list[float]) -> str:
         return ""
     found = summarise(errors)
     return f"{found.mean:.2f} %" if found.sd is None else f"{found.mean:.3f} ± {found.sd:.3f} %"
-
-
-def _mean(measure: MeasureName, ours: list[Record]) -> str:
-    """Cell of a further column: the mean over the seeds that it was measured of."""
-    found = [record.measures[measure] for record in ours if measure in record.measures]
-    return MEASURES[measure].form.format(summarise(found).mean) if found else ""
 
 
 def _gap(one: Experiment, row: Row, ours: list[Record]) -> str:
