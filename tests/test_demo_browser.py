@@ -252,6 +252,22 @@ def test_the_coupling_map_lies_over_the_drawing_at_each_iteration(visit: Visit) 
     assert not page.locator("#coupling-map").is_visible()
 
 
+def test_the_couplings_of_attention_are_called_by_their_names(browser: Any) -> None:
+    network, card = pretrained.load("efficient-capsnet-mnist"), pretrained.load_card("efficient-capsnet-mnist")
+    for place in serving(Viewer(network, "attention", reading=card.reading(network.image_shape), threshold=None)):
+        visit = Visit(browser, place)
+        visit.draw(SEVEN)
+        visit.winner("7")
+        visit.page.locator("#overlay").check(force=True)
+        visit.page.wait_for_selector("#coupling-map", state="visible")
+        assert visit.page.locator("#iteration-field").inner_text().split() == ["Couplings", "attention"]
+        visit.page.locator("#iteration").focus()
+        visit.page.keyboard.press("ArrowLeft")
+        assert visit.page.locator("#iteration-value").inner_text() == "uniform"
+        assert visit.said == []
+        visit.context.close()
+
+
 @pytest.fixture
 def sheet(tmp_path: Path) -> Path:
     """A photograph, so to speak: a dark seven on light paper, off the middle."""
@@ -338,6 +354,7 @@ def test_a_network_for_colour_images_of_other_sizes(browser: Any, colour_address
     assert "perhaps none of the classes" in page.locator("#verdict").inner_text()
     page.locator("#overlay").check(force=True)
     page.wait_for_selector("#coupling-map", state="visible")
-    assert not page.locator("#iteration").is_visible()  # of one iteration there is nothing to choose
+    for name in ("#iteration", "#iteration-field"):
+        assert not page.locator(name).is_visible()  # of one iteration there is nothing to choose
     assert visit.said == []
     visit.context.close()

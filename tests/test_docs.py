@@ -1,7 +1,6 @@
 """README and docs: every block of Python runs and prints what it says, and every command is one that is accepted."""
 
 import json
-import math
 import re
 import shlex
 import sys
@@ -192,6 +191,6 @@ def test_the_number_of_make_train_is_that_of_the_record() -> None:
     result = json.loads((folder / "result.json").read_text(encoding="utf-8"))
     test = result["test"]
     assert "wrong on drawn digits, in two minutes" in " ".join(README.split())
-    assert math.ceil(result["seconds"] / 60) == 2
+    assert round(result["seconds"] / 60) == 2
     assert f"{test['error_percent']:.2f} % ({test['wrong']} of {test['total']:,}) wrong" in " ".join(README.split())
     assert read(folder / "config.yaml").epochs == with_defaults(preset("fast")).epochs

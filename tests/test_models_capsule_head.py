@@ -4,6 +4,7 @@ import re
 import signal
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -18,8 +19,9 @@ from capsnet.checkpoints import pretrained
 from capsnet.checkpoints.export import export
 from capsnet.config import Config, read
 from capsnet.errors import InputError, Interrupted
+from capsnet.kernels import fused
 from capsnet.layers import ClassCapsules
-from capsnet.models import create
+from capsnet.models import create, efficient_capsnet
 from capsnet.models.baseline import ConvNet
 from capsnet.models.capsule_head import CapsuleHead
 from capsnet.models.network import parts_of_image
@@ -194,6 +196,27 @@ def test_the_head_is_the_one_written_in_loops(routing: str, share: bool) -> None
         np.testing.assert_allclose(couplings, c, rtol=1e-9, atol=1e-12)
 
 
+def _gradients(network: Any, images: Tensor) -> tuple[Tensor, ...]:
+    """Of the weights that route, by a sum that sees direction and length of every pose."""
+    pose = network(images).pose
+    weights = torch.linspace(-1, 1, pose[0].numel()).view(pose[0].shape)
+    return torch.autograd.grad((pose * weights).sum(), [*network.class_capsules.parameters()])
+
+
+def test_attention_takes_the_kernel_that_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    """`auto` is `fused` on a CPU, but for few votes without gradients."""
+    monkeypatch.setattr(fused, "votes_and_attention", mock.Mock(side_effect=AssertionError("fused")))
+    images = torch.rand(2, 3, 12, 13)
+    head(routing="attention", routing_kernel="plain")(images)
+    with torch.no_grad():
+        head(routing="attention").eval()(images)
+    for kernel in ("auto", "fused"):
+        with pytest.raises(AssertionError, match="fused"):
+            head(routing="attention", routing_kernel=kernel)(images)
+    with pytest.raises(InputError, match="routing_kernel must be one of auto, plain, fused; got 'c'"):
+        efficient_capsnet.ClassCapsules(3, 2, 4, 5, routing_kernel="c")
+
+
 @pytest.mark.parametrize("routing", ROUTINGS)
 @pytest.mark.parametrize("share", [False, True])
 def test_both_kernels_and_the_trace_agree(routing: str, share: bool) -> None:
@@ -201,8 +224,15 @@ def test_both_kernels_and_the_trace_agree(routing: str, share: bool) -> None:
         head(routing=routing, share_transform=share, routing_kernel=kernel).eval() for kernel in ("plain", "fused")
     ]
     images = torch.rand(5, 3, 12, 13)
-    plain, fused = (network(images) for network in networks)
-    torch.testing.assert_close(plain.pose, fused.pose, rtol=1e-4, atol=1e-6)
+    if routing == "attention":
+        for network in networks:
+            nn.init.normal_(
+                network.get_parameter("class_capsules.prior"), std=0.1, generator=torch.Generator().manual_seed(0)
+            )
+    plain, swept = (network(images) for network in networks)
+    torch.testing.assert_close(plain.pose, swept.pose, rtol=1e-4, atol=1e-6)
+    for one, other in zip(*(_gradients(network, images) for network in networks), strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-6)
     with networks[1].plain():
         assert torch.equal(networks[1](images).pose, plain.pose)
     with torch.no_grad():

@@ -116,6 +116,8 @@ def test_couplings_draws_every_iteration(iterations: int) -> None:
     if iterations == 3:
         named = texts(plots.couplings(found, images(4), labels, NAMES, show=2, steps=("uniform", "b", "c")))
         assert "support, uniform" in named
+        with pytest.raises(InputError, match="steps must be 3, as many as the routing has; got 1"):
+            plots.couplings(found, images(4), labels, NAMES, steps=("uniform",))
         assert "iteration" not in named
 
 

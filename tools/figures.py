@@ -86,7 +86,7 @@ def error_by_time(one: Experiment, budget: str, folder: Path, *, speed: Path) ->
         for record in records.read(folder, name, kind)
         if experiment(name).split == "test" and experiment(name).metric == one.metric and not record.members
     ]
-    minutes = dict[str, float]()
+    minutes = defaultdict[str, list[float]](list)
     for row in one.rows:
         config = one.config(row, budget, 0)
         label, alike = row.title.partition(",")[0], _but_for_epochs(effective(config))
@@ -96,7 +96,7 @@ def error_by_time(one: Experiment, budget: str, folder: Path, *, speed: Path) ->
                 errors[record.epochs][record.seed] = record.error(one.metric)
         if row.key not in rates:
             raise InputError(f"{speed} must have a variant of each row; got none of {row.key}")
-        minutes[label] = EPOCH / rates[row.key] / 60
+        minutes[label].append(EPOCH / rates[row.key] / 60)
     from matplotlib.ticker import LogLocator, NullLocator
 
     figure = new(6.4, 3.8)
@@ -106,7 +106,7 @@ def error_by_time(one: Experiment, budget: str, folder: Path, *, speed: Path) ->
             continue
         epochs = sorted(errors)
         values = [list(errors[epoch].values()) for epoch in epochs]
-        where, means = [minutes[label] * epoch for epoch in epochs], [fmean(each) for each in values]
+        where, means = [fmean(minutes[label]) * epoch for epoch in epochs], [fmean(each) for each in values]
         spread = [stdev(each) if len(each) > 1 else 0.0 for each in values]
         style = ("o-", "s--", "^:", "d-.")[k % 4]
         axes.errorbar(where, means, spread, fmt=style, color=ORDER[k % 4], label=label, markersize=4, capsize=2)
@@ -114,7 +114,7 @@ def error_by_time(one: Experiment, budget: str, folder: Path, *, speed: Path) ->
             axes.annotate(f"{epoch}", (x, y), (4, 4), textcoords="offset points", fontsize=7, color=ORDER[k % 4])
     for label, (network, epoch, error) in CLAIMED.items():
         if network in minutes:
-            axes.plot(minutes[network] * epoch, error, "kx", markersize=6, label=label)
+            axes.plot(fmean(minutes[network]) * epoch, error, "kx", markersize=6, label=label)
     paper = experiment("table1").rows[0].paper
     assert paper is not None
     axes.axhline(paper, color="k", linewidth=0.8, linestyle=":", label="Sabour et al. 2017, epochs unknown")

@@ -149,14 +149,6 @@ class Config(OutputOptions, MachineOptions, OptimisationOptions, LossOptions, Da
 
 OPEN: dict[str, Any] = {"epochs": 3, "keep": "last", "primary_scale": 1.0, "augment": "paper"}
 """Options that may be left open (None), with their values for published data sets."""
-QUICK_EPOCHS = 20
-"""Epochs of preset `fast`, whose networks are small."""
-
-
-def open_values(preset: str) -> dict[str, Any]:
-    """`OPEN` as a preset has it."""
-    return {**OPEN, "epochs": QUICK_EPOCHS} if preset == "fast" else OPEN
-
 
 PRESETS: dict[str, dict[str, Any]] = {
     "paper": {},
@@ -180,10 +172,18 @@ ten in all its MNIST experiments; with another number of classes give `margin_sc
 
 
 def preset_options(name: str, model: str) -> dict[str, Any]:
-    """The options in which preset `name` differs from the defaults of a model."""
+    """The options in which preset `name` differs from the defaults of a model; not its epochs, see `open_values`."""
     from capsnet.models.registry import presets
 
-    return {**PRESETS[name], **presets(model).get(name, {})}
+    given = {**PRESETS[name], **presets(model).get(name, {})}
+    return {option: value for option, value in given.items() if option != "epochs"}
+
+
+def open_values(name: str, model: str) -> dict[str, Any]:
+    """`OPEN` as preset `name` of a model has it, which may train for other epochs."""
+    from capsnet.models.registry import presets
+
+    return {**OPEN, "epochs": presets(model).get(name, {}).get("epochs", OPEN["epochs"])}
 
 
 RENAMED = {
@@ -225,7 +225,7 @@ def preset(name: str, *, model: str = "capsnet") -> Config:
 
 def with_defaults(config: Config) -> Config:
     """`config` with the options that it leaves open as they are for published data sets."""
-    flat, usual = config.flat(), open_values(config.preset)
+    flat, usual = config.flat(), open_values(config.preset, config.model)
     return config.changed(**{name: value for name, value in usual.items() if name in flat and flat[name] is None})
 
 

@@ -172,7 +172,7 @@ def _experiments() -> list[dict[str, Any]]:
 def _presets() -> list[dict[str, Any]]:
     about = {
         "paper": "the text of Sabour, Frosst, Hinton 2017; all defaults",
-        "fast": "ours: a low error in few epochs",
+        "fast": "ours: a low error in little time",
         "authors": "the first author's published code, https://github.com/Sarasra/models",
     }
     return [

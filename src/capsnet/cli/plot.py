@@ -206,7 +206,7 @@ class _Perturbations(_FigureOptions):
 
 @dataclass(frozen=True)
 class _Couplings(_FigureOptions):
-    """Where the evidence of each winning capsule comes from, by routing iteration.
+    """Where the evidence of each winning capsule comes from, step by step of the routing.
 
     Maps on the image: coupling times activation of the primary capsules, beside that of uniform couplings; and what
     their votes add to the winner. Curves: entropy of the couplings, agreement of votes and outcome.
@@ -258,6 +258,7 @@ class _Couplings(_FigureOptions):
                 "command": line,
                 "data": name,
                 "images": len(inputs),
+                "steps": list(steps),
                 "entropy_bits": entropies,
                 "entropy_bits_of_uniform": uniform,
                 "agreement_winning": winners,

@@ -26,7 +26,7 @@ class Train:
 
     preset: str = "paper"
     """Recipe that the other options start from: paper (its text), authors (its first author's published code), or fast
-    (ours: a low error in few epochs)."""
+    (ours: a low error in little time)."""
     model: str = "capsnet"
     """Name of the network (see `capsnet list models`), which decides the options of the model below."""
     config: str | None = None

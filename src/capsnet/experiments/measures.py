@@ -32,9 +32,10 @@ class Measure:
         head: over it.
         said: what it is, under the table.
         digits: after the point of a cell.
-        of: its value for a network, the configuration of its training, its test images, and those of `other`.
+        of: its value, in `unit`, for a network, the configuration of its training, its test images of one object each,
+            and those of `other`.
         other: data set whose test images it takes beside; None if none.
-        unit: of a cell.
+        unit: percent, or empty for a share.
     """
 
     head: str

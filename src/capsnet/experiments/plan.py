@@ -78,7 +78,8 @@ class Experiment:
         split: the images that its numbers are of; `validation` for a study that is to choose something.
         paper_data: test images that the papers' numbers are of, where they are others.
         also: further data sets that every network is tested on; those that are not on this machine are left out.
-        measures: further columns, see `measures.MEASURES`; left out likewise where they take a further data set.
+        measures: further columns, see `measures.MEASURES`, of test images of one object each; left out likewise where
+            they take another data set, whose images must have as many channels.
         ensemble: row whose seeds are combined into one more row, and the paper's number for it.
         seeds: trainings of each row in the paper; the default of `capsnet reproduce`.
     """
@@ -154,6 +155,8 @@ def _read(path: Path) -> Experiment:
             keys = values.get("rows", [row.key for row in theirs.rows])
             values["rows"] = [asdict(theirs.row(key)) for key in checked(keys, list[str], name="rows", source=source)]
     one: Experiment = checked(values, Experiment, source=source)
+    if one.measures and one.split != "test":
+        raise InputError(f"measures of {source} must be left out with split {one.split}: they are of test images")
     keys = [row.key for row in one.rows]
     if not keys or len(set(keys)) < len(keys):
         raise InputError(f"{source} must have rows of different keys; got {', '.join(keys) or 'none'}")

@@ -27,7 +27,7 @@ class Record:
         fingerprint: of the configuration, see `fingerprint`.
         seed: of the training; None for an ensemble.
         members: seeds of an ensemble's networks.
-        measures: by name, see `measures.MEASURES`.
+        measures: by name, see `measures.MEASURES`: errors in percent, and an AUROC in [0, 1].
         epochs: passes over the training images that were made.
         parameters: of the network.
         results: by data set: error in percent, wrong and total test images, and for images of several objects those
@@ -79,7 +79,7 @@ def effective(config: Config) -> dict[str, Any]:
     Without the defaults, so that a new option changes no old fingerprint.
     """
     default = with_defaults(Config(model=config.model)).flat() | {"model": "capsnet"}
-    without_effect = {*roles(LOCAL), "routing_kernel", "seed"}
+    without_effect = {*roles(LOCAL), "preset", "routing_kernel", "seed"}
     chosen = {
         name: value
         for name, value in with_defaults(config).flat().items()

@@ -45,9 +45,10 @@ def reproduce(
     """Train and measure what is not in the records yet; every network is kept as soon as it is done.
 
     The same call resumes a stopped training. All rows, or those with the keys `rows`, are trained with the seeds 0, 1,
-    ... below `seeds`, every row with one seed before any with the next. `budget` is one of `plan.BUDGETS`; `say` is
-    told what begins; `machine_options` are fields of Config without effect on the numbers: device, threads, data_dir.
-    Returns all records of the experiment at this budget.
+    ... below `seeds`, every row with one seed before any with the next. A record that lacks a measure gets it where the
+    weights of its run are here, and stays as it is where not. `budget` is one of `plan.BUDGETS`; `say` is told what
+    begins; `machine_options` are fields of Config without effect on the numbers: device, threads, data_dir. Returns all
+    records of the experiment at this budget.
 
     Raises:
         InputError: an unknown row, data that is not here, or a folder that cannot be written to.
@@ -69,7 +70,12 @@ def reproduce(
     for seed in range(seeds):
         for row in chosen:
             config = replace(experiment.config(row, budget, seed), **machine_options)
-            if _known(found, row.key, config, also, measures):
+            before = _found(found, row.key, config)
+            lacking = {*also, *measures} - ({*before.results, *before.measures} if before else set())
+            if before and not lacking:
+                continue
+            if before and not (place_of(config, runs_folder) / "model.safetensors").exists():
+                say(f"{row.key}, seed {seed}: no {', '.join(sorted(lacking))}, for its weights are not here")
                 continue
             say(f"{experiment.name} {row.key}, seed {seed} ({budget}): {place_of(config, runs_folder)}")
             try:
@@ -81,7 +87,7 @@ def reproduce(
             except Interrupted as stop:
                 where = str(stop).partition(";")[0]
                 raise Interrupted(f"{where}; the same command continues it", stop.signal_number) from None
-            found = records.add(folder, _measured(experiment, row, budget, config, directory, also, measures))
+            found = records.add(folder, _measured(experiment, row, budget, config, directory, also, measures, before))
     if experiment.ensemble and seeds > 1 and experiment.ensemble[0] in [row.key for row in chosen]:
         together = _together(experiment, budget, seeds, found, runs_folder, say, **machine_options)
         found = found if together is None else records.add(folder, together)
@@ -100,13 +106,10 @@ def place_of(config: Config, runs_folder: Path = RUNS) -> Path:
     return runs_folder / f"{config.data}-{config.model}-{fingerprint(config)}-seed{config.seed}"
 
 
-def _known(
-    found: Sequence[Record], key: str, config: Config, data: Sequence[str], measures: Sequence[MeasureName]
-) -> bool:
-    """Whether there is a record of this network, with results on all of `data` and all of `measures`."""
-    wanted = key, fingerprint(config), config.seed
-    ours = [one for one in found if (one.row, one.fingerprint, one.seed) == wanted]
-    return any(set(data) <= set(one.results) and set(measures) <= set(one.measures) for one in ours)
+def _found(found: Sequence[Record], row: str, config: Config) -> Record | None:
+    """The record of this network, if there is one."""
+    wanted = row, fingerprint(config), config.seed
+    return next((one for one in found if (one.row, one.fingerprint, one.seed) == wanted), None)
 
 
 def _trained(config: Config, runs_folder: Path) -> Path:
@@ -134,8 +137,12 @@ def _measured(
     directory: Path,
     also: Sequence[str],
     measures: Sequence[MeasureName],
+    before: Record | None,
 ) -> Record:
-    """The record of a finished training, measured on all test images of its own data set, the metric's and `also`."""
+    """The record of a finished training, measured on all test images of its own data set, the metric's and `also`.
+
+    What the record `before` has beside that is kept, if it is of the same weights: if the same images were wrong.
+    """
     run = run_directory.Run(directory)
     network, result = pretrained.load(directory), run.result()
     as_trained = _as_trained(config, network)
@@ -151,7 +158,12 @@ def _measured(
         wrong_images[name] = found.wrong.nonzero().flatten().tolist()
         results[name] = {count: getattr(judged, count) for count in counted}
     measured = dict[MeasureName, float]()
+    if before is not None and before.wrong_images[config.data] == wrong_images[config.data]:
+        results, wrong_images = {**before.results, **results}, {**before.wrong_images, **wrong_images}
+        measured |= before.measures
     for name in measures:
+        if name in measured:
+            continue
         measure = MEASURES[name]
         splits = [split_of(config, data) for data in (experiment.metric, measure.other) if data]
         with as_trained:
@@ -196,7 +208,8 @@ def _together(
     row = experiment.row(experiment.ensemble[0])
     configs = [replace(experiment.config(row, budget, seed), **machine_options) for seed in range(seeds)]
     members, wanted = list(range(seeds)), fingerprint(configs[0])
-    if any((one.row, one.fingerprint, one.members) == (ENSEMBLE, wanted, members) for one in found):
+    there = [one for one in found if (one.row, one.fingerprint, one.members) == (ENSEMBLE, wanted, members)]
+    if there and ("views" in there[0].measures) == ("views" in experiment.measures):
         return None
     places = [place_of(config, runs_folder) for config in configs]
     gone = [str(place) for place in places if not (place / "model.safetensors").exists()]

@@ -20,7 +20,7 @@ from capsnet.routing import MOST_ITERATIONS
 
 __all__ = ["PRESETS", "CapsNet", "Options", "build"]
 
-PRESETS: dict[str, dict[str, Any]] = {"fast": {"conv_channels": 64, "capsule_types": 8, "lr": 0.004}}
+PRESETS: dict[str, dict[str, Any]] = {"fast": {"conv_channels": 64, "capsule_types": 8, "lr": 0.004, "epochs": 20}}
 """`fast` is ours: a quarter of the width, and a larger learning rate, which it bears."""
 
 

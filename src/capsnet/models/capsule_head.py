@@ -47,7 +47,7 @@ class Options:
     routing_iterations: Annotated[int, Range(1, MOST_ITERATIONS)] = 3
     """Number of iterations of dynamic routing."""
     routing_kernel: Literal["auto", "plain", "fused"] = "auto"
-    """How votes and dynamic routing are computed; the results are the same. auto: fused on a CPU, plain on a GPU."""
+    """How votes and routing are computed; the results are the same. auto: fused on a CPU, plain on a GPU."""
     share_transform: bool = False
     """Let the capsules of one type share their transformations over all places."""
     reconstruction: bool = False
@@ -122,12 +122,6 @@ class CapsuleHead(VectorCapsuleNetwork):
         self.backbone, self.primary, self.class_capsules, self.decoder = backbone, primary, class_capsules, decoder
         self.couplings_sum_to_one = isinstance(class_capsules, ClassCapsules)
         self.routing_iterations = class_capsules.iterations if isinstance(class_capsules, ClassCapsules) else 2
-
-    @property
-    def routing_steps(self) -> tuple[str, ...]:
-        """Attention has no iterations: its couplings are found in one step, from uniform ones."""
-        iterative = isinstance(self.class_capsules, ClassCapsules)
-        return super().routing_steps if iterative else ("uniform", "attention")
 
     def primary_poses(
         self, images: Float[Tensor, "batch channels height width"]

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from capsnet import functional as F
 from capsnet.errors import InputError
 from capsnet.kernels import fused
-from capsnet.kernels.select import routing_kernel_for, sweeps_for
+from capsnet.kernels.select import resolve_routing_kernel, routing_kernel_for, sweeps_for
 from capsnet.layers import BatchNorm, Convolution, Decoder, each_capsule, windows
 from capsnet.models.network import VectorCapsuleNetwork
 from capsnet.options.schema import AT_LEAST_1, FRACTION, SIZES
@@ -44,7 +44,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "margin_scale": 1.0,  # not that of capsnet
         "reconstruction_weight": 0.0005,
     },
-    "fast": {"lr": 0.005},
+    "fast": {"lr": 0.005, "epochs": 10},
 }
 """`authors`: their code for MNIST; its epochs, of all images, are given as `--epochs 150 --validation 0`. The learning
 rate falls smoothly, in the code after each epoch. Of the augmentation `--rotation 12 --erase 4` come near: angles with
@@ -169,11 +169,15 @@ class ClassCapsules(nn.Module):
         routing: `attention`, `dynamic` or `uniform`, see `Options`.
         types: number of transformations, which the capsules below share as in `layers.ClassCapsules`; None for one
             for each.
-        routing_kernel: of attention, see there; few capsules below are as quick in the plain one.
+        routing_kernel: how attention reads the votes, as in `layers.ClassCapsules`; the few capsules of
+            Efficient-CapsNet take the plain one.
 
     Weights:
         weight `W [types or in_capsules, in_dim, out_capsules, out_dim]`, truncated normal as Keras's `he_normal`; prior
         `[in_capsules, out_capsules]`, 0, of attention only.
+
+    Raises:
+        InputError: an unknown routing kernel.
     """
 
     def __init__(
@@ -188,6 +192,7 @@ class ClassCapsules(nn.Module):
         routing_kernel: str = "plain",
     ) -> None:
         super().__init__()
+        resolve_routing_kernel(routing_kernel, torch.device("cpu"))
         self.routing, self.in_capsules, self.routing_kernel = routing, in_capsules, routing_kernel
         self.weight = nn.Parameter(torch.empty(types or in_capsules, in_dim, out_capsules, out_dim))
         _he_normal(self.weight, fan_in=in_capsules * in_dim * out_capsules)  # Keras takes all axes but the last
@@ -239,12 +244,6 @@ class EfficientCapsNet(VectorCapsuleNetwork):
         self.stem, self.primary, self.class_capsules, self.decoder = stem, primary, class_capsules, decoder
         self.couplings_sum_to_one = class_capsules.prior is None
         self.routing_iterations = {"uniform": 1, "attention": 2, "dynamic": 3}[class_capsules.routing]
-
-    @property
-    def routing_steps(self) -> tuple[str, ...]:
-        """Attention has no iterations: its couplings are found in one step, from uniform ones."""
-        attention = self.class_capsules.routing == "attention"
-        return ("uniform", "attention") if attention else super().routing_steps
 
     def primary_poses(
         self, images: Float[Tensor, "batch channels height width"]

@@ -365,6 +365,12 @@ class VectorCapsuleNetwork(CapsuleNetwork):
         count: int = self.primary.capsules
         return count
 
+    @property
+    def routing_steps(self) -> tuple[str, ...]:
+        """Attention has no iterations: its couplings are found in one step, from uniform ones."""
+        attention = getattr(self.class_capsules, "prior", None) is not None
+        return ("uniform", "attention") if attention else super().routing_steps
+
     def trace_routing(self, images: Float[Tensor, "batch channels height width"]) -> RoutingTrace:
         """Votes of the primary capsules, and the routing after each of its steps, of which the first is uniform."""
         self.check_images(images)

@@ -1,7 +1,8 @@
 """The networks by name: each file of this package but this one and `network` is one, named as the network is.
 
 Such a file holds `Options`, a frozen dataclass whose fields say their default, range and help, and
-`build(image_shape, num_classes, options)`; and `PRESETS`, the options of presets that it has other than all networks.
+`build(image_shape, num_classes, options)`; and `PRESETS`, the options of presets that it has other than all networks;
+`epochs` there is how many it trains for where none are given.
 An option for which a `torch.nn.Module` may be given, in Python only, is also an argument of `build`, None by default.
 """
 

@@ -169,8 +169,8 @@ class OptimisationOptions:
     """How long and how fast."""
 
     epochs: Annotated[int | None, AT_LEAST_0, RESUMABLE] = None
-    """Passes over the training images. Default: 3, with preset fast 20; but for few images of one's own as many as make
-    200 steps, over which the learning rate then decays as over those epochs."""
+    """Passes over the training images. Default: 3, or what the preset of the model says; for few images of one's own as
+    many as make 200 steps, over which the learning rate falls as far as over the default ones."""
     stop_at: Annotated[float | None, Range(0, 100, words="0 to 100 percent")] = None
     """Stop early, once the error on the validation images is at most this many percent."""
     patience: Annotated[int | None, AT_LEAST_1] = None

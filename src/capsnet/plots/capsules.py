@@ -12,6 +12,7 @@ from torch import Tensor
 from capsnet.analysis.pose_probe import PoseExplained
 from capsnet.analysis.reconstruction import Perturbation, Reconstruction, Separation
 from capsnet.analysis.routing_trace import Evidence
+from capsnet.errors import InputError
 from capsnet.files import visible
 from capsnet.plots.style import ORDER, new, picture, pixels, short, show_sheet, styled
 
@@ -147,8 +148,13 @@ def couplings(
     `found` is of `images`, whose intensities are in [0, 1]. So many as `show` are drawn, under their true class where
     it is not the winning one; the curves are of all. `steps` names the iterations, see `CapsuleNetwork.routing_steps`;
     default: their numbers.
+
+    Raises:
+        InputError: another number of steps than of iterations.
     """
     iterations, count = found.entropy.shape
+    if steps and len(steps) != iterations:
+        raise InputError(f"steps must be {iterations}, as many as the routing has; got {len(steps)}")
     shown, names = min(show, count), tuple(steps) or tuple(str(t + 1) for t in range(iterations))
     winners = found.pose[-1].norm(dim=-1).argmax(-1)
     every = torch.arange(count)

@@ -31,7 +31,7 @@ stayed at chance for 40 steps and longer; with uniform couplings it had no train
 
 
 def resolved(config: Config, dataset: Dataset) -> Config:
-    """`config` with its open options (`config.OPEN`) chosen for these images; what is given stays.
+    """`config` with its open options (`config.open_values`) chosen for these images; what is given stays.
 
     Images of a published name get what such sets always got.
 
@@ -46,7 +46,7 @@ def resolved(config: Config, dataset: Dataset) -> Config:
             raise InputError("keep must be last without validation images to judge by; got best")
     if dataset.name in available():
         return with_defaults(config)
-    usual, chosen = open_values(config.preset), dict[str, Any]()
+    usual, chosen = open_values(config.preset, config.model), dict[str, Any]()
     if config.keep is None:
         chosen["keep"] = "last" if dataset.validation is None or dataset.tested == "validation" else "best"
     if config.epochs is None:
@@ -70,7 +70,7 @@ def as_begun(config: Config) -> Config:
 
 def told(config: Config, chosen: Config, dataset: Dataset) -> str | None:
     """One line on what `resolved` chose that is not the paper's, and on what photo leaves off; None where all is."""
-    parts, usual = [], open_values(config.preset)
+    parts, usual = [], open_values(config.preset, config.model)
     if config.epochs is None and chosen.epochs != usual["epochs"]:
         parts.append(f"--epochs {chosen.epochs}, at least {FEWEST_STEPS} steps for few images")
     given, resolved_ = (getattr(one.options, "primary_scale", 1) for one in (config, chosen))

@@ -58,9 +58,11 @@ def generated(split: Split, *, seed: int) -> Split:
 
 
 def in_place(split: Split, *, seed: int) -> Split:
-    """Each image once under the rotation, shear and scales that `generated` draws, on a canvas of its own size.
+    """Each image once under the rotation, shear and scales that `generated` draws, about its centre.
 
-    Nothing is moved; ink beyond the edges is lost.
+    Returns:
+        Images `uint8` of the shape they have; ink beyond the edges is lost. `factors` are those that were drawn; the
+        same seed always draws the same.
     """
     factors = _factors(_drawn(len(split), seed))
     still = dict.fromkeys(SHIFTS, torch.zeros(len(split)))
