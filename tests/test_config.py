@@ -72,7 +72,7 @@ def from_paper(config: Config) -> dict[str, Any]:
 
 
 def test_a_preset_has_values_of_the_model(tmp_path: Path) -> None:
-    narrow = {"conv_channels": 64, "capsule_types": 8, "lr": 0.004}
+    narrow = {"conv_channels": 64, "capsule_types": 8}
     assert from_paper(preset("fast")) == {"preset": "fast", **PRESETS["fast"], **narrow}
     other = preset("fast", model="efficient-capsnet")
     assert (other.lr, other.ema) == (0.005, PRESETS["fast"]["ema"])
