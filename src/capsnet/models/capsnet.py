@@ -21,8 +21,8 @@ from capsnet.routing import MOST_ITERATIONS
 __all__ = ["PRESETS", "CapsNet", "Options", "build"]
 
 PRESETS: dict[str, dict[str, Any]] = {"fast": {"conv_channels": 64, "capsule_types": 8, "epochs": 20}}
-"""`fast` is ours: a quarter of the width. A learning rate of 0.004 draws strokes sharper and errs less on MNIST, but had
-half of the test images wrong after 72 photographs, with two of three seeds."""
+"""`fast` is ours: a quarter of the width. A learning rate of 0.004 draws strokes sharper and errs less on MNIST,
+but had half of the test images wrong after 72 photographs, with two of three seeds."""
 
 
 @dataclass(frozen=True)
