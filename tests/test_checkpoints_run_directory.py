@@ -9,6 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -295,6 +296,11 @@ def test_what_a_run_predicted_is_read_for_the_same_images_only(photos: Path) -> 
             run.predictions(split)
     run.predictions_path.write_bytes(whole)
     assert run.predictions(split) is not None
+    with np.load(run.predictions_path) as arrays:
+        earlier = {name: arrays[name] for name in arrays.files if name != "weights"}
+    np.savez(run.predictions_path, **earlier)  # as before 0.2.0
+    assert run.predictions(split) is None
+    run.predictions_path.write_bytes(whole)
     pretrained.save_pretrained(create(**pretrained.load("run").config), "run")  # other weights than those trained
     assert run.predictions(split) is None
     run.predictions_path.unlink()

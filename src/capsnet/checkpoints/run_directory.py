@@ -330,7 +330,8 @@ class Run:
         try:
             _check_archive(path)
             with np.load(path, allow_pickle=False) as arrays:
-                if (str(arrays["images"]), str(arrays["weights"])) != (manifest.hash_of(split), self._weights()):
+                weights = str(arrays.get("weights", ""))  # earlier versions did not say whose they are
+                if (str(arrays["images"]), weights) != (manifest.hash_of(split), self._weights()):
                     return None
                 names = (name for name in arrays.files if name not in ("images", "weights"))
                 tensors = {name: torch.from_numpy(arrays[name]) for name in names}

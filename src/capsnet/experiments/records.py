@@ -135,6 +135,9 @@ def write(folder: Path, records: list[Record]) -> None:
     Raises:
         InputError: it cannot be written.
     """
-    lines = "".join(json.dumps(asdict(record)) + "\n" for record in records)
+    kept = [
+        {name: value for name, value in asdict(record).items() if name != "measures" or value} for record in records
+    ]
+    lines = "".join(json.dumps(each) + "\n" for each in kept)
     path = path_of(folder, records[0].experiment, records[0].budget)
     write_atomically(path, lambda place: place.write_text(lines, encoding="utf-8"))
