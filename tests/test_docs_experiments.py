@@ -5,6 +5,8 @@ from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
 
+from capsnet.experiments import experiment
+
 ROOT = Path(__file__).parent.parent
 WORDS = " ".join((ROOT / "docs" / "experiments.md").read_text(encoding="utf-8").split())
 
@@ -48,3 +50,39 @@ def test_affnist() -> None:
     placed = [wrong(one, "expanded-mnist") / 100 for one in (ours, theirs)]
     lead = (wrong(theirs, "affnist-generated") - wrong(ours, "affnist-generated")) / 100
     assert f"({placed[0]:.2f} % wrong against {placed[1]:.2f} %), and by {lead:.2f} points on transformed ones" in WORDS
+
+
+def test_what_the_successors_show() -> None:
+    """Each claim of the page, for the data sets on which both rows were run."""
+
+    def errors(data: str, row: str) -> float | None:
+        suffix = "" if data == "mnist" else f"-{data}"
+        counts = [wrong(one, data) for one in records(f"experiments/successors{suffix}-cpu.jsonl", row)]
+        return mean(counts) if counts else None
+
+    def fewer(row: str, other: str, *sets: str) -> bool:
+        pairs = [(errors(data, row), errors(data, other)) for data in sets]
+        return all(one < two for one, two in pairs if one is not None and two is not None)
+
+    three = "mnist", "fashion-mnist", "cifar10"
+    assert fewer("efficient-capsnet", "efficient-uniform", *three)
+    assert fewer("head-attention", "head-uniform", *three)
+    assert fewer("capsnet", "capsnet-uniform", *three)
+    assert fewer("efficient-dynamic", "efficient-uniform", *three)
+    assert fewer("head-uniform", "head-dynamic", *three)
+    assert fewer("vb", "vb-uniform", *three)
+    assert fewer("inverted-uniform", "inverted", *three)
+    assert fewer("efficient-capsnet", "efficient-cnn", "mnist")
+    assert fewer("head-attention", "resnet", "mnist")
+    for row in ("head-dynamic", "head-attention", "head-uniform", "self-routing"):
+        assert fewer("resnet", row, "fashion-mnist", "cifar10"), row
+    assert fewer("efficient-cnn", "efficient-capsnet", "fashion-mnist")
+    for data in ("mnist", "fashion-mnist"):
+        found = {row.key: errors(data, row.key) for row in experiment("successors").rows}
+        ran = {key: error for key, error in found.items() if error is not None}
+        best = {"mnist": "efficient-capsnet", "fashion-mnist": "inverted-uniform"}[data]
+        assert min(ran, key=lambda key: ran[key]) == best
+    assert errors("mnist", "capsnet-shared") == max(
+        errors("mnist", key) or 0 for key in found if not key.startswith("em")
+    )
+    assert (errors("mnist", "em") or 0) > 1000
