@@ -89,11 +89,11 @@ MEASURES: dict[MeasureName, Measure] = {
         _attacked,
     ),
     "ood": Measure(
-        "AUROC, KMNIST",
-        "AUROC: how well the presence of the predicted class tells test images from KMNIST's; 0.5 is guessing.",
+        "AUROC",
+        "AUROC: how well the presence of the predicted class tells test images from those of Fashion-MNIST; 0.5 is guessing.",
         3,
         _separated,
-        "kmnist",
+        "fashion-mnist",
         "",
     ),
     "views": Measure(
