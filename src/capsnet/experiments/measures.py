@@ -90,7 +90,7 @@ MEASURES: dict[MeasureName, Measure] = {
     ),
     "ood": Measure(
         "AUROC",
-        "AUROC: how well the presence of the predicted class tells test images from those of Fashion-MNIST; 0.5 is guessing.",
+        "AUROC: how well the presence of the predicted class tells the images from Fashion-MNIST's; 0.5 is guessing.",
         3,
         _separated,
         "fashion-mnist",
