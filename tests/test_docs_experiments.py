@@ -86,3 +86,19 @@ def test_what_the_successors_show() -> None:
         errors("mnist", key) or 0 for key in found if not key.startswith("em")
     )
     assert (errors("mnist", "em") or 0) > 1000
+
+
+def test_what_transformed_and_attacked_digits_show() -> None:
+    def measured(name: str) -> dict[str, float]:
+        """Mean over the seeds of each row."""
+        found = records("experiments/successors-cpu.jsonl")
+        rows = {one["row"] for one in found if name in one.get("measures", {})}
+        return {row: mean(one["measures"][name] for one in found if one["row"] == row) for row in rows}
+
+    affine, attacked = measured("affine"), measured("pgd")
+    assert set(sorted(affine, key=lambda row: affine[row])[:2]) == {"head-attention", "self-routing"}
+    routed = max(affine["efficient-capsnet"], affine["efficient-dynamic"])
+    assert routed < min(affine["efficient-uniform"], affine["efficient-cnn"])
+    assert min(attacked.values()) > 45
+    for row in ("head-dynamic", "head-attention", "head-uniform", "self-routing"):
+        assert attacked[row] < attacked["resnet"], row
