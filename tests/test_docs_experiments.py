@@ -100,5 +100,9 @@ def test_what_transformed_and_attacked_digits_show() -> None:
     routed = max(affine["efficient-capsnet"], affine["efficient-dynamic"])
     assert routed < min(affine["efficient-uniform"], affine["efficient-cnn"])
     assert min(attacked.values()) > 45
+    told = measured("ood")
     for row in ("head-dynamic", "head-attention", "head-uniform", "self-routing"):
         assert attacked[row] < attacked["resnet"], row
+        assert row == "self-routing" or told[row] < told["resnet"], row
+    assert max(told, key=lambda row: told[row]) == "capsnet-max-min"
+    assert f"an AUROC of {told['capsnet-max-min']:.2f}" in WORDS
