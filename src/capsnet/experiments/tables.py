@@ -79,7 +79,8 @@ def overview(folder: Path) -> str:
         if one.ensemble:
             ours = _together(one, folder, SHOWN)
             title = _of_ensemble(one, ours)
-            shown.append((Row(ENSEMBLE, title, paper=one.ensemble[1]), ours))
+            told = one.row(one.ensemble[0]).published  # which tells of the ensemble, too
+            shown.append((Row(ENSEMBLE, title, paper=None if told else one.ensemble[1]), ours))
         for row, ours in shown:
             if ours and not (ours[0].budget == "cpu" and one.cpu_says):
                 here, n, _ = _measured(ours, one.metric)
@@ -90,7 +91,9 @@ def overview(folder: Path) -> str:
 
 
 def _minutes(ours: Sequence[Record]) -> str:
-    """How long the quickest training took, and where."""
+    """How long the quickest training took, and where; of an ensemble, how many there are."""
+    if ours[0].members:
+        return f"{len(ours[0].members)} times that"
     quickest = min(ours, key=lambda record: record.seconds)
     threads, device = quickest.environment.get("threads"), quickest.environment["device"]
     of = "" if device.startswith("NVIDIA") or threads is None else f", {threads} thread{'s' * (threads > 1)}"
@@ -264,7 +267,7 @@ def _gap(one: Experiment, row: Row, ours: list[Record]) -> str:
         return ""
     found = _against_paper(one, row, ours)
     if found.standard_error is None:
-        return f"{found.difference:+.2f}, one seed"
+        return f"{found.difference:+.2f}" + ", one seed" * (not ours[0].members)
     return f"{found.difference:+.3f} ± {found.standard_error:.3f}"
 
 
