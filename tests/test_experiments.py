@@ -713,7 +713,7 @@ def test_an_ensemble_has_a_line_of_its_own(tmp_path: Path) -> None:
     two = replace(single, row=ENSEMBLE, seed=None, members=[0, 1])
     records.write(tmp_path, [single, two, replace(two, members=[0])])
     assert lines_of(render(one, tmp_path))["The same, ensemble of 2"][:2] == ["10.6 %", "30.00 %"]
-    assert "| CIFAR-10 | The same, ensemble of 2 | 30.00 % |  | 20 | 30 (a CPU) | 10.6 % |" in overview(tmp_path)
+    assert "| CIFAR-10 | The same, ensemble of 2 | 30.00 % |  | 20 | 2 times that | 10.6 % |" in overview(tmp_path)
 
 
 # the pages and records of this repository
