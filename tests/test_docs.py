@@ -190,7 +190,7 @@ def test_the_number_of_make_train_is_that_of_the_record() -> None:
     folder = ROOT / "results" / "strokes-fast-20-epochs-seed0"
     result = json.loads((folder / "result.json").read_text(encoding="utf-8"))
     test = result["test"]
-    assert "wrong on drawn digits, in two minutes" in " ".join(README.split())
-    assert round(result["seconds"] / 60) == 2
+    assert "wrong on drawn digits, in one and a half minutes" in " ".join(README.split())
+    assert round(result["seconds"] / 30) == 3
     assert f"{test['error_percent']:.2f} % ({test['wrong']} of {test['total']:,}) wrong" in " ".join(README.split())
     assert read(folder / "config.yaml").epochs == with_defaults(preset("fast")).epochs
