@@ -1,5 +1,6 @@
 """What the experiments train, the records they leave, and the tables made of these."""
 
+import io
 import json
 import math
 from collections.abc import Callable
@@ -8,9 +9,12 @@ from pathlib import Path
 from typing import Any, cast, get_args
 from unittest import mock
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 
+from capsnet import plots
 from capsnet.checkpoints import pretrained, run_directory
 from capsnet.cli import main
 from capsnet.config import PRESETS, Config
@@ -839,6 +843,25 @@ def test_a_point_of_cost_is_a_row_at_the_speed_of_its_benchmark(tmp_path: Path) 
     assert [*figures.draw(one, "cpu", folder, tmp_path)] == [folder / "successors-cpu.png"]
     axes: Any = figures.error_by_cost(one, "cpu", folder, speed=speed).axes[0]
     assert {text.get_text(): text.xy for text in axes.texts} == {"em": (10.0, 8.0), "vb": (2.0, 3.0)}
+    rows += [{"variant": "resnet", "images_per_second": 1000.0}]
+    config = one.config(one.row("em"), "cpu", 1)
+    worse = replace(record(), experiment=one.name, row="em", seed=1, fingerprint=fingerprint(config))
+    records.add(folder, replace(worse, results={"mnist": {"error_percent": 92.0, "wrong": 1, "total": 100}}))
+    speed.write_text(json.dumps({"rows": rows}), encoding="utf-8")
+    axes = figures.error_by_cost(one, "cpu", folder, speed=speed).axes[0]
+    texts = {text.get_text(): text.xy for text in axes.texts}
+    assert texts == {"em: 50 %": (10.0, 15.0), "vb": (2.0, 3.0), "resnet": (1.0, 1.0)}  # at five times the median
+    assert axes.get_ylim()[1] == 15.0
+
+
+@pytest.mark.parametrize("name", ["cost", "successors"])
+def test_a_figure_in_the_docs_is_of_the_records_as_they_are(name: str) -> None:
+    draw = figures.error_by_time if name == "cost" else figures.error_by_cost
+    figure = draw(experiment(name), "cpu", RECORDS, speed=benchmark_of(RECORDS, name))
+    with Image.open(io.BytesIO(plots.rendered(figure))) as now, Image.open(RECORDS / f"{name}-cpu.png") as kept:
+        assert now.size == kept.size
+        differ = (np.asarray(now.convert("L")) != np.asarray(kept.convert("L"))).mean()
+    assert differ < 1e-4, f"python -m tools.figures {name}"
 
 
 # the command line

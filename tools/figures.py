@@ -9,7 +9,7 @@ import sys
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from statistics import fmean, stdev
+from statistics import fmean, median, stdev
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -135,7 +135,8 @@ def error_by_time(one: Experiment, budget: str, folder: Path, *, speed: Path) ->
 def error_by_cost(one: Experiment, budget: str, folder: Path, *, speed: Path) -> "Figure":
     """Error on the test images against minutes of one core, a point for each row, a colour and mark for each network.
 
-    Minutes are those of the training steps, at the speed that the benchmark of the record `speed` measured.
+    Minutes are those of the training steps, at the speed that the benchmark of the record `speed` measured. An error of
+    more than `FAR` times the median stands at the upper edge, with its number, so that the others lie apart.
     """
     rates, errors = _rates(speed), defaultdict[str, list[float]](list)
     for record in records.read(folder, one.name, budget):
@@ -147,6 +148,7 @@ def error_by_cost(one: Experiment, budget: str, folder: Path, *, speed: Path) ->
     axes = figure.add_subplot()
     models = list(dict.fromkeys(one.config(row, budget, 0).model for row in one.rows))
     points = dict[str, tuple[float, float, str]]()
+    far = FAR * median(map(fmean, errors.values())) if errors else 0.0
     for row in one.rows:
         if row.key not in errors:
             continue
@@ -155,26 +157,46 @@ def error_by_cost(one: Experiment, budget: str, folder: Path, *, speed: Path) ->
         x, y, k = images / rates[row.key] / 60, fmean(found), models.index(config.model)
         spread = stdev(found) if len(found) > 1 else 0.0
         color = ORDER[k % len(ORDER)]
-        axes.errorbar(x, y, spread, fmt="os^Dv"[k // len(ORDER)], color=color, markersize=4, capsize=2)
-        points[row.key] = x, y, color
+        mark = "os^Dv"[k // len(ORDER)]
+        if y > far:
+            axes.plot(x, far, mark, color=color, markersize=4, clip_on=False)
+            points[f"{row.key}: {y:.0f} %"] = x, far, color
+        else:
+            axes.errorbar(x, y, spread, fmt=mark, color=color, markersize=4, capsize=2)
+            points[row.key] = x, y, color
     axes.set_xlabel("minutes of one core")
-    axes.set_ylabel(f"test error on {one.metric}, %")
+    axes.set_ylabel(f"test error on {one.title.partition(',')[0]}, %")
     for scale, axis in ((axes.set_xscale, axes.xaxis), (axes.set_yscale, axes.yaxis)):
         scale("log")
         axis.set_major_formatter("{x:g}")
         axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
         axis.set_minor_locator(NullLocator())
+    if any(y == far for _, y, _ in points.values()):
+        axes.set_ylim(top=far)
     _label(axes, points)
     return figure
 
 
-BESIDE = [("left", 5, -3), ("right", -5, -3), ("center", 0, 5), ("center", 0, -11)]
-BESIDE += [(side, right, up) for up in (3, -9) for side, right in (("left", 4), ("right", -4))]
+FAR = 5.0
+"""Times the median."""
+PLACES = [
+    (side, right * reach, up * reach - 3)
+    for reach in (1, 2, 4)
+    for side, right, up in (
+        *(("left", 5, 0), ("right", -5, 0), ("center", 0, 8), ("center", 0, -8)),
+        *(("left", 5, 6), ("right", -5, 6), ("left", 5, -6), ("right", -5, -6)),
+    )
+]
 """Places of a name beside its point, nearest first: alignment, and points to the right and up."""
+NEAR = 12
+"""Points up to which a name stands by its point without a line."""
 
 
 def _label(axes: Any, points: Mapping[str, tuple[float, float, str]]) -> None:
-    """Write the name of each point beside it, where it lies on no other name and no point if there is such a place."""
+    """Write the name of each point beside it, where it lies on no other name and no point if there is such a place.
+
+    A line leads to a name that is farther away.
+    """
     from matplotlib.transforms import Bbox
 
     axes.figure.canvas.draw()
@@ -182,12 +204,15 @@ def _label(axes: Any, points: Mapping[str, tuple[float, float, str]]) -> None:
     taken = [Bbox.from_bounds(x - 4, y - 4, 8, 8) for x, y in at]
     for name, (x, y, color) in points.items():
         text = axes.annotate(name, (x, y), (0, 0), textcoords="offset points", fontsize=7, color=color)
-        for side, right, up in BESIDE:
+        for side, right, up in PLACES:
             text.set_horizontalalignment(side)
             text.xyann = right, up
             box = text.get_window_extent()
-            if box.x0 > axes.bbox.x0 and not box.count_overlaps(taken):
+            if axes.bbox.x0 < box.x0 and box.x1 < axes.bbox.x1 and not box.count_overlaps(taken):
                 break
+        if max(abs(right), abs(up)) > NEAR:
+            line = {"arrowstyle": "-", "color": color, "linewidth": 0.5, "shrinkA": 0}
+            axes.annotate("", (x, y), (right, up + 3), textcoords="offset points", arrowprops=line)
         taken.append(box)
 
 
