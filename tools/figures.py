@@ -36,6 +36,19 @@ LOOKED_AT = 400  # test images among which right and wrong ones to draw are look
 CLAIMED = {"CapsNet-Keras, its own claim": ("CapsNet", 50, 0.34)}
 """Network, epochs and error in percent that others state: https://github.com/XifengGuo/CapsNet-Keras, whose validation
 images are the test images."""
+FAR = 5.0
+"""Times the median, above which an error is far from the others."""
+PLACES = [
+    (side, right * reach, up * reach - 3)
+    for reach in (1, 2, 4)
+    for side, right, up in (
+        *(("left", 5, 0), ("right", -5, 0), ("center", 0, 8), ("center", 0, -8)),
+        *(("left", 5, 6), ("right", -5, 6), ("left", 5, -6), ("right", -5, -6)),
+    )
+]
+"""Places of a name beside its point, nearest first: alignment, and points to the right and up."""
+NEAR = 12
+"""Points up to which a name stands by its point without a line."""
 
 
 def draw(
@@ -175,21 +188,6 @@ def error_by_cost(one: Experiment, budget: str, folder: Path, *, speed: Path) ->
         axes.set_ylim(top=far)
     _label(axes, points)
     return figure
-
-
-FAR = 5.0
-"""Times the median."""
-PLACES = [
-    (side, right * reach, up * reach - 3)
-    for reach in (1, 2, 4)
-    for side, right, up in (
-        *(("left", 5, 0), ("right", -5, 0), ("center", 0, 8), ("center", 0, -8)),
-        *(("left", 5, 6), ("right", -5, 6), ("left", 5, -6), ("right", -5, -6)),
-    )
-]
-"""Places of a name beside its point, nearest first: alignment, and points to the right and up."""
-NEAR = 12
-"""Points up to which a name stands by its point without a line."""
 
 
 def _label(axes: Any, points: Mapping[str, tuple[float, float, str]]) -> None:

@@ -21,6 +21,7 @@ ATTACKED = 1_000
 EPSILON = 0.1
 STEPS = 10
 SHIFTS = 1
+VIEWS = (2 * SHIFTS + 1) ** 2
 SEED = 0
 
 
@@ -97,8 +98,8 @@ MEASURES: dict[MeasureName, Measure] = {
         "",
     ),
     "views": Measure(
-        "9 views",
-        f"9 views: error with the mean of the scores over all shifts of an image by up to {SHIFTS} pixel.",
+        f"{VIEWS} views",
+        f"{VIEWS} views: error with the mean of the scores over all shifts of an image by up to {SHIFTS} pixel.",
         3,
         _viewed,
     ),

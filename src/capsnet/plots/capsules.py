@@ -178,26 +178,31 @@ def couplings(
             if t:
                 coupled = grid[k, t].imshow(ratio[t, k].numpy(), cmap="cividis", vmin=low, vmax=high)
             supported = grid[k, iterations + t].imshow(support[t, k].numpy(), cmap="cividis", vmin=0, vmax=top)
+    numbered = iterations > 1 and names[0] == "1"
+    apart = " " if numbered else "\n"  # names are longer than numbers
     for t in range(iterations):
         if t:
-            grid[0, t].set_title(f"coupling, {names[t]}")
-        grid[0, iterations + t].set_title(f"support, {names[t]}" if iterations > 1 else "support")
+            grid[0, t].set_title(f"coupling,{apart}{names[t]}")
+        grid[0, iterations + t].set_title(f"support,{apart}{names[t]}" if iterations > 1 else "support")
     if iterations > 1:
-        left.colorbar(coupled, ax=list(grid[:, 1:iterations].flat), shrink=0.9, location="bottom", aspect=30).set_label(
-            "coupling x activation\n(1: as with uniform couplings)"
-        )
-    left.colorbar(supported, ax=list(grid[:, iterations:].flat), shrink=0.9, location="bottom", aspect=30).set_label(
-        "support: what votes add to |s|,\nper pixel"
-    )
+        label = "coupling x activation\n(1: uniform couplings)"
+        _scale(left, coupled, list(grid[:, 1:iterations].flat), label)
+    _scale(left, supported, list(grid[:, iterations:].flat), "support: what votes add to |s|,\nper pixel")
     upper, lower = right.subplots(2, 1, sharex=True)
     _entropy(upper, found, len(classes))
     _agreement(lower, found, winners)
-    numbered = iterations > 1 and names[0] == "1"
     lower.set_xlabel("routing iteration" if numbered else "")
     lower.set_xticks(range(1, iterations + 1), names)
     title = "The winning class capsule (true class in brackets where it is another)"
     figure.suptitle(title + ", by routing iteration" * numbered)
     return figure
+
+
+def _scale(figure: Any, shown: Any, axes: "list[Axes]", label: str) -> None:
+    """A bar of colours below `axes`, with so few numbers that they lie apart."""
+    bar = figure.colorbar(shown, ax=axes, shrink=0.9, location="bottom", aspect=30)
+    bar.ax.locator_params(nbins=3)
+    bar.set_label(label)
 
 
 def _entropy(axes: "Axes", found: Evidence, classes: int) -> None:
